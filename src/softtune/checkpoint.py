@@ -1,0 +1,202 @@
+"""Adapter folders in PEFT's format, and the training state beside them.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (what inference needs; PEFT reads both),
+``softtune_config.json`` (fields that PEFT lacks, and by what the base model is known again),
+``training_state.safetensors`` where the method trains more than it needs later, and a model card. Weights are
+safetensors only: a pickled file is refused unread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from softtune import storage
+from softtune.backbone import Backbone, Site
+from softtune.errors import AdapterMismatchError, CheckpointError
+from softtune.methods import PrefixTuningConfig
+from softtune.methods.base import OWN_CONFIG_NAME, PeftConfig, PromptLearningConfig
+from softtune.methods.initialization import PROMPT_KEY, WEIGHTS_NAME
+
+STATE_NAME = "training_state.safetensors"
+CARD_NAME = "README.md"
+OWN_KEY = "softtune.prompt_embeddings"
+"""The prompt's key in a file that PEFT would misread: it stops at the missing name instead."""
+PICKLED_NAME = "adapter_model.bin"
+SAMPLE_KEY = "embedding_sample"
+SAMPLE_TOLERANCE = 0.05
+"""How far, relative to its largest number, a base model's embedding may drift (precision, quantisation) and be the same."""
+
+
+@dataclasses.dataclass
+class Adapter:
+    """One task's trained state."""
+
+    config: PeftConfig
+    module: Any
+    """The method's module, a ``Method``."""
+    heads: dict[str, nn.Module]
+    """Trained copies of the base model's heads, by their names."""
+
+    @property
+    def is_reparameterised(self) -> bool:
+        """Whether the module trains more than inference needs of it."""
+        return len(self.module.state_dict()) > len(self.module.baked_state())
+
+
+def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -> None:
+    """Write an adapter's folder, every file whole or not at all.
+
+    Raises:
+        CheckpointError: ``folder`` is a file.
+    """
+    config = dataclasses.replace(adapter.config, inference_mode=True, modules_to_save=list(adapter.heads) or None)
+    config.base_model_name_or_path = config.base_model_name_or_path or backbone.model.name_or_path or None
+    if config.task_type is None:
+        model_class = type(backbone.model)
+        config.auto_mapping = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
+    with storage.staged(folder) as stage:
+        _write(stage / WEIGHTS_NAME, export(adapter, backbone))
+        if adapter.is_reparameterised:
+            _write(stage / STATE_NAME, adapter.module.state_dict())
+        _card(Path(folder) / CARD_NAME, config).save(stage / CARD_NAME)
+        config.write(stage, {SAMPLE_KEY: backbone.embedding_sample()})
+
+
+def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
+    """What ``adapter_model.safetensors`` holds: the baked prompt or bias changes, and the heads, by PEFT's names."""
+    state: dict[str, Tensor] = adapter.module.baked_state()
+    if PROMPT_KEY in state and not adapter.config.is_readable_by_peft(backbone):
+        state = {OWN_KEY: state[PROMPT_KEY]}
+    heads = {f"base_model.{name}.{k}": v for name, head in adapter.heads.items() for k, v in head.state_dict().items()}
+    return {**state, **heads}
+
+
+def load(folder: str | os.PathLike[str], adapter: Adapter, *, trainable: bool, **hub: Any) -> None:
+    """Fill a new adapter from a folder or hub repository.
+
+    Raises:
+        CheckpointError: weights are missing, damaged or pickled, or ``trainable`` and the folder holds no training state.
+        AdapterMismatchError: the tensors do not fit the base model.
+    """
+    path = storage.locate(folder, WEIGHTS_NAME, **hub)
+    if path is None:
+        if storage.locate(folder, PICKLED_NAME, **hub):
+            raise CheckpointError(f"{folder} has pickled weights, which can run code: save them as {WEIGHTS_NAME} instead")
+        raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: copy the whole adapter folder")
+    state = storage.locate(folder, STATE_NAME, **hub) if trainable and adapter.is_reparameterised else None
+    fill(adapter, read(path), read(state) if state else None)
+
+
+def fill(adapter: Adapter, weights: Mapping[str, Tensor], training_state: Mapping[str, Tensor] | None = None) -> None:
+    """Put the tensors that ``export`` returned, or PEFT saved, into an adapter.
+
+    Args:
+        adapter: the adapter to fill.
+        weights: the baked prompt or bias changes, and the heads.
+        training_state: the module's own tensors, where it computes the prompt through an encoder.
+
+    Raises:
+        AdapterMismatchError: names or shapes do not fit.
+        CheckpointError: the adapter has an encoder and there is no training state for it.
+    """
+    heads = {f"base_model.{n}.{k}": v for n, head in adapter.heads.items() for k, v in head.state_dict().items()}
+    _copy(heads, {k: v for k, v in weights.items() if k.startswith("base_model.")})
+    own = {k: v for k, v in weights.items() if not k.startswith("base_model.")}
+    if OWN_KEY in own:
+        own = {PROMPT_KEY: own[OWN_KEY]}
+    elif PROMPT_KEY in own:
+        own = {PROMPT_KEY: _from_peft(own[PROMPT_KEY], adapter)}
+    _check(adapter.module.baked_state(), own)
+    if not adapter.is_reparameterised:
+        adapter.module.load_baked(own)
+    elif training_state is not None:
+        _copy(adapter.module.state_dict(), training_state)
+    else:
+        raise CheckpointError(
+            "these weights hold the baked prompt but not the encoder behind it: load them with is_trainable=False, "
+            "or start PromptTuningConfig(prompt_tuning_init='FILE') from them"
+        )
+
+
+def check_base_model(folder: str | os.PathLike[str], backbone: Backbone, **hub: Any) -> None:
+    """Refuse an adapter that was trained on another base model.
+
+    Raises:
+        AdapterMismatchError: the word embeddings differ.
+    """
+    path = storage.locate(folder, OWN_CONFIG_NAME, **hub)
+    saved = storage.read_json(path).get(SAMPLE_KEY) if path else None
+    if saved is None:
+        return
+    own = backbone.embedding_sample()
+    drift = max((abs(a - b) for a, b in zip(saved, own, strict=False)), default=0.0)
+    if len(saved) != len(own) or drift > SAMPLE_TOLERANCE * max(abs(x) for x in saved):
+        raise AdapterMismatchError(
+            f"the adapter in {folder} was trained on another base model, with other word embeddings: load that one"
+        )
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError where it is damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}): restore it from a good copy") from error
+
+
+def _from_peft(prompt: Tensor, adapter: Adapter) -> Tensor:
+    """A prompt in PEFT's layout, in softtune's."""
+    config = adapter.config
+    assert isinstance(config, PromptLearningConfig)
+    if config.num_transformer_submodules != 2:
+        return prompt
+    if not isinstance(config, PrefixTuningConfig):
+        return prompt[: config.num_virtual_tokens]  # PEFT trains as many again and never reads them
+    # Layer l of the decoder takes the columns 4l and 4l + 1 of twice the tensor; PEFT gives no other site a prefix.
+    assert config.num_layers and config.token_dim
+    parts = prompt.view(len(prompt), 2 * config.num_layers, -1).repeat(1, 2, 1)
+    picked = [parts[:, 4 * layer + kind] for layer in range(len(adapter.module.layers)) for kind in (0, 1)]
+    return torch.cat(picked, dim=1)
+
+
+def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    _check(targets, sources)
+    for name, tensor in sources.items():
+        targets[name].data.copy_(tensor)
+
+
+def _check(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    if odd := sorted(targets.keys() ^ sources.keys()):
+        side = "lacks" if odd[0] in targets else "also has"
+        raise AdapterMismatchError(f"the adapter {side} {odd[0]!r}: load it on the base model that it was trained on")
+    for name, tensor in sources.items():
+        if tensor.shape != targets[name].shape:
+            raise AdapterMismatchError(
+                f"{name} has the shape {list(tensor.shape)}, the base model needs {list(targets[name].shape)}: "
+                "load the adapter on the base model that it was trained on"
+            )
+
+
+def _write(path: Path, state: Mapping[str, Tensor]) -> None:
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, path, metadata={"format": "pt"})
+
+
+def _card(existing: Path, config: PeftConfig) -> ModelCard:
+    """The model card as PEFT writes it, so that hub pages know the adapter and its base model."""
+    card = ModelCard.load(existing) if existing.is_file() else ModelCard.from_template(ModelCardData())
+    card.data.library_name = "peft"
+    card.data.base_model = config.base_model_name_or_path or ""
+    card.data.tags = sorted({*(card.data.tags or []), f"base_model:adapter:{card.data.base_model}"})
+    if config.task_type == "CAUSAL_LM":
+        card.data.pipeline_tag = card.data.pipeline_tag or "text-generation"
+    return card

@@ -1,0 +1,90 @@
+"""Examples to padded tensors, and batches of like length for evaluation.
+
+Letters: B rows, T tokens of the longest row (or the length asked for), P virtual tokens. Knows nothing of text,
+tokenizers or models: a pad token's id is all it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softtune.data.templates import IGNORED, Example
+from softtune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples to one length and stacks them."""
+
+    pad_token_id: int
+    """Token id that fills rows up; the attention mask hides it."""
+    padding_side: str = "right"
+    """"right" or "left", where the padding goes; generation wants "left"."""
+    pad_to_multiple_of: int | None = None
+    """Round T up to a multiple of this."""
+    pad_to: int | None = None
+    """Give every batch this T."""
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("left", "right"):
+            raise DataError(f"padding_side is {self.padding_side!r}; use 'left' or 'right'")
+        if self.pad_to is not None and self.pad_to_multiple_of is not None:
+            raise DataError("pad_to and pad_to_multiple_of both set the length; give one of them")
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Stack ``examples`` (B of them).
+
+        Returns ``input_ids`` [B, T] and ``attention_mask`` [B, T]; ``labels`` [B, T], padded with -100, if any example
+        has an answer; ``prompt_positions`` [B, P], counted in the padded row, if the examples have them.
+        """
+        if not examples:
+            raise DataError("no examples to collate; give one or more")
+        length = self._length(max(len(example.input_ids) for example in examples))
+        batch = {
+            "input_ids": self._stack([example.input_ids for example in examples], length, self.pad_token_id),
+            "attention_mask": self._stack([[1] * len(example.input_ids) for example in examples], length, 0),
+        }
+        if any(label != IGNORED for example in examples for label in example.labels):
+            batch["labels"] = self._stack([example.labels for example in examples], length, IGNORED)
+        if any(example.prompt_positions is not None for example in examples):
+            batch["prompt_positions"] = self._prompt_positions(examples, length)
+        return batch
+
+    def _length(self, longest: int) -> int:
+        if self.pad_to is not None:
+            if longest > self.pad_to:
+                raise DataError(
+                    f"an example has {longest} tokens, pad_to is {self.pad_to}; raise it or cut the example"
+                )
+            return self.pad_to
+        multiple = self.pad_to_multiple_of or 1
+        return -(-longest // multiple) * multiple
+
+    def _stack(self, rows: list[list[int]], length: int, fill: int) -> Tensor:
+        """Pad rows to [B, length]."""
+        padding = [[fill] * (length - len(row)) for row in rows]
+        if self.padding_side == "left":
+            return torch.tensor([pad + row for pad, row in zip(padding, rows, strict=True)], dtype=torch.long)
+        return torch.tensor([row + pad for pad, row in zip(padding, rows, strict=True)], dtype=torch.long)
+
+    def _prompt_positions(self, examples: Sequence[Example], length: int) -> Tensor:
+        """Positions [B, P], moved along by each row's left padding."""
+        rows = [example.prompt_positions or [] for example in examples]
+        counts = sorted({len(row) for row in rows})
+        if len(counts) > 1:
+            raise DataError(f"examples of one batch have {counts} virtual tokens; encode them with one template")
+        left = self.padding_side == "left"
+        shifts = [[length - len(example.input_ids) if left else 0] for example in examples]
+        return torch.tensor(rows, dtype=torch.long) + torch.tensor(shifts, dtype=torch.long)
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of ``lengths``, shortest first, in batches of ``batch_size`` (the last may be smaller)."""
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}; use 1 or more")
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -1,0 +1,45 @@
+"""Every error a user can meet, as one tree.
+
+    SofttuneError(ValueError)
+    ├── ConfigError             a field of a config or recipe is unknown, of the wrong type or out of range
+    ├── UnsupportedModelError   the base model cannot take this method; the message names those that it can
+    ├── AdapterError            a name that is not loaded, or is loaded already
+    │   ├── AdapterMismatchError    an adapter trained on another base model
+    │   └── CheckpointError         a folder or file that is missing, truncated, or in an unsafe format
+    ├── DataError               a file, column, label or template that does not fit
+    └── TrainingError           training had to stop; the message says what was kept
+
+Each message is one line: what is wrong, then what to do. All derive from ``ValueError``, as PEFT's do.
+"""
+
+
+class SofttuneError(ValueError):
+    """Base of every error that softtune raises for its users."""
+
+
+class ConfigError(SofttuneError):
+    """A field of a config or recipe is unknown, of the wrong type or out of range."""
+
+
+class UnsupportedModelError(SofttuneError):
+    """The base model cannot take this method."""
+
+
+class AdapterError(SofttuneError):
+    """An adapter's name is not loaded, or is loaded already."""
+
+
+class AdapterMismatchError(AdapterError):
+    """The adapter was trained on another base model."""
+
+
+class CheckpointError(AdapterError):
+    """An adapter's folder or file is missing, truncated, or in an unsafe format."""
+
+
+class DataError(SofttuneError):
+    """A data file, column, label or template does not fit."""
+
+
+class TrainingError(SofttuneError):
+    """Training had to stop; the message says what was kept."""

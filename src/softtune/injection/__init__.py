@@ -1,0 +1,77 @@
+"""Puts a prompt into the base model's forward, and takes its traces out of the outputs.
+
+Nothing of the base model is changed: hooks rewrite the calls of its stacks for the length of a ``with`` block.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from softtune.backbone import Backbone
+from softtune.errors import AdapterError
+from softtune.injection.stack import Call, StackInjection, align_outputs
+from softtune.methods.base import Prompt
+
+
+class Injection:
+    """One prompt in one base model, for the length of a ``with`` block.
+
+    Args:
+        backbone: the base model.
+        prompt: what the adapter contributes.
+        columns: [B, P] the column of the input before which each virtual token stands, or [B] one for all of them; by
+            default in front of the text, or behind it where the prompt says so.
+    """
+
+    def __init__(self, backbone: Backbone, prompt: Prompt, columns: Tensor | None = None) -> None:
+        self.backbone = backbone
+        self.prompt = prompt
+        self.stacks = [StackInjection(backbone, stack, prompt, columns) for stack in backbone.stacks]
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Injection:
+        for stack in self.stacks:
+            self._handles += stack.hooks()
+        if self.prompt.vectors is not None and self.backbone.is_encoder_decoder:
+            decoder, model = self.backbone.stacks[-1].module, self.backbone.model
+            self._handles.append(decoder.register_forward_pre_hook(self._widen_cross_mask, with_kwargs=True))
+            self._handles.append(model.register_forward_hook(self._align_encoder))
+        self._keep_cache_under_checkpointing(True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._keep_cache_under_checkpointing(False)
+
+    def _widen_cross_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
+        """Let the decoder see the encoder's outputs of the virtual tokens."""
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if mask is None or states is None:
+            return args, kwargs
+        if states.shape[1] == mask.shape[1]:
+            raise AdapterError("encoder_outputs were computed without the adapter: pass input_ids instead")
+        return args, {**kwargs, "encoder_attention_mask": self.stacks[0].widen(mask)}
+
+    def _align_encoder(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Take the virtual tokens out of what an encoder-decoder returns of its encoder."""
+        layout, states = self.stacks[0].layout, output.encoder_last_hidden_state
+        if layout is not None and states is not None and len(states) == len(layout.token_slots):  # not among beams
+            align_outputs(output, layout, "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions")
+            if output.cross_attentions is not None:
+                output.cross_attentions = tuple(layout.align_keys(a) for a in output.cross_attentions)
+        return output
+
+    def _keep_cache_under_checkpointing(self, keep: bool) -> None:
+        """Stop checkpointed layers from dropping a prefix that comes as a cache; recomputing may read it again."""
+        if self.prompt.prefixes and not self.backbone.has_interface:
+            for module in self.backbone.model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module._can_checkpoint_with_cache = keep

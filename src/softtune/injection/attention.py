@@ -1,0 +1,98 @@
+"""Keys and values in front of a layer's own, at the one injection point.
+
+The wrapper puts each layer's prefix before its keys, widens the mask by P columns and calls the stock attention function.
+The model's cache is left to the text alone. Letters: B rows, H key/value heads, T queries, S keys, P virtual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softtune.backbone.interface import Attention
+from softtune.methods.base import KeyValue
+
+
+class PrefixAttention:
+    """An attention wrapper that adds a prefix. It lives for one forward, and its recomputation in the backward pass.
+
+    Args:
+        prefixes: each attention module's prefix; other modules are passed through.
+        visible: [B, T, P] which queries see the prefix; all of them by default.
+        biases: [B, heads, T, P] what is added to a module's scores of the prefix, in models with relative position biases.
+    """
+
+    def __init__(
+        self, prefixes: Mapping[nn.Module, KeyValue], visible: Tensor | None, biases: Mapping[nn.Module, Tensor]
+    ) -> None:
+        self.prefixes = prefixes
+        self.visible = visible
+        self.biases = biases
+        self.reached: set[nn.Module] = set()
+        """Modules that have called: all of ``prefixes`` after a forward, or the prefix has been ignored somewhere."""
+        self._masks: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = {}
+
+    def __call__(
+        self,
+        attend: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        prefix = self.prefixes.get(module)
+        if prefix is None:
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        self.reached.add(module)
+        causal = kwargs.pop("is_causal", None)
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        mask = self._widened(attention_mask, query, key, bool(causal))
+        if (bias := kwargs.get("position_bias")) is not None:
+            kwargs["position_bias"] = self._with_bias(module, bias, prefix.key.shape[1])
+        key, value = _prepend(prefix.key, key), _prepend(prefix.value, value)
+        output, weights = attend(module, query, key, value, mask, is_causal=False, **kwargs)
+        return output, None if weights is None else weights[..., prefix.key.shape[1] :]
+
+    def _widened(self, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+        """The layer's mask with P more columns; made once for all layers that share a mask."""
+        length = next(iter(self.prefixes.values())).key.shape[1]
+        slot = (id(mask), key.shape[2])
+        if slot not in self._masks:
+            self._masks[slot] = (mask, _widen(mask, self.visible, query, key, causal, length))
+        return self._masks[slot][1]
+
+    def _with_bias(self, module: nn.Module, own: Tensor, length: int) -> Tensor:
+        """The model's score bias [B, heads, T, S] with the prefix's columns in front."""
+        added = self.biases.get(module, own.new_zeros(1, own.shape[1], 1, length)).to(own.dtype)
+        rows = max(len(own), len(added))
+        return torch.cat([added.expand(rows, -1, own.shape[2], -1), own.expand(rows, -1, -1, -1)], dim=-1)
+
+
+def _prepend(prefix: Tensor, own: Tensor) -> Tensor:
+    """[H, P, K] before [B, H, S, K]."""
+    return torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
+
+
+def _widen(
+    mask: Tensor | None, visible: Tensor | None, query: Tensor, key: Tensor, causal: bool, length: int
+) -> Tensor | None:
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        if visible is None and (not causal or queries == 1):
+            return None
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        mask = (mask.tril() if causal and queries > 1 else mask)[None, None]
+    open_value = True if mask.dtype == torch.bool else 0.0
+    widened = F.pad(mask, (length, 0), value=open_value)
+    if visible is None:
+        return widened
+    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    widened = widened.expand(len(visible), -1, queries, -1).clone()
+    widened[..., :length].masked_fill_(~visible[:, None], closed)
+    return widened

@@ -1,0 +1,243 @@
+"""Rewrites the call of one stack of layers on its way in, and aligns its outputs with the caller's tokens on the way out.
+
+Knows nothing about heads: they see outputs that have one place for each of the caller's tokens. Letters: B rows, T tokens
+of this call, P virtual tokens, W columns of the whole attention mask, S slots that the layers see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from softtune.backbone import Backbone, Site, Stack
+from softtune.backbone.interface import WRAPPER
+from softtune.errors import DataError, UnsupportedModelError
+from softtune.injection.attention import PrefixAttention
+from softtune.injection.cache import PrefixCache
+from softtune.injection.layout import Layout, row_ends, row_starts
+from softtune.methods.base import Prompt
+
+Call = dict[str, Any]
+
+
+class StackInjection:
+    """A prompt's part in one stack.
+
+    Args:
+        backbone: the base model.
+        stack: one of its stacks.
+        prompt: what the adapter contributes.
+        columns: see ``Injection``.
+    """
+
+    def __init__(self, backbone: Backbone, stack: Stack, prompt: Prompt, columns: Tensor | None) -> None:
+        self.stack = stack
+        self.prompt = prompt
+        self.columns = columns
+        reads_input = stack is backbone.stacks[0]
+        self.vectors = prompt.vectors if reads_input else None
+        self.feeds_decoder = reads_input and backbone.is_encoder_decoder
+        sites = (stack.site, Site.CROSS) if stack.is_causal else (stack.site,)
+        layers = backbone.attention_layers if prompt.prefixes else []
+        self.layers = [a for a in layers if a.site in sites and (a.site, a.index) in prompt.prefixes]
+        shifts = prompt.shifts_positions and any(a.site is stack.site for a in self.layers)
+        self.shift = prompt.num_virtual_tokens if shifts else 0
+        self.layout: Layout | None = None
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Attach to the stack; remove the handles to detach."""
+        module, table = self.stack.module, self.stack.position_table
+        handles = [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        if self.shift and table is not None:
+            handles.append(table.register_forward_pre_hook(self._shift_table, with_kwargs=True))
+        return handles
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
+        call = self.stack.arguments(args, kwargs)
+        step = _Step(call)
+        self.layout = None
+        if self.vectors is not None:
+            self._add_vectors(call, step)
+        elif not self.stack.is_causal and bool(step.starts.any()):
+            self._lay_out(call, step, step.starts[:, None][:, :0])
+        self._check_length(step)
+        self._place(call, step)
+        if self.layers:
+            self._add_prefix(call, step)
+        return (), call
+
+    def _add_vectors(self, call: Call, step: _Step) -> None:
+        """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
+        if step.has_ready_mask:
+            raise UnsupportedModelError("virtual tokens need the 2-D attention mask [B, W]: pass it instead of a 4-D one")
+        if not step.is_continued:
+            self._lay_out(call, step, self._columns(step, self.prompt.num_virtual_tokens))
+        elif step.mask is not None:
+            columns = step.starts[:, None].expand(-1, self.prompt.num_virtual_tokens)
+            layout = Layout.of(step.starts, step.mask.shape[1], columns, causal=True)
+            call["attention_mask"] = layout.merge(step.mask, torch.ones_like(columns))
+
+    def widen(self, mask: Tensor) -> Tensor:
+        """[B, S] the attention mask [B, T] of an input together with its virtual tokens."""
+        step = _Step({"input_ids": mask, "attention_mask": mask})
+        columns = self._columns(step, self.prompt.num_virtual_tokens)
+        layout = Layout.of(step.starts, step.length, columns, causal=self.stack.is_causal)
+        return layout.merge(mask, torch.ones_like(columns))
+
+    def _columns(self, step: _Step, size: int) -> Tensor:
+        """[B, size] the column before which each virtual token stands."""
+        if self.columns is None:
+            columns = (step.ends if self.prompt.after_text else step.starts)[:, None]
+        else:
+            columns = self.columns.to(step.device).reshape(len(self.columns), -1)
+            columns = columns.repeat_interleave(step.rows // len(columns), dim=0)  # beams multiply the rows
+        columns = columns.expand(-1, size) if columns.shape[1] == 1 else columns
+        if columns.shape != (step.rows, size) or not 0 <= int(columns.min()) <= int(columns.max()) <= step.length:
+            raise DataError(
+                f"prompt_positions {list(columns.shape)} from {int(columns.min())} to {int(columns.max())} do not fit: "
+                f"give {size} for each of {step.rows} rows, from 0 to {step.length}"
+            )
+        return columns
+
+    def _lay_out(self, call: Call, step: _Step, columns: Tensor) -> None:
+        """Put everything that comes with a token in its slot."""
+        self.layout = Layout.of(step.starts, step.length, columns, causal=self.stack.is_causal)
+        words = call["inputs_embeds"] if call.get("input_ids") is None else self.stack.embed(call["input_ids"])
+        vectors = words.new_zeros(0, words.shape[-1]) if self.vectors is None else self.vectors
+        call["inputs_embeds"] = self.layout.merge(words, vectors.expand(step.rows, -1, -1))
+        call["input_ids"] = None
+        ones = torch.ones_like(columns)
+        if step.mask is not None:
+            call["attention_mask"] = self.layout.merge(step.mask, ones)
+        if call.get("token_type_ids") is not None:
+            call["token_type_ids"] = self.layout.merge(call["token_type_ids"], 0 * ones)
+
+    def _place(self, call: Call, step: _Step) -> None:
+        """Count positions from each row's first real token, and past the virtual tokens in front of it."""
+        if not self.stack.takes_position_ids:
+            return
+        positions = call.get("position_ids")
+        if positions is None:
+            if not self.shift and not (self.stack.is_causal and step.mask is not None):
+                return  # the model's own count is right
+            positions = step.positions() + self.stack.first_position
+        positions = positions.expand(step.rows, -1)
+        if self.layout is not None:
+            positions = self.layout.merge_positions(positions)
+        elif self.vectors is not None:
+            positions = positions + self.prompt.num_virtual_tokens
+        elif self.prompt.after_text and self.shift and not step.is_continued:
+            positions = positions + self.shift * step.is_from(self._columns(step, 1))
+        else:
+            positions = positions + self.shift
+        call["position_ids"] = positions
+
+    def _shift_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
+        """Move the positions that BART's kin look up by themselves."""
+        if kwargs.get("position_ids") is not None:
+            return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.shift}
+        return args, {**kwargs, "past_key_values_length": kwargs.get("past_key_values_length", 0) + self.shift}
+
+    def _check_length(self, step: _Step) -> None:
+        limit, virtual = self.stack.max_positions, self.shift if self.vectors is None else len(self.vectors)
+        if limit is not None and step.width + virtual > limit:
+            raise DataError(
+                f"{step.width} tokens and {virtual} virtual tokens exceed the model's {limit} positions: shorten the text"
+            )
+
+    def _add_prefix(self, call: Call, step: _Step) -> None:
+        prefixes = [self.prompt.prefixes[a.site, a.index] for a in self.layers]
+        if self.layers[0].module is None:
+            call["past_key_values"] = PrefixCache(prefixes, _own_cache(self.stack.module, call))
+            if step.mask is not None:
+                call["attention_mask"] = nn.functional.pad(step.mask, (self.prompt.num_virtual_tokens, 0), value=1)
+            return
+        modules = [a.module for a in self.layers if a.module is not None]
+        own = [a.module for a in self.layers if a.module is not None and a.site is self.stack.site]
+        visible = None
+        if self.prompt.after_text and not step.is_continued:
+            # The token that the answer is predicted from is the first to see an infix.
+            visible = step.is_from(self._columns(step, 1) - 1)[..., None].expand(-1, -1, self.prompt.num_virtual_tokens)
+        biases = {}
+        if own and self.stack.relative_bias is not None:
+            bias = self.stack.prefix_bias(step.positions(), self.prompt.num_virtual_tokens)
+            biases = dict.fromkeys(own, bias)
+        call[WRAPPER] = PrefixAttention(dict(zip(modules, prefixes, strict=True)), visible, biases)
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
+        if (wrapper := kwargs.get(WRAPPER)) is not None:
+            self._check_reached(wrapper, kwargs)
+        if isinstance(cache := getattr(output, "past_key_values", None), PrefixCache):
+            output.past_key_values = cache.inner
+        if self.layout is not None and not (self.feeds_decoder and self.vectors is not None):
+            align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
+        return output
+
+    def _check_reached(self, wrapper: PrefixAttention, call: Call) -> None:
+        crossing = call.get("encoder_hidden_states") is not None
+        expected = {a.module for a in self.layers if a.site is not Site.CROSS or crossing}
+        if expected - wrapper.reached:
+            raise UnsupportedModelError(
+                "the prefix did not reach every layer: call set_attn_implementation before the adapter is added, not after"
+            )
+
+
+class _Step:
+    """What a call says about its rows."""
+
+    def __init__(self, call: Call) -> None:
+        tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+        mask = call.get("attention_mask")
+        cache = call.get("past_key_values")
+        self.device = tokens.device
+        self.rows, self.length = tokens.shape[:2]
+        self.mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.has_ready_mask = mask is not None and self.mask is None
+        self.cached = int(cache.get_seq_length()) if cache is not None else 0
+        self.is_continued = self.cached > 0
+        self.width = self.mask.shape[1] if self.mask is not None else self.cached + self.length
+        self.starts = row_starts(self.mask, self.rows, self.device)
+
+    @property
+    def ends(self) -> Tensor:
+        """[B] the column behind each row's last real token."""
+        return row_ends(self.mask, self.rows, self.width, self.device)
+
+    def positions(self) -> Tensor:
+        """[B, T] this call's tokens counted from each row's first real one."""
+        columns = torch.arange(self.width, device=self.device)[-self.length :]
+        return (columns - self.starts[:, None]).clamp(min=0)
+
+    def is_from(self, columns: Tensor) -> Tensor:
+        """[B, T] which tokens stand at or behind a column [B, 1]."""
+        return torch.arange(self.length, device=self.device) >= columns
+
+
+def _own_cache(stack: nn.Module, call: Call) -> Cache | None:
+    """The text's cache where the call has or wants one. Gradient checkpointing allows none."""
+    if call.get("past_key_values") is not None:
+        return call["past_key_values"]
+    uses_cache = call.get("use_cache")
+    uses_cache = stack.config.use_cache if uses_cache is None else uses_cache
+    checkpointed = stack.training and any(
+        m.gradient_checkpointing for m in stack.modules() if isinstance(m, GradientCheckpointingLayer)
+    )
+    return DynamicCache(config=stack.config) if uses_cache and not checkpointed else None
+
+
+def align_outputs(output: Any, layout: Layout, states: str, all_states: str, attentions: str) -> None:
+    """Give the named fields of an output one place for each of the caller's tokens, where they have a value."""
+    if getattr(output, states, None) is not None:
+        output[states] = layout.align(output[states])
+    if getattr(output, all_states, None) is not None:
+        output[all_states] = tuple(layout.align(h) for h in output[all_states])
+    if getattr(output, attentions, None) is not None:
+        output[attentions] = tuple(a if a is None else layout.align_attention(a) for a in output[attentions])

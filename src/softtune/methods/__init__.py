@@ -1,0 +1,34 @@
+"""The methods, one paper a file."""
+
+from softtune.methods.base import PeftConfig, PeftType, PromptLearningConfig, TaskType
+from softtune.methods.bitfit import BitFitConfig
+from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
+from softtune.methods.p_tuning_v2 import PTuningV2Config
+from softtune.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
+from softtune.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
+    PeftType.PROMPT_TUNING: PromptTuningConfig,
+    PeftType.P_TUNING: PromptEncoderConfig,
+    PeftType.PREFIX_TUNING: PrefixTuningConfig,
+    PeftType.P_TUNING_V2: PTuningV2Config,
+    PeftType.BITFIT: BitFitConfig,
+}
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "BitFitConfig",
+    "PTuningV2Config",
+    "PeftConfig",
+    "PeftType",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "TaskType",
+]

@@ -1,0 +1,258 @@
+"""What every method is made of: its config, and the prompt that its trained module contributes to a batch.
+
+A method is a config whose ``build`` returns a module with two duties: ``prompt()`` says what it adds to a batch, and
+``baked_state()`` what inference needs of it. Nothing else in softtune asks which method it has before it. Field names
+and defaults are PEFT's; a field that PEFT lacks is marked ``OURS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from softtune import storage
+from softtune.backbone import Backbone, Site
+from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError
+
+CONFIG_NAME = "adapter_config.json"
+OWN_CONFIG_NAME = "softtune_config.json"
+
+OURS = {"ours": True}
+"""Metadata of a field that PEFT does not know."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TaskType(str, Enum):
+    """What the model is for: PEFT's names."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the task's model has a head of its own that is trained with the adapter."""
+        return self in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+class PeftType(str, Enum):
+    """The methods: PEFT's names, and those it lacks."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    P_TUNING_V2 = "P_TUNING_V2"
+    BITFIT = "BITFIT"
+
+
+class KeyValue(NamedTuple):
+    """One layer's prefix."""
+
+    key: Tensor
+    """[H, P, K], as it stands in a cache: after the position rotation."""
+    value: Tensor
+    """[H, P, V]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What an adapter contributes to a batch, without the batch dimension."""
+
+    num_virtual_tokens: int = 0
+    """P; 0 where the method has no virtual tokens."""
+    vectors: Tensor | None = None
+    """[P, D] virtual tokens among the input embeddings."""
+    prefixes: Mapping[tuple[Site, int], KeyValue] = field(default_factory=dict)
+    """Keys and values in front of a layer's own, by site and layer."""
+    after_text: bool = False
+    """Whether the virtual tokens stand behind the text (suffix, infix) instead of before it."""
+    shifts_positions: bool = True
+    """Whether a prefix takes the positions 0 .. P-1, so that the text starts at P."""
+
+
+class Method(Protocol):
+    """The trained module of an adapter."""
+
+    def prompt(self) -> Prompt:
+        """What the adapter adds to a batch. Called once a step."""
+        ...
+
+    def baked_state(self) -> dict[str, Tensor]:
+        """The tensors that inference needs."""
+        ...
+
+    def load_baked(self, state: Mapping[str, Tensor]) -> None:
+        """Take over tensors that ``baked_state`` returned."""
+        ...
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """Base of all configs.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range.
+    """
+
+    task_type: TaskType | None = None
+    """What the model is for; decides whether a head is trained."""
+    peft_type: PeftType | None = None
+    """The method; set by each config class."""
+    auto_mapping: dict[str, Any] | None = None
+    """The base model's class, noted where there is no task type."""
+    peft_version: str | None = None
+    """The PEFT version that wrote the config."""
+    base_model_name_or_path: str | None = None
+    """Where the base model came from."""
+    revision: str | None = None
+    """The base model's revision."""
+    inference_mode: bool = False
+    """Whether the adapter is for inference only: baked, and not trained."""
+    modules_to_save: list[str] | None = None
+    """Further modules of the base model to train and save; the head of a classification task is always among them."""
+
+    is_prompt_learning: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        own_type = type(self).__dataclass_fields__["peft_type"].default
+        for name, adapter in _adapters(type(self)).items():
+            try:
+                setattr(self, name, adapter.validate_python(getattr(self, name)))
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise ConfigError(f"{type(self).__name__}.{name} = {getattr(self, name)!r}: {reason}") from None
+        if own_type is not None and self.peft_type is not own_type:
+            raise ConfigError(f"{type(self).__name__} is for {own_type.value}, not {self.peft_type}: drop peft_type")
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        """The module for this base model, not yet at its start; see ``Method``."""
+        raise ConfigError(f"{type(self).__name__} names no method: use one of its subclasses")
+
+    def initialize(self, module: Any, backbone: Backbone) -> None:
+        """Bring a new module to the start that the config asks for."""
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head that the task's class adds to the base model is trained along."""
+        return self.task_type is not None and self.task_type.has_head
+
+    def is_readable_by_peft(self, backbone: Backbone) -> bool:
+        """Whether PEFT computes the same from the saved adapter."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with enum members as their values."""
+        return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
+        """A config of the class that ``values["peft_type"]`` names.
+
+        Raises:
+            ConfigError: no or an unknown ``peft_type``, or an unknown key.
+        """
+        config_class = _class_of(values.get("peft_type") or cls.__dataclass_fields__["peft_type"].default)
+        known = [f.name for f in dataclasses.fields(config_class)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                hint = f"did you mean {close[0]}?" if close else f"its keys are {', '.join(known)}"
+                raise ConfigError(f"{config_class.__name__} has no key {key!r}: {hint}")
+        return config_class(**values)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
+        """Read the config of a saved adapter from a folder or a hub repository.
+
+        Args:
+            pretrained_model_name_or_path: the folder or the repository's name.
+            hub: where on the hub to look (``subfolder``, ``revision``, ``cache_dir``, ``token``).
+
+        Raises:
+            CheckpointError: there is no config, or it cannot be read.
+        """
+        path = storage.locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
+        if path is None:
+            raise CheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: is it an adapter's folder?")
+        own = storage.locate(pretrained_model_name_or_path, OWN_CONFIG_NAME, **hub)
+        extra = storage.read_json(own).get("config", {}) if own else {}
+        return cls.from_dict({**storage.read_json(path), **extra})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the config into a folder, readable by ``from_pretrained`` and by PEFT."""
+        with storage.staged(save_directory) as stage:
+            self.write(stage, {})
+
+    def write(self, folder: Any, notes: Mapping[str, Any]) -> None:
+        """Write PEFT's fields to the file that PEFT reads, and softtune's own, with ``notes``, to a second one."""
+        values = self.to_dict()
+        ours = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("ours")}
+        storage.write_json(folder / CONFIG_NAME, {k: v for k, v in values.items() if k not in ours})
+        changed = {k: values[k] for k, default in ours.items() if values[k] != default}
+        storage.write_json(folder / OWN_CONFIG_NAME, {**notes, "config": changed})
+
+
+@dataclass(kw_only=True)
+class PromptLearningConfig(PeftConfig):
+    """Base of the configs that have virtual tokens. The last four fields are read off the base model where left out."""
+
+    num_virtual_tokens: PositiveInt = 20
+    """P, the number of virtual tokens. PEFT has no default."""
+    token_dim: PositiveInt | None = None
+    """Size of a virtual token; for prefixes of one layer's keys."""
+    num_transformer_submodules: PositiveInt | None = None
+    """PEFT's count of stacks that get virtual tokens."""
+    num_attention_heads: PositiveInt | None = None
+    """Attention heads; for prefixes key/value heads."""
+    num_layers: PositiveInt | None = None
+    """Layers of one stack."""
+
+    def settle(self, **sizes: int | None) -> None:
+        """Fill in what the base model decides.
+
+        Raises:
+            AdapterMismatchError: the config came with other sizes, from another base model.
+        """
+        for name, size in sizes.items():
+            if getattr(self, name) not in (None, size):
+                raise AdapterMismatchError(
+                    f"the adapter has {name} = {getattr(self, name)}, the base model {size}: "
+                    f"load it on the model that it was trained on ({self.base_model_name_or_path or 'unnamed'})"
+                )
+            setattr(self, name, size)
+
+
+def _class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:
+    classes = {c.__dataclass_fields__["peft_type"].default: c for c in _leaves(PeftConfig)}
+    classes.pop(None, None)
+    if peft_type not in classes:
+        known = ", ".join(sorted(t.value for t in classes))
+        raise ConfigError(f"peft_type {peft_type!r} is no method of softtune: use one of {known}")
+    return classes[PeftType(peft_type)]
+
+
+def _leaves(cls: type[PeftConfig]) -> list[type[PeftConfig]]:
+    return [leaf for sub in cls.__subclasses__() for leaf in [sub, *_leaves(sub)]]
+
+
+@lru_cache
+def _adapters(cls: type[PeftConfig]) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(cls, include_extras=True)
+    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
+
+
+Placement = Literal["prefix", "suffix"]

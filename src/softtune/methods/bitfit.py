@@ -1,0 +1,84 @@
+"""BitFit: Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+Language-models", arXiv 2106.10199.
+
+Only bias terms and the task's head are trained. What is trained here is each bias's *change*, added to the output of the
+module that owns the bias: the base model's tensors stay as they are, models without biases need no surgery, and half
+precision models get fp32 changes. The gradients are those of the biases themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from softtune.backbone import Backbone
+from softtune.backbone.roles import ROLES, BiasSlot
+from softtune.errors import UnsupportedModelError
+from softtune.methods.base import OURS, PeftConfig, PeftType, Prompt
+
+Role = Literal["query", "key", "value", "attention_output", "intermediate", "output", "layer_norm"]
+
+
+@dataclass(kw_only=True)
+class BitFitConfig(PeftConfig):
+    """Config of BitFit. Everything starts from the base model's own biases."""
+
+    peft_type: PeftType = PeftType.BITFIT
+    roles: list[Role] | None = field(default=None, metadata=OURS)
+    """The biases to train, by the part they play; by default every bias below the head."""
+    add_missing: bool = field(default=False, metadata=OURS)
+    """Add biases, at zero, to modules of the chosen roles that have none."""
+
+    is_prompt_learning: ClassVar[bool] = False
+
+    @property
+    def trains_head(self) -> bool:
+        """Always, where the model has one."""
+        return True
+
+    def build(self, backbone: Backbone) -> BiasChanges:
+        """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no such bias."""
+        roles = self.roles or (*ROLES, None)
+        slots = [s for s in backbone.bias_slots() if s.role in roles and (s.has_bias or self.add_missing)]
+        if not slots:
+            kinds = f"{', '.join(self.roles)} biases" if self.roles else "biases"
+            raise UnsupportedModelError(
+                f"{type(backbone.model).__name__} has no {kinds}: set add_missing=True to add them at zero"
+            )
+        return BiasChanges(slots)
+
+
+class BiasChanges(nn.Module):
+    """The trained changes of biases, all zero at first.
+
+    Args:
+        slots: the places where the changes act.
+    """
+
+    def __init__(self, slots: Sequence[BiasSlot]) -> None:
+        super().__init__()
+        self.slots = list(slots)
+        self.changes = nn.ParameterDict({_key(slot): nn.Parameter(torch.zeros(slot.width)) for slot in slots})
+
+    def additions(self) -> list[tuple[BiasSlot, nn.Parameter]]:
+        """Every place and what is added there."""
+        return [(slot, self.changes[_key(slot)]) for slot in self.slots]
+
+    def prompt(self) -> Prompt:
+        return Prompt()
+
+    def baked_state(self) -> dict[str, Tensor]:
+        return {f"{slot.name}.bias": change.detach() for slot, change in self.additions()}
+
+    def load_baked(self, state: Mapping[str, Tensor]) -> None:
+        for slot, change in self.additions():
+            change.data.copy_(state[f"{slot.name}.bias"])
+
+
+def _key(slot: BiasSlot) -> str:
+    """ParameterDict allows no dots in its keys."""
+    return slot.name.replace(".", "/")

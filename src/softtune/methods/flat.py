@@ -1,0 +1,87 @@
+"""The flat form of a prefix: one row of numbers for each virtual token, and how its columns belong to layers.
+
+PEFT's layout, which its files have too: layer after layer, a layer's keys before its values, head after head. Letters: P
+virtual tokens, H key/value heads, K key size, V value size, W = the sum of H·(K + V) over the chosen layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from softtune.backbone import AttentionLayer, Backbone, Site
+from softtune.errors import ConfigError, UnsupportedModelError
+from softtune.methods.base import KeyValue, PromptLearningConfig
+
+Layers = list[int] | str | None
+
+
+def choose_layers(backbone: Backbone, layers: Layers, sites: Sequence[Site] | None) -> list[AttentionLayer]:
+    """The attention layers that a config names, at every chosen site.
+
+    Raises:
+        UnsupportedModelError: the base model cannot take a prefix.
+        ConfigError: the model has no such layer or site.
+    """
+    present = list(dict.fromkeys(a.site for a in backbone.attention_layers))
+    if not present:
+        raise UnsupportedModelError(
+            f"{type(backbone.model).__name__} has no attention layer that can take a prefix: "
+            "use PromptTuningConfig, PromptEncoderConfig or BitFitConfig"
+        )
+    if missing := [s.value for s in sites or () if s not in present]:
+        raise ConfigError(f"the base model has no {missing[0]} attention: choose from {[s.value for s in present]}")
+    chosen = []
+    for site in sites or present:
+        here = [a for a in backbone.attention_layers if a.site is site]
+        chosen += [here[i] for i in _layer_numbers(layers, len(here))]
+    return chosen
+
+
+def _layer_numbers(layers: Layers, count: int) -> list[int]:
+    every = list(range(count))
+    if layers is None:
+        return every
+    if isinstance(layers, str):
+        side, _, number = layers.partition(":")
+        if side not in ("first", "last") or not number.isdigit() or not 1 <= int(number) <= count:
+            raise ConfigError(f"layers = {layers!r}: write 'first:N' or 'last:N' with N from 1 to {count}")
+        return every[: int(number)] if side == "first" else every[-int(number) :]
+    if not layers or not set(layers) <= set(every) or len(set(layers)) != len(layers):
+        raise ConfigError(f"layers = {layers}: name different layers from 0 to {count - 1}")
+    return sorted(layers)
+
+
+def settle_prefix(config: PromptLearningConfig, backbone: Backbone) -> None:
+    """Fill in PEFT's size fields from the first layer of the site that all models of a kind have."""
+    main = [a for a in backbone.attention_layers if a.site is backbone.stacks[-1].site]
+    config.settle(token_dim=main[0].heads * main[0].key_size, num_attention_heads=main[0].heads, num_layers=len(main))
+    config.num_transformer_submodules = config.num_transformer_submodules or len(backbone.stacks)
+
+
+def is_even(backbone: Backbone) -> bool:
+    """Whether all layers have the same sizes, as PEFT supposes."""
+    return len({(a.heads, a.key_size, a.value_size) for a in backbone.attention_layers}) == 1
+
+
+def split_prefix(flat: Tensor, layers: Sequence[AttentionLayer]) -> dict[tuple[Site, int], KeyValue]:
+    """[P, W] into each layer's key [H, P, K] and value [H, P, V]."""
+    parts = iter(flat.split([width for a in layers for width in (a.heads * a.key_size, a.heads * a.value_size)], dim=1))
+
+    def heads(layer: AttentionLayer) -> Tensor:
+        return next(parts).view(len(flat), layer.heads, -1).transpose(0, 1)
+
+    return {(a.site, a.index): KeyValue(key=heads(a), value=heads(a)) for a in layers}
+
+
+def flat_prefix(backbone: Backbone, layers: Sequence[AttentionLayer], words: Tensor) -> Tensor:
+    """[P, W] in fp32: the keys and values that the frozen model computes for token ids [P].
+
+    A decoder behind an encoder reads one token less; its rows are filled up from the start.
+    """
+    computed = backbone.keys_and_values(words)
+    rows = torch.arange(len(words))
+    parts = [part[:, rows % part.shape[1]] for a in layers for part in computed[a.site, a.index]]
+    return torch.cat([part.transpose(0, 1).reshape(len(words), -1) for part in parts], dim=1).float()

@@ -1,0 +1,106 @@
+"""Where a trained state starts: random numbers, words of the vocabulary, a text, class labels, a file, or a text's KV.
+
+Real words beat random numbers, words of the task beat unrelated ones, above all in low data (Li & Liang 2021, section 7.4;
+Lester et al. 2021, section 3.2). Every function checks that what it returns has the shape asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from softtune import storage
+from softtune.backbone import Backbone
+from softtune.errors import CheckpointError, ConfigError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PROMPT_KEY = "prompt_embeddings"
+COMMON_WORDS = 5000
+"""Vocabulary entries to sample from: the first ones, which tokenizers give to the most common words."""
+
+
+def uniform(size: int, dim: int) -> Tensor:
+    """[size, dim] in ±0.5, as Lester et al. 2021 draw their random prompts."""
+    return torch.rand(size, dim) - 0.5
+
+
+def vocabulary_ids(backbone: Backbone, size: int) -> Tensor:
+    """[size] distinct ids drawn from the most common vocabulary entries; repeated where there are too few."""
+    entries = torch.randperm(min(COMMON_WORDS, backbone.embedding.num_embeddings))
+    return fill(entries.tolist(), size)
+
+
+def text_ids(text: str | Sequence[str], tokenizer_name: str, tokenizer_kwargs: dict[str, Any] | None) -> list[list[int]]:
+    """Token ids of one text, or of several, without padding.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded, or a text has no tokens.
+    """
+    from transformers import AutoTokenizer
+
+    # A tokenizer named by a downloaded config must not run code of its own.
+    options = {k: v for k, v in (tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer at {tokenizer_name!r}: set tokenizer_name_or_path to a folder or hub name") from error
+    texts = [text] if isinstance(text, str) else list(text)
+    ids: list[list[int]] = [tokenizer(t)["input_ids"] for t in texts]
+    if not all(ids):
+        raise ConfigError(f"the initial text {texts[[bool(i) for i in ids].index(False)]!r} has no tokens: write some words")
+    return ids
+
+
+def fill(ids: Sequence[int], size: int) -> Tensor:
+    """[size] ids: cut where there are more, repeated from the start where there are fewer."""
+    return torch.tensor([ids[i % len(ids)] for i in range(size)], dtype=torch.long)
+
+
+def word_vectors(backbone: Backbone, ids: Tensor) -> Tensor:
+    """[P, D] input embeddings of token ids [P], in fp32."""
+    with torch.no_grad():
+        return backbone.stacks[0].embed(ids.to(backbone.model.device)).float().clone()
+
+
+def label_vectors(backbone: Backbone, labels: Sequence[Sequence[int]], size: int) -> Tensor:
+    """[size, D]: the mean of each label's sub-tokens, then vocabulary samples for the rest."""
+    means = torch.stack([word_vectors(backbone, torch.tensor(ids)).mean(0) for ids in labels])[:size]
+    rest = word_vectors(backbone, vocabulary_ids(backbone, size))[: size - len(means)]
+    return torch.cat([means, rest.to(means.device)])
+
+
+def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
+    """The prompt of a saved adapter: its folder, hub name, or the safetensors file itself.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or its prompt has another shape.
+    """
+    file = path if str(path).endswith(".safetensors") else storage.locate(path, WEIGHTS_NAME)
+    try:
+        prompt = load_file(file)[PROMPT_KEY] if file else None
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"no prompt can be read from {path}: name a safetensors file with {PROMPT_KEY!r}") from error
+    if prompt is None or tuple(prompt.shape) != shape:
+        found = "nothing" if prompt is None else f"the shape {tuple(prompt.shape)}"
+        raise CheckpointError(f"{path} holds {found}, the config asks for {shape}: change num_virtual_tokens or the file")
+    return prompt.float()
+
+
+def fit_last_layer(network: nn.Sequential, inputs: Tensor, target: Tensor) -> None:
+    """Set the last linear layer of ``network`` so that it maps ``inputs`` [P, D] to ``target`` [P, W].
+
+    Least squares instead of Li & Liang's 500 Adam steps: exact where the hidden layer is at least P wide, and at once.
+    """
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        hidden = network[:-1](inputs)
+        last.bias.copy_(target.mean(0))
+        solution = torch.linalg.lstsq(hidden.double(), (target - last.bias).double(), driver="gelsd").solution
+        last.weight.copy_(solution.T)

@@ -1,0 +1,99 @@
+"""P-tuning: Liu et al. 2021, "GPT Understands, Too", arXiv 2103.10385.
+
+Virtual tokens at the input, computed by an encoder so that they depend on one another; the encoder is dropped after
+training. A template may put them at any position (see ``softtune.data.templates``); without one they stand in front.
+Letters: P virtual tokens, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor, nn
+
+from softtune.backbone import Backbone
+from softtune.methods import initialization as init
+from softtune.methods.base import PeftType, PositiveInt, Probability, Prompt, PromptLearningConfig
+from softtune.methods.prompt_tuning import settle_input
+
+
+class PromptEncoderReparameterizationType(str, Enum):
+    """The encoder behind the virtual tokens."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass(kw_only=True)
+class PromptEncoderConfig(PromptLearningConfig):
+    """Config of P-tuning."""
+
+    peft_type: PeftType = PeftType.P_TUNING
+    encoder_reparameterization_type: PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
+    """The encoder: three linear layers, or the paper's bidirectional LSTM and two linear layers."""
+    encoder_hidden_size: PositiveInt | None = None
+    """Width of the encoder's hidden layers; by default the embedding size."""
+    encoder_num_layers: PositiveInt = 2
+    """Layers of the LSTM; the MLP always has three."""
+    encoder_dropout: Probability = 0.0
+    """Dropout between the LSTM's layers."""
+
+    def build(self, backbone: Backbone) -> PromptEncoder:
+        """See ``PeftConfig.build``."""
+        settle_input(self, backbone)
+        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+        return PromptEncoder(self)
+
+    def is_readable_by_peft(self, backbone: Backbone) -> bool:
+        return True
+
+
+class PromptEncoder(nn.Module):
+    """The trained virtual tokens and their encoder.
+
+    Args:
+        config: ``num_virtual_tokens``, ``token_dim``, the ``encoder_*`` fields; in inference mode there is no encoder.
+    """
+
+    def __init__(self, config: PromptEncoderConfig) -> None:
+        super().__init__()
+        assert config.token_dim
+        dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
+        self.embedding = nn.Embedding(config.num_virtual_tokens, dim)
+        self.lstm_head: nn.LSTM | None = None
+        self.mlp_head: nn.Sequential | None = None
+        if config.inference_mode:
+            return
+        if config.encoder_reparameterization_type is PromptEncoderReparameterizationType.LSTM:
+            self.lstm_head = nn.LSTM(
+                input_size=dim,
+                hidden_size=hidden,
+                num_layers=config.encoder_num_layers,
+                dropout=config.encoder_dropout,
+                bidirectional=True,
+                batch_first=True,
+            )
+            self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
+        else:
+            self.mlp_head = nn.Sequential(
+                nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim)
+            )
+
+    def forward(self, indices: Tensor | None = None) -> Tensor:
+        """Vectors [..., P, D] of virtual tokens [..., P]; [P, D] of all of them by default."""
+        vectors: Tensor = self.embedding.weight if indices is None else self.embedding(indices)
+        if self.lstm_head is not None:
+            vectors = self.lstm_head(vectors)[0]
+        return self.mlp_head(vectors) if self.mlp_head is not None else vectors
+
+    def prompt(self) -> Prompt:
+        vectors = self()
+        return Prompt(num_virtual_tokens=len(vectors), vectors=vectors)
+
+    def baked_state(self) -> dict[str, Tensor]:
+        return {init.PROMPT_KEY: self().detach()}
+
+    def load_baked(self, state: Mapping[str, Tensor]) -> None:
+        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])

@@ -1,0 +1,81 @@
+"""P-tuning v2: Liu et al. 2022, "P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales
+and Tasks", arXiv 2110.07602.
+
+Deep prompts without a projection, with the model's hidden dropout on the keys and values, and a trained head in place of
+a verbalizer. Without the dropout and the head it is prefix tuning with ``prefix_projection=False``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from softtune.backbone import AttentionLayer, Backbone, Site
+from softtune.methods import initialization as init
+from softtune.methods.base import OURS, PeftType, Probability, Prompt, PromptLearningConfig
+from softtune.methods.flat import Layers, choose_layers, flat_prefix, settle_prefix, split_prefix
+
+
+@dataclass(kw_only=True)
+class PTuningV2Config(PromptLearningConfig):
+    """Config of P-tuning v2. The prompt starts from the KV of common words."""
+
+    peft_type: PeftType = PeftType.P_TUNING_V2
+    prefix_dropout: Probability | None = field(default=None, metadata=OURS)
+    """Dropout on the prefix's keys and values in training; by default the model's own hidden dropout."""
+    layers: Layers = field(default=None, metadata=OURS)
+    """Layers that get a prefix: their numbers, ``"first:N"`` or ``"last:N"``; by default all."""
+    sites: list[Site] | None = field(default=None, metadata=OURS)
+    """Attention sites that get a prefix of their own: encoder, decoder, cross; by default all that the model has."""
+
+    @property
+    def trains_head(self) -> bool:
+        """Always, where the model has one."""
+        return True
+
+    def build(self, backbone: Backbone) -> DeepPrompt:
+        """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
+        layers = choose_layers(backbone, self.layers, self.sites)
+        settle_prefix(self, backbone)
+        if self.prefix_dropout is None:
+            self.prefix_dropout = hidden_dropout(backbone)
+        return DeepPrompt(self.num_virtual_tokens, layers, self.prefix_dropout)
+
+    def initialize(self, module: DeepPrompt, backbone: Backbone) -> None:
+        """See ``PeftConfig.initialize``."""
+        words = init.vocabulary_ids(backbone, self.num_virtual_tokens)
+        module.embedding.weight.data.copy_(flat_prefix(backbone, module.layers, words))
+
+
+class DeepPrompt(nn.Module):
+    """The trained prompt: one row of keys and values [W] for each virtual token.
+
+    Args:
+        num_virtual_tokens: P.
+        layers: the attention layers that get a prefix.
+        dropout: the share of the prefix's numbers that is dropped in training.
+    """
+
+    def __init__(self, num_virtual_tokens: int, layers: Sequence[AttentionLayer], dropout: float) -> None:
+        super().__init__()
+        self.layers = list(layers)
+        self.embedding = nn.Embedding(num_virtual_tokens, sum(layer.width for layer in layers))
+        self.dropout = nn.Dropout(dropout)
+
+    def prompt(self) -> Prompt:
+        flat = self.dropout(self.embedding.weight)
+        return Prompt(num_virtual_tokens=len(flat), prefixes=split_prefix(flat, self.layers))
+
+    def baked_state(self) -> dict[str, Tensor]:
+        return {init.PROMPT_KEY: self.embedding.weight.detach()}
+
+    def load_baked(self, state: Mapping[str, Tensor]) -> None:
+        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])
+
+
+def hidden_dropout(backbone: Backbone) -> float:
+    """The probability that the base model drops hidden states with, under the name its family gives it."""
+    names = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "dropout_rate", "dropout")
+    return next((float(getattr(backbone.text_config, n)) for n in names if hasattr(backbone.text_config, n)), 0.0)

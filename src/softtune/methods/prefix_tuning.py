@@ -1,0 +1,193 @@
+"""Prefix tuning: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190.
+
+Every attention layer gets P trained keys and values in front of its own. Letters: P virtual tokens, L layers, H key/value
+heads, K key size, D hidden size, W the numbers of one virtual token over all layers (L·2·H·K in an even model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from softtune.backbone import AttentionLayer, Backbone, Site
+from softtune.errors import ConfigError, UnsupportedModelError
+from softtune.methods import initialization as init
+from softtune.methods.base import OURS, PeftType, PositiveInt, Prompt, PromptLearningConfig
+from softtune.methods.flat import Layers, choose_layers, flat_prefix, is_even, settle_prefix, split_prefix
+
+
+@dataclass(kw_only=True)
+class PrefixTuningConfig(PromptLearningConfig):
+    """Config of prefix tuning.
+
+    Raises:
+        ConfigError: a value is out of range, or two of them contradict each other.
+    """
+
+    peft_type: PeftType = PeftType.PREFIX_TUNING
+    encoder_hidden_size: PositiveInt | None = None
+    """Width of the projection's hidden layer; by default as wide as a virtual token."""
+    prefix_projection: bool = False
+    """Train the prefix through an MLP (the paper's reparameterisation), dropped after training."""
+    init_weights: Literal["random", "zero", "vocabulary", "text"] | None = None
+    """Start from N(0, 1), from zero, or from the KV of common words or of ``init_text``. By default: the text where there
+    is one, else common words; with a projection and no text, the projection's random output. PEFT's default is random."""
+    init_text: str | None = field(default=None, metadata=OURS)
+    """The text whose KV the prefix starts from."""
+    tokenizer_name_or_path: str | None = field(default=None, metadata=OURS)
+    """Tokenizer of ``init_text``; by default the base model's."""
+    layers: Layers = field(default=None, metadata=OURS)
+    """Layers that get a prefix: their numbers, ``"first:N"`` or ``"last:N"``; by default all."""
+    sites: list[Site] | None = field(default=None, metadata=OURS)
+    """Attention sites that get a prefix of their own: encoder, decoder, cross; by default all that the model has."""
+    placement: Literal["prefix", "infix"] = field(default="prefix", metadata=OURS)
+    """Before the text, or between the text and the answer (the paper's infix; decoders only)."""
+    embedding_only: bool = field(default=False, metadata=OURS)
+    """Train the input layer's vectors alone and let the layers propagate them (the paper's ablation)."""
+    shift_positions: bool = field(default=True, metadata=OURS)
+    """Let the text start at position P, as in the paper and PEFT, instead of at 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights == "text" and self.init_text is None:
+            raise ConfigError("init_weights = 'text' needs init_text: write the words to start from")
+        if self.embedding_only and (self.layers or self.sites):
+            raise ConfigError("embedding_only trains no layer: drop layers and sites")
+
+    def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
+        """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
+        if self.placement == "infix" and not backbone.is_decoder_only:
+            raise UnsupportedModelError("an infix stands between text and answer of a decoder: use placement='prefix' here")
+        if self.embedding_only:
+            self.settle(token_dim=backbone.embedding.embedding_dim)
+            return EmbeddingPrefix(self)
+        layers = choose_layers(backbone, self.layers, self.sites)
+        settle_prefix(self, backbone)
+        return PrefixEncoder(self, layers)
+
+    def initialize(self, module: PrefixEncoder | EmbeddingPrefix, backbone: Backbone) -> None:
+        """See ``PeftConfig.initialize``. Raises ConfigError where ``init_text`` has no tokenizer."""
+        start = self.init_weights or ("text" if self.init_text else "random" if self.prefix_projection else "vocabulary")
+        if start == "zero":
+            module.start_from(torch.zeros_like(module().detach()))
+        elif start != "random":
+            module.start_from(module.states_of_words(self._initial_words(backbone), backbone))
+
+    def _initial_words(self, backbone: Backbone) -> Tensor:
+        """[P] token ids to start from: those of ``init_text``, or common words."""
+        if self.init_text is None:
+            return init.vocabulary_ids(backbone, self.num_virtual_tokens)
+        tokenizer = self.tokenizer_name_or_path or backbone.model.name_or_path
+        return init.fill(init.text_ids(self.init_text, tokenizer, None)[0], self.num_virtual_tokens)
+
+    def is_readable_by_peft(self, backbone: Backbone) -> bool:
+        plain = self.placement == "prefix" and not self.embedding_only and self.shift_positions
+        return plain and self.layers is None and not backbone.is_encoder_decoder and is_even(backbone)
+
+
+class PrefixEncoder(nn.Module):
+    """The trained prefix.
+
+    Args:
+        config: sizes (``num_virtual_tokens``, ``token_dim``, ``num_layers``, ``encoder_hidden_size``) and whether there
+            is a projection.
+        layers: the attention layers that get a prefix; without them the module still computes as PEFT's does.
+    """
+
+    def __init__(self, config: PrefixTuningConfig, layers: Sequence[AttentionLayer] = ()) -> None:
+        super().__init__()
+        assert config.token_dim
+        self.layers = list(layers)
+        self.after_text = config.placement == "infix"
+        self.shifts_positions = config.shift_positions
+        width = sum(layer.width for layer in layers) or (config.num_layers or 0) * 2 * config.token_dim
+        self.embedding, self.transform = _virtual_tokens(config, config.token_dim, width)
+
+    def forward(self, prefix: Tensor | None = None) -> Tensor:
+        """Flat keys and values [..., W] of virtual tokens [...]; [P, W] of all of them by default."""
+        return _project(self.embedding, self.transform, prefix)
+
+    def states_of_words(self, words: Tensor, backbone: Backbone) -> Tensor:
+        """[P, W] keys and values of token ids [P] in the frozen model."""
+        return flat_prefix(backbone, self.layers, words)
+
+    def start_from(self, flat: Tensor) -> None:
+        """Make the prefix [P, W] what ``forward`` returns."""
+        _start_from(self.embedding, self.transform, flat)
+
+    def prompt(self) -> Prompt:
+        flat = self()
+        return Prompt(
+            num_virtual_tokens=len(flat),
+            prefixes=split_prefix(flat, self.layers),
+            after_text=self.after_text,
+            shifts_positions=self.shifts_positions,
+        )
+
+    def baked_state(self) -> dict[str, Tensor]:
+        return {init.PROMPT_KEY: self().detach()}
+
+    def load_baked(self, state: Mapping[str, Tensor]) -> None:
+        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])
+
+
+class EmbeddingPrefix(nn.Module):
+    """The embedding-only ablation (paper, section 7.2): trained vectors [P, D] at the input, through the same MLP.
+
+    Args:
+        config: as for ``PrefixEncoder``; ``token_dim`` is D.
+    """
+
+    def __init__(self, config: PrefixTuningConfig) -> None:
+        super().__init__()
+        assert config.token_dim
+        self.after_text = config.placement == "infix"
+        self.embedding, self.transform = _virtual_tokens(config, config.token_dim, config.token_dim)
+
+    def forward(self) -> Tensor:
+        """Virtual tokens [P, D]."""
+        return _project(self.embedding, self.transform)
+
+    def states_of_words(self, words: Tensor, backbone: Backbone) -> Tensor:
+        """[P, D] input embeddings of token ids [P]."""
+        return init.word_vectors(backbone, words)
+
+    def start_from(self, vectors: Tensor) -> None:
+        """Make the vectors [P, D] what ``forward`` returns."""
+        _start_from(self.embedding, self.transform, vectors)
+
+    def prompt(self) -> Prompt:
+        vectors = self()
+        return Prompt(num_virtual_tokens=len(vectors), vectors=vectors, after_text=self.after_text)
+
+    def baked_state(self) -> dict[str, Tensor]:
+        return {init.PROMPT_KEY: self().detach()}
+
+    def load_baked(self, state: Mapping[str, Tensor]) -> None:
+        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])
+
+
+def _virtual_tokens(config: PrefixTuningConfig, dim: int, width: int) -> tuple[nn.Embedding, nn.Sequential | None]:
+    """P rows of ``width`` numbers, or P rows of ``dim`` and the MLP that widens them."""
+    if not config.prefix_projection or config.inference_mode:
+        return nn.Embedding(config.num_virtual_tokens, width), None
+    hidden = config.encoder_hidden_size or dim
+    transform = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, width))
+    return nn.Embedding(config.num_virtual_tokens, dim), transform
+
+
+def _project(embedding: nn.Embedding, transform: nn.Sequential | None, indices: Tensor | None = None) -> Tensor:
+    vectors: Tensor = embedding.weight if indices is None else embedding(indices)
+    return transform(vectors) if transform is not None else vectors
+
+
+def _start_from(embedding: nn.Embedding, transform: nn.Sequential | None, states: Tensor) -> None:
+    states = states.to(embedding.weight.device)
+    if transform is None:
+        embedding.weight.data.copy_(states)
+    else:
+        init.fit_last_layer(transform, embedding.weight, states)

@@ -1,0 +1,144 @@
+"""Prompt tuning: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691.
+
+P trained vectors among the input embeddings, nothing in the layers; in an encoder-decoder on the encoder's side only.
+Letters: P virtual tokens, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+
+from softtune.backbone import Backbone
+from softtune.errors import ConfigError
+from softtune.methods import initialization as init
+from softtune.methods.base import OURS, PeftType, Placement, Prompt, PromptLearningConfig
+
+
+class PromptTuningInit(str, Enum):
+    """Where the virtual tokens start."""
+
+    TEXT = "TEXT"
+    """The words of ``prompt_tuning_init_text``."""
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    """A sample of the 5000 most common vocabulary entries."""
+    RANDOM = "RANDOM"
+    """Uniform in ±0.5."""
+    LABELS = "LABELS"
+    """The means of the class labels' sub-tokens, then a vocabulary sample."""
+    FILE = "FILE"
+    """The prompt of ``prompt_tuning_init_file``."""
+
+
+_NEEDS = {
+    PromptTuningInit.TEXT: ("prompt_tuning_init_text", "tokenizer_name_or_path"),
+    PromptTuningInit.LABELS: ("prompt_tuning_init_labels", "tokenizer_name_or_path"),
+    PromptTuningInit.FILE: ("prompt_tuning_init_file",),
+}
+
+
+@dataclass(kw_only=True)
+class PromptTuningConfig(PromptLearningConfig):
+    """Config of prompt tuning.
+
+    Raises:
+        ConfigError: a value is out of range, or the chosen start lacks its text, labels, file or tokenizer.
+    """
+
+    peft_type: PeftType = PeftType.PROMPT_TUNING
+    prompt_tuning_init: PromptTuningInit = PromptTuningInit.SAMPLE_VOCAB
+    """Where the virtual tokens start. PEFT's default is RANDOM, which the paper shows to be worse on small models."""
+    prompt_tuning_init_text: str | None = None
+    """The text of TEXT: cut, or repeated, to the number of virtual tokens."""
+    prompt_tuning_init_labels: list[str] | None = field(default=None, metadata=OURS)
+    """The class labels of LABELS, as words."""
+    prompt_tuning_init_file: str | None = field(default=None, metadata=OURS)
+    """The adapter folder or safetensors file of FILE."""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer of the text or labels."""
+    tokenizer_kwargs: dict[str, Any] | None = None
+    """Arguments for ``AutoTokenizer.from_pretrained``."""
+    placement: Placement = field(default="prefix", metadata=OURS)
+    """Before the text, or behind it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in _NEEDS.get(self.prompt_tuning_init, ()):
+            if not getattr(self, name):
+                raise ConfigError(f"prompt_tuning_init = {self.prompt_tuning_init.value} needs {name}: set it")
+        if self.tokenizer_kwargs and not self.tokenizer_name_or_path:
+            raise ConfigError("tokenizer_kwargs needs tokenizer_name_or_path: set it or drop tokenizer_kwargs")
+
+    def build(self, backbone: Backbone) -> PromptEmbedding:
+        """See ``PeftConfig.build``."""
+        settle_input(self, backbone)
+        return PromptEmbedding(self)
+
+    def initialize(self, module: PromptEmbedding, backbone: Backbone) -> None:
+        """See ``PeftConfig.initialize``. Raises CheckpointError where FILE has a prompt of another shape."""
+        module.embedding.weight.data.copy_(self._start(backbone))
+
+    def _start(self, backbone: Backbone) -> Tensor:
+        size, dim = self.num_virtual_tokens, backbone.embedding.embedding_dim
+        tokenizer = self.tokenizer_name_or_path or ""
+        match self.prompt_tuning_init:
+            case PromptTuningInit.RANDOM:
+                return init.uniform(size, dim)
+            case PromptTuningInit.SAMPLE_VOCAB:
+                return init.word_vectors(backbone, init.vocabulary_ids(backbone, size))
+            case PromptTuningInit.TEXT:
+                (ids,) = init.text_ids(self.prompt_tuning_init_text or "", tokenizer, self.tokenizer_kwargs)
+                return init.word_vectors(backbone, init.fill(ids, size))
+            case PromptTuningInit.LABELS:
+                labels = init.text_ids(self.prompt_tuning_init_labels or [], tokenizer, self.tokenizer_kwargs)
+                return init.label_vectors(backbone, labels, size)
+            case PromptTuningInit.FILE:
+                return init.from_file(self.prompt_tuning_init_file or "", (size, dim))
+
+    def is_readable_by_peft(self, backbone: Backbone) -> bool:
+        return self.placement == "prefix"
+
+
+class PromptEmbedding(nn.Module):
+    """The trained virtual tokens.
+
+    Args:
+        config: ``num_virtual_tokens``, ``token_dim`` and ``placement``.
+        word_embeddings: accepted for PEFT's signature; the start is chosen by ``PromptTuningConfig.build``.
+    """
+
+    def __init__(self, config: PromptTuningConfig, word_embeddings: nn.Module | None = None) -> None:
+        super().__init__()
+        assert config.token_dim
+        self.after_text = config.placement == "suffix"
+        self.embedding = nn.Embedding(config.num_virtual_tokens, config.token_dim)
+
+    def forward(self, indices: Tensor | None = None) -> Tensor:
+        """Vectors [..., D] of virtual tokens [...]; [P, D] of all of them by default."""
+        vectors: Tensor = self.embedding.weight if indices is None else self.embedding(indices)
+        return vectors
+
+    def prompt(self) -> Prompt:
+        vectors = self()
+        return Prompt(num_virtual_tokens=len(vectors), vectors=vectors, after_text=self.after_text)
+
+    def baked_state(self) -> dict[str, Tensor]:
+        return {init.PROMPT_KEY: self.embedding.weight.detach()}
+
+    def load_baked(self, state: Mapping[str, Tensor]) -> None:
+        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])
+
+
+def settle_input(config: PromptLearningConfig, backbone: Backbone) -> None:
+    """Fill in PEFT's size fields for virtual tokens at the input."""
+    text = backbone.text_config
+    config.settle(
+        token_dim=backbone.embedding.embedding_dim,
+        num_attention_heads=getattr(text, "num_attention_heads", None),
+        num_layers=getattr(text, "num_hidden_layers", None),
+    )
+    config.num_transformer_submodules = config.num_transformer_submodules or 1

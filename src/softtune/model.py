@@ -1,0 +1,367 @@
+"""PeftModel: one base model and its adapters. One class for every task, since a task is data and a head.
+
+The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs (BitFit's bias
+changes stay attached while their adapter is the active one).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.utils import PushToHubMixin
+
+from softtune import checkpoint
+from softtune.backbone import Backbone
+from softtune.checkpoint import Adapter
+from softtune.errors import AdapterError, ConfigError
+from softtune.injection import Injection
+from softtune.injection.modules import add_biases, replace_modules
+from softtune.methods import PeftConfig
+from softtune.methods.bitfit import BiasChanges
+from softtune.methods.initialization import PROMPT_KEY
+
+PEFT_HEAD_NAMES = ("classifier", "score")
+"""Names that PEFT lists for every classifier, whether the model has them or not."""
+
+
+class PeftModel(PushToHubMixin, nn.Module):
+    """A frozen base model with adapters. Attributes that it lacks are the base model's.
+
+    Args:
+        model: the base model. Its parameters are frozen; nothing else about it changes.
+        peft_config: the first adapter's config; without one there is no adapter yet.
+        adapter_name: the first adapter's name.
+
+    Raises:
+        UnsupportedModelError: the base model cannot take the method.
+        ConfigError: the config does not fit the base model.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, peft_config: PeftConfig | None = None, adapter_name: str = "default"
+    ) -> None:
+        super().__init__()
+        self.backbone = Backbone(model)
+        self.base_model = model.requires_grad_(False)
+        self.prompt_encoder = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapter = adapter_name
+        self._bias_handles: list[RemovableHandle] = []
+        if peft_config is not None:
+            self.add_adapter(adapter_name, peft_config)
+
+    # Adapters: add, load, save, choose, remove
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        **hub: Any,
+    ) -> PeftModel:
+        """A base model with a saved adapter, ready for inference or, on request, for more training.
+
+        Args:
+            model: the base model that the adapter was trained on.
+            model_id: the adapter's folder or hub repository.
+            adapter_name: the name to give it.
+            is_trainable: go on training from exactly where the adapter was saved.
+            config: use this config instead of the saved one.
+            hub: where on the hub to look (``subfolder``, ``revision``, ``cache_dir``, ``token``).
+
+        Raises:
+            CheckpointError: the folder or a file in it is missing, damaged or pickled.
+            AdapterMismatchError: the adapter was trained on another base model.
+        """
+        loaded = cls(model)
+        loaded.load_adapter(model_id, adapter_name, is_trainable, config, **hub)
+        return loaded.train(is_trainable)
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
+        """Add a new adapter, at the start that its config asks for. The first one becomes active.
+
+        Raises:
+            AdapterError: there is an adapter of that name, or the name has a dot.
+            UnsupportedModelError: the base model cannot take the method.
+        """
+        adapter = self._new_adapter(adapter_name, peft_config)
+        adapter.config.initialize(adapter.module, self.backbone)
+        self._register(adapter_name, adapter)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        **hub: Any,
+    ) -> None:
+        """Add a saved adapter; the arguments and errors are those of ``from_pretrained``. The first one becomes active."""
+        config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub)
+        config.inference_mode = not is_trainable
+        checkpoint.check_base_model(model_id, self.backbone, **hub)
+        adapter = self._new_adapter(adapter_name, config)
+        checkpoint.load(model_id, adapter, trainable=is_trainable, **hub)
+        self._register(adapter_name, adapter)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None, **ignored: Any
+    ) -> None:
+        """Write adapters in PEFT's format: ``default`` into the folder itself, others into folders of their names.
+
+        Args:
+            save_directory: the folder; made where there is none.
+            selected_adapters: names of the adapters to save; by default all.
+            ignored: what ``PreTrainedModel.save_pretrained`` takes; weights are always safetensors.
+
+        Raises:
+            AdapterError: a name is not loaded.
+            CheckpointError: ``save_directory`` is a file.
+        """
+        for name in selected_adapters or list(self.peft_config):
+            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
+            checkpoint.save(folder, self.adapter(name), self.backbone)
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Let this adapter act, and train it unless it was loaded for inference.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
+        self.adapter(adapter_name)
+        self.active_adapter = adapter_name
+        for name, config in self.peft_config.items():
+            trained = name == adapter_name and not config.inference_mode
+            self.prompt_encoder[name].requires_grad_(trained)
+            self.heads[name].requires_grad_(trained)
+        self._attach_biases()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the active one, the first of the others becomes active.
+
+        Raises:
+            AdapterError: no such adapter, or no other one.
+        """
+        self.adapter(adapter_name)
+        others = [name for name in self.peft_config if name != adapter_name]
+        if not others:
+            raise AdapterError(f"{adapter_name!r} is the only adapter: use get_base_model() to go on without one")
+        if self.active_adapter == adapter_name:
+            self.set_adapter(others[0])
+        del self.peft_config[adapter_name], self.prompt_encoder[adapter_name], self.heads[adapter_name]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone, to the last bit, for the length of the block."""
+        active, self.active_adapter = self.active_adapter, ""
+        self._attach_biases()
+        try:
+            yield
+        finally:
+            self.active_adapter = active
+            self._attach_biases()
+
+    def adapter(self, adapter_name: str) -> Adapter:
+        """An adapter by name. Raises AdapterError where there is none."""
+        if adapter_name not in self.peft_config:
+            loaded = ", ".join(self.peft_config) or "none"
+            raise AdapterError(f"no adapter is named {adapter_name!r}: load it first (loaded: {loaded})")
+        heads = {name.replace("/", "."): head for name, head in self.heads[adapter_name].items()}
+        return Adapter(self.peft_config[adapter_name], self.prompt_encoder[adapter_name], heads)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [self.active_adapter] if self.active_adapter else []
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base model, which works without adapters as it did before."""
+        return self.base_model
+
+    # Running
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt_positions: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward with the active adapter. Outputs line up with the caller's tokens.
+
+        Args:
+            input_ids: [B, T], without virtual tokens.
+            attention_mask: [B, T], padded left or right.
+            inputs_embeds: [B, T, D] instead of ``input_ids``.
+            labels: as the base model takes them; virtual tokens need none.
+            prompt_positions: [B, P] the column before which each virtual token stands, ascending, T at the end; as a
+                template's ``encode`` returns them. By default in front of the text or, for a suffix or infix, before the
+                first label that follows a masked one, else behind the text.
+            return_dict: False for a tuple.
+            kwargs: everything else that the base model's forward takes.
+
+        Raises:
+            DataError: positions do not fit the input, or exceed the model's.
+            AdapterError: ``adapter_names`` is given.
+        """
+        if kwargs.pop("adapter_names", None) is not None:
+            raise AdapterError("adapter_names is not supported: choose one adapter for the whole batch with set_adapter")
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        columns = _answer_columns(labels, input_ids) if prompt_positions is None else prompt_positions
+        with self._acting(columns, given=prompt_positions is not None):
+            output = self.base_model(return_dict=True, **kwargs)
+        return output if return_dict is not False else output.to_tuple()
+
+    def generate(self, *args: Any, prompt_positions: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate`` with the active adapter. Virtual tokens are not part of what it returns.
+
+        Args:
+            args: the base model's.
+            prompt_positions: see ``forward``; they refer to the input.
+            kwargs: the base model's.
+        """
+        if kwargs.pop("adapter_names", None) is not None:
+            raise AdapterError("adapter_names is not supported: choose one adapter for the whole batch with set_adapter")
+        with self._acting(prompt_positions, given=True):
+            return self.base_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _acting(self, columns: Tensor | None, *, given: bool) -> Iterator[None]:
+        """The active adapter in the base model, for the length of the block."""
+        if not self.active_adapter:
+            yield
+            return
+        adapter = self.adapter(self.active_adapter)
+        prompt = adapter.module.prompt()
+        with ExitStack() as stack:
+            stack.enter_context(Injection(self.backbone, prompt, columns if given or prompt.after_text else None))
+            for handle in replace_modules(self.base_model, adapter.heads):
+                stack.callback(handle.remove)
+            yield
+
+    # Parameters
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The adapter's baked prompt on the CPU: [P, W] keys and values, or [P, D] vectors.
+
+        Raises:
+            AdapterError: no such adapter, or it has no virtual tokens.
+        """
+        state = self.adapter(adapter_name).module.baked_state()
+        if PROMPT_KEY not in state:
+            raise AdapterError(f"{adapter_name!r} has no virtual tokens: read get_peft_model_state_dict instead")
+        prompt: Tensor = state[PROMPT_KEY].cpu()
+        return prompt
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers that are trained, and all numbers."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both counts and the share, in PEFT's words."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def _new_adapter(self, name: str, config: PeftConfig) -> Adapter:
+        if name in self.peft_config or not name or "." in name:
+            reason = "is loaded already" if name in self.peft_config else "is no name: use one without dots"
+            raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
+        config = copy.deepcopy(config)
+        config.base_model_name_or_path = config.base_model_name_or_path or self.base_model.name_or_path or None
+        heads = {n: copy.deepcopy(self.base_model.get_submodule(n)) for n in self._head_names(config)}
+        return Adapter(config, config.build(self.backbone).to(self.base_model.device), heads)
+
+    def _head_names(self, config: PeftConfig) -> list[str]:
+        names = list(self.backbone.head_names) if config.trains_head else []
+        modules = [n for n, _ in self.base_model.named_modules()]
+        for wanted in config.modules_to_save or ():
+            found = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
+            if not found and wanted not in PEFT_HEAD_NAMES:
+                raise ConfigError(f"modules_to_save: the base model has no module {wanted!r}: see named_modules()")
+            names += [n for n in found if n not in names]
+        return names
+
+    def _register(self, name: str, adapter: Adapter) -> None:
+        self.peft_config[name] = adapter.config
+        self.prompt_encoder[name] = adapter.module
+        self.heads[name] = nn.ModuleDict({n.replace(".", "/"): head for n, head in adapter.heads.items()})
+        self.set_adapter(name if len(self.peft_config) == 1 else self.active_adapter)
+
+    def _attach_biases(self) -> None:
+        while self._bias_handles:
+            self._bias_handles.pop().remove()
+        module = self.prompt_encoder[self.active_adapter] if self.active_adapter else None
+        if isinstance(module, BiasChanges):
+            self._bias_handles = add_biases(self.base_model, module.additions())
+
+
+def _answer_columns(labels: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
+    """[B] the column of each row's first label that follows a masked one; None where rows have no such label."""
+    if labels is None or labels.dim() != 2 or input_ids is None or labels.shape != input_ids.shape:
+        return None
+    supervised = labels != -100
+    starts = supervised[:, 1:] & ~supervised[:, :-1]
+    if not bool(starts.any(dim=1).all()):
+        return None
+    return starts.int().argmax(dim=1) + 1
+
+
+def get_peft_model(model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
+    """Put a new adapter on a base model; see ``PeftModel``."""
+    return PeftModel(model, peft_config, adapter_name)
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """A config of the class that ``config_dict["peft_type"]`` names.
+
+    Raises:
+        ConfigError: an unknown type or key, or a value out of range.
+    """
+    return PeftConfig.from_dict(config_dict)
+
+
+def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """What inference needs of an adapter, by PEFT's names: the baked prompt or bias changes, and the heads."""
+    return checkpoint.export(model.adapter(adapter_name), model.backbone)
+
+
+def set_peft_model_state_dict(model: PeftModel, state_dict: dict[str, Tensor], adapter_name: str = "default") -> None:
+    """Put what ``get_peft_model_state_dict`` returned, here or in PEFT, into an adapter.
+
+    Raises:
+        AdapterMismatchError: names or shapes do not fit.
+        CheckpointError: the adapter trains through an encoder, which such a state lacks.
+    """
+    checkpoint.fill(model.adapter(adapter_name), state_dict)
+
+
+PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel
+PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel

@@ -1,0 +1,82 @@
+"""Files: find one in a folder or on the hub, and write a folder without ever leaving it half written.
+
+Knows nothing about adapters: what stands in the files is ``checkpoint``'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from softtune.errors import CheckpointError
+
+HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+"""Keyword arguments of ``from_pretrained`` that say where on the hub to look."""
+
+
+def locate(model_id: str | os.PathLike[str], filename: str, **hub: Any) -> Path | None:
+    """The path of ``filename`` in a local folder or a hub repository; None where there is no such file."""
+    folder = Path(model_id, hub.get("subfolder") or "")
+    if (folder / filename).is_file():
+        return folder / filename
+    if Path(model_id).exists() or not _is_repository(str(model_id)):
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(model_id), filename, **{k: v for k, v in hub.items() if v is not None}))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{model_id} is no local folder and the hub cannot be reached: check the path") from error
+    except EntryNotFoundError:
+        return None
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{model_id} is neither a local folder nor a readable hub repository") from error
+
+
+def _is_repository(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises CheckpointError where it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): restore the file from a good copy") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object: restore the file from a good copy")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder whose files move into ``folder`` when the block ends well, and vanish when it does not.
+
+    Every file is complete before it appears under its own name; files of ``folder`` that the block does not write stay.
+    """
+    target = Path(folder)
+    if target.is_file():
+        raise CheckpointError(f"{target} is a file: name a folder to save into")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield stage
+        target.mkdir(exist_ok=True)
+        for path in sorted(stage.rglob("*")):
+            if path.is_file():
+                destination = target / path.relative_to(stage)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, destination)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
