@@ -88,21 +88,27 @@ def load(folder: str | os.PathLike[str], adapter: Adapter, *, trainable: bool, *
         CheckpointError: weights are missing, damaged or pickled, or ``trainable`` and the folder holds no training state.
         AdapterMismatchError: the tensors do not fit the base model.
     """
-    path = storage.locate(folder, WEIGHTS_NAME, **hub)
-    if path is None:
-        if storage.locate(folder, PICKLED_NAME, **hub):
-            raise CheckpointError(f"{folder} has pickled weights, which can run code: save them as {WEIGHTS_NAME} instead")
-        raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: copy the whole adapter folder")
+    saved = weights(folder, **hub)
     state = storage.locate(folder, STATE_NAME, **hub) if trainable and adapter.is_reparameterised else None
-    fill(adapter, read(path), read(state) if state else None)
+    fill(adapter, saved, read(state) if state else None)
 
 
-def fill(adapter: Adapter, weights: Mapping[str, Tensor], training_state: Mapping[str, Tensor] | None = None) -> None:
+def weights(folder: str | os.PathLike[str], **hub: Any) -> dict[str, Tensor]:
+    """The tensors of ``adapter_model.safetensors``. Raises CheckpointError where it is missing, damaged or pickled."""
+    path = storage.locate(folder, WEIGHTS_NAME, **hub)
+    if path is not None:
+        return read(path)
+    if storage.locate(folder, PICKLED_NAME, **hub):
+        raise CheckpointError(f"{folder} has pickled weights, which can run code: save them as {WEIGHTS_NAME} instead")
+    raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: copy the whole adapter folder")
+
+
+def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[str, Tensor] | None = None) -> None:
     """Put the tensors that ``export`` returned, or PEFT saved, into an adapter.
 
     Args:
         adapter: the adapter to fill.
-        weights: the baked prompt or bias changes, and the heads.
+        state: the baked prompt or bias changes, and the heads.
         training_state: the module's own tensors, where it computes the prompt through an encoder.
 
     Raises:
@@ -110,8 +116,8 @@ def fill(adapter: Adapter, weights: Mapping[str, Tensor], training_state: Mappin
         CheckpointError: the adapter has an encoder and there is no training state for it.
     """
     heads = {f"base_model.{n}.{k}": v for n, head in adapter.heads.items() for k, v in head.state_dict().items()}
-    _copy(heads, {k: v for k, v in weights.items() if k.startswith("base_model.")})
-    own = {k: v for k, v in weights.items() if not k.startswith("base_model.")}
+    _copy(heads, {k: v for k, v in state.items() if k.startswith("base_model.")})
+    own = {k: v for k, v in state.items() if not k.startswith("base_model.")}
     if OWN_KEY in own:
         own = {PROMPT_KEY: own[OWN_KEY]}
     elif PROMPT_KEY in own:

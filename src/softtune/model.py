@@ -7,6 +7,7 @@ changes stay attached while their adapter is the active one).
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from softtune.backbone import Backbone
 from softtune.checkpoint import Adapter
 from softtune.errors import AdapterError, ConfigError
 from softtune.injection import Injection
+from softtune.injection.layout import row_ends, row_starts
 from softtune.injection.modules import add_biases, replace_modules
 from softtune.methods import PeftConfig
 from softtune.methods.bitfit import BiasChanges
@@ -189,6 +191,11 @@ class PeftModel(PushToHubMixin, nn.Module):
     def active_peft_config(self) -> PeftConfig:
         return self.peft_config[self.active_adapter]
 
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the base model can compute the logits of some tokens alone (``logits_to_keep``)."""
+        return "logits_to_keep" in inspect.signature(self.base_model.forward).parameters
+
     def get_base_model(self) -> PreTrainedModel:
         """The base model, which works without adapters as it did before."""
         return self.base_model
@@ -214,19 +221,29 @@ class PeftModel(PushToHubMixin, nn.Module):
             labels: as the base model takes them; virtual tokens need none.
             prompt_positions: [B, P] the column before which each virtual token stands, ascending, T at the end; as a
                 template's ``encode`` returns them. By default in front of the text or, for a suffix or infix, before the
-                first label that follows a masked one, else behind the text.
+                first token that a language model's labels ask for, else behind the text.
             return_dict: False for a tuple.
-            kwargs: everything else that the base model's forward takes.
+            kwargs: everything else that the base model's forward takes; with ``logits_to_keep`` the loss is over the
+                labels of the logits that are kept.
 
         Raises:
             DataError: positions do not fit the input, or exceed the model's.
             AdapterError: ``adapter_names`` is given.
         """
         if kwargs.pop("adapter_names", None) is not None:
-            raise AdapterError("adapter_names is not supported: choose one adapter for the whole batch with set_adapter")
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
+            raise AdapterError(
+                "adapter_names is not supported: choose one adapter for the whole batch with set_adapter"
+            )
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
         kwargs |= {name: value for name, value in given.items() if value is not None}
-        columns = _answer_columns(labels, input_ids) if prompt_positions is None else prompt_positions
+        columns = self._answer_columns(labels, attention_mask) if prompt_positions is None else prompt_positions
+        if labels is not None and labels.dim() == 2 and (keep := kwargs.get("logits_to_keep")):
+            kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
         with self._acting(columns, given=prompt_positions is not None):
             output = self.base_model(return_dict=True, **kwargs)
         return output if return_dict is not False else output.to_tuple()
@@ -240,9 +257,20 @@ class PeftModel(PushToHubMixin, nn.Module):
             kwargs: the base model's.
         """
         if kwargs.pop("adapter_names", None) is not None:
-            raise AdapterError("adapter_names is not supported: choose one adapter for the whole batch with set_adapter")
+            raise AdapterError(
+                "adapter_names is not supported: choose one adapter for the whole batch with set_adapter"
+            )
         with self._acting(prompt_positions, given=True):
             return self.base_model.generate(*args, **kwargs)
+
+    def _answer_columns(self, labels: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """[B] the column of each row's first label, or behind its text; None where labels are no tokens of the text."""
+        if labels is None or not self.backbone.continues_text:
+            return None
+        supervised = labels != -100
+        first = supervised.int().argmax(dim=1)
+        ends = row_ends(mask, *labels.shape, labels.device)
+        return torch.where(supervised.any(dim=1), first.maximum(row_starts(mask, len(labels), labels.device)), ends)
 
     @contextmanager
     def _acting(self, columns: Tensor | None, *, given: bool) -> Iterator[None]:
@@ -321,17 +349,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         module = self.prompt_encoder[self.active_adapter] if self.active_adapter else None
         if isinstance(module, BiasChanges):
             self._bias_handles = add_biases(self.base_model, module.additions())
-
-
-def _answer_columns(labels: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
-    """[B] the column of each row's first label that follows a masked one; None where rows have no such label."""
-    if labels is None or labels.dim() != 2 or input_ids is None or labels.shape != input_ids.shape:
-        return None
-    supervised = labels != -100
-    starts = supervised[:, 1:] & ~supervised[:, :-1]
-    if not bool(starts.any(dim=1).all()):
-        return None
-    return starts.int().argmax(dim=1) + 1
 
 
 def get_peft_model(model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:

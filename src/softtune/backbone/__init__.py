@@ -84,7 +84,9 @@ class Stack:
     def max_positions(self) -> int | None:
         """Positions that the model has a table for; None where they are rotary, relative or linear biases."""
         limit = getattr(self.module.config, "max_position_embeddings", None)
-        tables = [m for n, m in self.module.named_modules() if n.endswith(("position_embeddings", "wpe", "embed_positions"))]
+        tables = [
+            m for n, m in self.module.named_modules() if n.endswith(("position_embeddings", "wpe", "embed_positions"))
+        ]
         return limit if any(isinstance(t, nn.Embedding) for t in tables) else None
 
     @cached_property
@@ -148,6 +150,11 @@ class Backbone:
     @property
     def is_decoder_only(self) -> bool:
         return [s.site for s in self.stacks] == [Site.DECODER]
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether labels are tokens of the input: a decoder with a language head."""
+        return self.is_decoder_only and self.model.get_output_embeddings() is not None
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -230,7 +237,7 @@ class Backbone:
         if base is self.model:
             return []
         children = [(name, set(child.modules()), child) for name, child in self.model.named_children()]
-        return [n for n, own, child in children if child is not base and words not in own and any(child.parameters())]
+        return [n for n, own, child in children if child is not base and words not in own and [*child.parameters()]]
 
     def bias_slots(self) -> list[BiasSlot]:
         """Every place in the model below its head where a bias is, or could be added."""

@@ -1,17 +1,20 @@
-"""From records to batches: sources (files, the hub), templates (text to token ids) and collate (padding)."""
+"""From records to batches: sources (files, the hub), templates, encoding (text to token ids) and collate (padding)."""
 
 from softtune.data.collate import Collator, length_batches
-from softtune.data.sources import load_records, sample_balanced, split_records
-from softtune.data.templates import Encoded, Example, Template, Verbalizer, encode, encode_records
+from softtune.data.encoding import Example, encode, encode_apart
+from softtune.data.sources import each_row, load_records, sample_balanced, split_records
+from softtune.data.task import Task
+from softtune.data.templates import Template, Verbalizer
 
 __all__ = [
     "Collator",
-    "Encoded",
     "Example",
+    "Task",
     "Template",
     "Verbalizer",
+    "each_row",
     "encode",
-    "encode_records",
+    "encode_apart",
     "length_batches",
     "load_records",
     "sample_balanced",

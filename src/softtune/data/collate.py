@@ -7,12 +7,12 @@ tokenizers or models: a pad token's id is all it needs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from softtune.data.templates import IGNORED, Example
+from softtune.data.encoding import IGNORED, Example
 from softtune.errors import DataError
 
 
@@ -39,7 +39,8 @@ class Collator:
         """Stack ``examples`` (B of them).
 
         Returns ``input_ids`` [B, T] and ``attention_mask`` [B, T]; ``labels`` [B, T], padded with -100, if any example
-        has an answer; ``prompt_positions`` [B, P], counted in the padded row, if the examples have them.
+        has an answer (answers encoded apart: padded to the longest of them); ``prompt_positions`` [B, P], counted in the
+        padded row, if the examples have them.
         """
         if not examples:
             raise DataError("no examples to collate; give one or more")
@@ -49,7 +50,7 @@ class Collator:
             "attention_mask": self._stack([[1] * len(example.input_ids) for example in examples], length, 0),
         }
         if any(label != IGNORED for example in examples for label in example.labels):
-            batch["labels"] = self._stack([example.labels for example in examples], length, IGNORED)
+            batch["labels"] = self._labels(examples, length)
         if any(example.prompt_positions is not None for example in examples):
             batch["prompt_positions"] = self._prompt_positions(examples, length)
         return batch
@@ -63,6 +64,13 @@ class Collator:
             return self.pad_to
         multiple = self.pad_to_multiple_of or 1
         return -(-longest // multiple) * multiple
+
+    def _labels(self, examples: Sequence[Example], length: int) -> Tensor:
+        """Labels [B, T] beside their tokens, or [B, longest answer] where they are apart."""
+        labels = [example.labels for example in examples]
+        if all(len(example.labels) == len(example.input_ids) for example in examples):
+            return self._stack(labels, length, IGNORED)
+        return replace(self, padding_side="right")._stack(labels, max(map(len, labels)), IGNORED)
 
     def _stack(self, rows: list[list[int]], length: int, fill: int) -> Tensor:
         """Pad rows to [B, length]."""

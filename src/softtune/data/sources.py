@@ -1,4 +1,4 @@
-"""Where records come from: CSV, TSV and JSON-lines files, or a data set on the Hugging Face hub; and how to sample them.
+"""Where records come from: CSV, TSV and JSON-lines files, or a data set on the Hugging Face hub; and how to sample.
 
 A record is one row: column name -> value. Nothing is dropped and nothing guessed: the cells of CSV and TSV files stay
 strings ("NA" is a word), only blank lines are passed over. Messages count rows from 1, without the header.
@@ -17,23 +17,24 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from softtune.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Result = TypeVar("Result")
 _LONGEST_CELL = 2**31 - 1  # the most that every platform's C long holds
 
 
 def load_records(source: str, *, split: str = "train") -> Dataset:
     """Load records from a file or from the hub.
 
-    ``source`` is a file if a path of this name exists or if it ends in ``.csv`` (commas, quotes as in RFC 4180), ``.tsv``
-    (tabs, quotes are text), ``.jsonl`` or ``.json`` (one object a line; a key that a row lacks is null). Files are UTF-8,
-    with or without a byte-order mark. Anything else goes to ``datasets.load_dataset(source, split=split)``. A file is
-    one split, ``"train"``.
+    ``source`` is a file if a path of this name exists or if it ends in ``.csv`` (commas, quotes as in RFC 4180),
+    ``.tsv`` (tabs, quotes are text), ``.jsonl`` or ``.json`` (one object a line; a key that a row lacks is null). Files
+    are UTF-8, with or without a byte-order mark. Anything else goes to ``datasets.load_dataset(source, split=split)``. A
+    file is one split, ``"train"``.
     """
     path = Path(source).expanduser()
     if path.suffix.lower() in _PARSERS or path.exists():
@@ -71,6 +72,20 @@ def sample_balanced(
             quotas[values[index]] -= 1
             drawn.append(index)
     return dataset.select(drawn)
+
+
+def each_row(
+    records: Dataset, columns: Collection[str], function: Callable[[Mapping[str, Any]], Result]
+) -> list[Result]:
+    """What ``function`` makes of every record, which must have these columns. A DataError names its row, from 1."""
+    check_columns(columns, records.column_names)
+    results = []
+    for row, record in enumerate(records, start=1):
+        try:
+            results.append(function(record))
+        except DataError as error:
+            raise DataError(f"row {row}: {error}") from error
+    return results
 
 
 def check_columns(wanted: Iterable[str], columns: Collection[str]) -> None:

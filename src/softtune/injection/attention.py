@@ -34,7 +34,7 @@ class PrefixAttention:
         self.biases = biases
         self.reached: set[nn.Module] = set()
         """Modules that have called: all of ``prefixes`` after a forward, or the prefix has been ignored somewhere."""
-        self._masks: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = {}
+        self._masks: dict[tuple[int, int, bool], tuple[Tensor | None, Tensor | None]] = {}
 
     def __call__(
         self,
@@ -62,7 +62,7 @@ class PrefixAttention:
     def _widened(self, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
         """The layer's mask with P more columns; made once for all layers that share a mask."""
         length = next(iter(self.prefixes.values())).key.shape[1]
-        slot = (id(mask), key.shape[2])
+        slot = (id(mask), key.shape[2], causal)
         if slot not in self._masks:
             self._masks[slot] = (mask, _widen(mask, self.visible, query, key, causal, length))
         return self._masks[slot][1]

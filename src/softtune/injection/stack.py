@@ -77,7 +77,9 @@ class StackInjection:
     def _add_vectors(self, call: Call, step: _Step) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
         if step.has_ready_mask:
-            raise UnsupportedModelError("virtual tokens need the 2-D attention mask [B, W]: pass it instead of a 4-D one")
+            raise UnsupportedModelError(
+                "virtual tokens need the 2-D attention mask [B, W]: pass it instead of a 4-D one"
+            )
         if not step.is_continued:
             self._lay_out(call, step, self._columns(step, self.prompt.num_virtual_tokens))
         elif step.mask is not None:
@@ -94,11 +96,10 @@ class StackInjection:
 
     def _columns(self, step: _Step, size: int) -> Tensor:
         """[B, size] the column before which each virtual token stands."""
-        if self.columns is None:
-            columns = (step.ends if self.prompt.after_text else step.starts)[:, None]
-        else:
-            columns = self.columns.to(step.device).reshape(len(self.columns), -1)
-            columns = columns.repeat_interleave(step.rows // len(columns), dim=0)  # beams multiply the rows
+        if self.columns is None:  # kept, since decoding without a cache calls again with a longer text
+            self.columns = step.ends if self.prompt.after_text else step.starts
+        columns = self.columns.to(step.device).reshape(len(self.columns), -1)
+        columns = columns.repeat_interleave(step.rows // len(columns), dim=0)  # beams multiply the rows
         columns = columns.expand(-1, size) if columns.shape[1] == 1 else columns
         if columns.shape != (step.rows, size) or not 0 <= int(columns.min()) <= int(columns.max()) <= step.length:
             raise DataError(
@@ -106,6 +107,13 @@ class StackInjection:
                 f"give {size} for each of {step.rows} rows, from 0 to {step.length}"
             )
         return columns
+
+    def _infix_column(self, step: _Step) -> Tensor:
+        """[B, 1] the column before which the infix stands."""
+        columns = self._columns(step, self.prompt.num_virtual_tokens)
+        if bool((columns != columns[:, :1]).any()):
+            raise DataError("an infix stands at one place of a text: write its virtual tokens next to one another")
+        return columns[:, :1]
 
     def _lay_out(self, call: Call, step: _Step, columns: Tensor) -> None:
         """Put everything that comes with a token in its slot."""
@@ -131,11 +139,14 @@ class StackInjection:
             positions = step.positions() + self.stack.first_position
         positions = positions.expand(step.rows, -1)
         if self.layout is not None:
-            positions = self.layout.merge_positions(positions)
+            positions = self.layout.merge_positions(positions) + self.shift
         elif self.vectors is not None:
             positions = positions + self.prompt.num_virtual_tokens
         elif self.prompt.after_text and self.shift and not step.is_continued:
-            positions = positions + self.shift * step.is_from(self._columns(step, 1))
+            if step.mask is None and call.get("position_ids") is None:
+                # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
+                call["attention_mask"] = torch.ones_like(positions)
+            positions = positions + self.shift * step.is_from(self._infix_column(step))
         else:
             positions = positions + self.shift
         call["position_ids"] = positions
@@ -165,10 +176,12 @@ class StackInjection:
         visible = None
         if self.prompt.after_text and not step.is_continued:
             # The token that the answer is predicted from is the first to see an infix.
-            visible = step.is_from(self._columns(step, 1) - 1)[..., None].expand(-1, -1, self.prompt.num_virtual_tokens)
+            visible = step.is_from(self._infix_column(step) - 1)[..., None].expand(-1, -1, self.prompt.num_virtual_tokens)
         biases = {}
         if own and self.stack.relative_bias is not None:
-            bias = self.stack.prefix_bias(step.positions(), self.prompt.num_virtual_tokens)
+            positions = step.positions()
+            positions = positions if self.layout is None else self.layout.merge_positions(positions)
+            bias = self.stack.prefix_bias(positions, self.prompt.num_virtual_tokens)
             biases = dict.fromkeys(own, bias)
         call[WRAPPER] = PrefixAttention(dict(zip(modules, prefixes, strict=True)), visible, biases)
 

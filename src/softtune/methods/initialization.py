@@ -36,7 +36,9 @@ def vocabulary_ids(backbone: Backbone, size: int) -> Tensor:
     return fill(entries.tolist(), size)
 
 
-def text_ids(text: str | Sequence[str], tokenizer_name: str, tokenizer_kwargs: dict[str, Any] | None) -> list[list[int]]:
+def text_ids(
+    text: str | Sequence[str], tokenizer_name: str, tokenizer_kwargs: dict[str, Any] | None
+) -> list[list[int]]:
     """Token ids of one text, or of several, without padding.
 
     Raises:
@@ -49,11 +51,15 @@ def text_ids(text: str | Sequence[str], tokenizer_name: str, tokenizer_kwargs: d
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer at {tokenizer_name!r}: set tokenizer_name_or_path to a folder or hub name") from error
+        raise ConfigError(
+            f"no tokenizer at {tokenizer_name!r}: set tokenizer_name_or_path to a folder or hub name"
+        ) from error
     texts = [text] if isinstance(text, str) else list(text)
     ids: list[list[int]] = [tokenizer(t)["input_ids"] for t in texts]
     if not all(ids):
-        raise ConfigError(f"the initial text {texts[[bool(i) for i in ids].index(False)]!r} has no tokens: write some words")
+        raise ConfigError(
+            f"the initial text {texts[[bool(i) for i in ids].index(False)]!r} has no tokens: write some words"
+        )
     return ids
 
 
@@ -85,10 +91,14 @@ def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
     try:
         prompt = load_file(file)[PROMPT_KEY] if file else None
     except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"no prompt can be read from {path}: name a safetensors file with {PROMPT_KEY!r}") from error
+        raise CheckpointError(
+            f"no prompt can be read from {path}: name a safetensors file with {PROMPT_KEY!r}"
+        ) from error
     if prompt is None or tuple(prompt.shape) != shape:
         found = "nothing" if prompt is None else f"the shape {tuple(prompt.shape)}"
-        raise CheckpointError(f"{path} holds {found}, the config asks for {shape}: change num_virtual_tokens or the file")
+        raise CheckpointError(
+            f"{path} holds {found}, the config asks for {shape}: change num_virtual_tokens or the file"
+        )
     return prompt.float()
 
 

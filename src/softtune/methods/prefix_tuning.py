@@ -61,7 +61,9 @@ class PrefixTuningConfig(PromptLearningConfig):
     def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
         """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
         if self.placement == "infix" and not backbone.is_decoder_only:
-            raise UnsupportedModelError("an infix stands between text and answer of a decoder: use placement='prefix' here")
+            raise UnsupportedModelError(
+                "an infix stands between text and answer of a decoder: use placement='prefix' here"
+            )
         if self.embedding_only:
             self.settle(token_dim=backbone.embedding.embedding_dim)
             return EmbeddingPrefix(self)
@@ -71,7 +73,9 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def initialize(self, module: PrefixEncoder | EmbeddingPrefix, backbone: Backbone) -> None:
         """See ``PeftConfig.initialize``. Raises ConfigError where ``init_text`` has no tokenizer."""
-        start = self.init_weights or ("text" if self.init_text else "random" if self.prefix_projection else "vocabulary")
+        start = self.init_weights or (
+            "text" if self.init_text else "random" if self.prefix_projection else "vocabulary"
+        )
         if start == "zero":
             module.start_from(torch.zeros_like(module().detach()))
         elif start != "random":

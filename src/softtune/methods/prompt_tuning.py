@@ -35,9 +35,9 @@ class PromptTuningInit(str, Enum):
 
 
 _NEEDS = {
-    PromptTuningInit.TEXT: ("prompt_tuning_init_text", "tokenizer_name_or_path"),
-    PromptTuningInit.LABELS: ("prompt_tuning_init_labels", "tokenizer_name_or_path"),
-    PromptTuningInit.FILE: ("prompt_tuning_init_file",),
+    PromptTuningInit.TEXT: "prompt_tuning_init_text",
+    PromptTuningInit.LABELS: "prompt_tuning_init_labels",
+    PromptTuningInit.FILE: "prompt_tuning_init_file",
 }
 
 
@@ -46,7 +46,7 @@ class PromptTuningConfig(PromptLearningConfig):
     """Config of prompt tuning.
 
     Raises:
-        ConfigError: a value is out of range, or the chosen start lacks its text, labels, file or tokenizer.
+        ConfigError: a value is out of range, or the chosen start lacks its text, labels or file.
     """
 
     peft_type: PeftType = PeftType.PROMPT_TUNING
@@ -59,7 +59,7 @@ class PromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init_file: str | None = field(default=None, metadata=OURS)
     """The adapter folder or safetensors file of FILE."""
     tokenizer_name_or_path: str | None = None
-    """Tokenizer of the text or labels."""
+    """Tokenizer of the text or labels; by default the base model's."""
     tokenizer_kwargs: dict[str, Any] | None = None
     """Arguments for ``AutoTokenizer.from_pretrained``."""
     placement: Placement = field(default="prefix", metadata=OURS)
@@ -67,11 +67,9 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in _NEEDS.get(self.prompt_tuning_init, ()):
-            if not getattr(self, name):
-                raise ConfigError(f"prompt_tuning_init = {self.prompt_tuning_init.value} needs {name}: set it")
-        if self.tokenizer_kwargs and not self.tokenizer_name_or_path:
-            raise ConfigError("tokenizer_kwargs needs tokenizer_name_or_path: set it or drop tokenizer_kwargs")
+        needed = _NEEDS.get(self.prompt_tuning_init)
+        if needed and not getattr(self, needed):
+            raise ConfigError(f"prompt_tuning_init = {self.prompt_tuning_init.value} needs {needed}: set it")
 
     def build(self, backbone: Backbone) -> PromptEmbedding:
         """See ``PeftConfig.build``."""
@@ -84,7 +82,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def _start(self, backbone: Backbone) -> Tensor:
         size, dim = self.num_virtual_tokens, backbone.embedding.embedding_dim
-        tokenizer = self.tokenizer_name_or_path or ""
+        tokenizer = self.tokenizer_name_or_path or backbone.model.name_or_path
         match self.prompt_tuning_init:
             case PromptTuningInit.RANDOM:
                 return init.uniform(size, dim)

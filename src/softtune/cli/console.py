@@ -1,0 +1,86 @@
+"""What the commands show: a progress bar, tables."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from softtune.training.run import Progress as Report
+
+console = Console()
+
+
+@contextmanager
+def progress_bars() -> Iterator[Report]:
+    """A function to report progress to, and a bar for every thing that it reports, for the length of the block."""
+    columns = (
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=console) as progress:
+
+        def report(phase: str, done: int, total: int, loss: float | None) -> None:
+            if phase not in bars:
+                bars[phase] = progress.add_task(phase, total=total, loss="")
+            text = "" if loss is None else f"loss {loss:.3f}"
+            progress.update(bars[phase], completed=done, total=total, **({"loss": text} if text else {}))
+
+        yield report
+
+
+@contextmanager
+def counting(phase: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function to tell how many more are done, and a bar for it, for the length of the block."""
+    done = 0
+    with progress_bars() as report:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            report(phase, done, total, None)
+
+        yield advance
+
+
+def show_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and values, one pair a line."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in pairs:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def quiet() -> None:
+    """Keep the libraries below from writing between the bars."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from datasets.utils.logging import disable_progress_bar, set_verbosity_error
+    from transformers.utils import logging as transformers_logging
+
+    set_verbosity_error()
+    disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def in_units(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}"

@@ -1,0 +1,46 @@
+"""``softtune generate``: write texts with a trained adapter, greedily, by beams or by sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from softtune.cli.console import console, counting, quiet
+from softtune.cli.loading import load_trained, read_records
+from softtune.data import each_row
+from softtune.errors import ConfigError
+from softtune.evaluation.predict import write_texts
+
+
+def command(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    data: Annotated[str | None, typer.Argument(help="A CSV, TSV or JSONL file, or a data set on the hub.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text to go on from instead; may be repeated.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write at most.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample at this temperature.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
+) -> None:
+    """Write the text that follows each record, one a line."""
+    quiet()
+    trained = load_trained(adapter, model)
+    if trained.task.has_head:
+        raise ConfigError("this adapter has a classification head and writes no text: use softtune predict")
+    records = read_records(trained.task, data, text or [], split)
+    prompts = each_row(records, trained.task.template.fields, lambda r: trained.task.encode(r, trained.tokenizer))
+    options: dict[str, Any] = {"num_beams": beams, "do_sample": temperature is not None}
+    if temperature is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+        options["temperature"] = temperature
+    options["max_new_tokens"] = max_new_tokens or trained.task.max_new_tokens
+    with counting("writing", len(prompts)) as advance:
+        texts = write_texts(trained.model, trained.tokenizer, prompts, advance=advance, **options)
+    for line in texts:
+        console.print(escape(" ".join(line.split())), soft_wrap=True)

@@ -1,0 +1,65 @@
+"""``softtune inspect``: an adapter's config and sizes, and what its virtual tokens are like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softtune import checkpoint
+from softtune.backbone import Backbone, Site
+from softtune.cli.console import console, in_units, quiet, show_pairs
+from softtune.cli.loading import load_adapter
+from softtune.evaluation.inspection import bias_changes, nearest_words, prefix_norms
+from softtune.methods import PeftConfig
+from softtune.methods.base import KeyValue
+
+NEIGHBOURS = 5
+"""Words to show for each virtual token."""
+
+
+def command(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
+) -> None:
+    """Show an adapter's config and sizes, and the words nearest to its virtual tokens, or its norms by layer."""
+    quiet()
+    config = PeftConfig.from_pretrained(adapter)
+    weights = checkpoint.weights(adapter)
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    files = sorted(path for path in adapter.iterdir() if path.is_file())
+    show_pairs("Config", [(k, str(v)) for k, v in config.to_dict().items() if v is not None])
+    show_pairs("Tensors", [(name, " x ".join(map(str, tensor.shape))) for name, tensor in weights.items()])
+    show_pairs(f"Files ({numbers:,} parameters)", [(path.name, in_units(path.stat().st_size)) for path in files])
+    loaded, tokenizer = load_adapter(adapter, model, config)
+    module = loaded.adapter(loaded.active_adapter).module
+    prompt = module.prompt()
+    if prompt.vectors is not None:
+        _show_words(loaded.backbone, prompt.vectors, tokenizer)
+    elif prompt.prefixes:
+        _show_norms(prompt.prefixes)
+    else:
+        changes = bias_changes(module)
+        show_pairs("Mean absolute change of the biases", [(role, f"{c:.2e}") for role, c in changes.items()])
+
+
+def _show_words(backbone: Backbone, vectors: Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
+    table = Table("virtual token", "norm", "nearest vocabulary entries (cosine)", title="Words", title_justify="left")
+    ids, cosines = nearest_words(backbone, vectors.detach(), NEIGHBOURS)
+    for i, vector in enumerate(vectors):
+        words = [repr(tokenizer.decode([t])) + f" {c:.2f}" for t, c in zip(ids[i], cosines[i], strict=True)]
+        table.add_row(str(i), f"{vector.norm():.2f}", escape("  ".join(words)))
+    console.print(table)
+
+
+def _show_norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> None:
+    table = Table("site", "layer", "keys", "values", title="Mean norms of the prefix", title_justify="left")
+    for (site, layer), (key, value) in prefix_norms(prefixes).items():
+        table.add_row(site.value, str(layer), f"{key:.2f}", f"{value:.2f}")
+    console.print(table)

@@ -1,0 +1,56 @@
+"""What the commands share that work with a trained adapter: load it, read the records it is asked about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from softtune.data import Task, load_records
+from softtune.errors import ConfigError
+from softtune.methods import PeftConfig, TaskType
+from softtune.model import PeftModel
+from softtune.pretrained import load_base_model
+from softtune.training.recipe import RECIPE_NAME, Recipe
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter at work."""
+
+    task: Task
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_trained(adapter: Path, model: str | None) -> Trained:
+    """The adapter that a recipe made, on its base model or on the one named instead."""
+    recipe = Recipe.of_adapter(adapter)
+    base, tokenizer = load_base_model(model or recipe.model, recipe.task, num_labels=recipe.num_labels)
+    return Trained(recipe.definition, PeftModel.from_pretrained(base, adapter), tokenizer)
+
+
+def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Any adapter, one that PEFT wrote too, on the base model that it names or on the one named instead."""
+    if (adapter / RECIPE_NAME).is_file():
+        trained = load_trained(adapter, model)
+        return trained.model, trained.tokenizer
+    name = model or config.base_model_name_or_path
+    if name is None:
+        raise ConfigError(f"{adapter} does not say its base model: name it with --model")
+    base, tokenizer = load_base_model(name, config.task_type or TaskType.CAUSAL_LM)
+    return PeftModel.from_pretrained(base, adapter), tokenizer
+
+
+def read_records(task: Task, data: str | None, texts: list[str], split: str) -> Dataset:
+    """Records of a file or hub name, or one for each text given on the command line."""
+    if bool(data) == bool(texts):
+        raise ConfigError("name a data file, or give --text; one of the two")
+    if data:
+        return load_records(data, split=split)
+    fields = task.template.fields
+    if len(fields) != 1:
+        raise ConfigError(f"--text fills one field, the template has {', '.join(fields)}: give a data file")
+    return Dataset.from_dict({fields[0]: texts})

@@ -1,0 +1,68 @@
+"""``softtune predict``: label records, or write the answer for each, with a trained adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from datasets import Dataset
+from rich.markup import escape
+from rich.table import Table
+
+from softtune import storage
+from softtune.cli.console import console, counting, quiet, show_pairs
+from softtune.cli.loading import load_trained, read_records
+from softtune.data import each_row
+from softtune.evaluation.answers import Answers, answer, measure
+
+SHOWN = 20
+"""Rows to show of a long result."""
+
+
+def command(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    data: Annotated[str | None, typer.Argument(help="A CSV, TSV or JSONL file, or a data set on the hub.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text to answer instead; may be repeated.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write all answers to this CSV file.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
+) -> None:
+    """Answer records with a trained adapter; measure the answers where the records have labels."""
+    quiet()
+    trained = load_trained(adapter, model)
+    records = read_records(trained.task, data, text or [], split)
+    with counting("predicting", len(records)) as advance:
+        answers = answer(trained.model, trained.tokenizer, trained.task, records, advance=advance)
+    answered = _with_answers(records, answers)
+    if output is not None:
+        with storage.staged(output.parent) as stage:
+            answered.to_csv(stage / output.name, index=False)
+    _show(answered, trained.task.template.fields, output)
+    if answers.truncated:
+        console.print(f"{answers.truncated} of {len(records)} records were cut to fit.")
+    if trained.task.label_column in records.column_names:
+        right = each_row(records, [trained.task.label_column], trained.task.label_of)
+        metrics = measure(trained.task, right, answers.texts)
+        show_pairs("", [(name.replace("_", " "), f"{value:.1%}") for name, value in metrics.items()])
+
+
+def _with_answers(records: Dataset, answers: Answers) -> Dataset:
+    """The records with a column for the answer and, where labels were scored, one for its probability among them."""
+    answered = records.add_column("answer", answers.texts)
+    if answers.scores is None:
+        return answered
+    return answered.add_column("probability", answers.scores.softmax(1).amax(1).tolist())
+
+
+def _show(answered: Dataset, fields: tuple[str, ...], output: Path | None) -> None:
+    table = Table()
+    columns = [c for c in (*fields, "answer", "probability") if c in answered.column_names]
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=False)
+    for record in answered.select(range(min(SHOWN, len(answered)))):
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in map(record.get, columns)))
+    console.print(table)
+    if len(answered) > SHOWN:
+        place = f"all of them are in {output}" if output else "write all of them to a file with --output"
+        console.print(f"{SHOWN} of {len(answered)} records; {place}.")

@@ -1,0 +1,81 @@
+"""``softtune train``: run a recipe. Every field of the recipe is also a flag."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from inspect import Parameter, Signature
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from softtune.cli.console import console, in_units, progress_bars, quiet, show_pairs
+from softtune.errors import ConfigError
+from softtune.training.recipe import Recipe
+from softtune.training.run import Report, train
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def command(recipe: str, resume: bool, **flags: str | None) -> None:
+    """Train an adapter by a recipe, and show what it came to. Ctrl-C saves the run for --resume."""
+    quiet()
+    overrides = {name: _value(name, text) for name, text in flags.items() if text is not None}
+    chosen = Recipe.load(recipe, overrides)
+    with progress_bars() as progress:
+        report = train(chosen, resume=resume, progress=progress)
+    if not report.finished:
+        console.print(f"Stopped after step {report.steps}. Go on with: softtune train {recipe} --resume")
+        sys.exit(INTERRUPTED)
+    show_report(report)
+
+
+def show_report(report: Report) -> None:
+    """The table at the end of a run."""
+    percent = {name: name.replace("_", " ") for name in report.after}
+    pairs = [
+        (label, f"{report.before[name]:.1%} before, {report.after[name]:.1%} after") for name, label in percent.items()
+    ]
+    cut = f", {report.truncated} of them cut to fit" if report.truncated else ""
+    pairs += [
+        ("trained on", f"{report.training_rows} rows{cut}, {report.steps} steps"),
+        ("evaluated on", f"{report.evaluation_rows} rows"),
+        ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
+        ("adapter", f"{report.folder} ({in_units(report.size)})"),
+        ("training", f"{report.seconds:.0f} s"),
+    ]
+    show_pairs("", pairs)
+
+
+def _value(name: str, text: str) -> Any:
+    """A flag's text as the field's type wants it: texts as they are, all else read as YAML."""
+    if Recipe.model_fields[name].annotation in (str, str | None):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{name.replace('_', '-')} {text!r} cannot be read: write it as in a YAML file") from error
+
+
+def _signature() -> Signature:
+    """``command``'s parameters with a flag for every field of the recipe, as typer reads them."""
+    recipe = Annotated[str, typer.Argument(help="The recipe, a YAML file.")]
+    resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+    parameters = [
+        Parameter("recipe", Parameter.POSITIONAL_OR_KEYWORD, annotation=recipe),
+        Parameter("resume", Parameter.KEYWORD_ONLY, annotation=resume, default=False),
+    ]
+    for name, field in Recipe.model_fields.items():
+        shown = field.default.value if isinstance(field.default, Enum) else field.default
+        default = "" if field.is_required() or shown is None else f" [default: {shown}]"
+        option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}")
+        parameters.append(
+            Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[str | None, option], default=None)
+        )
+    return Signature(parameters)
+
+
+command.__signature__ = _signature()  # type: ignore[attr-defined]
+command.__annotations__ = {p.name: p.annotation for p in _signature().parameters.values()}

@@ -1,0 +1,1 @@
+"""What a model with an adapter answers, and how well."""

@@ -1,0 +1,69 @@
+"""Records in, answers out, and how right they are, for any kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softtune.data import Task, each_row
+from softtune.evaluation.metrics import classification_metrics, text_metrics
+from softtune.evaluation.predict import Advance, score_head, score_words, write_texts
+from softtune.model import PeftModel
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answers to some records."""
+
+    texts: list[str]
+    """Each record's likeliest label, or the text written for it."""
+    scores: Tensor | None
+    """[B, N] log-probabilities of the labels; None for free text."""
+    truncated: int
+    """How many records were cut to fit."""
+
+
+def answer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, records: Dataset, *, advance: Advance
+) -> Answers:
+    """Let a model with its adapter answer every record.
+
+    Args:
+        model: the model; it is put into evaluation mode.
+        tokenizer: its tokenizer.
+        task: how the records read.
+        records: rows with the template's columns; a label is not needed.
+        advance: told how many rows are done.
+
+    Raises:
+        DataError: a column is missing, or a row does not fit.
+    """
+    model.eval()
+    pad = int(tokenizer.pad_token_id)
+    prompts = each_row(records, task.template.fields, lambda record: task.encode(record, tokenizer))
+    truncated = sum(prompt.truncated > 0 for prompt in prompts)
+    if task.verbalizer is None:
+        options = {"do_sample": False, "max_new_tokens": task.max_new_tokens}
+        return Answers(write_texts(model, tokenizer, prompts, advance=advance, **options), None, truncated)
+    if task.has_head:
+        scores = score_head(model, prompts, pad, advance=advance)
+    else:
+        rows = [[task.encode(r, tokenizer, label=label) for label in task.verbalizer.labels] for r in records]
+        scores = score_words(model, rows, pad, advance=advance)
+    return Answers([task.verbalizer.labels[i] for i in scores.argmax(1)], scores, truncated)
+
+
+def evaluate(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, records: Dataset, *, advance: Advance
+) -> dict[str, float]:
+    """Metrics of a model's answers to labelled records; the arguments and errors are those of ``answer``."""
+    labels = each_row(records, [task.label_column], task.label_of)
+    return measure(task, labels, answer(model, tokenizer, task, records, advance=advance).texts)
+
+
+def measure(task: Task, right: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """The metrics that fit the task: those of labels, or of texts."""
+    return text_metrics(right, answers) if task.verbalizer is None else classification_metrics(right, answers)

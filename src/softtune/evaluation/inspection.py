@@ -1,0 +1,51 @@
+"""What a trained state is like: the words nearest to its virtual tokens, its norms by layer, its bias changes by role.
+
+Letters: P virtual tokens, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from softtune.backbone import Backbone, Site
+from softtune.methods.base import KeyValue
+from softtune.methods.bitfit import BiasChanges
+
+
+def nearest_words(backbone: Backbone, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The vocabulary entries nearest to each virtual token by cosine (Lester et al. 2021, section 7).
+
+    Args:
+        backbone: the base model.
+        vectors: [P, D].
+        count: how many for each.
+
+    Returns:
+        Token ids [P, count] and their cosines [P, count], the nearest first.
+    """
+    with torch.no_grad():
+        words = backbone.stacks[0].embed(torch.arange(backbone.embedding.num_embeddings, device=vectors.device))
+        cosines = normalize(vectors.float(), dim=-1) @ normalize(words.float(), dim=-1).T
+    found = cosines.topk(count, dim=-1)
+    return found.indices, found.values
+
+
+def prefix_norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> dict[tuple[Site, int], tuple[float, float]]:
+    """The mean Euclidean norm of a virtual token's keys and of its values, over heads, by site and layer."""
+    return {
+        place: (float(kv.key.norm(dim=-1).mean()), float(kv.value.norm(dim=-1).mean()))
+        for place, kv in prefixes.items()
+    }
+
+
+def bias_changes(changes: BiasChanges) -> dict[str, float]:
+    """The mean absolute change of the biases of each role."""
+    by_role: dict[str, list[Tensor]] = defaultdict(list)
+    for slot, change in changes.additions():
+        by_role[slot.role or "other"].append(change.detach().abs())
+    return {role: float(torch.cat(parts).mean()) for role, parts in by_role.items()}

@@ -1,0 +1,124 @@
+"""What a model answers: the likeliest label by its words or by a head, or a text. Knows nothing about files and metrics.
+
+Rows of like length share a batch; rows are padded left, so that answers stand at the end. Letters: B rows, N labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softtune.data import Collator, Example, length_batches
+from softtune.model import PeftModel
+
+Advance = Callable[[int], None]
+"""Told how many rows are done, for a progress bar."""
+
+
+def score_words(
+    model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int, *, batch_size: int = 16, advance: Advance
+) -> Tensor:
+    """[B, N] log-probabilities of each label's words after each row's prompt.
+
+    Args:
+        model: a language model with its adapter.
+        rows: for each record one example per label, encoded with that label's words as its answer.
+        pad_token_id: what fills up shorter rows.
+        batch_size: records of one forward.
+        advance: told of every batch.
+    """
+    is_one_token = all(sum(x != -100 for x in example.labels) == 1 for row in rows for example in row)
+    score = _score_next_token if is_one_token and not model.backbone.is_encoder_decoder else _score_whole_answers
+    scores = torch.zeros(len(rows), len(rows[0]) if rows else 0)
+    for batch in length_batches([len(row[0].input_ids) for row in rows], batch_size):
+        with torch.no_grad():
+            scores[batch] = score(model, [rows[i] for i in batch], pad_token_id)
+        advance(len(batch))
+    return scores
+
+
+def _score_next_token(model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int) -> Tensor:
+    """All labels from one forward a record, where every label is one token."""
+    batch = _collate([row[0] for row in rows], pad_token_id)
+    batch.pop("labels")
+    logits = _forward(model, batch, keep=2).logits[:, -2].float().log_softmax(-1)
+    answers = torch.tensor([[example.input_ids[-1] for example in row] for row in rows], device=logits.device)
+    return logits.gather(1, answers).cpu()
+
+
+def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int) -> Tensor:
+    """A forward for each label: the sum over its tokens."""
+    columns = []
+    for examples in zip(*rows, strict=True):
+        batch = _collate(examples, pad_token_id)
+        labels = batch["labels"].to(model.device)
+        if model.backbone.is_encoder_decoder:
+            logits = _forward(model, batch).logits.float().log_softmax(-1)
+        else:
+            first = int((labels != -100).any(dim=0).int().argmax())
+            keep = labels.shape[1] - first + 1
+            labels = labels[:, -keep + 1 :]
+            logits = _forward(model, batch, keep=keep).logits[:, -keep:-1].float().log_softmax(-1)
+        found = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        columns.append((found * (labels != -100)).sum(-1).cpu())
+    return torch.stack(columns, dim=1)
+
+
+def score_head(
+    model: PeftModel, examples: Sequence[Example], pad_token_id: int, *, batch_size: int = 16, advance: Advance
+) -> Tensor:
+    """[B, N] log-probabilities of a classification head's classes."""
+    scores = torch.zeros(len(examples), model.config.num_labels)
+    for batch in length_batches([len(e.input_ids) for e in examples], batch_size):
+        inputs = _collate([examples[i] for i in batch], pad_token_id)
+        inputs.pop("labels", None)
+        with torch.no_grad():
+            scores[batch] = _forward(model, inputs).logits.float().log_softmax(-1).cpu()
+        advance(len(batch))
+    return scores
+
+
+def write_texts(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    advance: Advance,
+    **generation: Any,
+) -> list[str]:
+    """The text that the model writes after each prompt.
+
+    Args:
+        model: a language model with its adapter.
+        tokenizer: its tokenizer.
+        prompts: encoded with an empty answer.
+        batch_size: prompts of one batch.
+        advance: told of every batch.
+        generation: for ``generate``, such as ``max_new_tokens``, ``num_beams`` and ``do_sample``.
+    """
+    texts = [""] * len(prompts)
+    for batch in length_batches([len(e.input_ids) for e in prompts], batch_size):
+        inputs = _collate([prompts[i] for i in batch], int(tokenizer.pad_token_id))
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        with torch.no_grad():
+            ids = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **generation)
+        start = 0 if model.backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
+        for i, text in zip(batch, tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True), strict=True):
+            texts[i] = text.strip()
+        advance(len(batch))
+    return texts
+
+
+def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+    return Collator(pad_token_id, padding_side="left")(examples)
+
+
+def _forward(model: PeftModel, batch: dict[str, Tensor], keep: int | None = None) -> Any:
+    """Outputs of a batch; logits of the last ``keep`` tokens alone, where the model can leave out the others."""
+    options = {"logits_to_keep": keep} if keep and model.keeps_logits else {}
+    return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)

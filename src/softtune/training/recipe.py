@@ -1,0 +1,177 @@
+"""The recipe: everything that a training run needs to know, as YAML, with defaults. Every field is also a flag.
+
+The recipe is kept in the adapter's folder, so that prediction meets the same template and labels as training did.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from softtune.data import Task, Template, Verbalizer
+from softtune.errors import CheckpointError, ConfigError
+from softtune.methods import PeftConfig, PeftType, TaskType
+
+RECIPE_NAME = "recipe.yaml"
+
+LEARNING_RATES = {
+    PeftType.PREFIX_TUNING: 1e-2,
+    PeftType.P_TUNING_V2: 1e-2,
+    PeftType.PROMPT_TUNING: 3e-2,
+    PeftType.P_TUNING: 1e-3,
+    PeftType.BITFIT: 1e-3,
+}
+"""Where ``learning_rate`` is left out."""
+
+
+class Recipe(BaseModel):
+    """A training run."""
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+    model: str
+    """Base model: a folder, a hub name, smollm2-135m or minilm."""
+    task: TaskType = TaskType.CAUSAL_LM
+    """CAUSAL_LM and SEQ_2_SEQ_LM write the label, SEQ_CLS trains a head."""
+    train: str
+    """Training data: a CSV, TSV or JSONL file, or a data set on the hub."""
+    train_split: str = "train"
+    """Split of a hub data set to train on."""
+    evaluation: str | None = None
+    """Evaluation data; by default rows are held out of the training data."""
+    evaluation_split: str = "train"
+    """Split of a hub data set to evaluate on."""
+    test_size: int | float = 0.2
+    """Rows (whole number) or share of them to hold out where there is no evaluation data; 0 for none."""
+    examples: Annotated[int, Field(ge=1)] | None = None
+    """Train on a random sample of this many rows."""
+    shares: dict[str, float] | None = None
+    """Share of each label in that sample; by default as in the data."""
+    template: str
+    """How a record reads: {column} fields, {prompt:N} virtual tokens."""
+    label_column: str
+    """The column with the label or the text to write."""
+    labels: list[str] | dict[str, str] | None = None
+    """The labels, or a word for each; leave out to train on free text."""
+    max_length: Annotated[int, Field(ge=4)] = 128
+    """Tokens of a record; longer fields are cut, template and label never."""
+    method: PeftType = PeftType.PREFIX_TUNING
+    """The method."""
+    options: dict[str, Any] = {}
+    """Fields of the method's config, such as num_virtual_tokens."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; by default the method's."""
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    """How the learning rate falls."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps until the learning rate has reached its peak."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training data."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Rows of a step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: int = 0
+    """Seed of the sample, the held-out rows, the start and the order."""
+    save_steps: Annotated[int, Field(ge=1)] = 50
+    """Steps between checkpoints; an interrupt writes one too."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Tokens to write at most, where there are no labels."""
+    output: str
+    """The adapter's folder."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.task is TaskType.SEQ_CLS and not self.labels:
+            raise ValueError("SEQ_CLS needs labels: list them")
+        if self.shares and self.examples is None:
+            raise ValueError("shares needs examples: say how many rows to sample")
+        places, tokens = Template(self.template).num_virtual_tokens, self.options.get("num_virtual_tokens")
+        if places and tokens not in (None, places):
+            raise ValueError(f"the template has places for {places} virtual tokens, num_virtual_tokens is {tokens}")
+        self.config()
+        return self
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a YAML file, some of its fields replaced.
+
+        Raises:
+            ConfigError: there is no such file, it is no YAML mapping, or a field is unknown, missing or out of range.
+        """
+        try:
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"no recipe at {path}: check the path") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}): correct it") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path} holds no fields: write lines such as 'model: smollm2-135m'")
+        return cls.of({**fields, **(overrides or {})})
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Recipe:
+        """A recipe of these fields. Raises ConfigError where one is unknown, missing or out of range."""
+        try:
+            return cls.model_validate(dict(fields))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "the recipe"
+            reason = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden":
+                reason = f"no such field: use one of {', '.join(cls.model_fields)}"
+            raise ConfigError(f"recipe: {name}: {reason}") from None
+
+    @classmethod
+    def of_adapter(cls, folder: str | os.PathLike[str]) -> Recipe:
+        """The recipe that an adapter was trained by. Raises CheckpointError where the folder has none."""
+        if not (Path(folder) / RECIPE_NAME).is_file():
+            raise CheckpointError(f"{folder} has no {RECIPE_NAME}: name the folder of an adapter that softtune trained")
+        return cls.load(Path(folder) / RECIPE_NAME)
+
+    def save(self, path: Path) -> None:
+        """Write all fields as YAML."""
+        path.write_text(
+            yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+
+    @property
+    def num_labels(self) -> int | None:
+        """Classes of a trained head; None where there is none."""
+        return len(self.labels) if self.labels and self.task is TaskType.SEQ_CLS else None
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Names of the fields that differ."""
+        return [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
+
+    def config(self) -> PeftConfig:
+        """The method's config. Raises ConfigError where ``options`` has an unknown key or a value out of range."""
+        places = Template(self.template).num_virtual_tokens
+        tokens = {"num_virtual_tokens": places} if places else {}
+        return PeftConfig.from_dict({"peft_type": self.method, "task_type": self.task, **tokens, **self.options})
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate or LEARNING_RATES[self.method]
+
+    @property
+    def definition(self) -> Task:
+        """What prediction needs to know of the recipe."""
+        words = self.labels if isinstance(self.labels, dict) or self.labels is None else {x: x for x in self.labels}
+        return Task(
+            kind=self.task,
+            template=Template(self.template),
+            label_column=self.label_column,
+            verbalizer=None if words is None else Verbalizer(words),
+            max_length=self.max_length,
+            max_new_tokens=self.max_new_tokens,
+        )

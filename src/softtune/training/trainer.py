@@ -1,0 +1,143 @@
+"""A thin Hugging Face Trainer for adapters: logits at the answers only, adapters in the checkpoints, and stops that keep
+what was reached (an interrupt, a loss that is not a number).
+
+Knows nothing about recipes, files or templates. Letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from softtune import checkpoint
+from softtune.errors import TrainingError
+from softtune.model import PeftModel
+
+STATE_FILE = "trainer_state.json"
+"""Written last: a checkpoint without it was cut short."""
+
+
+class AdapterTrainer(Trainer):
+    """Trains the active adapter of a ``PeftModel``. Arguments are the Trainer's.
+
+    Raises:
+        TrainingError: from ``train``, when the loss is not a number; the adapter is then what it was at the last loss
+            that was one.
+    """
+
+    def __init__(self, model: PeftModel, **kwargs: Any) -> None:
+        super().__init__(model=model, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self._keeps_logits = model.keeps_logits
+        self._last_good: dict[str, Tensor] = {}
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss, from the logits of the rows' ends alone where the answers stand there."""
+        labels = inputs.get("labels")
+        if self._keeps_logits and labels is not None and labels.shape == inputs["input_ids"].shape:
+            first = int((labels != -100).any(dim=0).int().argmax())
+            # The token before an answer predicts the answer's first.
+            inputs = {**inputs, "logits_to_keep": labels.shape[1] - max(first - 1, 0)}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One step. Raises TrainingError where its loss is not a number."""
+        state = {name: p.detach().clone() for name, p in self._trained()}
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if torch.isfinite(loss):
+            self._last_good = state
+            return loss
+        for name, parameter in self._trained():
+            parameter.data.copy_(self._last_good.get(name, parameter))
+        raise TrainingError(
+            f"the loss is {loss.item()} at step {self.state.global_step + 1}: "
+            "lower the learning rate; the adapter is kept as it was at the last finite loss"
+        )
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        assert self.model is not None
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the adapter alone: its folder holds all that training goes on from."""
+        assert isinstance(self.model, PeftModel)
+        name = self.model.active_adapter
+        checkpoint.save(output_dir or str(self.args.output_dir), self.model.adapter(name), self.model.backbone)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert isinstance(self.model, PeftModel)
+        checkpoint.load(resume_from_checkpoint, self.model.adapter(self.model.active_adapter), trainable=True)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class InterruptSaver(TrainerCallback):
+    """Lets Ctrl-C end the training after the running step, with a checkpoint. A second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = signal.SIG_DFL
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self._previous)
+
+
+class ProgressReporter(TrainerCallback):
+    """Tells a function each step's number, the number of steps and the latest loss."""
+
+    def __init__(self, report: Callable[[int, int, float | None], None]) -> None:
+        self.report = report
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.report(state.global_step, state.max_steps, None)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            self.report(state.global_step, state.max_steps, float(logs["loss"]))
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest whole checkpoint in a folder."""
+    whole = [p.parent for p in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
+    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
+
+
+def training_arguments(folder: str | os.PathLike[str], **settings: Any) -> TrainingArguments:
+    """The Trainer's arguments with what is fixed here: AdamW, a log line a step, only the newest checkpoint kept."""
+    return TrainingArguments(
+        output_dir=os.fspath(folder),
+        logging_steps=1,
+        save_total_limit=1,
+        save_strategy="steps",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        include_num_input_tokens_seen="no",
+        use_cpu=not torch.cuda.is_available(),
+        logging_nan_inf_filter=False,
+        **settings,
+    )

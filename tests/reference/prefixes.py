@@ -1,0 +1,131 @@
+"""Prefixes, in two ways: as a ready cache of the model's own, and through an attention function made of loops."""
+# ruff: noqa: F722
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from beartype import beartype
+from jaxtyping import Float, Int, jaxtyped
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+checked = jaxtyped(typechecker=beartype)
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""Each layer's key and value [H, P, K]."""
+
+
+@checked
+def split(flat: Float[Tensor, "P W"], sizes: list[tuple[int, int]]) -> Pairs:
+    """Cut a flat prefix into layers of (heads, head size): a layer's key, then its value, head after head."""
+    pairs, column = [], 0
+    for heads, size in sizes:
+        both = []
+        for _ in ("key", "value"):
+            rows = [flat[:, column + h * size : column + (h + 1) * size] for h in range(heads)]
+            both.append(torch.stack(rows))
+            column += heads * size
+        pairs.append((both[0], both[1]))
+    assert column == flat.shape[1]
+    return pairs
+
+
+@checked
+def causal_by_cache(model: PreTrainedModel, ids: Int[Tensor, " T"], pairs: Pairs) -> Float[Tensor, "..."]:
+    """Logits [T, V], or [labels] of a classifier, with the prefix as past keys and values; the text starts at position P."""
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(pairs):
+        cache.update(key[None], value[None], layer)
+    length = pairs[0][0].shape[1]
+    positions = {"position_ids": torch.arange(length, length + len(ids))[None]}
+    if model.config.model_type == "bloom":  # its linear biases need none
+        positions = {}
+    mask = torch.ones(1, length + len(ids), dtype=torch.long)
+    return model(input_ids=ids[None], attention_mask=mask, past_key_values=cache, **positions).logits[0]
+
+
+_prefixes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+_hidden_before: dict[nn.Module, int] = {}
+
+
+def _naive(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """Attention one head and one query at a time, of a batch of one row."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    group = query.shape[1] // key.shape[1]
+    prefix_key, prefix_value = _prefixes.get(module, (key[0, :, :0], value[0, :, :0]))
+    length = prefix_key.shape[1]
+    heads = []
+    for n in range(query.shape[1]):
+        keys = torch.cat([prefix_key[n // group], key[0, n // group]])
+        values = torch.cat([prefix_value[n // group], value[0, n // group]])
+        rows = []
+        for t in range(query.shape[2]):
+            scores = keys @ query[0, n, t] * scaling
+            if position_bias is not None:
+                scores = scores + torch.cat([_prefix_bias(module, t, length, n), position_bias[0, n, t]])
+            if attention_mask is not None:
+                row = attention_mask[0, min(n, attention_mask.shape[1] - 1), min(t, attention_mask.shape[2] - 1)]
+                scores = scores + torch.cat([torch.zeros(length), row])
+            if t < _hidden_before.get(module, 0):
+                scores = torch.cat([torch.full((length,), float("-inf")), scores[length:]])
+            rows.append(torch.softmax(scores, dim=0) @ values)
+        heads.append(torch.stack(rows))
+    return torch.stack(heads, dim=1)[None], None
+
+
+def _prefix_bias(module: nn.Module, t: int, length: int, head: int) -> Tensor:
+    """T5's relative bias of query t for P tokens right before position 0; the first layer's table serves all of a stack."""
+    owner = _bias_owners.get(module)
+    if owner is None:
+        return torch.zeros(length)
+    return owner.compute_bias(1, length, past_seen_tokens=length + t)[0, head, 0]
+
+
+_bias_owners: dict[nn.Module, nn.Module] = {}
+
+AttentionInterface.register("naive", _naive)
+AttentionMaskInterface.register("naive", eager_mask)
+
+
+@contextmanager
+def naive_prefixes(
+    model: PreTrainedModel, prefixes: dict[str, tuple[Tensor, Tensor]], hidden_before: int = 0
+) -> Iterator[PreTrainedModel]:
+    """The model with a prefix in front of each named attention module. Queries before ``hidden_before`` do not see it."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "naive"
+    modules = {model.base_model.get_submodule(name): pair for name, pair in prefixes.items()}
+    _prefixes.update(modules)
+    _hidden_before.update(dict.fromkeys(modules, hidden_before))
+    for module in modules:
+        if (owner := _owner(model, module)) is not None:
+            _bias_owners[module] = owner
+    try:
+        yield model
+    finally:
+        _prefixes.clear()
+        _hidden_before.clear()
+        _bias_owners.clear()
+
+
+def _owner(model: PreTrainedModel, module: nn.Module) -> nn.Module | None:
+    """The self-attention of the first block of T5's stack that ``module`` is in; None for cross-attention."""
+    if type(module).__name__ != "T5Attention":
+        return None
+    for stack in (model.encoder, model.decoder):
+        if any(module is block.layer[0].SelfAttention for block in stack.block):
+            return stack.block[0].layer[0].SelfAttention
+    return None

@@ -1,0 +1,167 @@
+"""Promises 1 and 8: training changes the adapter alone, and evaluation leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import (
+    CAUSAL_LM,
+    SEQ_2_SEQ_LM,
+    SEQ_CLS,
+    adapted,
+    answers,
+    base_model,
+    batch,
+    cases,
+    labels_for,
+    scramble,
+    texts,
+    trained,
+)
+
+from softtune import BitFitConfig, PeftModel, PTuningV2Config, get_peft_model
+
+HEADS = {"gpt2": {"score.weight"}, "llama": {"score.weight"}, "bert": {"classifier.weight", "classifier.bias"}}
+HEADS["bart"] = {f"classification_head/{m}.{p}".replace("/", ".") for m in ("dense", "out_proj") for p in ("weight", "bias")}
+NAMES = {
+    "p_tuning_mlp": {f"mlp_head.{i}.{p}" for i in (0, 2, 4) for p in ("weight", "bias")},
+    "p_tuning_lstm": {f"mlp_head.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
+    | {f"lstm_head.{p}_{q}_l{n}{r}" for p in ("weight", "bias") for q in ("ih", "hh") for n in (0, 1) for r in ("", "_reverse")},
+    "prefix_projection": {f"transform.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")},
+}
+
+
+def loss_of(model: PeftModel, family: str, task: str) -> torch.Tensor:
+    inputs = batch(texts(family, task))
+    return model(**inputs, labels=labels_for(task, inputs)).loss
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases())
+def test_training_changes_the_adapter_alone(family: str, task: str, method: str) -> None:
+    model = adapted(family, task, method).train()
+    base = model.get_base_model()
+    before = {n: t.clone() for n, t in base.state_dict().items()}
+    adapter = {n: p.detach().clone() for n, p in trained(model).items()}
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        loss_of(model, family, task).backward()
+        optimiser.step()
+    assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
+    assert base.state_dict().keys() == before.keys()
+    assert all(p.grad is None for p in base.parameters())
+    assert all(p.grad is not None for p in trained(model).values())
+    assert any(not torch.equal(p, adapter[n]) for n, p in trained(model).items())
+
+
+@pytest.mark.parametrize(("family", "task", "method"), [c for c in cases() if "bitfit" not in c[2]])
+def test_trained_parameters_by_name(family: str, task: str, method: str) -> None:
+    own = {"embedding.weight"} | NAMES.get(method, set())
+    heads = HEADS[family] if task == SEQ_CLS else set()
+    expected = {f"prompt_encoder.default.{n}" for n in own}
+    expected |= {f"heads.default.{n}" for n in heads}
+    assert trained(adapted(family, task, method)).keys() == expected
+
+
+def test_bitfit_trains_every_bias_of_the_base_and_the_head() -> None:
+    model = adapted("bert", SEQ_CLS, "bitfit")
+    biases = {n for n, _ in model.get_base_model().bert.named_parameters() if n.endswith(".bias")}
+    changes = {f"bert/{n.removesuffix('.bias')}".replace(".", "/") for n in biases}
+    expected = {f"prompt_encoder.default.changes.{n}" for n in changes}
+    assert trained(model).keys() == expected | {f"heads.default.{n}" for n in HEADS["bert"]}
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases())
+def test_every_trained_number_has_a_gradient(family: str, task: str, method: str) -> None:
+    """No row, column or module is trained in vain."""
+    model = adapted(family, task, method)
+    inputs = batch(texts(family, task))
+    logits = model(**inputs, **answers(task, 3)).logits
+    (logits * torch.randn_like(logits)).sum().backward()
+    for name, parameter in trained(model).items():
+        if method == "bitfit" and "key" in name:
+            continue  # softmax cancels a key's bias
+        assert parameter.grad is not None, name
+        dead = (parameter.grad == 0).float().mean()
+        assert dead < (1 if "head" in name else 0.1), f"{name}: {dead:.0%} of the numbers have no gradient"
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases())
+def test_evaluation_between_steps_leaves_no_trace(family: str, task: str, method: str) -> None:
+    gradients = []
+    for evaluates in (False, True):
+        model = adapted(family, task, method).train()
+        if evaluates:
+            model.eval()
+            inputs = batch(texts(family, task), "left")
+            with torch.no_grad():
+                model(**inputs, **answers(task, 3))
+                if task != SEQ_CLS:
+                    model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            model.train()
+        loss_of(model, family, task).backward()
+        gradients.append({n: p.grad for n, p in trained(model).items()})
+    assert all(torch.equal(gradient, gradients[0][name]) for name, gradient in gradients[1].items())
+
+
+def test_modes_of_the_base_model_survive_a_new_adapter() -> None:
+    base = base_model("gpt2", CAUSAL_LM).train()
+    base.lm_head.eval()
+    modes = {n: m.training for n, m in base.named_modules()}
+    get_peft_model(base, PTuningV2Config(num_virtual_tokens=3))
+    assert {n: m.training for n, m in base.named_modules()} == modes
+
+
+def test_p_tuning_v2_drops_prefix_numbers_in_training_only() -> None:
+    model = scramble(get_peft_model(base_model("gpt2", CAUSAL_LM), PTuningV2Config(num_virtual_tokens=3, prefix_dropout=0.5)))
+    (row,) = texts("gpt2", CAUSAL_LM, (4,))
+    first, second = (model.train()(row[None]).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    first, second = (model.eval()(row[None]).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_an_exception_leaves_the_base_model_alone() -> None:
+    base = base_model("bert", SEQ_CLS)
+    (row,) = texts("bert", SEQ_CLS, (4,))
+    expected = base(input_ids=row[None]).logits
+    for method in ("prompt", "prefix"):
+        model = adapted("bert", SEQ_CLS, method)
+        with pytest.raises(IndexError):
+            model(input_ids=row[None] + 1000)
+        with torch.no_grad():
+            torch.testing.assert_close(model.get_base_model()(input_ids=row[None]).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_an_exception_while_generating_leaves_the_base_model_alone(family: str) -> None:
+    task = CAUSAL_LM if family == "gpt2" else SEQ_2_SEQ_LM
+    model, (row,) = adapted(family, task, "prefix"), texts(family, task, (4,))
+    expected = base_model(family, task).generate(row[None], max_new_tokens=4)
+
+    def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(row[None], max_new_tokens=4, logits_processor=[stop])
+    assert torch.equal(model.get_base_model().generate(row[None], max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases())
+def test_gradient_checkpointing_is_exact(family: str, task: str, method: str) -> None:
+    gradients = []
+    for checkpoints in (False, True):
+        model = adapted(family, task, method).train()
+        if checkpoints:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        loss_of(model, family, task).backward()
+        gradients.append({n: p.grad for n, p in trained(model).items()})
+    for name, gradient in gradients[1].items():
+        scale = max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_bitfit_starts_as_the_base_model() -> None:
+    model = get_peft_model(base_model("bert", SEQ_CLS), BitFitConfig(task_type=SEQ_CLS)).eval()
+    inputs = batch(texts("bert", SEQ_CLS))
+    assert torch.equal(model(**inputs).logits, base_model("bert", SEQ_CLS)(**inputs).logits)

@@ -1,0 +1,263 @@
+"""Parity: outputs and gradients are those of slow, obvious implementations, on odd shapes and both paddings."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from families import (
+    CAUSAL_LM,
+    FAMILIES,
+    INPUT_METHODS,
+    SEQ_2_SEQ_LM,
+    SEQ_CLS,
+    P,
+    adapted,
+    answers,
+    base_model,
+    batch,
+    cases,
+    texts,
+)
+from reference import prefixes, virtual_tokens
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softtune import PeftModel
+
+KEY_SIZES = {  # key/value heads and head size, by site
+    "gpt2": {"decoder": (6, 6)},
+    "llama": {"decoder": (2, 8)},
+    "qwen3": {"decoder": (2, 12)},
+    "gemma3": {"decoder": (2, 8)},
+    "bloom": {"decoder": (4, 8)},
+    "bert": {"encoder": (4, 8)},
+    "t5": {"encoder": (4, 12), "decoder": (4, 12), "cross": (4, 12)},
+    "bart": {"encoder": (4, 8), "decoder": (2, 16), "cross": (2, 16)},
+}
+DEPTHS = {"gemma3": {"decoder": 3}, "t5": {"encoder": 3}, "bart": {"decoder": 3, "cross": 3}}
+
+
+def attention_names(family: str) -> list[tuple[str, tuple[int, int]]]:
+    """Path and sizes of every attention module, site after site."""
+    return [
+        (path.format(i), KEY_SIZES[family][site])
+        for site, path in FAMILIES[family].attention.items()
+        for i in range(DEPTHS.get(family, {}).get(site, 2))
+    ]
+
+
+def with_head(model: PeftModel, base: PreTrainedModel) -> PreTrainedModel:
+    """The base model with the adapter's trained head in it."""
+    for name, head in model.adapter("default").heads.items():
+        base.get_submodule(name).load_state_dict(head.state_dict())
+    return base
+
+
+def compare(model: PeftModel, ours: list[Tensor], theirs: list[Tensor], leaf: Tensor) -> None:
+    """The same logits, and the same gradient of the prompt for a random loss."""
+    weights = [torch.randn_like(x) for x in ours]
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+    (parameter,) = model.prompt_encoder["default"].parameters()
+    (own_gradient,) = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, ours, strict=True)), parameter)
+    total = sum((w * x).sum() for w, x in zip(weights, theirs, strict=True))
+    (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True)
+    assert gradient.abs().max() > 1e-4
+    torch.testing.assert_close(own_gradient, gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def rows_of(model: PeftModel, task: str, rows: list[Tensor], side: str, **kwargs: Tensor) -> list[Tensor]:
+    """Logits of each row's real tokens, from one padded batch."""
+    logits = model(**batch(rows, side), **kwargs).logits
+    if task != CAUSAL_LM:
+        return list(logits)
+    return [x[: len(r)] if side == "right" else x[len(x) - len(r) :] for x, r in zip(logits, rows, strict=True)]
+
+
+def sides(family: str, task: str) -> tuple[str, ...]:
+    """BART's classifier feeds its padding to its decoder, so that left padding changes even the base model's answers."""
+    return ("right",) if (family, task) == ("bart", SEQ_CLS) else ("right", "left")
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases(("prompt", "prompt_suffix", "embedding_only")))
+def test_virtual_tokens(family: str, task: str, method: str) -> None:
+    model, base = adapted(family, task, method), base_model(family, task)
+    with_head(model, base)
+    rows = texts(family, task)
+    decoder = answers(task, len(rows))
+    leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
+    theirs = []
+    for i, row in enumerate(rows):
+        columns = [len(row) if method == "prompt_suffix" else 0] * P
+        if task == CAUSAL_LM:
+            theirs.append(virtual_tokens.causal(base, row, leaf, columns))
+        else:
+            ids = decoder["decoder_input_ids"][i] if decoder else None
+            if (family, task) == ("bart", SEQ_CLS):  # its decoder reads the text, and its class is read at the text's end
+                theirs.append(bart_classes(base, row, leaf, columns))
+            else:
+                theirs.append(virtual_tokens.whole(base, row, leaf, columns, ids))
+    for side in sides(family, task):
+        compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaf)
+
+
+def bart_classes(base: PreTrainedModel, row: Tensor, vectors: Tensor, columns: list[int]) -> Tensor:
+    sequence, _ = virtual_tokens.arrange(base.get_input_embeddings()(row), vectors, columns)
+    decoder_ids = torch.cat([torch.tensor([2]), row[:-1]])
+    states = base.model(inputs_embeds=sequence[None], decoder_input_ids=decoder_ids[None]).last_hidden_state
+    return base.classification_head(states[0, -1])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if CAUSAL_LM in FAMILIES[f].tasks])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_virtual_tokens_at_the_positions_of_a_template(family: str, side: str) -> None:
+    model, base = adapted(family, CAUSAL_LM, "p_tuning_mlp"), base_model(family, CAUSAL_LM)
+    rows = texts(family, CAUSAL_LM)
+    columns = [[0, 0, 3, 3, 7], [1, 2, 2, 3, 4], [0, 1, 1, 2, 2]]
+    vectors = model.prompt_encoder["default"]()
+    offsets = [0 if side == "right" else 7 - len(r) for r in rows]
+    positions = torch.tensor([[c + o for c in row] for row, o in zip(columns, offsets, strict=True)])
+    ours = rows_of(model, CAUSAL_LM, rows, side, prompt_positions=positions)
+    for own, row, places in zip(ours, rows, columns, strict=True):
+        torch.testing.assert_close(own, virtual_tokens.causal(base, row, vectors, places), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases(("prefix",), tasks=(CAUSAL_LM,)))
+def test_prefix_is_a_ready_cache(family: str, task: str, method: str) -> None:
+    model, base = adapted(family, task, method), base_model(family, task)
+    rows = texts(family, task, (3, 2, 1) if family == "gemma3" else (7, 4, 2))  # a plain cache lets a window end the prefix
+    leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
+    sizes = [KEY_SIZES[family]["decoder"]] * DEPTHS.get(family, {}).get("decoder", 2)
+    theirs = [prefixes.causal_by_cache(base, row, prefixes.split(leaf, sizes)) for row in rows]
+    for side in ("right", "left"):
+        compare(model, rows_of(model, task, rows, side), theirs, leaf)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method"),
+    [c for c in cases(("prefix", "prefix_last", "p_tuning_v2")) if FAMILIES[c[0]].attention],
+)
+def test_prefix_at_every_site(family: str, task: str, method: str) -> None:
+    model, base = adapted(family, task, method), base_model(family, task)
+    with_head(model, base)
+    lengths = (14, 9, 2) if family == "gemma3" else (7, 4, 2)  # longer than the window
+    rows = texts(family, task, lengths)
+    decoder = answers(task, len(rows))
+    leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
+    names = attention_names(family)
+    if method == "prefix_last":
+        sites = {name.rsplit(".", 1)[0].split(".")[0] + name.rsplit(".", 1)[1]: (name, size) for name, size in names}
+        names = list(sites.values())
+    pairs = dict(zip([n for n, _ in names], prefixes.split(leaf, [s for _, s in names]), strict=True))
+    theirs = []
+    with prefixes.naive_prefixes(base, pairs) as naive, position_shift(family, naive):
+        for i, row in enumerate(rows):
+            inputs = {"input_ids": row[None], **{k: v[i : i + 1] for k, v in decoder.items()}}
+            if family in ("gpt2", "llama", "qwen3", "gemma3", "bert"):
+                inputs["position_ids"] = torch.arange(P, P + len(row))[None]
+            theirs.append(naive(**inputs, use_cache=False).logits[0] if family != "bert" else naive(**inputs).logits[0])
+    for side in sides(family, task):
+        compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaf)
+
+
+def position_shift(family: str, model: PreTrainedModel) -> ExitStack:
+    """BART's position tables count for themselves: move them by P."""
+    stack = ExitStack()
+    if family == "bart":
+        for table in (model.model.encoder.embed_positions, model.model.decoder.embed_positions):
+            weight = table.weight.detach()
+            stack.callback(setattr, table, "weight", table.weight)
+            table.weight = nn.Parameter(torch.cat([weight[:2], weight[2 + P :]]), requires_grad=False)
+    return stack
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_infix_is_seen_from_the_token_before_the_answer(family: str, side: str) -> None:
+    model, base = adapted(family, CAUSAL_LM, "infix"), base_model(family, CAUSAL_LM)
+    rows, begins = texts(family, CAUSAL_LM), (4, 2, 1)
+    labels = [torch.where(torch.arange(len(r)) < b, -100, r) for r, b in zip(rows, begins, strict=True)]
+    width = max(len(r) for r in rows)
+    edges = [(0, width - len(r)) if side == "right" else (width - len(r), 0) for r in rows]
+    padded = torch.stack([nn.functional.pad(x, e, value=-100) for x, e in zip(labels, edges, strict=True)])
+    ours = rows_of(model, CAUSAL_LM, rows, side, labels=padded)
+    flat = model.get_prompt_embedding_to_save("default")
+    names = attention_names(family)
+    pairs = dict(zip([n for n, _ in names], prefixes.split(flat, [s for _, s in names]), strict=True))
+    for own, row, begin in zip(ours, rows, begins, strict=True):
+        positions = torch.arange(len(row)) + P * (torch.arange(len(row)) >= begin)
+        with prefixes.naive_prefixes(base, pairs, hidden_before=begin - 1) as naive:
+            inputs = {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}  # no mask would mean packed rows
+            expected = naive(**inputs, position_ids=positions[None], use_cache=False).logits[0]
+        torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases(("bitfit", "bitfit_added")))
+def test_bitfit_trains_biases(family: str, task: str, method: str) -> None:
+    """Changes at outputs act as changed biases, and get the gradients that the biases themselves would get."""
+    model, base = adapted(family, task, method), base_model(family, task)
+    with_head(model, base)
+    inputs = {**batch(texts(family, task)), **answers(task, 3)}
+    changes = dict(model.prompt_encoder["default"].changes.items())
+    own = {n: p for n, p in base.named_parameters() if n.endswith(".bias")}
+    fused = {"query": 0, "key": 1, "value": 2}
+    mine = {}
+    for name, change in changes.items():
+        path = name.replace("/", ".")
+        module, _, role = path.rpartition(".")
+        if role in fused and f"{module}.bias" in own and f"{path}.bias" not in own:
+            heads = 4 if family == "bloom" else 1
+            index = torch.arange(3 * len(change)).view(heads, 3, -1)[:, fused[role]].reshape(-1)
+            mine[name] = (f"{module}.bias", index)
+        else:
+            mine[name] = (f"{path}.bias", slice(None))
+            if f"{path}.bias" not in own:
+                if not isinstance(base.get_submodule(path), nn.Linear):
+                    continue  # RMS norms have no place for a bias
+                base.get_submodule(path).bias = nn.Parameter(torch.zeros(len(change)))
+                own[f"{path}.bias"] = base.get_submodule(path).bias
+    if method == "bitfit_added" and not FAMILIES[family].has_biases:
+        for name in [n for n in changes if mine[n][0] not in own]:
+            changes[name].data.zero_()
+    for name, change in changes.items():
+        if mine[name][0] in own:
+            parameter, index = mine[name]
+            own[parameter].data[index] += change.detach()
+    for p in own.values():
+        p.requires_grad_()
+    ours, theirs = model(**inputs).logits, base(**inputs).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(ours)
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    for name, change in changes.items():
+        if mine[name][0] in own:
+            gradient = own[mine[name][0]].grad[mine[name][1]]
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(change.grad, gradient, rtol=1e-5, atol=1e-5 * max(scale, 1.0))
+
+
+def test_the_window_does_not_end_the_prefix() -> None:
+    model = adapted("gemma3", CAUSAL_LM, "prefix")
+    (row,) = texts("gemma3", CAUSAL_LM, (20,))
+    before = model(input_ids=row[None]).logits[0, -1]
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.mul_(-1)
+    assert (model(input_ids=row[None]).logits[0, -1] - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_equal_lengths_of_both_sequences_do_not_share_a_mask(family: str) -> None:
+    """Without padding neither attention has a mask, and only one of the two is causal."""
+    model = adapted(family, SEQ_2_SEQ_LM, "prefix")
+    (row,) = texts(family, SEQ_2_SEQ_LM, (4,))
+    ids = answers(SEQ_2_SEQ_LM, 1, 4)["decoder_input_ids"]
+    alone = model(input_ids=row[None], decoder_input_ids=ids).logits
+    mask = torch.ones_like(row[None])
+    padded = batch([row], width=6)
+    torch.testing.assert_close(alone, model(**padded, decoder_input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        alone, model(input_ids=row[None], attention_mask=mask, decoder_input_ids=ids).logits, atol=1e-5, rtol=1e-5
+    )
