@@ -8,15 +8,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BartConfig,
     BertConfig,
     BloomConfig,
@@ -44,11 +46,14 @@ P = 5
 VOCABULARY = 97
 PAD = 1
 CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"
+TOKEN_CLS, QUESTION_ANS = "TOKEN_CLS", "QUESTION_ANS"
 
 AUTO: dict[str, Any] = {
     CAUSAL_LM: AutoModelForCausalLM,
     SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
     SEQ_CLS: AutoModelForSequenceClassification,
+    TOKEN_CLS: AutoModelForTokenClassification,
+    QUESTION_ANS: AutoModelForQuestionAnswering,
 }
 
 
@@ -225,7 +230,9 @@ def takes(family: str, method: str) -> bool:
 
 
 def cases(
-    methods: tuple[str, ...] = tuple(METHODS), families: tuple[str, ...] = tuple(FAMILIES), tasks: tuple[str, ...] = tuple(AUTO)
+    methods: tuple[str, ...] = tuple(METHODS),
+    families: tuple[str, ...] = tuple(FAMILIES),
+    tasks: tuple[str, ...] = tuple(AUTO),
 ) -> list[tuple[str, str, str]]:
     """Every (family, task, method) that goes together."""
     return [
@@ -237,12 +244,12 @@ def cases(
     ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _base_model(family: str, task: str, seed: int, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
     row = FAMILIES[family]
     special = {"pad_token_id": PAD, "eos_token_id": 2, "bos_token_id": 0}
     settings = row.sizes | dict.fromkeys(row.dropout, 0.0) | special | dict(overrides)
-    if task == SEQ_CLS:
+    if task in (SEQ_CLS, TOKEN_CLS):
         settings["num_labels"] = 3
     torch.manual_seed(seed)
     model = AUTO[task].from_config(row.config(vocab_size=VOCABULARY, **settings))
@@ -257,9 +264,9 @@ def base_model(family: str, task: str, seed: int = 0, **overrides: Any) -> PreTr
     return copy.deepcopy(_base_model(family, task, seed, tuple(overrides.items())))
 
 
-def adapted(family: str, task: str, method: str, seed: int = 1, **fields: Any) -> PeftModel:
+def adapted(family: str, task: str, method: str, seed: int = 1, **overrides: Any) -> PeftModel:
     """A tiny model with an adapter that acts strongly on every output, in evaluation mode."""
-    model = get_peft_model(base_model(family, task), METHODS[method](task_type=task, **fields))
+    model = get_peft_model(base_model(family, task, **overrides), METHODS[method](task_type=task))
     return scramble(model, seed).eval()
 
 
@@ -314,4 +321,6 @@ def labels_for(task: str, inputs: dict[str, Tensor]) -> Tensor:
         return torch.arange(len(ids)) % 3
     if task == SEQ_2_SEQ_LM:
         return ids.flip(1)[:, :4].contiguous()
-    return ids.masked_fill(inputs["attention_mask"].cumsum(1) <= 2, -100).masked_fill(inputs["attention_mask"] == 0, -100)
+    return ids.masked_fill(inputs["attention_mask"].cumsum(1) <= 2, -100).masked_fill(
+        inputs["attention_mask"] == 0, -100
+    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import CAUSAL_LM, FAMILIES, PAD, SEQ_2_SEQ_LM, SEQ_CLS, P, adapted, answers, batch, cases, texts
 from torch import Tensor
 
 from softtune import PeftModel
+from tests.families import CAUSAL_LM, FAMILIES, PAD, SEQ_2_SEQ_LM, SEQ_CLS, P, adapted, answers, batch, cases, texts
 
 GENERATED = 5
 GENERATING = [c for c in cases() if c[1] != SEQ_CLS]
@@ -37,7 +37,9 @@ def test_padding_and_company_change_nothing(family: str, task: str, method: str)
                 torch.testing.assert_close(real(together[side][i], row, side, task), alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "task", "method"), cases(("prompt", "prefix", "bitfit"), tasks=(CAUSAL_LM, SEQ_CLS)))
+@pytest.mark.parametrize(
+    ("family", "task", "method"), cases(("prompt", "prefix", "bitfit"), tasks=(CAUSAL_LM, SEQ_CLS))
+)
 def test_word_vectors_in_place_of_words(family: str, task: str, method: str) -> None:
     model, rows = adapted(family, task, method), texts(family, task, (5, 5))
     if task == SEQ_CLS and family == "bart":
@@ -98,14 +100,23 @@ def test_cached_scores_are_those_of_forward(family: str, task: str, method: str)
     inputs = batch(rows, "left")
     with torch.no_grad():
         result = model.generate(
-            **inputs, max_new_tokens=GENERATED, eos_token_id=None, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **inputs,
+            max_new_tokens=GENERATED,
+            eos_token_id=None,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         scores = torch.stack(result.logits, dim=1)
         if task == SEQ_2_SEQ_LM:
             logits = model(**inputs, decoder_input_ids=result.sequences[:, :-1]).logits
         else:
             mask = torch.cat([inputs["attention_mask"], torch.ones(len(rows), GENERATED, dtype=torch.long)], dim=1)
-            places = {"prompt_positions": torch.full((len(rows), P), inputs["input_ids"].shape[1])} if behind_text(model) else {}
+            places = (
+                {"prompt_positions": torch.full((len(rows), P), inputs["input_ids"].shape[1])}
+                if behind_text(model)
+                else {}
+            )
             logits = model(input_ids=result.sequences, attention_mask=mask, **places).logits[:, -GENERATED - 1 : -1]
     torch.testing.assert_close(scores, logits, atol=1e-5, rtol=1e-5)
 

@@ -6,10 +6,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from families import (
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softtune import PeftModel
+from tests.families import (
     CAUSAL_LM,
     FAMILIES,
-    INPUT_METHODS,
     SEQ_2_SEQ_LM,
     SEQ_CLS,
     P,
@@ -20,11 +23,7 @@ from families import (
     cases,
     texts,
 )
-from reference import prefixes, virtual_tokens
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from softtune import PeftModel
+from tests.reference import prefixes, virtual_tokens
 
 KEY_SIZES = {  # key/value heads and head size, by site
     "gpt2": {"decoder": (6, 6)},
@@ -95,7 +94,10 @@ def test_virtual_tokens(family: str, task: str, method: str) -> None:
             theirs.append(virtual_tokens.causal(base, row, leaf, columns))
         else:
             ids = decoder["decoder_input_ids"][i] if decoder else None
-            if (family, task) == ("bart", SEQ_CLS):  # its decoder reads the text, and its class is read at the text's end
+            if (family, task) == (
+                "bart",
+                SEQ_CLS,
+            ):  # its decoder reads the text, and its class is read at the text's end
                 theirs.append(bart_classes(base, row, leaf, columns))
             else:
                 theirs.append(virtual_tokens.whole(base, row, leaf, columns, ids))
@@ -127,7 +129,9 @@ def test_virtual_tokens_at_the_positions_of_a_template(family: str, side: str) -
 @pytest.mark.parametrize(("family", "task", "method"), cases(("prefix",), tasks=(CAUSAL_LM,)))
 def test_prefix_is_a_ready_cache(family: str, task: str, method: str) -> None:
     model, base = adapted(family, task, method), base_model(family, task)
-    rows = texts(family, task, (3, 2, 1) if family == "gemma3" else (7, 4, 2))  # a plain cache lets a window end the prefix
+    rows = texts(
+        family, task, (3, 2, 1) if family == "gemma3" else (7, 4, 2)
+    )  # a plain cache lets a window end the prefix
     leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
     sizes = [KEY_SIZES[family]["decoder"]] * DEPTHS.get(family, {}).get("decoder", 2)
     theirs = [prefixes.causal_by_cache(base, row, prefixes.split(leaf, sizes)) for row in rows]
@@ -189,7 +193,10 @@ def test_infix_is_seen_from_the_token_before_the_answer(family: str, side: str) 
     for own, row, begin in zip(ours, rows, begins, strict=True):
         positions = torch.arange(len(row)) + P * (torch.arange(len(row)) >= begin)
         with prefixes.naive_prefixes(base, pairs, hidden_before=begin - 1) as naive:
-            inputs = {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}  # no mask would mean packed rows
+            inputs = {
+                "input_ids": row[None],
+                "attention_mask": torch.ones_like(row[None]),
+            }  # no mask would mean packed rows
             expected = naive(**inputs, position_ids=positions[None], use_cache=False).logits[0]
         torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
 

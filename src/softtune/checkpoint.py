@@ -119,9 +119,9 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
     _copy(heads, {k: v for k, v in state.items() if k.startswith("base_model.")})
     own = {k: v for k, v in state.items() if not k.startswith("base_model.")}
     if OWN_KEY in own:
-        own = {PROMPT_KEY: own[OWN_KEY]}
+        own[PROMPT_KEY] = own.pop(OWN_KEY)
     elif PROMPT_KEY in own:
-        own = {PROMPT_KEY: _from_peft(own[PROMPT_KEY], adapter)}
+        own[PROMPT_KEY] = _from_peft(own[PROMPT_KEY], adapter)
     _check(adapter.module.baked_state(), own)
     if not adapter.is_reparameterised:
         adapter.module.load_baked(own)
@@ -168,6 +168,10 @@ def _from_peft(prompt: Tensor, adapter: Adapter) -> Tensor:
         return prompt
     if not isinstance(config, PrefixTuningConfig):
         return prompt[: config.num_virtual_tokens]  # PEFT trains as many again and never reads them
+    if config.sites != [Site.DECODER]:
+        raise AdapterMismatchError(
+            "PEFT's prefix is for the decoder's own attention: set sites=['decoder'] in the config"
+        )
     # Layer l of the decoder takes the columns 4l and 4l + 1 of twice the tensor; PEFT gives no other site a prefix.
     assert config.num_layers and config.token_dim
     parts = prompt.view(len(prompt), 2 * config.num_layers, -1).repeat(1, 2, 1)

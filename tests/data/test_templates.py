@@ -336,7 +336,7 @@ def test_what_is_cut_is_a_part_of_what_is_whole(tokenizer, record, answer, room)
     positions = example.prompt_positions
     assert len(positions) == template.num_virtual_tokens == 7
     assert positions == sorted(positions)
-    assert 0 <= positions[0] and positions[-1] <= len(example.input_ids)
+    assert positions[0] >= 0 and positions[-1] <= len(example.input_ids)
     last = len(example.input_ids) - positions[-1]
     assert example.input_ids[-last:] == whole.input_ids[-last:] == empty.input_ids[-last:]
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softtune.data import Task, each_row
 from softtune.evaluation.metrics import classification_metrics, text_metrics
-from softtune.evaluation.predict import Advance, score_head, score_words, write_texts
+from softtune.evaluation.predict import Advance, score_head, score_words, unwatched, write_texts
 from softtune.model import PeftModel
 
 
@@ -27,7 +27,12 @@ class Answers:
 
 
 def answer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, records: Dataset, *, advance: Advance
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    records: Dataset,
+    *,
+    advance: Advance = unwatched,
 ) -> Answers:
     """Let a model with its adapter answer every record.
 
@@ -57,7 +62,12 @@ def answer(
 
 
 def evaluate(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, records: Dataset, *, advance: Advance
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    records: Dataset,
+    *,
+    advance: Advance = unwatched,
 ) -> dict[str, float]:
     """Metrics of a model's answers to labelled records; the arguments and errors are those of ``answer``."""
     labels = each_row(records, [task.label_column], task.label_of)

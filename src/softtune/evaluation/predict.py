@@ -16,11 +16,20 @@ from softtune.data import Collator, Example, length_batches
 from softtune.model import PeftModel
 
 Advance = Callable[[int], None]
-"""Told how many rows are done, for a progress bar."""
+"""Told how many more rows are done, for a progress bar."""
+
+
+def unwatched(rows: int) -> None:
+    """Where nobody wants to know how many rows are done."""
 
 
 def score_words(
-    model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int, *, batch_size: int = 16, advance: Advance
+    model: PeftModel,
+    rows: Sequence[Sequence[Example]],
+    pad_token_id: int,
+    *,
+    batch_size: int = 16,
+    advance: Advance = unwatched,
 ) -> Tensor:
     """[B, N] log-probabilities of each label's words after each row's prompt.
 
@@ -69,7 +78,12 @@ def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pa
 
 
 def score_head(
-    model: PeftModel, examples: Sequence[Example], pad_token_id: int, *, batch_size: int = 16, advance: Advance
+    model: PeftModel,
+    examples: Sequence[Example],
+    pad_token_id: int,
+    *,
+    batch_size: int = 16,
+    advance: Advance = unwatched,
 ) -> Tensor:
     """[B, N] log-probabilities of a classification head's classes."""
     scores = torch.zeros(len(examples), model.config.num_labels)
@@ -88,7 +102,7 @@ def write_texts(
     prompts: Sequence[Example],
     *,
     batch_size: int = 16,
-    advance: Advance,
+    advance: Advance = unwatched,
     **generation: Any,
 ) -> list[str]:
     """The text that the model writes after each prompt.

@@ -37,10 +37,11 @@ class Injection:
     def __enter__(self) -> Injection:
         for stack in self.stacks:
             self._handles += stack.hooks()
-        if self.prompt.vectors is not None and self.backbone.is_encoder_decoder:
+        if self.backbone.is_encoder_decoder:
             decoder, model = self.backbone.stacks[-1].module, self.backbone.model
-            self._handles.append(decoder.register_forward_pre_hook(self._widen_cross_mask, with_kwargs=True))
-            self._handles.append(model.register_forward_hook(self._align_encoder))
+            self._handles.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+            if self.prompt.vectors is not None:
+                self._handles.append(model.register_forward_hook(self._align_encoder))
         self._keep_cache_under_checkpointing(True)
         return self
 
@@ -51,14 +52,14 @@ class Injection:
             self._handles.pop().remove()
         self._keep_cache_under_checkpointing(False)
 
-    def _widen_cross_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
         """Let the decoder see the encoder's outputs of the virtual tokens."""
-        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
-        if mask is None or states is None:
-            return args, kwargs
-        if states.shape[1] == mask.shape[1]:
+        encoder, mask = self.stacks[0], kwargs.get("encoder_attention_mask")
+        if encoder.acts and not encoder.has_run:
             raise AdapterError("encoder_outputs were computed without the adapter: pass input_ids instead")
-        return args, {**kwargs, "encoder_attention_mask": self.stacks[0].widen(mask)}
+        if encoder.vectors is None or mask is None:
+            return args, kwargs
+        return args, {**kwargs, "encoder_attention_mask": encoder.widen(mask)}
 
     def _align_encoder(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Take the virtual tokens out of what an encoder-decoder returns of its encoder."""

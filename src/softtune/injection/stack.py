@@ -48,6 +48,12 @@ class StackInjection:
         shifts = prompt.shifts_positions and any(a.site is stack.site for a in self.layers)
         self.shift = prompt.num_virtual_tokens if shifts else 0
         self.layout: Layout | None = None
+        self.has_run = False
+
+    @property
+    def acts(self) -> bool:
+        """Whether the prompt has anything for this stack."""
+        return self.vectors is not None or bool(self.layers)
 
     def hooks(self) -> list[RemovableHandle]:
         """Attach to the stack; remove the handles to detach."""
@@ -64,6 +70,7 @@ class StackInjection:
         call = self.stack.arguments(args, kwargs)
         step = _Step(call)
         self.layout = None
+        self.has_run = True
         if self.vectors is not None:
             self._add_vectors(call, step)
         elif not self.stack.is_causal and bool(step.starts.any()):
@@ -99,7 +106,7 @@ class StackInjection:
         if self.columns is None:  # kept, since decoding without a cache calls again with a longer text
             self.columns = step.ends if self.prompt.after_text else step.starts
         columns = self.columns.to(step.device).reshape(len(self.columns), -1)
-        columns = columns.repeat_interleave(step.rows // len(columns), dim=0)  # beams multiply the rows
+        columns = columns.repeat_interleave(max(step.rows // len(columns), 1), dim=0)  # beams multiply the rows
         columns = columns.expand(-1, size) if columns.shape[1] == 1 else columns
         if columns.shape != (step.rows, size) or not 0 <= int(columns.min()) <= int(columns.max()) <= step.length:
             raise DataError(
@@ -176,7 +183,9 @@ class StackInjection:
         visible = None
         if self.prompt.after_text and not step.is_continued:
             # The token that the answer is predicted from is the first to see an infix.
-            visible = step.is_from(self._infix_column(step) - 1)[..., None].expand(-1, -1, self.prompt.num_virtual_tokens)
+            visible = step.is_from(self._infix_column(step) - 1)[..., None].expand(
+                -1, -1, self.prompt.num_virtual_tokens
+            )
         biases = {}
         if own and self.stack.relative_bias is not None:
             positions = step.positions()
@@ -188,8 +197,10 @@ class StackInjection:
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
         if (wrapper := kwargs.get(WRAPPER)) is not None:
             self._check_reached(wrapper, kwargs)
-        if isinstance(cache := getattr(output, "past_key_values", None), PrefixCache):
+        if isinstance(cache := kwargs.get("past_key_values"), PrefixCache):
             output.past_key_values = cache.inner
+            if output.attentions is not None:
+                output.attentions = tuple(weights[..., cache.length :] for weights in output.attentions)
         if self.layout is not None and not (self.feeds_decoder and self.vectors is not None):
             align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
         return output

@@ -154,6 +154,11 @@ class PeftConfig:
         """Whether PEFT computes the same from the saved adapter."""
         return False
 
+    @classmethod
+    def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What PEFT does with a config of these values, in fields that it lacks."""
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, with enum members as their values."""
         return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(self).items()}
@@ -189,8 +194,13 @@ class PeftConfig:
         if path is None:
             raise CheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: is it an adapter's folder?")
         own = storage.locate(pretrained_model_name_or_path, OWN_CONFIG_NAME, **hub)
-        extra = storage.read_json(own).get("config", {}) if own else {}
-        return cls.from_dict({**storage.read_json(path), **extra})
+        values = storage.read_json(path)
+        extra = (
+            storage.read_json(own).get("config", {})
+            if own
+            else _class_of(values.get("peft_type")).implied_by_peft(values)
+        )
+        return cls.from_dict({**values, **extra})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the config into a folder, readable by ``from_pretrained`` and by PEFT."""

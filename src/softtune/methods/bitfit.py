@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from softtune.backbone import Backbone
@@ -28,7 +29,7 @@ class BitFitConfig(PeftConfig):
     """Config of BitFit. Everything starts from the base model's own biases."""
 
     peft_type: PeftType = PeftType.BITFIT
-    roles: list[Role] | None = field(default=None, metadata=OURS)
+    roles: Annotated[list[Role], Field(min_length=1)] | None = field(default=None, metadata=OURS)
     """The biases to train, by the part they play; by default every bias below the head."""
     add_missing: bool = field(default=False, metadata=OURS)
     """Add biases, at zero, to modules of the chosen roles that have none."""

@@ -31,12 +31,14 @@ def choose_layers(backbone: Backbone, layers: Layers, sites: Sequence[Site] | No
             f"{type(backbone.model).__name__} has no attention layer that can take a prefix: "
             "use PromptTuningConfig, PromptEncoderConfig or BitFitConfig"
         )
-    if missing := [s.value for s in sites or () if s not in present]:
-        raise ConfigError(f"the base model has no {missing[0]} attention: choose from {[s.value for s in present]}")
+    if sites is not None and (not sites or not set(sites) <= set(present) or len(set(sites)) < len(sites)):
+        raise ConfigError(f"sites = {[s.value for s in sites]}: name different ones of {[s.value for s in present]}")
     chosen = []
     for site in sites or present:
         here = [a for a in backbone.attention_layers if a.site is site]
         chosen += [here[i] for i in _layer_numbers(layers, len(here))]
+    if not backbone.has_interface and len(chosen) < len(backbone.attention_layers):
+        raise UnsupportedModelError(f"{type(backbone.model).__name__} takes a prefix at every layer or none: drop layers")
     return chosen
 
 

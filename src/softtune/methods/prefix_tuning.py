@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,9 @@ class PrefixTuningConfig(PromptLearningConfig):
     def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
         """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
         if self.placement == "infix" and not backbone.is_decoder_only:
-            raise UnsupportedModelError(
-                "an infix stands between text and answer of a decoder: use placement='prefix' here"
-            )
+            raise UnsupportedModelError("an infix stands between text and answer of a decoder: use placement='prefix' here")
+        if self.placement == "infix" and not backbone.has_interface and not self.embedding_only:
+            raise UnsupportedModelError(f"{type(backbone.model).__name__} takes a prefix alone: use placement='prefix' here")
         if self.embedding_only:
             self.settle(token_dim=backbone.embedding.embedding_dim)
             return EmbeddingPrefix(self)
@@ -91,6 +91,11 @@ class PrefixTuningConfig(PromptLearningConfig):
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
         plain = self.placement == "prefix" and not self.embedding_only and self.shift_positions
         return plain and self.layers is None and not backbone.is_encoder_decoder and is_even(backbone)
+
+    @classmethod
+    def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``PeftConfig.implied_by_peft``: in an encoder-decoder, only the decoder's own attention gets a prefix."""
+        return {"sites": [Site.DECODER]} if values.get("num_transformer_submodules") == 2 else {}
 
 
 class PrefixEncoder(nn.Module):

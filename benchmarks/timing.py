@@ -1,0 +1,69 @@
+"""Times two ways of doing the same thing in turn, in one process, and keeps the results with hardware and commit."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def ratio(ours: Callable[[], Any], theirs: Callable[[], Any], *, rounds: int) -> tuple[float, float, float]:
+    """Median over rounds of ours ÷ theirs, and the median seconds of each. Both run once before the clock starts."""
+    ours(), theirs()
+    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(rounds)]
+    return statistics.median(a / b for a, b in pairs), *(statistics.median(side) for side in zip(*pairs, strict=True))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(name: str, value: float, must: float | None) -> dict[str, Any]:
+    """One line of the results: what was measured, what it came to, and whether it is at most what it must be."""
+    return {"measure": name, "value": round(value, 3), "must": must, "holds": None if must is None else value <= must}
+
+
+def report(name: str, measures: Sequence[dict[str, Any]]) -> None:
+    """Show the results and write them to ``results/<name>.json``."""
+    table = Table("measure", "value", "must be at most", "holds", title=name, title_justify="left")
+    for m in measures:
+        must, holds = ("", "") if m["must"] is None else (str(m["must"]), "yes" if m["holds"] else "NO")
+        table.add_row(m["measure"], f"{m['value']:.3f}", must, holds)
+    Console().print(table)
+    content = {"hardware": _hardware(), "commit": _commit(), "measures": list(measures)}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _hardware() -> dict[str, Any]:
+    cpu = next(
+        (x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
+    )
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
+def _commit() -> str:
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return head.stdout.strip()

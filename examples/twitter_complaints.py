@@ -1,0 +1,47 @@
+"""The data of the three scripts beside this one: tweets, each a complaint or not.
+
+Any CSV file with the columns ``Tweet text`` and ``Label`` will do; RAFT's twitter_complaints is the well-known one.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from datasets import DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from softtune.data import load_records
+
+LENGTH = 64
+BATCH_SIZE = 8
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The command line that the scripts share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("data", help="CSV file with the columns 'Tweet text' and 'Label'")
+    parser.add_argument("--model", default="smollm2-135m", help="base model: a folder, a hub name or smollm2-135m")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--output", default="runs/twitter_complaints")
+    return parser.parse_args()
+
+
+def load(file: str) -> DatasetDict:
+    """Four fifths of the rows to train on, one to evaluate on."""
+    return load_records(file).train_test_split(test_size=0.2, seed=0)
+
+
+def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, *, pad: bool) -> DatasetDict:
+    """Token ids of "Tweet text : ... Label : complaint", with labels on the last word alone; padded left to LENGTH."""
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        answer = tokenizer(f" {row['Label']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        prompt = tokenizer(f"Tweet text : {row['Tweet text']} Label :")["input_ids"][-(LENGTH - len(answer)) :]
+        empty = LENGTH - len(prompt) - len(answer) if pad else 0
+        return {
+            "input_ids": [tokenizer.pad_token_id] * empty + prompt + answer,
+            "attention_mask": [0] * empty + [1] * (len(prompt) + len(answer)),
+            "labels": [-100] * (empty + len(prompt)) + answer,
+        }
+
+    return data.map(encode, remove_columns=data["train"].column_names)

@@ -1,0 +1,195 @@
+"""The command line from end to end, in this process, on a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from softtune.cli import main
+from softtune.training.recipe import Recipe
+from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def trained(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An adapter of each kind that ``inspect`` shows in its own way."""
+    folder = tmp_path_factory.mktemp("trained")
+    kinds = {"prefix": "PREFIX_TUNING", "words": "PROMPT_TUNING", "biases": "BITFIT"}
+    for name, method in kinds.items():
+        recipe = write_recipe(folder / f"{name}.yaml", models["llama"], folder / name, method=method)
+        assert run("train", recipe) == 0
+    return {name: folder / name for name in kinds}
+
+
+def write_recipe(file: Path, base: str, output: Path, **changes: Any) -> str:
+    options = {"add_missing": True} if changes.get("method") == "BITFIT" else {"num_virtual_tokens": 3}
+    fields = {
+        "model": base,
+        "train": write_rows(file.with_suffix(".csv"), 16),
+        "test_size": 4,
+        "template": TEMPLATE,
+        "label_column": "label",
+        "labels": list(LABELS),
+        "max_length": 24,
+        "batch_size": 4,
+        "options": options,
+        "output": str(output),
+        **changes,
+    }
+    file.write_text(yaml.safe_dump(fields))
+    return str(file)
+
+
+def run(*arguments: str) -> int:
+    """Run ``softtune`` with these arguments; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["softtune", *arguments])
+        patch.setenv("COLUMNS", "200")
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+def test_train_shows_what_the_run_came_to(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter")
+    assert run("train", recipe, "--learning-rate", "0.03", "--epochs", "2") == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "balanced accuracy",
+        "before",
+        "after",
+        "trained parameters",
+        "12 rows",
+        "6 steps",
+        str(tmp_path)[:10],
+    ):
+        assert part in shown
+    assert Recipe.of_adapter(tmp_path / "adapter").learning_rate == 0.03
+
+
+def test_every_field_of_the_recipe_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in shown for name in Recipe.model_fields)
+
+
+def test_predict_answers_a_file_and_measures_it(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "new.csv", 30)
+    assert run("predict", str(trained["prefix"]), data, "--output", str(tmp_path / "answers.csv")) == 0
+    shown = capsys.readouterr().out
+    assert "20 of 30 records" in shown
+    assert "balanced accuracy" in shown
+    with (tmp_path / "answers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["words", "label", "answer", "probability"]
+    assert len(rows) == 30
+    assert {row["answer"] for row in rows} <= set(LABELS)
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_predict_and_generate_take_texts(trained: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("predict", str(trained["words"]), "--text", "red sky", "--text", "blue sky") == 0
+    assert "red sky" in capsys.readouterr().out
+    assert run("generate", str(trained["words"]), "--text", "red sky", "--max-new-tokens", "3", "--beams", "2") == 0
+    assert run("generate", str(trained["words"]), "--text", "red sky", "--temperature", "1.5", "--seed", "3") == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("prefix", ["Mean norms of the prefix", "decoder", "prompt_embeddings", "3 x 48"]),
+        ("words", ["nearest vocabulary entries", "3 x 24"]),
+        ("biases", ["Mean absolute change", "query", "layer_norm"]),
+    ],
+)
+def test_inspect_shows_config_sizes_and_states(
+    trained: dict[str, Path], kind: str, parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run("inspect", str(trained[kind])) == 0
+    shown = capsys.readouterr().out
+    for part in ("peft_type", "adapter_model.safetensors", *parts):
+        assert part in shown
+
+
+def test_ctrl_c_and_resume_lose_no_step(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter", epochs=3)
+    step = torch.optim.AdamW.step
+    calls = 0
+
+    def step_and_interrupt(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_and_interrupt)
+    assert run("train", recipe) == 130
+    assert "Stopped after step 5" in capsys.readouterr().out
+    assert run("train", recipe, "--resume") == 0
+    assert calls == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": "{txt} : "}, "txt"),
+        ({"train": "nowhere.csv"}, "nowhere.csv"),
+        ({"labels": ["warm"]}, "row [0-9]+: label 'cold' is not one of 'warm'"),
+        ({"max_length": 4}, "max_length is 4"),
+        ({"model": "nowhere/at-all"}, "cannot load the base model"),
+        ({"options": {"layers": "last:9"}}, "'first:N' or 'last:N' with N from 1 to 2"),
+        ({"method": "BITFIT", "options": {}}, "add_missing=True"),
+        ({"batch": 3}, "no such field"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter", **changes)
+    assert run("train", recipe) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(f"^softtune: .*{message}", error)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_empty_file(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter")
+    (tmp_path / "empty.csv").write_text("words,label\n")
+    assert run("train", recipe, "--train", str(tmp_path / "empty.csv")) == 2
+    assert "empty.csv" in capsys.readouterr().err
+
+
+def test_an_adapter_for_another_base_model(
+    models: dict[str, str], trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_models(tmp_path, seed=1)["llama"]
+    assert run("predict", str(trained["prefix"]), "--text", "red", "--model", other) == 2
+    assert "another base model" in capsys.readouterr().err

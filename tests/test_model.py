@@ -1,0 +1,206 @@
+"""The model that people hold: adapters added, chosen, removed and switched off, and PEFT's names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.families import (
+    CAUSAL_LM,
+    METHODS,
+    SEQ_2_SEQ_LM,
+    SEQ_CLS,
+    adapted,
+    answers,
+    base_model,
+    batch,
+    cases,
+    scramble,
+    texts,
+    trained,
+)
+
+import softtune
+from softtune import BitFitConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+PUBLIC = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "AdapterError",
+    "AdapterMismatchError",
+    "BitFitConfig",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "PTuningV2Config",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "SofttuneError",
+    "TaskType",
+    "TrainingError",
+    "UnsupportedModelError",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "set_peft_model_state_dict",
+]
+HEAVY = ("matplotlib", "fastapi", "uvicorn", "sklearn", "typer")
+
+
+def test_exported_members() -> None:
+    assert softtune.__all__ == PUBLIC
+    assert all(hasattr(softtune, name) for name in PUBLIC)
+
+
+def loaded_by(statement: str) -> list[str]:
+    code = f"{statement}\nimport sys\nprint(*[m for m in {HEAVY} if m in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_importing_is_light() -> None:
+    assert loaded_by("import softtune") == []
+
+
+def test_a_heavy_import_is_noticed() -> None:
+    assert loaded_by("import softtune, matplotlib") == ["matplotlib"]
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases())
+def test_disabled_is_the_base_model(family: str, task: str, method: str) -> None:
+    model, base = adapted(family, task, method), base_model(family, task)
+    inputs = {**batch(texts(family, task)), **answers(task, 3)}
+    expected = base(**inputs).logits
+    before = model(**inputs).logits
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, expected)
+        if task != SEQ_CLS:
+            settings = {"max_new_tokens": 3, "do_sample": False}
+            ids = batch(texts(family, task), "left")
+            assert torch.equal(model.generate(**ids, **settings), base.generate(**ids, **settings))
+    with pytest.raises(ZeroDivisionError), model.disable_adapter():
+        raise ZeroDivisionError
+    assert torch.equal(model(**inputs).logits, before)
+    if method not in ("bitfit", "bitfit_added"):
+        assert torch.equal(model.get_base_model()(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("first", ["prompt", "prefix_projection", "p_tuning_v2", "bitfit"])
+@pytest.mark.parametrize("second", ["p_tuning_lstm", "prefix_last", "bitfit"])
+def test_switching_between_adapters(first: str, second: str) -> None:
+    inputs = batch(texts("gpt2", SEQ_CLS))
+    model = adapted("gpt2", SEQ_CLS, first)
+    model.add_adapter("second", METHODS[second](task_type=SEQ_CLS))
+    assert model.active_adapters == ["default"]
+    alone = model(**inputs).logits
+    assert torch.equal(alone, adapted("gpt2", SEQ_CLS, first)(**inputs).logits)
+
+    model.set_adapter("second")
+    assert all(".second." in name for name in trained(model))
+    scramble(model, seed=4).eval()
+    other = model(**inputs).logits
+    single = scramble(get_peft_model(base_model("gpt2", SEQ_CLS), METHODS[second](task_type=SEQ_CLS), "second"), seed=4)
+    assert torch.equal(other, single.eval()(**inputs).logits)
+
+    model.set_adapter("default")
+    assert all(".default." in name for name in trained(model))
+    assert torch.equal(model(**inputs).logits, alone)
+    model.delete_adapter("default")
+    assert model.active_adapter == "second"
+    assert list(model.peft_config) == ["second"]
+    assert not any("default" in name for name, _ in model.named_parameters())
+    assert torch.equal(model(**inputs).logits, other)
+
+
+def test_an_adapter_for_inference_is_not_trained_when_chosen(tmp_path: pytest.TempPathFactory) -> None:
+    model = adapted("gpt2", CAUSAL_LM, "prefix")
+    model.save_pretrained(str(tmp_path))
+    model.load_adapter(str(tmp_path), "frozen")
+    model.set_adapter("frozen")
+    assert not trained(model)
+    model.set_adapter("default")
+    assert trained(model).keys() == {"prompt_encoder.default.embedding.weight"}
+
+
+def test_deleting_another_adapter_keeps_the_active_one() -> None:
+    model = adapted("gpt2", CAUSAL_LM, "bitfit")
+    model.add_adapter("other", PrefixTuningConfig(num_virtual_tokens=2))
+    expected = model(**batch(texts("gpt2", CAUSAL_LM))).logits
+    model.delete_adapter("other")
+    assert torch.equal(model(**batch(texts("gpt2", CAUSAL_LM))).logits, expected)
+
+
+def test_the_config_of_the_caller_is_left_alone() -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=2)
+    before = config.to_dict()
+    get_peft_model(base_model("gpt2", CAUSAL_LM), config)
+    assert config.to_dict() == before
+
+
+def test_printing_shows_the_prompt_encoder() -> None:
+    text = str(adapted("gpt2", CAUSAL_LM, "prefix_projection"))
+    assert "(prompt_encoder): ModuleDict" in text
+    assert "(default): PrefixEncoder" in text
+    assert "(transform): Sequential" in text
+    assert "GPT2LMHeadModel" in text
+
+
+def test_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapted("gpt2", CAUSAL_LM, "prefix")
+    total = sum(p.numel() for p in base_model("gpt2", CAUSAL_LM).parameters())
+    assert model.get_nb_trainable_parameters() == (720, total + 720)
+    model.print_trainable_parameters()
+    share = 100 * 720 / (total + 720)
+    assert capsys.readouterr().out == f"trainable params: 720 || all params: {total + 720:,} || trainable%: {share:.4f}\n"
+
+
+def test_the_head_is_trained_where_the_task_has_one() -> None:
+    for task_type, heads in ((SEQ_CLS, {"score"}), (None, set())):
+        model = get_peft_model(base_model("llama", SEQ_CLS), PromptTuningConfig(task_type=task_type))
+        assert set(model.heads["default"].keys()) == heads
+    named = get_peft_model(base_model("llama", SEQ_CLS), PromptTuningConfig(modules_to_save=["score", "norm"]))
+    assert set(named.heads["default"].keys()) == {"score", "model/norm"}
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_attributes_are_the_base_models(family: str) -> None:
+    model = adapted(family, SEQ_2_SEQ_LM, "prompt")
+    assert model.config is model.get_base_model().config
+    assert model.device == torch.device("cpu")
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        _ = model.no_such_attribute
+
+
+def test_every_config_is_in_the_map() -> None:
+    assert {c.__name__ for c in softtune.PEFT_TYPE_TO_CONFIG_MAPPING.values()} == {
+        "PromptTuningConfig",
+        "PromptEncoderConfig",
+        "PrefixTuningConfig",
+        "PTuningV2Config",
+        "BitFitConfig",
+    }
+    for peft_type, config in softtune.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        assert config().peft_type is peft_type
+
+
+def test_bitfit_roles() -> None:
+    model = get_peft_model(base_model("bert", SEQ_CLS), BitFitConfig(roles=["query", "intermediate"]))
+    names = {n.split("changes.")[1] for n in trained(model) if "changes" in n}
+    ends = ("attention/self/query", "intermediate/dense")
+    assert names == {f"bert/encoder/layer/{i}/{end}" for i in (0, 1) for end in ends}

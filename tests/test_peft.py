@@ -1,0 +1,228 @@
+"""Parity with PEFT where PEFT is right: logits, gradients, and folders in both directions.
+
+PEFT returns logits of the virtual tokens too; softtune's begin at the caller's first token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+import softtune
+from softtune import PeftModel, PromptTuningConfig, get_peft_model
+from tests.families import (
+    CAUSAL_LM,
+    METHODS,
+    SEQ_2_SEQ_LM,
+    SEQ_CLS,
+    P,
+    answers,
+    base_model,
+    batch,
+    scramble,
+    texts,
+    trained,
+)
+
+CONFIGS = {
+    "prompt": lambda task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=P),
+    "p_tuning_mlp": lambda task: peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=P, encoder_hidden_size=11),
+    "p_tuning_lstm": lambda task: peft.PromptEncoderConfig(
+        task_type=task,
+        num_virtual_tokens=P,
+        encoder_hidden_size=7,
+        encoder_reparameterization_type="LSTM",
+        encoder_num_layers=2,
+    ),
+    "prefix": lambda task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=P),
+    "prefix_projection": lambda task: peft.PrefixTuningConfig(
+        task_type=task, num_virtual_tokens=P, prefix_projection=True, encoder_hidden_size=9
+    ),
+}
+INPUT = ("prompt", "p_tuning_mlp", "p_tuning_lstm")
+DECODERS = ("gpt2", "llama", "qwen3", "gemma3", "bloom")
+EVEN = {  # what PEFT needs of an encoder-decoder: equal depths and heads, d_kv = d_model / heads
+    "t5": {"d_kv": 8, "num_layers": 2},
+    "bart": {"encoder_layers": 3, "decoder_attention_heads": 4},
+}
+CASES = (
+    [(f, CAUSAL_LM, m) for f in DECODERS for m in CONFIGS]
+    + [("bert", SEQ_CLS, m) for m in CONFIGS]
+    + [(f, SEQ_2_SEQ_LM, m) for f in ("t5", "bart") for m in INPUT]
+)
+pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+
+
+def in_peft(family: str, task: str, method: str) -> peft.PeftModel:
+    return scramble(peft.get_peft_model(base_model(family, task, **EVEN.get(family, {})), CONFIGS[method](task))).eval()
+
+
+def in_softtune(family: str, task: str, method: str) -> PeftModel:
+    base = base_model(family, task, **EVEN.get(family, {}))
+    return scramble(get_peft_model(base, METHODS[method](task_type=task))).eval()
+
+
+def inputs_for(family: str, task: str) -> dict[str, Tensor]:
+    rows = (
+        texts(family, task, (3, 2, 1)) if family == "gemma3" else texts(family, task)
+    )  # PEFT's prefix leaves the window
+    return {**batch(rows), **answers(task, len(rows))}
+
+
+def real_logits(model: torch.nn.Module, task: str, inputs: dict[str, Tensor]) -> Tensor:
+    logits = model(**inputs).logits
+    if task != CAUSAL_LM:
+        return logits
+    return logits[:, -inputs["input_ids"].shape[1] :][inputs["attention_mask"].bool()]
+
+
+# Of an encoder-decoder's prompt, PEFT runs the LSTM over 2P tokens and uses P.
+@pytest.mark.parametrize(("family", "task", "method"), [c for c in CASES if c[1:] != (SEQ_2_SEQ_LM, "p_tuning_lstm")])
+def test_logits_and_gradients(family: str, task: str, method: str) -> None:
+    theirs, ours = in_peft(family, task, method), in_softtune(family, task, method)
+    encoder = theirs.prompt_encoder["default"].state_dict()
+    if task == SEQ_2_SEQ_LM:  # PEFT trains 2P rows and uses P
+        encoder["embedding.weight"] = encoder["embedding.weight"][:P]
+    ours.prompt_encoder["default"].load_state_dict(encoder)
+    if task == SEQ_CLS:
+        ours.heads["default"]["classifier"].load_state_dict(theirs.classifier.modules_to_save["default"].state_dict())
+    inputs = inputs_for(family, task)
+    logits, expected = real_logits(ours, task, inputs), real_logits(theirs, task, inputs)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(logits)
+    (logits * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, parameter in ours.prompt_encoder["default"].named_parameters():
+        gradient = theirs.prompt_encoder["default"].get_parameter(name).grad[: len(parameter)]
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize(("family", "task", "method"), CASES)
+def test_peft_saves_softtune_loads(family: str, task: str, method: str, tmp_path: Path) -> None:
+    theirs = in_peft(family, task, method)
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(base_model(family, task, **EVEN.get(family, {})), tmp_path)
+    inputs = inputs_for(family, task)
+    torch.testing.assert_close(real_logits(ours, task, inputs), real_logits(theirs, task, inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "task", "method"), CASES)
+def test_softtune_saves_peft_loads(family: str, task: str, method: str, tmp_path: Path) -> None:
+    ours = in_softtune(family, task, method)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base_model(family, task, **EVEN.get(family, {})), tmp_path).eval()
+    inputs = inputs_for(family, task)
+    torch.testing.assert_close(real_logits(ours, task, inputs), real_logits(theirs, task, inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("method", ["prefix", "prefix_projection"])
+def test_encoder_decoder_prefix_of_peft(family: str, method: str, tmp_path: Path) -> None:
+    """PEFT gives the decoder's own attention a prefix, and no other site."""
+    theirs = in_peft(family, SEQ_2_SEQ_LM, method)
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(base_model(family, SEQ_2_SEQ_LM, **EVEN[family]), tmp_path)
+    inputs = inputs_for(family, SEQ_2_SEQ_LM)
+    expected = theirs(**inputs).logits
+    torch.testing.assert_close(ours(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    ours.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(base_model(family, SEQ_2_SEQ_LM, **EVEN[family]), tmp_path / "again")
+    torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method"),
+    [
+        ("gpt2", CAUSAL_LM, "prompt_suffix"),
+        ("gpt2", CAUSAL_LM, "prefix_last"),
+        ("gpt2", CAUSAL_LM, "infix"),
+        ("gpt2", CAUSAL_LM, "embedding_only"),
+        ("gpt2", CAUSAL_LM, "p_tuning_v2"),
+        ("gpt2", CAUSAL_LM, "bitfit"),
+        ("t5", SEQ_2_SEQ_LM, "prefix"),
+        ("t5", SEQ_2_SEQ_LM, "prompt"),
+    ],
+)
+def test_peft_computes_the_same_or_fails_loudly(family: str, task: str, method: str, tmp_path: Path) -> None:
+    ours = scramble(get_peft_model(base_model(family, task), METHODS[method](task_type=task))).eval()
+    ours.save_pretrained(tmp_path)
+    inputs = inputs_for(family, task)
+    try:
+        theirs = peft.PeftModel.from_pretrained(base_model(family, task), tmp_path).eval()
+    except (KeyError, ValueError, TypeError, RuntimeError):
+        assert method != "prompt"
+        return
+    torch.testing.assert_close(real_logits(ours, task, inputs), real_logits(theirs, task, inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_script_for_peft_runs_under_softtune(tmp_path: Path) -> None:
+    """The calls of PEFT's own quick tour."""
+    for library in (peft, softtune):
+        config = library.PrefixTuningConfig(task_type=library.TaskType.CAUSAL_LM, num_virtual_tokens=P)
+        model = library.get_peft_model(base_model("llama", CAUSAL_LM), config)
+        assert model.get_nb_trainable_parameters()[0] == P * 2 * 2 * 16
+        model.print_trainable_parameters()
+        assert model.active_adapter == "default"
+        assert model.peft_config["default"].num_virtual_tokens == P
+        with model.disable_adapter():
+            model(**batch(texts("llama", CAUSAL_LM)))
+        model.save_pretrained(tmp_path / library.__name__)
+        loaded = library.PeftModel.from_pretrained(base_model("llama", CAUSAL_LM), tmp_path / library.__name__)
+        loaded.add_adapter("other", config)
+        loaded.set_adapter("other")
+        assert loaded.get_prompt_embedding_to_save("default").shape == (P, 2 * 2 * 16)
+        assert (
+            library.PeftConfig.from_pretrained(tmp_path / library.__name__).peft_type == library.PeftType.PREFIX_TUNING
+        )
+        loaded.set_adapter("default")
+        loaded.delete_adapter("other")
+
+
+def test_loss_leaves_out_the_first_token() -> None:
+    """PEFT's prompt tuning also asks the last virtual token for the caller's first one; its logits are the same."""
+    theirs, ours = in_peft("gpt2", CAUSAL_LM, "prompt"), in_softtune("gpt2", CAUSAL_LM, "prompt")
+    ours.prompt_encoder["default"].load_state_dict(theirs.prompt_encoder["default"].state_dict())
+    ids = torch.stack(texts("gpt2", CAUSAL_LM, (7, 7)))
+    first_masked = ids.clone()
+    first_masked[:, 0] = -100
+    expected = theirs(input_ids=ids, labels=first_masked).loss
+    torch.testing.assert_close(ours(input_ids=ids, labels=ids).loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(input_ids=ids, labels=first_masked).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_state_dicts_have_the_same_names() -> None:
+    theirs, ours = in_peft("bert", SEQ_CLS, "prefix"), in_softtune("bert", SEQ_CLS, "prefix")
+    own, other = softtune.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
+    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in other.items()}
+    softtune.set_peft_model_state_dict(ours, other)
+    inputs = inputs_for("bert", SEQ_CLS)
+    torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_training_goes_on_from_a_folder_of_peft(tmp_path: Path) -> None:
+    theirs = in_peft("gpt2", CAUSAL_LM, "prefix")
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM), tmp_path, is_trainable=True)
+    assert ours.training
+    (parameter,) = trained(ours).values()
+    assert torch.equal(parameter, theirs.prompt_encoder["default"].embedding.weight)
+
+
+@pytest.mark.parametrize("method", ["p_tuning_mlp", "p_tuning_lstm", "prefix_projection"])
+def test_an_encoder_that_peft_did_not_save_is_no_silent_loss(method: str, tmp_path: Path) -> None:
+    in_peft("gpt2", CAUSAL_LM, method).save_pretrained(tmp_path)
+    with pytest.raises(softtune.CheckpointError, match="is_trainable=False"):
+        PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM), tmp_path, is_trainable=True)
+
+
+def test_a_prompt_of_peft_starts_another(tmp_path: Path) -> None:
+    theirs = in_peft("gpt2", CAUSAL_LM, "p_tuning_mlp")
+    theirs.save_pretrained(tmp_path)
+    config = PromptTuningConfig(num_virtual_tokens=P, prompt_tuning_init="FILE", prompt_tuning_init_file=str(tmp_path))
+    model = get_peft_model(base_model("gpt2", CAUSAL_LM), config)
+    expected = theirs.get_prompt_embedding_to_save("default")
+    torch.testing.assert_close(model.get_prompt_embedding_to_save("default"), expected)

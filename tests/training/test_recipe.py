@@ -1,0 +1,82 @@
+"""Recipes: their defaults, and one line for everything that is wrong with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from softtune import CheckpointError, ConfigError, PrefixTuningConfig
+from softtune.training.recipe import LEARNING_RATES, Recipe
+
+FIELDS: dict[str, Any] = {
+    "model": "smollm2-135m",
+    "train": "rows.csv",
+    "template": "{text} : ",
+    "label_column": "label",
+    "output": "out",
+}
+
+
+def test_defaults() -> None:
+    recipe = Recipe.of(FIELDS)
+    assert recipe.peak_learning_rate == LEARNING_RATES[recipe.method]
+    assert recipe.config() == PrefixTuningConfig(task_type="CAUSAL_LM")
+    assert recipe.definition.verbalizer is None
+    assert recipe.num_labels is None
+
+
+def test_a_saved_recipe_is_the_same_when_it_is_read(tmp_path: Path) -> None:
+    recipe = Recipe.of({**FIELDS, "labels": {"0": "no", "1": "yes"}, "options": {"num_virtual_tokens": 7}})
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.of_adapter(tmp_path) == recipe
+
+
+def test_every_field_says_what_it_is_for() -> None:
+    assert all(field.description for field in Recipe.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lerning_rate": 1}, "lerning_rate: no such field"),
+        ({"learning_rate": -1}, "learning_rate: .*greater than 0"),
+        ({"batch_size": "many"}, "batch_size: .*integer"),
+        ({"train": None}, "train: .*string"),
+        ({"method": "LORA"}, "method: .*PREFIX_TUNING"),
+        ({"options": {"num_virtual_tokens": 0}}, "num_virtual_tokens = 0.*greater than or equal to 1"),
+        ({"options": {"num_virtual_token": 3}}, "did you mean num_virtual_tokens"),
+        ({"task": "SEQ_CLS"}, "SEQ_CLS needs labels"),
+        ({"shares": {"a": 1.0}}, "shares needs examples"),
+        ({"template": "{prompt:3} {text}", "options": {"num_virtual_tokens": 4}}, "places for 3 virtual tokens"),
+        ({"template": "{text"}, "stray"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        Recipe.of({**FIELDS, **change})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "no YAML"), ("- a", "holds no fields"), ("", "holds no fields")]
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        Recipe.load(tmp_path / "r.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no recipe at"):
+        Recipe.load(tmp_path / "none.yaml")
+    with pytest.raises(CheckpointError, match="has no recipe.yaml"):
+        Recipe.of_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_of_the_project_are_valid(path: Path) -> None:
+    assert Recipe.load(path).model_dump().keys() >= yaml.safe_load(path.read_text()).keys()

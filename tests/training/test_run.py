@@ -1,0 +1,193 @@
+"""Whole runs on tiny models: what is written, that they can be interrupted anywhere, and how they stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
+from transformers import AutoModelForCausalLM
+
+from softtune import ConfigError, DataError, PeftModel, TrainingError
+from softtune.training.recipe import Recipe
+from softtune.training.run import train
+
+METHODS: dict[str, dict[str, Any]] = {
+    "prefix with projection": {
+        "method": "PREFIX_TUNING",
+        "options": {"num_virtual_tokens": 3, "prefix_projection": True},
+    },
+    "P-tuning": {
+        "method": "P_TUNING",
+        "options": {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM"},
+    },
+    "P-tuning v2": {"method": "P_TUNING_V2", "options": {"num_virtual_tokens": 3, "prefix_dropout": 0.2}},
+    "prompt tuning": {"method": "PROMPT_TUNING", "options": {"num_virtual_tokens": 3}},
+    "BitFit": {"method": "BITFIT", "options": {"add_missing": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def fields(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    """A recipe of 9 steps over 18 rows, with 6 rows held out."""
+    return {
+        "model": models["llama"],
+        "train": write_rows(tmp_path / "rows.csv", 24),
+        "test_size": 6,
+        "template": TEMPLATE,
+        "label_column": "label",
+        "labels": list(LABELS),
+        "max_length": 24,
+        "batch_size": 4,
+        "epochs": 2,
+        "save_steps": 4,
+        "learning_rate": 0.02,
+        "output": str(tmp_path / "adapter"),
+        "options": {"num_virtual_tokens": 3},
+    }
+
+
+def interrupt_at(step: int) -> Any:
+    """A progress function that presses Ctrl-C during a step."""
+
+    def progress(phase: str, done: int, total: int, loss: float | None) -> None:
+        if phase == "training" and done == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return progress
+
+
+def tensors(folder: str) -> dict[str, torch.Tensor]:
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {f"{f.name}/{name}": tensor for f in files for name, tensor in load_file(f).items()}
+
+
+def test_a_run_writes_the_adapter_and_nothing_else(fields: dict[str, Any]) -> None:
+    report = train(Recipe.of(fields))
+    assert report.finished
+    assert report.steps == 10
+    assert (report.training_rows, report.evaluation_rows) == (18, 6)
+    assert set(report.after) == set(report.before) == {"accuracy", "balanced_accuracy"}
+    assert report.trained == 3 * 2 * 2 * 2 * 6  # P, layers, key and value, heads, head size
+    assert {path.name for path in report.folder.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "recipe.yaml",
+        "softtune_config.json",
+    }
+    assert report.size == sum(path.stat().st_size for path in report.folder.iterdir())
+
+
+def test_training_learns(fields: dict[str, Any], models: dict[str, str]) -> None:
+    changes = {"model": models["bert"], "task": "SEQ_CLS", "method": "BITFIT", "options": {}, "epochs": 40}
+    report = train(Recipe.of({**fields, **changes, "learning_rate": 0.05}))
+    assert report.before["accuracy"] < 1.0
+    assert report.after["accuracy"] == 1.0
+
+
+def test_the_same_recipe_gives_the_same_adapter(fields: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(Recipe.of({**fields, "output": str(tmp_path / name)}))
+    one, two = tensors(str(tmp_path / "one")), tensors(str(tmp_path / "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("step", [3, 7])
+def test_an_interrupted_and_resumed_run_equals_an_unbroken_one(
+    fields: dict[str, Any], tmp_path: Path, method: str, step: int
+) -> None:
+    fields |= METHODS[method]
+    whole = Recipe.of({**fields, "output": str(tmp_path / "whole")})
+    broken = Recipe.of({**fields, "output": str(tmp_path / "broken")})
+    unbroken_report = train(whole)
+    first = train(broken, progress=interrupt_at(step))
+    assert not first.finished
+    assert first.steps == step
+    assert first.after == {}
+    second = train(broken, resume=True)
+    assert second.finished
+    assert (second.before, second.after) == (unbroken_report.before, unbroken_report.after)
+    a, b = tensors(whole.output), tensors(broken.output)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_unfinished_run_is_neither_overwritten_nor_mixed_up(fields: dict[str, Any]) -> None:
+    recipe = Recipe.of(fields)
+    with pytest.raises(ConfigError, match="no unfinished run"):
+        train(recipe, resume=True)
+    train(recipe, progress=interrupt_at(3))
+    with pytest.raises(ConfigError, match="add --resume"):
+        train(recipe)
+    with pytest.raises(ConfigError, match="another learning_rate"):
+        train(Recipe.of({**fields, "learning_rate": 0.01}), resume=True)
+    assert train(recipe, resume=True).finished
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(fields: dict[str, Any]) -> None:
+    recipe = Recipe.of(fields)
+    train(recipe, progress=interrupt_at(6))
+    (Path(recipe.output) / "checkpoints" / "checkpoint-9").mkdir()
+    assert train(recipe, resume=True).finished
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_state(fields: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match="lower the learning rate"):
+        train(Recipe.of({**fields, "learning_rate": 1e38, "max_grad_norm": 1e9}))
+    kept = tensors(fields["output"])
+    assert kept
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    base = AutoModelForCausalLM.from_pretrained(fields["model"])
+    ids = torch.tensor([[3, 4, 5]])
+    assert PeftModel.from_pretrained(base, fields["output"])(input_ids=ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize("method", ["P_TUNING_V2", "BITFIT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"])
+def test_a_head_on_an_encoder(fields: dict[str, Any], models: dict[str, str], method: str) -> None:
+    options = {} if method == "BITFIT" else {"num_virtual_tokens": 3}
+    changes = {"model": models["bert"], "task": "SEQ_CLS", "method": method, "options": options}
+    report = train(Recipe.of({**fields, **changes, "epochs": 30, "learning_rate": 0.02}))
+    assert report.after["accuracy"] >= report.before["accuracy"]
+    assert any(name.endswith("base_model.classifier.weight") for name in tensors(fields["output"]))
+
+
+def test_an_encoder_decoder_writes_the_label(fields: dict[str, Any], models: dict[str, str]) -> None:
+    report = train(Recipe.of({**fields, "model": models["t5"], "task": "SEQ_2_SEQ_LM", "epochs": 4}))
+    assert report.finished
+    assert 0 <= report.after["accuracy"] <= 1
+
+
+def test_free_text_is_written_and_compared(fields: dict[str, Any]) -> None:
+    report = train(Recipe.of({**fields, "labels": None, "max_new_tokens": 4, "epochs": 20, "learning_rate": 0.1}))
+    assert set(report.after) == {"exact_match"}
+
+
+def test_a_template_places_the_virtual_tokens(fields: dict[str, Any]) -> None:
+    changes = {"template": "{prompt:2} {words} {prompt:1} label : ", "method": "P_TUNING", "options": {}}
+    report = train(Recipe.of({**fields, **changes}))
+    assert report.finished
+    assert load_file(report.folder / "adapter_model.safetensors")["prompt_embeddings"].shape == (3, 24)
+
+
+def test_a_sample_has_the_shares_that_the_recipe_names(fields: dict[str, Any]) -> None:
+    report = train(Recipe.of({**fields, "examples": 8, "shares": {"warm": 0.25, "cold": 0.75}, "epochs": 1}))
+    assert report.training_rows == 8
+    with pytest.raises(DataError, match="too few rows"):
+        train(Recipe.of({**fields, "examples": 18, "shares": {"warm": 1.0}, "output": fields["output"] + "2"}))
+
+
+def test_long_texts_are_cut_and_counted(fields: dict[str, Any]) -> None:
+    assert train(Recipe.of({**fields, "max_length": 12, "epochs": 1})).truncated > 0
