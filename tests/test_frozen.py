@@ -8,6 +8,7 @@ import torch
 from softtune import BitFitConfig, PeftModel, PTuningV2Config, get_peft_model
 from tests.families import (
     CAUSAL_LM,
+    KINDS,
     SEQ_2_SEQ_LM,
     SEQ_CLS,
     adapted,
@@ -102,7 +103,7 @@ def test_evaluation_between_steps_leaves_no_trace(family: str, task: str, method
             inputs = batch(texts(family, task), "left")
             with torch.no_grad():
                 model(**inputs, **answers(task, 3))
-                if task != SEQ_CLS:
+                if task != SEQ_CLS and method in KINDS:
                     model.generate(**inputs, max_new_tokens=3, do_sample=False)
             model.train()
         loss_of(model, family, task).backward()
@@ -147,7 +148,7 @@ def test_an_exception_while_generating_leaves_the_base_model_alone(family: str) 
     model, (row,) = adapted(family, task, "prefix"), texts(family, task, (4,))
     expected = base_model(family, task).generate(row[None], max_new_tokens=4)
 
-    def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def stop(*_: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

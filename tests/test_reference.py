@@ -76,7 +76,7 @@ def rows_of(model: PeftModel, task: str, rows: list[Tensor], side: str, **kwargs
 
 
 def sides(family: str, task: str) -> tuple[str, ...]:
-    """BART's classifier feeds its padding to its decoder, so that left padding changes even the base model's answers."""
+    """BART's classifier feeds its padding to its decoder: left padding changes even the base model's answers."""
     return ("right",) if (family, task) == ("bart", SEQ_CLS) else ("right", "left")
 
 
@@ -97,7 +97,7 @@ def test_virtual_tokens(family: str, task: str, method: str) -> None:
             if (family, task) == (
                 "bart",
                 SEQ_CLS,
-            ):  # its decoder reads the text, and its class is read at the text's end
+            ):
                 theirs.append(bart_classes(base, row, leaf, columns))
             else:
                 theirs.append(virtual_tokens.whole(base, row, leaf, columns, ids))

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ OWN_KEY = "softtune.prompt_embeddings"
 PICKLED_NAME = "adapter_model.bin"
 SAMPLE_KEY = "embedding_sample"
 SAMPLE_TOLERANCE = 0.05
-"""How far, relative to its largest number, a base model's embedding may drift (precision, quantisation) and be the same."""
+"""How far, relative to its largest number, a base model's embedding may drift (precision, quantisation) and be the
+same."""
 
 
 @dataclasses.dataclass
@@ -85,7 +86,8 @@ def load(folder: str | os.PathLike[str], adapter: Adapter, *, trainable: bool, *
     """Fill a new adapter from a folder or hub repository.
 
     Raises:
-        CheckpointError: weights are missing, damaged or pickled, or ``trainable`` and the folder holds no training state.
+        CheckpointError: weights are missing, damaged or pickled, or ``trainable`` and the folder holds no training
+        state.
         AdapterMismatchError: the tensors do not fit the base model.
     """
     saved = weights(folder, **hub)
@@ -203,10 +205,11 @@ def _write(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def _card(existing: Path, config: PeftConfig) -> ModelCard:
     """The model card as PEFT writes it, so that hub pages know the adapter and its base model."""
-    card = ModelCard.load(existing) if existing.is_file() else ModelCard.from_template(ModelCardData())
-    card.data.library_name = "peft"
-    card.data.base_model = config.base_model_name_or_path or ""
-    card.data.tags = sorted({*(card.data.tags or []), f"base_model:adapter:{card.data.base_model}"})
+    card: ModelCard = ModelCard.load(existing) if existing.is_file() else ModelCard.from_template(ModelCardData())
+    data: Any = card.data
+    data.library_name = "peft"
+    data.base_model = config.base_model_name_or_path or ""
+    data.tags = sorted({*(data.tags or []), f"base_model:adapter:{data.base_model}"})
     if config.task_type == "CAUSAL_LM":
-        card.data.pipeline_tag = card.data.pipeline_tag or "text-generation"
+        data.pipeline_tag = data.pipeline_tag or "text-generation"
     return card

@@ -1,7 +1,7 @@
 """PeftModel: one base model and its adapters. One class for every task, since a task is data and a head.
 
-The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs (BitFit's bias
-changes stay attached while their adapter is the active one).
+The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs (BitFit's
+bias changes stay attached while their adapter is the active one).
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
 from softtune.backbone import Backbone
@@ -110,7 +111,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         config: PeftConfig | None = None,
         **hub: Any,
     ) -> None:
-        """Add a saved adapter; the arguments and errors are those of ``from_pretrained``. The first one becomes active."""
+        """Add a saved adapter, as ``from_pretrained`` does. The first one becomes active."""
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub)
         config.inference_mode = not is_trainable
         checkpoint.check_base_model(model_id, self.backbone, **hub)
@@ -133,7 +134,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             CheckpointError: ``save_directory`` is a file.
         """
         for name in selected_adapters or list(self.peft_config):
-            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
+            folder = Path(save_directory) if name == "default" else Path(save_directory, name)
             checkpoint.save(folder, self.adapter(name), self.backbone)
 
     def set_adapter(self, adapter_name: str) -> None:
@@ -180,7 +181,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         if adapter_name not in self.peft_config:
             loaded = ", ".join(self.peft_config) or "none"
             raise AdapterError(f"no adapter is named {adapter_name!r}: load it first (loaded: {loaded})")
-        heads = {name.replace("/", "."): head for name, head in self.heads[adapter_name].items()}
+        own_heads = self.heads[adapter_name]
+        assert isinstance(own_heads, nn.ModuleDict)
+        heads = {name.replace("/", "."): head for name, head in own_heads.items()}
         return Adapter(self.peft_config[adapter_name], self.prompt_encoder[adapter_name], heads)
 
     @property
@@ -220,8 +223,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             inputs_embeds: [B, T, D] instead of ``input_ids``.
             labels: as the base model takes them; virtual tokens need none.
             prompt_positions: [B, P] the column before which each virtual token stands, ascending, T at the end; as a
-                template's ``encode`` returns them. By default in front of the text or, for a suffix or infix, before the
-                first token that a language model's labels ask for, else behind the text.
+                template's ``encode`` returns them. By default in front of the text or, for a suffix or infix, before
+                the first token that a language model's labels ask for, else behind the text.
             return_dict: False for a tuple.
             kwargs: everything else that the base model's forward takes; with ``logits_to_keep`` the loss is over the
                 labels of the logits that are kept.
@@ -261,7 +264,8 @@ class PeftModel(PushToHubMixin, nn.Module):
                 "adapter_names is not supported: choose one adapter for the whole batch with set_adapter"
             )
         with self._acting(prompt_positions, given=True):
-            return self.base_model.generate(*args, **kwargs)
+            generate: Any = self.base_model.generate
+            return generate(*args, **kwargs)
 
     def _answer_columns(self, labels: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """[B] the column of each row's first label, or behind its text; None where labels are no tokens of the text."""
@@ -269,7 +273,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             return None
         supervised = labels != -100
         first = supervised.int().argmax(dim=1)
-        ends = row_ends(mask, *labels.shape, labels.device)
+        ends = row_ends(mask, len(labels), labels.shape[1], labels.device)
         return torch.where(supervised.any(dim=1), first.maximum(row_starts(mask, len(labels), labels.device)), ends)
 
     @contextmanager

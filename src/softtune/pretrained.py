@@ -88,7 +88,7 @@ def _package(module: str, wheel: str) -> Path:
 
 def _convert_gguf(file: Path, folder: Path) -> None:
     """Dequantise a GGUF model into a folder that ``from_pretrained`` reads."""
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model.hf_quantizer = None  # what remains is an ordinary fp32 model
     del model.config.quantization_config
     model.config.name_or_path = folder.name

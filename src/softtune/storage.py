@@ -77,6 +77,6 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
             if path.is_file():
                 destination = target / path.relative_to(stage)
                 destination.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, destination)
+                path.replace(destination)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

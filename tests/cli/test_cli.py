@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
 
 from softtune.cli import main
 from softtune.training.recipe import Recipe
-from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def batches(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], bool]:
 
 
 def sequence(row: list[int], columns: list[int], causal: bool) -> list[object]:
-    """Tokens as ("token", column) and virtual tokens as ("virtual", number); an encoder's left padding goes to the end."""
+    """Tokens as ("token", column) and virtual tokens as ("virtual", number); an encoder has left padding last."""
     places: list[object] = []
     for column in range(len(row) + 1):
         places += [("virtual", n) for n, c in enumerate(columns) if c == column]
@@ -48,7 +48,9 @@ def test_slots(case: tuple[list[list[int]], list[list[int]], bool]) -> None:
     for i, row in enumerate(rows):
         expected = sequence(row, columns[i], causal)
         assert [expected[s] for s in layout.token_slots[i].tolist()] == [("token", c) for c in range(len(row))]
-        assert [expected[s] for s in layout.virtual_slots[i].tolist()] == [("virtual", n) for n in range(len(columns[i]))]
+        assert [expected[s] for s in layout.virtual_slots[i].tolist()] == [
+            ("virtual", n) for n in range(len(columns[i]))
+        ]
         for column, slot in enumerate(layout.output_slots[i].tolist()):
             if not causal:
                 assert expected[slot] == ("token", column)

@@ -34,8 +34,8 @@ def split(flat: Float[Tensor, "P W"], sizes: list[tuple[int, int]]) -> Pairs:
 
 
 @checked
-def causal_by_cache(model: PreTrainedModel, ids: Int[Tensor, " T"], pairs: Pairs) -> Float[Tensor, "..."]:
-    """Logits [T, V], or [labels] of a classifier, with the prefix as past keys and values; the text starts at position P."""
+def causal_by_cache(model: PreTrainedModel, ids: Int[Tensor, " T"], pairs: Pairs) -> Float[Tensor, "T V"]:
+    """Logits [T, V] with the prefix as past keys and values; the text starts at position P."""
     cache = DynamicCache()
     for layer, (key, value) in enumerate(pairs):
         cache.update(key[None], value[None], layer)
@@ -59,7 +59,7 @@ def _naive(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     position_bias: Tensor | None = None,
-    **ignored: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention one head and one query at a time, of a batch of one row."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -86,7 +86,7 @@ def _naive(
 
 
 def _prefix_bias(module: nn.Module, t: int, length: int, head: int) -> Tensor:
-    """T5's relative bias of query t for P tokens right before position 0; the first layer's table serves all of a stack."""
+    """[P] T5's relative bias of query t for P tokens right before position 0."""
     owner = _bias_owners.get(module)
     if owner is None:
         return torch.zeros(length)
@@ -103,7 +103,7 @@ AttentionMaskInterface.register("naive", eager_mask)
 def naive_prefixes(
     model: PreTrainedModel, prefixes: dict[str, tuple[Tensor, Tensor]], hidden_before: int = 0
 ) -> Iterator[PreTrainedModel]:
-    """The model with a prefix in front of each named attention module. Queries before ``hidden_before`` do not see it."""
+    """The model with a prefix before each named module's keys, which queries before ``hidden_before`` do not see."""
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = "naive"

@@ -50,8 +50,12 @@ def test_every_field_says_what_it_is_for() -> None:
         ({"options": {"num_virtual_token": 3}}, "did you mean num_virtual_tokens"),
         ({"task": "SEQ_CLS"}, "SEQ_CLS needs labels"),
         ({"shares": {"a": 1.0}}, "shares needs examples"),
-        ({"template": "{prompt:3} {text}", "options": {"num_virtual_tokens": 4}}, "places for 3 virtual tokens"),
+        (
+            {"template": "{prompt:3} {text}", "method": "P_TUNING", "options": {"num_virtual_tokens": 4}},
+            "places for 3 virtual tokens",
+        ),
         ({"template": "{text"}, "stray"),
+        ({"template": "{prompt:3} {text}"}, "only PROMPT_TUNING and P_TUNING"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(change: dict[str, Any], message: str) -> None:

@@ -1,7 +1,7 @@
 """The only reader of Hugging Face internals: stacks, attention layers and their sizes, embeddings, heads, positions.
 
-Sizes are observed, not derived from configs: a forward of three tokens shows every attention layer's keys and values, so
-grouped heads, uneven layers and layers without attention need no rule of their own. Knows nothing about adapters.
+Sizes are observed, not derived from configs: a forward of three tokens shows every attention layer's keys and values,
+so grouped heads, uneven layers and layers without attention need no rule of their own. Knows nothing about adapters.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Stack:
     @cached_property
     def first_position(self) -> int:
         """The first real token's position: RoBERTa's kin begin behind their padding's."""
-        embeddings = getattr(self.module, "embeddings", None)
+        embeddings: Any = getattr(self.module, "embeddings", None)
         counts_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
         return int(embeddings.padding_idx) + 1 if counts_padding else 0
 
@@ -95,7 +95,8 @@ class Stack:
         return next((m for m in self.module.modules() if getattr(m, "has_relative_attention_bias", False)), None)
 
     def prefix_bias(self, positions: Tensor, length: int) -> Tensor:
-        """[B, heads, T, P] T5's bias of queries at positions [B, T] for a prefix that stands right before position 0."""
+        """[B, heads, T, P] T5's bias of queries at positions [B, T] for a prefix that stands right before position
+        0."""
         owner: Any = self.relative_bias
         distance = torch.arange(-length, 0, device=positions.device) - positions[..., None]
         buckets = owner._relative_position_bucket(
@@ -159,7 +160,8 @@ class Backbone:
     @property
     def embedding(self) -> nn.Embedding:
         """The word embedding of the stack that reads the input."""
-        embedding: nn.Embedding = self.stacks[0].module.get_input_embeddings()
+        embedding = self.stacks[0].module.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
         return embedding
 
     @property
@@ -197,10 +199,10 @@ class Backbone:
             self._run(input_ids)
         own = {m: s.site for s in self.stacks for m in s.module.modules()}
         # ALBERT calls one module for every layer: its layers share a prefix.
-        calls = {module: call for module, *call in reversed(recorder.calls)}
+        calls = {call[0]: call for call in reversed(recorder.calls)}
         return [
             (Site.CROSS if other and own[module] is Site.DECODER else own[module], module, key[0], value[0])
-            for module, (key, value, other) in reversed(calls.items())
+            for module, key, value, other in reversed(calls.values())
         ]
 
     @contextmanager
@@ -232,7 +234,8 @@ class Backbone:
 
     @property
     def head_names(self) -> list[str]:
-        """Names of the modules that the task's class adds to the base model: a classifier, a span head; no language head."""
+        """Names of the modules that the task's class adds to the base model: a classifier, a span head; no language
+        head."""
         base, words = self.model.base_model, self.model.get_output_embeddings()
         if base is self.model:
             return []

@@ -1,9 +1,9 @@
 """The one injection point: an attention function registered with transformers that lets a wrapper step in.
 
-A model's attention layers call the function named in their config. ``install`` renames ``sdpa`` to ``softtune_sdpa`` (and
-so on for every implementation); the function of that name calls the stock one, or hands it to the wrapper that came down
-the forward's keyword arguments. Keyword arguments, not module state, because gradient checkpointing runs the layers
-again during the backward pass. Knows nothing about prefixes.
+A model's attention layers call the function named in their config. ``install`` renames ``sdpa`` to ``softtune_sdpa``
+(and so on for every implementation); the function of that name calls the stock one, or hands it to the wrapper that
+came down the forward's keyword arguments. Keyword arguments, not module state, because gradient checkpointing runs the
+layers again during the backward pass. Knows nothing about prefixes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def install(model: nn.Module) -> None:
 
     Encoder-decoders keep copies of the config for each stack, so every module's config is visited.
     """
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for config in configs.values():
         stock = getattr(config, "_attn_implementation", None)
         if stock and not stock.startswith(_PREFIX):
             config._attn_implementation = _register(stock)

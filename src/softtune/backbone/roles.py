@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ _PATTERNS = {
 }
 
 _FUSED: dict[str, Callable[[int, int], Tensor]] = {
-    r"\.(c_attn|Wqkv)$": lambda width, heads: torch.arange(width).view(3, -1),
+    r"\.(c_attn|Wqkv)$": lambda width, _: torch.arange(width).view(3, -1),
     r"\.query_key_value$": lambda width, heads: torch.arange(width).view(heads, 3, -1).transpose(0, 1).reshape(3, -1),
 }
 """Modules that compute query, key and value in one product, and which of their outputs are which: [3, width / 3]."""
@@ -79,9 +80,9 @@ def _slots_of(name: str, module: nn.Module, width: int, heads: int) -> list[Bias
 
 def _output_width(module: nn.Module) -> int | None:
     """Features of the module's output, for the kinds of module that can have a bias; None for others."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if weight is None or isinstance(module, nn.Embedding):
         return None
     if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight transposed
-        return int(module.nf)
+        return int(weight.shape[1])
     return int(weight.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -35,8 +36,9 @@ def progress_bars() -> Iterator[Report]:
         def report(phase: str, done: int, total: int, loss: float | None) -> None:
             if phase not in bars:
                 bars[phase] = progress.add_task(phase, total=total, loss="")
-            text = "" if loss is None else f"loss {loss:.3f}"
-            progress.update(bars[phase], completed=done, total=total, **({"loss": text} if text else {}))
+            progress.update(bars[phase], completed=done, total=total)
+            if loss is not None:
+                progress.update(bars[phase], loss=f"loss {loss:.3f}")
 
         yield report
 
@@ -79,8 +81,5 @@ def quiet() -> None:
 
 def in_units(size: float) -> str:
     """Bytes as people read them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size /= 1000
-    return f"{size:.3g} {unit}"
+    power = min(int(math.log(max(size, 1), 1000)), 3)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -39,8 +39,8 @@ class Collator:
         """Stack ``examples`` (B of them).
 
         Returns ``input_ids`` [B, T] and ``attention_mask`` [B, T]; ``labels`` [B, T], padded with -100, if any example
-        has an answer (answers encoded apart: padded to the longest of them); ``prompt_positions`` [B, P], counted in the
-        padded row, if the examples have them.
+        has an answer (answers encoded apart: padded to the longest of them); ``prompt_positions`` [B, P], counted in
+        the padded row, if the examples have them.
         """
         if not examples:
             raise DataError("no examples to collate; give one or more")

@@ -4,9 +4,9 @@ A text is tokenized whole, and character offsets tell which tokens are a field's
 template's words and the answer may not. Knows nothing of models, padding or tensors.
 
 The space before an answer. Byte-level BPE writes " complaint" as one token, so in ``"Label : "`` the last space
-belongs to the answer: it is taken off the prompt and put in front of the answer. Training on "Label :" + " complaint" and
-asking with "Label :" then meet the same tokens. Should the answer still change how the prompt before it is tokenized (nothing
-separates the two), the answer is tokenized on its own.
+belongs to the answer: it is taken off the prompt and put in front of the answer. Training on "Label :" + " complaint"
+and asking with "Label :" then meet the same tokens. Should the answer still change how the prompt before it is
+tokenized (nothing separates the two), the answer is tokenized on its own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def encode_apart(
     answer: str | int | None = None,
     max_length: int,
 ) -> Example:
-    """Encode one record whose answer the model does not read: an encoder-decoder's target text, or a head's class id."""
+    """Encode one record whose answer the model does not read: an encoder-decoder's target text, or a head's class
+    id."""
     prompt = encode(template, record, tokenizer, max_length=max_length)
     if answer is None:
         return prompt

@@ -33,8 +33,8 @@ def load_records(source: str, *, split: str = "train") -> Dataset:
 
     ``source`` is a file if a path of this name exists or if it ends in ``.csv`` (commas, quotes as in RFC 4180),
     ``.tsv`` (tabs, quotes are text), ``.jsonl`` or ``.json`` (one object a line; a key that a row lacks is null). Files
-    are UTF-8, with or without a byte-order mark. Anything else goes to ``datasets.load_dataset(source, split=split)``. A
-    file is one split, ``"train"``.
+    are UTF-8, with or without a byte-order mark. Anything else goes to ``datasets.load_dataset(source, split=split)``.
+    A file is one split, ``"train"``.
     """
     path = Path(source).expanduser()
     if path.suffix.lower() in _PARSERS or path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase

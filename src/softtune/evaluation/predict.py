@@ -1,4 +1,5 @@
-"""What a model answers: the likeliest label by its words or by a head, or a text. Knows nothing about files and metrics.
+"""What a model answers: the likeliest label by its words or by a head, or a text. Knows nothing about files and
+metrics.
 
 Rows of like length share a batch; rows are padded left, so that answers stand at the end. Letters: B rows, N labels.
 """
@@ -54,7 +55,7 @@ def _score_next_token(model: PeftModel, rows: Sequence[Sequence[Example]], pad_t
     """All labels from one forward a record, where every label is one token."""
     batch = _collate([row[0] for row in rows], pad_token_id)
     batch.pop("labels")
-    logits = _forward(model, batch, keep=2).logits[:, -2].float().log_softmax(-1)
+    logits: Tensor = _forward(model, batch, keep=2).logits[:, -2].float().log_softmax(-1)
     answers = torch.tensor([[example.input_ids[-1] for example in row] for row in rows], device=logits.device)
     return logits.gather(1, answers).cpu()
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softtune.backbone import Backbone
-from softtune.errors import AdapterError
+from softtune.errors import AdapterError, DataError
 from softtune.injection.stack import Call, StackInjection, align_outputs
 from softtune.methods.base import Prompt
 
@@ -26,9 +26,16 @@ class Injection:
         prompt: what the adapter contributes.
         columns: [B, P] the column of the input before which each virtual token stands, or [B] one for all of them; by
             default in front of the text, or behind it where the prompt says so.
+
+    Raises:
+        DataError: there are columns, but no virtual tokens that stand among the words.
     """
 
     def __init__(self, backbone: Backbone, prompt: Prompt, columns: Tensor | None = None) -> None:
+        if columns is not None and prompt.vectors is None and not prompt.after_text:
+            raise DataError(
+                "prompt_positions is for virtual tokens among the words, this adapter has none: leave it out"
+            )
         self.backbone = backbone
         self.prompt = prompt
         self.stacks = [StackInjection(backbone, stack, prompt, columns) for stack in backbone.stacks]

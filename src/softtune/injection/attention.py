@@ -1,7 +1,8 @@
 """Keys and values in front of a layer's own, at the one injection point.
 
-The wrapper puts each layer's prefix before its keys, widens the mask by P columns and calls the stock attention function.
-The model's cache is left to the text alone. Letters: B rows, H key/value heads, T queries, S keys, P virtual tokens.
+The wrapper puts each layer's prefix before its keys, widens the mask by P columns and calls the stock attention
+function. The model's cache is left to the text alone. Letters: B rows, H key/value heads, T queries, S keys, P virtual
+tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class PrefixAttention:
     Args:
         prefixes: each attention module's prefix; other modules are passed through.
         visible: [B, T, P] which queries see the prefix; all of them by default.
-        biases: [B, heads, T, P] what is added to a module's scores of the prefix, in models with relative position biases.
+        biases: [B, heads, T, P] what is added to a module's scores of the prefix, in models with relative position
+            biases.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""A prefix as a ready cache, for decoders whose attention does not go through the interface (Bloom, Falcon, MPT, GPT-J...).
+"""A prefix as a ready cache, for decoders whose attention does not go through the interface (Bloom, Falcon, MPT,
+GPT-J...).
 
-The cache answers every ``update`` with the prefix in front of what the real cache returns. Without a real cache it keeps
-nothing, so that gradient checkpointing may call it twice.
+The cache answers every ``update`` with the prefix in front of what the real cache returns. Without a real cache it
+keeps nothing, so that gradient checkpointing may call it twice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Where the tokens of a batch and their virtual tokens stand in the sequence that the layers see.
 
-Pure index arithmetic. Letters: B rows, T tokens of the caller, P virtual tokens, S = T + P slots. A *column* is a place in
-the caller's rows, a *slot* one in the layers' sequence. Virtual tokens stand next to the text, never beyond its padding.
+Pure index arithmetic. Letters: B rows, T tokens of the caller, P virtual tokens, S = T + P slots. A *column* is a place
+in the caller's rows, a *slot* one in the layers' sequence. Virtual tokens stand next to the text, never beyond its
+padding.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Layout:
             starts: [B] the column of each row's first real token.
             length: T.
             columns: [B, P], ascending; the column before which each virtual token stands, T at the end.
-            causal: whether rows stay where the caller has them. A bidirectional encoder's rows move to the left, since its
-                pooler and its position table count from the first slot.
+            causal: whether rows stay where the caller has them. A bidirectional encoder's rows move to the left, since
+                its pooler and its position table count from the first slot.
         """
         shift = torch.zeros_like(starts) if causal else starts
         places = (torch.arange(length, device=starts.device) - shift[:, None]) % length

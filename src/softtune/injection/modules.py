@@ -1,4 +1,4 @@
-"""Trained changes at the outputs of single modules: biases added, heads replaced. The base model's tensors stay as they are."""
+"""Trained changes at the outputs of single modules: biases added, heads replaced. The base model's tensors stay."""
 
 from __future__ import annotations
 

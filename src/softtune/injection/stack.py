@@ -1,7 +1,8 @@
-"""Rewrites the call of one stack of layers on its way in, and aligns its outputs with the caller's tokens on the way out.
+"""Rewrites the call of one stack of layers on its way in, and aligns its outputs with the caller's tokens on the way
+out.
 
-Knows nothing about heads: they see outputs that have one place for each of the caller's tokens. Letters: B rows, T tokens
-of this call, P virtual tokens, W columns of the whole attention mask, S slots that the layers see.
+Knows nothing about heads: they see outputs that have one place for each of the caller's tokens. Letters: B rows, T
+tokens of this call, P virtual tokens, W columns of the whole attention mask, S slots that the layers see.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softtune.backbone import Backbone, Site, Stack
@@ -245,10 +246,11 @@ class _Step:
         return torch.arange(self.length, device=self.device) >= columns
 
 
-def _own_cache(stack: nn.Module, call: Call) -> Cache | None:
+def _own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:
     """The text's cache where the call has or wants one. Gradient checkpointing allows none."""
-    if call.get("past_key_values") is not None:
-        return call["past_key_values"]
+    cache: Cache | None = call.get("past_key_values")
+    if cache is not None:
+        return cache
     uses_cache = call.get("use_cache")
     uses_cache = stack.config.use_cache if uses_cache is None else uses_cache
     checkpointed = stack.training and any(

@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -31,6 +30,7 @@ OURS = {"ours": True}
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Placement = Literal["prefix", "suffix"]
 
 
 class TaskType(str, Enum):
@@ -129,9 +129,10 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         own_type = type(self).__dataclass_fields__["peft_type"].default
-        for name, adapter in _adapters(type(self)).items():
+        hints = get_type_hints(type(self), include_extras=True)
+        for name in (f.name for f in dataclasses.fields(self)):
             try:
-                setattr(self, name, adapter.validate_python(getattr(self, name)))
+                setattr(self, name, TypeAdapter(hints[name]).validate_python(getattr(self, name)))
             except ValidationError as error:
                 reason = error.errors()[0]["msg"]
                 raise ConfigError(f"{type(self).__name__}.{name} = {getattr(self, name)!r}: {reason}") from None
@@ -170,7 +171,8 @@ class PeftConfig:
         Raises:
             ConfigError: no or an unknown ``peft_type``, or an unknown key.
         """
-        config_class = _class_of(values.get("peft_type") or cls.__dataclass_fields__["peft_type"].default)
+        own_type: Any = cls.__dataclass_fields__["peft_type"].default
+        config_class = _class_of(values.get("peft_type") or own_type)
         known = [f.name for f in dataclasses.fields(config_class)]
         for key in values:
             if key not in known:
@@ -257,12 +259,3 @@ def _class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:
 
 def _leaves(cls: type[PeftConfig]) -> list[type[PeftConfig]]:
     return [leaf for sub in cls.__subclasses__() for leaf in [sub, *_leaves(sub)]]
-
-
-@lru_cache
-def _adapters(cls: type[PeftConfig]) -> dict[str, TypeAdapter[Any]]:
-    hints = get_type_hints(cls, include_extras=True)
-    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
-
-
-Placement = Literal["prefix", "suffix"]

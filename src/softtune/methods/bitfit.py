@@ -1,9 +1,9 @@
 """BitFit: Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
 Language-models", arXiv 2106.10199.
 
-Only bias terms and the task's head are trained. What is trained here is each bias's *change*, added to the output of the
-module that owns the bias: the base model's tensors stay as they are, models without biases need no surgery, and half
-precision models get fp32 changes. The gradients are those of the biases themselves.
+Only bias terms and the task's head are trained. What is trained here is each bias's *change*, added to the output of
+the module that owns the bias: the base model's tensors stay as they are, models without biases need no surgery, and
+half precision models get fp32 changes. The gradients are those of the biases themselves.
 """
 
 from __future__ import annotations

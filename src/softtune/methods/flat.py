@@ -1,12 +1,12 @@
 """The flat form of a prefix: one row of numbers for each virtual token, and how its columns belong to layers.
 
-PEFT's layout, which its files have too: layer after layer, a layer's keys before its values, head after head. Letters: P
-virtual tokens, H key/value heads, K key size, V value size, W = the sum of H·(K + V) over the chosen layers.
+PEFT's layout, which its files have too: layer after layer, a layer's keys before its values, head after head. Letters:
+P virtual tokens, H key/value heads, K key size, V value size, W = the sum of H·(K + V) over the chosen layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,9 @@ def choose_layers(backbone: Backbone, layers: Layers, sites: Sequence[Site] | No
         here = [a for a in backbone.attention_layers if a.site is site]
         chosen += [here[i] for i in _layer_numbers(layers, len(here))]
     if not backbone.has_interface and len(chosen) < len(backbone.attention_layers):
-        raise UnsupportedModelError(f"{type(backbone.model).__name__} takes a prefix at every layer or none: drop layers")
+        raise UnsupportedModelError(
+            f"{type(backbone.model).__name__} takes a prefix at every layer or none: drop layers"
+        )
     return chosen
 
 
@@ -70,7 +72,8 @@ def is_even(backbone: Backbone) -> bool:
 
 def split_prefix(flat: Tensor, layers: Sequence[AttentionLayer]) -> dict[tuple[Site, int], KeyValue]:
     """[P, W] into each layer's key [H, P, K] and value [H, P, V]."""
-    parts = iter(flat.split([width for a in layers for width in (a.heads * a.key_size, a.heads * a.value_size)], dim=1))
+    widths = [a.heads * size for a in layers for size in (a.key_size, a.value_size)]
+    parts: Iterator[Tensor] = iter(flat.split(widths, dim=1))
 
     def heads(layer: AttentionLayer) -> Tensor:
         return next(parts).view(len(flat), layer.heads, -1).transpose(0, 1)

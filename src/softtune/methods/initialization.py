@@ -1,7 +1,7 @@
 """Where a trained state starts: random numbers, words of the vocabulary, a text, class labels, a file, or a text's KV.
 
-Real words beat random numbers, words of the task beat unrelated ones, above all in low data (Li & Liang 2021, section 7.4;
-Lester et al. 2021, section 3.2). Every function checks that what it returns has the shape asked for.
+Real words beat random numbers, words of the task beat unrelated ones, above all in low data (Li & Liang 2021, section
+7.4; Lester et al. 2021, section 3.2). Every function checks that what it returns has the shape asked for.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def vocabulary_ids(backbone: Backbone, size: int) -> Tensor:
 
 
 def text_ids(
-    text: str | Sequence[str], tokenizer_name: str, tokenizer_kwargs: dict[str, Any] | None
+    text: str | Sequence[str], tokenizer_name: str | None, tokenizer_kwargs: dict[str, Any] | None
 ) -> list[list[int]]:
     """Token ids of one text, or of several, without padding.
 
@@ -49,7 +49,7 @@ def text_ids(
     # A tokenizer named by a downloaded config must not run code of its own.
     options = {k: v for k, v in (tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or "", **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer at {tokenizer_name!r}: set tokenizer_name_or_path to a folder or hub name"

@@ -1,8 +1,8 @@
 """P-tuning v2: Liu et al. 2022, "P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales
 and Tasks", arXiv 2110.07602.
 
-Deep prompts without a projection, with the model's hidden dropout on the keys and values, and a trained head in place of
-a verbalizer. Without the dropout and the head it is prefix tuning with ``prefix_projection=False``.
+Deep prompts without a projection, with the model's hidden dropout on the keys and values, and a trained head in place
+of a verbalizer. Without the dropout and the head it is prefix tuning with ``prefix_projection=False``.
 """
 
 from __future__ import annotations

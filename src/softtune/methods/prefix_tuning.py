@@ -1,7 +1,8 @@
 """Prefix tuning: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190.
 
-Every attention layer gets P trained keys and values in front of its own. Letters: P virtual tokens, L layers, H key/value
-heads, K key size, D hidden size, W the numbers of one virtual token over all layers (L·2·H·K in an even model).
+Every attention layer gets P trained keys and values in front of its own. Letters: P virtual tokens, L layers, H
+key/value heads, K key size, D hidden size, W the numbers of one virtual token over all layers (L·2·H·K in an even
+model).
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = False
     """Train the prefix through an MLP (the paper's reparameterisation), dropped after training."""
     init_weights: Literal["random", "zero", "vocabulary", "text"] | None = None
-    """Start from N(0, 1), from zero, or from the KV of common words or of ``init_text``. By default: the text where there
-    is one, else common words; with a projection and no text, the projection's random output. PEFT's default is random."""
+    """Start from N(0, 1), from zero, or from the KV of common words or of ``init_text``. By default: the text where
+    there is one, else common words; with a projection and no text, the projection's random output. PEFT's default is
+    random."""
     init_text: str | None = field(default=None, metadata=OURS)
     """The text whose KV the prefix starts from."""
     tokenizer_name_or_path: str | None = field(default=None, metadata=OURS)
@@ -61,9 +63,13 @@ class PrefixTuningConfig(PromptLearningConfig):
     def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
         """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
         if self.placement == "infix" and not backbone.is_decoder_only:
-            raise UnsupportedModelError("an infix stands between text and answer of a decoder: use placement='prefix' here")
+            raise UnsupportedModelError(
+                "an infix stands between text and answer of a decoder: use placement='prefix' here"
+            )
         if self.placement == "infix" and not backbone.has_interface and not self.embedding_only:
-            raise UnsupportedModelError(f"{type(backbone.model).__name__} takes a prefix alone: use placement='prefix' here")
+            raise UnsupportedModelError(
+                f"{type(backbone.model).__name__} takes a prefix alone: use placement='prefix' here"
+            )
         if self.embedding_only:
             self.settle(token_dim=backbone.embedding.embedding_dim)
             return EmbeddingPrefix(self)

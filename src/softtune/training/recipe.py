@@ -99,6 +99,8 @@ class Recipe(BaseModel):
         if places and tokens not in (None, places):
             raise ValueError(f"the template has places for {places} virtual tokens, num_virtual_tokens is {tokens}")
         self.config()
+        if places and self.method not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
+            raise ValueError("only PROMPT_TUNING and P_TUNING have virtual tokens that a template can place")
         return self
 
     @classmethod

@@ -1,5 +1,5 @@
-"""A thin Hugging Face Trainer for adapters: logits at the answers only, adapters in the checkpoints, and stops that keep
-what was reached (an interrupt, a loss that is not a number).
+"""A thin Hugging Face Trainer for adapters: logits at the answers only, adapters in the checkpoints, and stops that
+keep what was reached (an interrupt, a loss that is not a number).
 
 Knows nothing about recipes, files or templates. Letters: B rows, T tokens.
 """

@@ -1,0 +1,114 @@
+"""Configs: PEFT's names and defaults, files, and sizes read off the base model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import peft
+import pytest
+from tests.families import CAUSAL_LM, METHODS, SEQ_2_SEQ_LM, base_model
+
+import softtune
+from softtune import ConfigError, PeftConfig, PeftType, PrefixTuningConfig, get_peft_model
+
+SHARED = ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"]
+OTHER_DEFAULTS = {"prompt_tuning_init": "softtune starts from the vocabulary", "num_virtual_tokens": "PEFT has none"}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_fields_and_defaults_are_pefts(name: str) -> None:
+    theirs = {f.name: f.default for f in dataclasses.fields(getattr(peft, name))}
+    ours = {f.name: f for f in dataclasses.fields(getattr(softtune, name))}
+    assert {n for n, f in ours.items() if not f.metadata.get("ours")} <= theirs.keys()
+    for field in ours.values():
+        if (
+            field.name in theirs
+            and field.name not in OTHER_DEFAULTS
+            and field.name not in ("peft_type", "init_weights")
+        ):
+            default = theirs[field.name]
+            assert field.default == default or default is dataclasses.MISSING, field.name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_and_read(method: str, tmp_path: Path) -> None:
+    config = METHODS[method](task_type=CAUSAL_LM)
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
+    assert PeftConfig.from_dict(config.to_dict()) == config
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    ours = {f.name for f in dataclasses.fields(config) if f.metadata.get("ours")}
+    assert not ours & written.keys()
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_peft_reads_the_file(name: str, tmp_path: Path) -> None:
+    fields = {"num_virtual_tokens": 7, "task_type": CAUSAL_LM}
+    getattr(softtune, name)(**fields).save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(str(tmp_path))
+    assert type(config).__name__ == name
+    assert config.num_virtual_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "sizes"),
+    [
+        (
+            "llama",
+            CAUSAL_LM,
+            {"token_dim": 16, "num_attention_heads": 2, "num_layers": 2, "num_transformer_submodules": 1},
+        ),
+        (
+            "qwen3",
+            CAUSAL_LM,
+            {"token_dim": 24, "num_attention_heads": 2, "num_layers": 2, "num_transformer_submodules": 1},
+        ),
+        (
+            "t5",
+            SEQ_2_SEQ_LM,
+            {"token_dim": 48, "num_attention_heads": 4, "num_layers": 2, "num_transformer_submodules": 2},
+        ),
+    ],
+)
+def test_sizes_come_from_the_base_model(family: str, task: str, sizes: dict[str, int]) -> None:
+    config = get_peft_model(base_model(family, task), PrefixTuningConfig()).peft_config["default"]
+    assert {name: getattr(config, name) for name in sizes} == sizes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_values_of_a_wrong_type_are_named(method: str) -> None:
+    for field, value in (("task_type", "CHAT"), ("inference_mode", "maybe"), ("modules_to_save", 3)):
+        with pytest.raises(ConfigError, match=field):
+            METHODS[method](**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("PromptEncoderConfig", "encoder_dropout", 1.0),
+        ("PromptEncoderConfig", "encoder_reparameterization_type", "GRU"),
+        ("PromptEncoderConfig", "encoder_num_layers", 0),
+        ("PromptTuningConfig", "placement", "infix"),
+        ("PromptTuningConfig", "prompt_tuning_init", "ZERO"),
+        ("PrefixTuningConfig", "placement", "suffix"),
+        ("PrefixTuningConfig", "init_weights", "ones"),
+        ("PTuningV2Config", "prefix_dropout", -0.1),
+        ("BitFitConfig", "roles", ["bias"]),
+        ("BitFitConfig", "roles", []),
+    ],
+)
+def test_values_out_of_range_are_named(name: str, field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        getattr(softtune, name)(**{field: value})
+
+
+def test_embedding_only_has_no_layers() -> None:
+    with pytest.raises(ConfigError, match="embedding_only"):
+        PrefixTuningConfig(embedding_only=True, layers="last:1")
+
+
+def test_a_word_for_a_method_is_enough() -> None:
+    for peft_type in PeftType:
+        assert softtune.get_peft_config({"peft_type": peft_type.value}).peft_type is peft_type

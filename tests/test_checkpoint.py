@@ -1,0 +1,56 @@
+"""How a base model is known again, and the model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from softtune import AdapterMismatchError, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from tests.families import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, adapted, base_model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_base_model_at_another_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    adapted("gpt2", CAUSAL_LM, "prefix").save_pretrained(tmp_path)
+    PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM).to(dtype), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "bitfit"])
+def test_other_weights_of_the_same_shape(method: str, tmp_path: Path) -> None:
+    adapted("bert", SEQ_CLS, method).save_pretrained(tmp_path)
+    with pytest.raises(AdapterMismatchError, match="word embeddings"):
+        PeftModel.from_pretrained(base_model("bert", SEQ_CLS, seed=5), tmp_path)
+
+
+def test_fields_of_softtune_stand_in_its_own_file(tmp_path: Path) -> None:
+    adapted("gpt2", CAUSAL_LM, "prefix_last").save_pretrained(tmp_path)
+    theirs = json.loads((tmp_path / "adapter_config.json").read_text())
+    ours = json.loads((tmp_path / "softtune_config.json").read_text())
+    assert "layers" not in theirs
+    assert theirs["inference_mode"] is True
+    assert ours["config"] == {"layers": "last:1"}
+    assert len(ours["embedding_sample"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "pipeline"), [("gpt2", CAUSAL_LM, "text-generation"), ("t5", SEQ_2_SEQ_LM, None)]
+)
+def test_model_card(family: str, task: str, pipeline: str | None, tmp_path: Path) -> None:
+    adapted(family, task, "prefix").save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.pipeline_tag == pipeline
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "prefix_last", "p_tuning_v2", "bitfit"])
+def test_a_state_dict_goes_round(method: str) -> None:
+    source, target = adapted("bert", SEQ_CLS, method), adapted("bert", SEQ_CLS, method, seed=6)
+    state = get_peft_model_state_dict(source)
+    ids = torch.tensor([[5, 6, 7]])
+    assert not torch.equal(source(ids).logits, target(ids).logits)
+    set_peft_model_state_dict(target, state)
+    assert torch.equal(source(ids).logits, target(ids).logits)

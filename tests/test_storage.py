@@ -1,0 +1,73 @@
+"""Files are found, and folders are never left half written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from softtune import CheckpointError
+from softtune.storage import locate, read_json, staged, write_json
+
+
+def test_locate(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file").write_text("x")
+    assert locate(tmp_path, "file") is None
+    assert locate(tmp_path, "file", subfolder="sub") == tmp_path / "sub" / "file"
+    assert locate(tmp_path / "none", "file") is None
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error() -> None:
+    with pytest.raises(CheckpointError, match="hub"):
+        locate("someone/something", "file")
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b""])
+def test_damaged_json(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_is_sorted_and_ends_with_a_line(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"b": 1, "a": "ä"})
+    text = (tmp_path / "x.json").read_text()
+    assert text.index('"a"') < text.index('"b"')
+    assert text.endswith("}\n")
+    assert read_json(tmp_path / "x.json") == {"a": "ä", "b": 1}
+
+
+def test_staged_files_arrive_together(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "folder"
+    target.mkdir(parents=True)
+    (target / "mine").write_text("kept")
+    (target / "old").write_text("old")
+    with staged(target) as stage:
+        (stage / "old").write_text("new")
+        (stage / "sub").mkdir()
+        (stage / "sub" / "more").write_text("more")
+        assert (target / "old").read_text() == "old"
+    assert {str(p.relative_to(target)): p.read_text() for p in target.rglob("*") if p.is_file()} == {
+        "mine": "kept",
+        "old": "new",
+        "sub/more": "more",
+    }
+    assert [p.name for p in target.parent.iterdir()] == ["folder"]
+
+
+def test_a_failed_stage_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with staged(tmp_path / "folder") as stage:
+            (stage / "half").write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="file"), staged(tmp_path / "file"):
+        pass
