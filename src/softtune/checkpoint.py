@@ -175,7 +175,7 @@ def _from_peft(prompt: Tensor, adapter: Adapter) -> Tensor:
             "PEFT's prefix is for the decoder's own attention: set sites=['decoder'] in the config"
         )
     # Layer l of the decoder takes the columns 4l and 4l + 1 of twice the tensor; PEFT gives no other site a prefix.
-    assert config.num_layers and config.token_dim
+    assert config.num_layers
     parts = prompt.view(len(prompt), 2 * config.num_layers, -1).repeat(1, 2, 1)
     picked = [parts[:, 4 * layer + kind] for layer in range(len(adapter.module.layers)) for kind in (0, 1)]
     return torch.cat(picked, dim=1)

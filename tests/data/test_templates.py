@@ -2,14 +2,13 @@
 
 from collections import Counter
 
-import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from softtune.data import Example, Template, Verbalizer, encode, encode_records
+from softtune.data import Example, Template, Verbalizer, encode
 from softtune.errors import DataError
 
 CORPUS = [
@@ -157,10 +156,8 @@ def test_verbalizer_from_labels_is_the_identity():
 @pytest.mark.parametrize("ask", [Verbalizer.word, Verbalizer.index])
 def test_a_label_outside(ask):
     verbalizer = Verbalizer.from_labels(["complaint", "no complaint"])
-    with pytest.raises(DataError, match="^label 'Unlabeled' is not one of 'complaint', 'no complaint'; add it"):
+    with pytest.raises(DataError, match=r"^label 'Unlabeled' is not one of 'complaint', 'no complaint'; add it"):
         ask(verbalizer, "Unlabeled")
-    with pytest.raises(DataError, match="^row 7: label 'x'"):
-        ask(verbalizer, "x", row=7)
 
 
 @pytest.mark.parametrize("words", [{}, {"a": "yes", "b": ""}])
@@ -325,7 +322,7 @@ def test_what_is_cut_is_a_part_of_what_is_whole(tokenizer, record, answer, room)
     )
     empty = encode(template, {"premise": "", "hypothesis": ""}, tokenizer, answer=answer, max_length=LONG)
     whole = encode(template, record, tokenizer, answer=answer, max_length=LONG)
-    # Tokens that join a word with a field's text are the template's, so the least that is needed may be more than `empty`.
+    # Tokens that join a word with a field's text are the template's: the least that is needed may exceed `empty`.
     max_length = len(empty.input_ids) + 8 + room
     example = encode(template, record, tokenizer, answer=answer, max_length=max_length)
     assert len(example.input_ids) == len(example.labels) == min(len(whole.input_ids), max_length)
@@ -336,7 +333,7 @@ def test_what_is_cut_is_a_part_of_what_is_whole(tokenizer, record, answer, room)
     positions = example.prompt_positions
     assert len(positions) == template.num_virtual_tokens == 7
     assert positions == sorted(positions)
-    assert positions[0] >= 0 and positions[-1] <= len(example.input_ids)
+    assert 0 <= positions[0] <= positions[-1] <= len(example.input_ids)
     last = len(example.input_ids) - positions[-1]
     assert example.input_ids[-last:] == whole.input_ids[-last:] == empty.input_ids[-last:]
 
@@ -357,9 +354,7 @@ def test_the_template_and_answer_just_fit_or_do_not(tokenizer):
     # An empty text leaves two spaces side by side, which some tokenizers write as a token more.
     example = encode(TWEET, record, tokenizer, answer="complaint", max_length=least)
     assert len(example.input_ids) == least
-    with pytest.raises(
-        DataError, match=r"the template and the answer alone take \d+ tokens, max_length is 3; raise it"
-    ):
+    with pytest.raises(DataError, match=r"template and answer alone take \d+ tokens, max_length is 3; raise it"):
         encode(TWEET, record, tokenizer, answer="complaint", max_length=3)
 
 
@@ -395,48 +390,3 @@ def test_a_slow_tokenizer():
 
     with pytest.raises(DataError, match="load a fast one"):
         encode(TWEET, {"Tweet text": "a"}, Slow(), max_length=LONG)
-
-
-# Many records
-
-RECORDS = datasets.Dataset.from_dict({"x": ["x0 x1 x2", "x0", ""], "label": [1, 0, 1]})
-ASK = Template("A1 {x} Q ")
-
-
-def test_encode_records_takes_answers_from_the_column_through_the_verbalizer():
-    encoded = encode_records(
-        RECORDS,
-        ASK,
-        WORDS,
-        verbalizer=Verbalizer({"0": "y0", "1": "OK"}),
-        label_column="label",
-        max_length=5,
-        add_eos=True,
-    )
-    texts = ["A1 x0 Q OK </s>", "A1 x0 Q y0 </s>", "A1 Q OK </s>"]
-    assert [" ".join(words_of(example)) for example in encoded.examples] == texts
-    assert encoded.truncated == 1
-
-
-def test_encode_records_without_a_verbalizer_or_without_a_label():
-    plain = encode_records(RECORDS.select([1]), ASK, WORDS, label_column="x", max_length=9, verbalizer=None)
-    assert words_of(plain.examples[0]) == ["A1", "x0", "Q", "x0"]
-    encoded = encode_records(RECORDS, ASK, WORDS, verbalizer=None, label_column=None, max_length=9, add_eos=False)
-    assert [answer_of(example) for example in encoded.examples] == [[], [], []]
-    assert encoded.truncated == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"label_column": "labels"}, "^no column 'labels' in the data, which has 'x', 'label'; did you mean 'label'"),
-        ({"template": Template("{y}")}, "^no column 'y'"),
-        ({"label_column": "label", "verbalizer": Verbalizer({"1": "yes"})}, "^row 2: label '0' is not one of '1'"),
-        ({"label_column": "x"}, "^row 3: column 'x' is empty"),
-        ({"max_length": 1}, "^row 1: the template and the answer alone take 2 tokens, max_length is 1"),
-    ],
-)
-def test_what_does_not_fit_names_its_row(arguments, message):
-    call = {"template": ASK, "label_column": None, "verbalizer": None, "max_length": LONG, **arguments}
-    with pytest.raises(DataError, match=message):
-        encode_records(RECORDS, tokenizer=WORDS, **call)

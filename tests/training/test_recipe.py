@@ -77,7 +77,7 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> No
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no recipe at"):
         Recipe.load(tmp_path / "none.yaml")
-    with pytest.raises(CheckpointError, match="has no recipe.yaml"):
+    with pytest.raises(CheckpointError, match=r"has no recipe.yaml"):
         Recipe.of_adapter(tmp_path)
 
 

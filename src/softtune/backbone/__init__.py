@@ -132,7 +132,7 @@ class Backbone:
     def __init__(self, model: PreTrainedModel) -> None:
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(
-                f"{type(model).__name__} is no Hugging Face transformer: load the model with transformers' from_pretrained"
+                f"{type(model).__name__} is no Hugging Face transformer: load the model by from_pretrained"
             )
         self.model = model
         if model.config.is_encoder_decoder:

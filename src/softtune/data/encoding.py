@@ -179,7 +179,7 @@ def _cut(tokens: list[_Token], max_length: int, *, reserved: int) -> list[_Token
     fixed = sizes[_WORD] + sizes[_SPACE] + reserved
     if fixed > max_length:
         raise DataError(
-            f"the template and the answer take {fixed} tokens alone, max_length is {max_length}; raise it or shorten them"
+            f"template and answer alone take {fixed} tokens, max_length is {max_length}; raise it or shorten them"
         )
     room = _shares({owner: size for owner, size in sizes.items() if owner >= 0}, max_length - fixed)
     seen: Counter[int] = Counter()

@@ -83,20 +83,19 @@ class Verbalizer:
         """The labels in order of their class ids."""
         return tuple(self.words)
 
-    def word(self, label: str | int, *, row: int | None = None) -> str:
-        """The words for ``label``; ``row`` is for the message when there are none."""
-        return self.words[self._known(label, row)]
+    def word(self, label: str | int) -> str:
+        """The words for ``label``. Raises ``DataError`` where there are none."""
+        return self.words[self._known(label)]
 
-    def index(self, label: str | int, *, row: int | None = None) -> int:
-        """The class id of ``label``, for classification heads."""
-        return self.labels.index(self._known(label, row))
+    def index(self, label: str | int) -> int:
+        """The class id of ``label``, for classification heads. Raises ``DataError`` where it has none."""
+        return self.labels.index(self._known(label))
 
-    def _known(self, label: str | int, row: int | None) -> str:
+    def _known(self, label: str | int) -> str:
         if str(label) in self.words:
             return str(label)
-        place = "" if row is None else f"row {row}: "
         known = ", ".join(map(repr, self.labels))
-        raise DataError(f"{place}label {label!r} is not one of {known}; add it to the verbalizer or fix the data")
+        raise DataError(f"label {label!r} is not one of {known}; add it to the verbalizer or fix the data")
 
 
 def _parse(text: str) -> Iterator[Part]:

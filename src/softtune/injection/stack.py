@@ -169,7 +169,7 @@ class StackInjection:
         limit, virtual = self.stack.max_positions, self.shift if self.vectors is None else len(self.vectors)
         if limit is not None and step.width + virtual > limit:
             raise DataError(
-                f"{step.width} tokens and {virtual} virtual tokens exceed the model's {limit} positions: shorten the text"
+                f"{step.width} tokens and {virtual} virtual ones exceed the model's {limit} positions: shorten the text"
             )
 
     def _add_prefix(self, call: Call, step: _Step) -> None:
@@ -211,7 +211,7 @@ class StackInjection:
         expected = {a.module for a in self.layers if a.site is not Site.CROSS or crossing}
         if expected - wrapper.reached:
             raise UnsupportedModelError(
-                "the prefix did not reach every layer: call set_attn_implementation before the adapter is added, not after"
+                "the prefix did not reach every layer: call set_attn_implementation before the adapter is added"
             )
 
 

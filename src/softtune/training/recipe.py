@@ -168,12 +168,15 @@ class Recipe(BaseModel):
     @property
     def definition(self) -> Task:
         """What prediction needs to know of the recipe."""
-        words = self.labels if isinstance(self.labels, dict) or self.labels is None else {x: x for x in self.labels}
         return Task(
             kind=self.task,
             template=Template(self.template),
             label_column=self.label_column,
-            verbalizer=None if words is None else Verbalizer(words),
+            verbalizer=None if self.labels is None else _verbalizer(self.labels),
             max_length=self.max_length,
             max_new_tokens=self.max_new_tokens,
         )
+
+
+def _verbalizer(labels: list[str] | dict[str, str]) -> Verbalizer:
+    return Verbalizer(labels) if isinstance(labels, dict) else Verbalizer.from_labels(labels)

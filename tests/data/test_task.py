@@ -1,0 +1,70 @@
+"""Tasks: how records become examples for each kind of model, and which row a message names."""
+
+import datasets
+import pytest
+
+from softtune.data import Task, Template, Verbalizer, each_row
+from softtune.errors import DataError
+from softtune.methods import TaskType
+from tests.data.test_templates import WORDS, answer_of, words_of
+
+RECORDS = datasets.Dataset.from_dict({"x": ["x0 x1 x2", "x0", ""], "label": [1, 0, 1]})
+YES_NO = Verbalizer({"0": "y0", "1": "OK"})
+
+
+def task(**changes):
+    fields = {
+        "kind": TaskType.CAUSAL_LM,
+        "template": Template("A1 {x} Q "),
+        "label_column": "label",
+        "verbalizer": YES_NO,
+        "max_length": 9,
+        "max_new_tokens": 3,
+    }
+    return Task(**{**fields, **changes})
+
+
+def encoded(asked, records=RECORDS, *, label=True):
+    def encode(record):
+        return asked.encode(record, WORDS, label=asked.label_of(record) if label else None)
+
+    return each_row(records, [*asked.template.fields, asked.label_column], encode)
+
+
+def test_a_language_model_reads_the_answer_in_the_verbalizers_words():
+    examples = encoded(task(max_length=4))
+    assert [" ".join(words_of(e)) for e in examples] == ["A1 x0 Q OK", "A1 x0 Q y0", "A1 Q OK"]
+    assert [e.truncated for e in examples] == [2, 0, 0]
+
+
+def test_free_text_ends_with_the_end_of_sequence():
+    (example,) = encoded(task(verbalizer=None, label_column="x"), RECORDS.select([1]))
+    assert words_of(example) == ["A1", "x0", "Q", "x0", "</s>"]
+
+
+def test_without_a_label_the_prompt_is_open():
+    examples = encoded(task(), label=False)
+    assert [answer_of(e) for e in examples] == [[], [], []]
+    assert [words_of(e)[-1] for e in examples] == ["Q", "Q", "Q"]
+
+
+def test_a_head_gets_class_ids_and_an_encoder_decoder_the_answer_apart():
+    assert [e.labels for e in encoded(task(kind=TaskType.SEQ_CLS))] == [[1], [0], [1]]
+    apart = encoded(task(kind=TaskType.SEQ_2_SEQ_LM))
+    assert [WORDS.convert_ids_to_tokens(e.labels) for e in apart] == [["OK"], ["y0"], ["OK"]]
+    assert words_of(apart[1]) == ["A1", "x0", "Q"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_column": "labels"}, r"^no column 'labels' in the data, which has 'x', 'label'; did you mean 'label'"),
+        ({"template": Template("{y}")}, r"^no column 'y'"),
+        ({"verbalizer": Verbalizer({"1": "yes"})}, r"^row 2: label '0' is not one of '1'"),
+        ({"label_column": "x", "verbalizer": None}, r"^row 3: column 'x' is empty"),
+        ({"max_length": 1}, r"^row 1: template and answer alone take 3 tokens, max_length is 1"),
+    ],
+)
+def test_what_does_not_fit_names_its_row(changes, message):
+    with pytest.raises(DataError, match=message):
+        encoded(task(**changes))
