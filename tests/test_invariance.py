@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softtune import PeftModel
+from softtune import AdapterError, PeftModel
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -209,3 +209,64 @@ def test_a_classifier_reads_the_last_real_token(family: str, method: str) -> Non
     other = row.clone()
     other[-1] = PAD + 50
     assert (model(input_ids=row[None]).logits - model(input_ids=other[None]).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases(KINDS, tasks=(CAUSAL_LM, SEQ_CLS)))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_every_row_leaves_training_alone(family: str, task: str, method: str, side: str) -> None:
+    if (family, side) == ("bart", "left"):
+        return  # see above: its classifier's decoder reads the padding
+    model, rows = adapted(family, task, method), texts(family, task)
+    gradients = []
+    for width in (None, 11):
+        inputs = batch(rows, side, width=width)
+        # A row's first token is predicted from nothing, so that it has no label.
+        labels = inputs["input_ids"].masked_fill(
+            inputs["attention_mask"].cumsum(1) * inputs["attention_mask"] < 2, -100
+        )
+        loss = model(**inputs, labels=labels if task == CAUSAL_LM else torch.tensor([0, 1, 1]), use_cache=False).loss
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients.append([g for g in torch.autograd.grad(loss, trained, allow_unused=True) if g is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_layers_do_not_work_on_padding_of_every_row() -> None:
+    model, rows = adapted("llama", CAUSAL_LM, "prefix"), texts("llama", CAUSAL_LM)
+    lengths = []
+    layer = model.base_model.model.layers[0]
+    handle = layer.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
+    longest = max(len(row) for row in rows)
+    try:
+        output = model(**batch(rows, "left", width=20), use_cache=False, output_hidden_states=True)
+    finally:
+        handle.remove()
+    assert lengths == [longest]
+    assert {h.shape[1] for h in output.hidden_states} == {20} == {output.logits.shape[1]}
+    assert (output.hidden_states[-1][:, : 20 - longest] == 0).all()
+
+
+def test_a_decoding_cache_holds_the_prefix_once_and_counts_the_text() -> None:
+    model, rows = adapted("llama", CAUSAL_LM, "prefix"), texts("llama", CAUSAL_LM)
+    inputs = batch(rows, "left")
+    with torch.no_grad():
+        result = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        cache = result.past_key_values
+        text = inputs["input_ids"].shape[1] + 2
+        assert cache.get_seq_length() == text
+        assert cache.layers[0].keys.shape[2] == text + P
+        # Going on with the cache is going on with the text.
+        mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(len(rows), 3)], dim=1)
+        ids = result.sequences
+        step = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+        whole = model(input_ids=ids, attention_mask=mask).logits[:, -1]
+    torch.testing.assert_close(step, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_of_another_adapter_is_refused() -> None:
+    model, rows = adapted("llama", CAUSAL_LM, "prefix"), texts("llama", CAUSAL_LM)
+    inputs = batch(rows, "left")
+    result = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    model.prompt_encoder["default"].embedding.weight.data += 1
+    with pytest.raises(AdapterError, match="another adapter"), torch.no_grad():
+        model(input_ids=result.sequences[:, -1:], past_key_values=result.past_key_values)

@@ -217,6 +217,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> Any:
         """The base model's forward with the active adapter. Outputs line up with the caller's tokens.
 
+        In training there is no cache unless ``use_cache=True`` asks for one, and columns that are padding in every row
+        are left out of the layers' work: their hidden states are zero.
+
         Args:
             input_ids: [B, T], without virtual tokens.
             attention_mask: [B, T], padded left or right.

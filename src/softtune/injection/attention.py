@@ -1,13 +1,13 @@
 """Keys and values in front of a layer's own, at the one injection point.
 
 The wrapper puts each layer's prefix before its keys, widens the mask by P columns and calls the stock attention
-function. The model's cache is left to the text alone. Letters: B rows, H key/value heads, T queries, S keys, P virtual
+function. The model's cache counts the text alone. Letters: B rows, H key/value heads, T queries, S keys, P virtual
 tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softtune.backbone.interface import Attention
+from softtune.injection.cache import prepend
 from softtune.methods.base import KeyValue
 
 
@@ -26,14 +27,21 @@ class PrefixAttention:
         visible: [B, T, P] which queries see the prefix; all of them by default.
         biases: [B, heads, T, P] what is added to a module's scores of the prefix, in models with relative position
             biases.
+        held: modules whose cache brings the prefix along already.
     """
 
     def __init__(
-        self, prefixes: Mapping[nn.Module, KeyValue], visible: Tensor | None, biases: Mapping[nn.Module, Tensor]
+        self,
+        prefixes: Mapping[nn.Module, KeyValue],
+        *,
+        visible: Tensor | None,
+        biases: Mapping[nn.Module, Tensor],
+        held: Collection[nn.Module],
     ) -> None:
         self.prefixes = prefixes
         self.visible = visible
         self.biases = biases
+        self.held = held
         self.reached: set[nn.Module] = set()
         """Modules that have called: all of ``prefixes`` after a forward, or the prefix has been ignored somewhere."""
         self._masks: dict[tuple[int, int, bool], tuple[Tensor | None, Tensor | None]] = {}
@@ -54,10 +62,11 @@ class PrefixAttention:
         self.reached.add(module)
         causal = kwargs.pop("is_causal", None)
         causal = getattr(module, "is_causal", True) if causal is None else causal
+        if module not in self.held:
+            key, value = prepend(prefix.key, key), prepend(prefix.value, value)
         mask = self._widened(attention_mask, query, key, bool(causal))
         if (bias := kwargs.get("position_bias")) is not None:
             kwargs["position_bias"] = self._with_bias(module, bias, prefix.key.shape[1])
-        key, value = _prepend(prefix.key, key), _prepend(prefix.value, value)
         output, weights = attend(module, query, key, value, mask, is_causal=False, **kwargs)
         return output, None if weights is None else weights[..., prefix.key.shape[1] :]
 
@@ -76,15 +85,10 @@ class PrefixAttention:
         return torch.cat([added.expand(rows, -1, own.shape[2], -1), own.expand(rows, -1, -1, -1)], dim=-1)
 
 
-def _prepend(prefix: Tensor, own: Tensor) -> Tensor:
-    """[H, P, K] before [B, H, S, K]."""
-    return torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
-
-
 def _widen(
     mask: Tensor | None, visible: Tensor | None, query: Tensor, key: Tensor, causal: bool, length: int
 ) -> Tensor | None:
-    queries, keys = query.shape[2], key.shape[2]
+    queries, keys = query.shape[2], key.shape[2] - length
     if mask is None:
         if visible is None and (not causal or queries == 1):
             return None

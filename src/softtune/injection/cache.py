@@ -1,8 +1,11 @@
-"""A prefix as a ready cache, for decoders whose attention does not go through the interface (Bloom, Falcon, MPT,
-GPT-J...).
+"""Prefixes in caches. Letters: B rows, H key/value heads, P virtual tokens, S tokens of the text.
 
-The cache answers every ``update`` with the prefix in front of what the real cache returns. Without a real cache it
-keeps nothing, so that gradient checkpointing may call it twice.
+``PrefixCache`` serves decoders whose attention does not go through the interface (Bloom, Falcon, MPT, GPT-J...): it
+answers every ``update`` with the prefix in front of what the text's own cache returns. Without such a cache it keeps
+nothing, so that gradient checkpointing may call it twice.
+
+``PrefixLayer`` serves decoding through the interface: it holds the prefix in front of the text once and for all, so
+that a step need not join them again, and counts the text alone.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from softtune.methods.base import KeyValue
 
@@ -35,10 +39,8 @@ class PrefixCache(Cache):
         """Keys and values [B, H, P + S, K] of a layer, the prefix first."""
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
-        return tuple(
-            torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
-            for prefix, own in zip(self.prefixes[layer_idx], (key_states, value_states), strict=True)
-        )
+        prefix = self.prefixes[layer_idx]
+        return prepend(prefix.key, key_states), prepend(prefix.value, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length + (self.inner.get_seq_length(layer_idx) if self.inner is not None else 0)
@@ -57,3 +59,37 @@ class PrefixCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
+
+
+class PrefixLayer(DynamicLayer):
+    """A growing cache layer that begins with a prefix, and has the length of the text behind it.
+
+    Args:
+        prefix: the layer's prefix.
+        rows: B.
+        dtype: of the base model.
+    """
+
+    def __init__(self, prefix: KeyValue, rows: int, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers has no types here
+        self.length = prefix.key.shape[1]
+        keys, values = (part.to(dtype).expand(rows, -1, -1, -1) for part in prefix)
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() - self.length
+
+    def holds(self, prefix: KeyValue) -> bool:
+        """Whether this is the prefix that the layer begins with."""
+        assert self.keys is not None
+        return torch.equal(self.keys[0, :, : self.length], prefix.key.to(self.keys.dtype))
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self.crop(-self.get_seq_length())
+
+
+def prepend(prefix: Tensor, own: Tensor) -> Tensor:
+    """[H, P, K] before [B, H, S, K]."""
+    return torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)

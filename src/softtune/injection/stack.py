@@ -7,21 +7,24 @@ tokens of this call, P virtual tokens, W columns of the whole attention mask, S 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softtune.backbone import Backbone, Site, Stack
 from softtune.backbone.interface import WRAPPER
-from softtune.errors import DataError, UnsupportedModelError
+from softtune.errors import AdapterError, DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
-from softtune.injection.cache import PrefixCache
+from softtune.injection.cache import PrefixCache, PrefixLayer
 from softtune.injection.layout import Layout, row_ends, row_starts
-from softtune.methods.base import Prompt
+from softtune.injection.trim import Trim
+from softtune.methods.base import KeyValue, Prompt
 
 Call = dict[str, Any]
 
@@ -49,6 +52,7 @@ class StackInjection:
         shifts = prompt.shifts_positions and any(a.site is stack.site for a in self.layers)
         self.shift = prompt.num_virtual_tokens if shifts else 0
         self.layout: Layout | None = None
+        self.trim: Trim | None = None
         self.has_run = False
 
     @property
@@ -69,9 +73,12 @@ class StackInjection:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
         call = self.stack.arguments(args, kwargs)
+        self.layout, self.trim, self.has_run = None, None, True
+        if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
+            call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
+        if not self.feeds_decoder:
+            self._trim(call)
         step = _Step(call)
-        self.layout = None
-        self.has_run = True
         if self.vectors is not None:
             self._add_vectors(call, step)
         elif not self.stack.is_causal and bool(step.starts.any()):
@@ -81,6 +88,14 @@ class StackInjection:
         if self.layers:
             self._add_prefix(call, step)
         return (), call
+
+    def _trim(self, call: Call) -> None:
+        """Leave out what is padding in every row, where nothing later counts on its columns."""
+        mask = call.get("attention_mask")
+        cached = call.get("past_key_values") is not None or call.get("use_cache") is not False
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not (self.stack.is_causal and cached):
+            self.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
+            self.trim.cut(call)
 
     def _add_vectors(self, call: Call, step: _Step) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
@@ -104,9 +119,10 @@ class StackInjection:
 
     def _columns(self, step: _Step, size: int) -> Tensor:
         """[B, size] the column before which each virtual token stands."""
+        cut = self.trim.left if self.trim else 0
         if self.columns is None:  # kept, since decoding without a cache calls again with a longer text
-            self.columns = step.ends if self.prompt.after_text else step.starts
-        columns = self.columns.to(step.device).reshape(len(self.columns), -1)
+            self.columns = cut + (step.ends if self.prompt.after_text else step.starts)
+        columns = self.columns.to(step.device).reshape(len(self.columns), -1) - cut
         columns = columns.repeat_interleave(max(step.rows // len(columns), 1), dim=0)  # beams multiply the rows
         columns = columns.expand(-1, size) if columns.shape[1] == 1 else columns
         if columns.shape != (step.rows, size) or not 0 <= int(columns.min()) <= int(columns.max()) <= step.length:
@@ -193,7 +209,9 @@ class StackInjection:
             positions = positions if self.layout is None else self.layout.merge_positions(positions)
             bias = self.stack.prefix_bias(positions, self.prompt.num_virtual_tokens)
             biases = dict.fromkeys(own, bias)
-        call[WRAPPER] = PrefixAttention(dict(zip(modules, prefixes, strict=True)), visible, biases)
+        by_module = dict(zip(modules, prefixes, strict=True))
+        held = _hold(by_module, call.get("past_key_values"), step, self.stack.module.dtype)
+        call[WRAPPER] = PrefixAttention(by_module, visible=visible, biases=biases, held=held)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
         if (wrapper := kwargs.get(WRAPPER)) is not None:
@@ -204,6 +222,8 @@ class StackInjection:
                 output.attentions = tuple(weights[..., cache.length :] for weights in output.attentions)
         if self.layout is not None and not (self.feeds_decoder and self.vectors is not None):
             align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
+        if self.trim is not None:
+            self.trim.restore(output)
         return output
 
     def _check_reached(self, wrapper: PrefixAttention, call: Call) -> None:
@@ -244,6 +264,20 @@ class _Step:
     def is_from(self, columns: Tensor) -> Tensor:
         """[B, T] which tokens stand at or behind a column [B, 1]."""
         return torch.arange(self.length, device=self.device) >= columns
+
+
+def _hold(prefixes: Mapping[Any, KeyValue], cache: Any, step: _Step, dtype: torch.dtype) -> set[Any]:
+    """Put prefixes that are not being trained into an empty cache; the modules whose layer of a cache holds one."""
+    layers = dict(enumerate(cache.layers)) if type(cache) is DynamicCache else {}
+    if not step.is_continued and not torch.is_grad_enabled():
+        for module, prefix in prefixes.items():
+            if type(layers.get(module.layer_idx)) is DynamicLayer:
+                layers[module.layer_idx] = cache.layers[module.layer_idx] = PrefixLayer(prefix, step.rows, dtype)
+    held = {m: layer for m in prefixes if isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
+    for module, layer in list(held.items())[:1]:  # one tells: looking at every layer would cost more than it is worth
+        if not layer.holds(prefixes[module]):
+            raise AdapterError("past_key_values were computed with another adapter: leave them out")
+    return set(held)
 
 
 def _own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:

@@ -1,0 +1,53 @@
+"""Leaves the columns that are padding in every row out of the layers' work, as if the batch were padded less.
+
+Letters: B rows, T columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from softtune.injection.layout import row_ends, row_starts
+
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+"""Arguments of a stack's call that have a column for each token."""
+
+
+@dataclass(frozen=True)
+class Trim:
+    """How many columns are left out on either side."""
+
+    left: int
+    right: int
+
+    @classmethod
+    def of(cls, mask: Tensor, *, keep_left: bool) -> Trim:
+        """What can be left out by an attention mask [B, T]; ``keep_left`` where the model counts positions itself."""
+        left = 0 if keep_left else int(row_starts(mask, len(mask), mask.device).min())
+        return cls(left, mask.shape[1] - int(row_ends(mask, len(mask), mask.shape[1], mask.device).max()))
+
+    def cut(self, call: dict[str, Any]) -> None:
+        """Take the columns out of a call's arguments."""
+        for name in PER_TOKEN:
+            if call.get(name) is not None:
+                call[name] = call[name][:, self.left : call[name].shape[1] - self.right]
+
+    def restore(self, output: Any) -> None:
+        """Put columns of zeros where the outputs lack one."""
+        if output.last_hidden_state is not None:
+            output.last_hidden_state = self._pad(output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(self._pad(states) for states in output.hidden_states)
+        if getattr(output, "attentions", None) is not None:
+            output.attentions = tuple(a if a is None else self._pad(a, both=True) for a in output.attentions)
+        if getattr(output, "cross_attentions", None) is not None:
+            output.cross_attentions = tuple(a if a is None else self._pad(a) for a in output.cross_attentions)
+
+    def _pad(self, states: Tensor, *, both: bool = False) -> Tensor:
+        """Pad the last dimension but one, or the last two."""
+        sides = (self.left, self.right)
+        return F.pad(states, (*(sides if both else (0, 0)), *sides))
