@@ -332,3 +332,18 @@ def test_every_method_names_itself_in_its_folder(tmp_path: Path) -> None:
             continue
         adapted("gpt2", CAUSAL_LM, method).save_pretrained(tmp_path / method)
         assert type(PeftConfig.from_pretrained(tmp_path / method)) is type(METHODS[method]())
+
+
+def test_options_that_would_have_no_effect(tmp_path: Path) -> None:
+    model = adapted("llama", CAUSAL_LM, "prompt")
+    with pytest.raises(CheckpointError, match="safetensors only"):
+        model.save_pretrained(tmp_path / "a", safe_serialization=False)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ConfigError, match="no option is named 'revisoin'"):
+        PeftModel.from_pretrained(model.get_base_model(), tmp_path, revisoin="main")
+    with pytest.raises(DataError, match="prompt_positions is for virtual tokens among the words"):
+        adapted("llama", CAUSAL_LM, "prefix")(
+            input_ids=torch.tensor([[3, 4]]), prompt_positions=torch.zeros(1, P).long()
+        )
+    with pytest.raises(ConfigError, match="no use for init_text"):
+        PrefixTuningConfig(init_weights="zero", init_text="some words")

@@ -71,6 +71,8 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -
             _write(stage / STATE_NAME, adapter.module.state_dict())
         _card(Path(folder) / CARD_NAME, config).save(stage / CARD_NAME)
         config.write(stage, {SAMPLE_KEY: backbone.embedding_sample()})
+    if not adapter.is_reparameterised:
+        Path(folder, STATE_NAME).unlink(missing_ok=True)  # of another adapter that was here before
 
 
 def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
@@ -131,8 +133,7 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
         _copy(adapter.module.state_dict(), training_state)
     else:
         raise CheckpointError(
-            "these weights hold the baked prompt but not the encoder behind it: load them with is_trainable=False, "
-            "or start PromptTuningConfig(prompt_tuning_init='FILE') from them"
+            "these weights hold the baked prompt but not the encoder behind it: load them with is_trainable=False"
         )
 
 

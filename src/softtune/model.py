@@ -23,13 +23,14 @@ from transformers.utils.hub import PushToHubMixin
 from softtune import checkpoint
 from softtune.backbone import Backbone
 from softtune.checkpoint import Adapter
-from softtune.errors import AdapterError, ConfigError
+from softtune.errors import AdapterError, CheckpointError, ConfigError
 from softtune.injection import Injection
 from softtune.injection.layout import row_ends, row_starts
 from softtune.injection.modules import add_biases, replace_modules
 from softtune.methods import PeftConfig
 from softtune.methods.bitfit import BiasChanges
 from softtune.methods.initialization import PROMPT_KEY
+from softtune.storage import HUB_OPTIONS
 
 PEFT_HEAD_NAMES = ("classifier", "score")
 """Names that PEFT lists for every classifier, whether the model has them or not."""
@@ -39,7 +40,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     """A frozen base model with adapters. Attributes that it lacks are the base model's.
 
     Args:
-        model: the base model. Its parameters are frozen; nothing else about it changes.
+        model: the base model. Its parameters are frozen and its attention is routed through softtune, which without an
+            adapter changes no bit of its outputs.
         peft_config: the first adapter's config; without one there is no adapter yet.
         adapter_name: the first adapter's name.
 
@@ -112,6 +114,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         **hub: Any,
     ) -> None:
         """Add a saved adapter, as ``from_pretrained`` does. The first one becomes active."""
+        if unknown := set(hub) - set(HUB_OPTIONS):
+            raise ConfigError(f"no option is named {min(unknown)!r}: use one of {', '.join(HUB_OPTIONS)}")
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub)
         config.inference_mode = not is_trainable
         checkpoint.check_base_model(model_id, self.backbone, **hub)
@@ -120,19 +124,28 @@ class PeftModel(PushToHubMixin, nn.Module):
         self._register(adapter_name, adapter)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None, **ignored: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
     ) -> None:
         """Write adapters in PEFT's format: ``default`` into the folder itself, others into folders of their names.
 
         Args:
             save_directory: the folder; made where there is none.
+            safe_serialization: only True; weights are always safetensors.
             selected_adapters: names of the adapters to save; by default all.
-            ignored: what ``PreTrainedModel.save_pretrained`` takes; weights are always safetensors.
+            is_main_process: False where another process saves.
 
         Raises:
             AdapterError: a name is not loaded.
-            CheckpointError: ``save_directory`` is a file.
+            CheckpointError: ``save_directory`` is a file, or pickled weights are asked for.
         """
+        if not safe_serialization:
+            raise CheckpointError("weights are saved as safetensors only: leave out safe_serialization=False")
+        if not is_main_process:
+            return
         for name in selected_adapters or list(self.peft_config):
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
             checkpoint.save(folder, self.adapter(name), self.backbone)
@@ -217,8 +230,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> Any:
         """The base model's forward with the active adapter. Outputs line up with the caller's tokens.
 
-        In training there is no cache unless ``use_cache=True`` asks for one, and columns that are padding in every row
-        are left out of the layers' work: their hidden states are zero.
+        In training there is no cache unless ``use_cache=True`` asks for one. Without a cache, columns that are padding
+        in every row are left out of the layers' work: their hidden states are zero.
 
         Args:
             input_ids: [B, T], without virtual tokens.
@@ -236,10 +249,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             DataError: positions do not fit the input, or exceed the model's.
             AdapterError: ``adapter_names`` is given.
         """
-        if kwargs.pop("adapter_names", None) is not None:
-            raise AdapterError(
-                "adapter_names is not supported: choose one adapter for the whole batch with set_adapter"
-            )
+        _refuse_row_adapters(kwargs)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -247,10 +257,10 @@ class PeftModel(PushToHubMixin, nn.Module):
             "labels": labels,
         }
         kwargs |= {name: value for name, value in given.items() if value is not None}
-        columns = self._answer_columns(labels, attention_mask) if prompt_positions is None else prompt_positions
-        if labels is not None and labels.dim() == 2 and (keep := kwargs.get("logits_to_keep")):
+        keep = kwargs.get("logits_to_keep", 0)
+        if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
-        with self._acting(columns, given=prompt_positions is not None):
+        with self._acting(prompt_positions, labels, attention_mask):
             output = self.base_model(return_dict=True, **kwargs)
         return output if return_dict is not False else output.to_tuple()
 
@@ -262,11 +272,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             prompt_positions: see ``forward``; they refer to the input.
             kwargs: the base model's.
         """
-        if kwargs.pop("adapter_names", None) is not None:
-            raise AdapterError(
-                "adapter_names is not supported: choose one adapter for the whole batch with set_adapter"
-            )
-        with self._acting(prompt_positions, given=True):
+        _refuse_row_adapters(kwargs)
+        with self._acting(prompt_positions):
             generate: Any = self.base_model.generate
             return generate(*args, **kwargs)
 
@@ -280,15 +287,19 @@ class PeftModel(PushToHubMixin, nn.Module):
         return torch.where(supervised.any(dim=1), first.maximum(row_starts(mask, len(labels), labels.device)), ends)
 
     @contextmanager
-    def _acting(self, columns: Tensor | None, *, given: bool) -> Iterator[None]:
+    def _acting(
+        self, columns: Tensor | None, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Iterator[None]:
         """The active adapter in the base model, for the length of the block."""
         if not self.active_adapter:
             yield
             return
         adapter = self.adapter(self.active_adapter)
         prompt = adapter.module.prompt()
+        if columns is None and prompt.after_text:
+            columns = self._answer_columns(labels, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
         with ExitStack() as stack:
-            stack.enter_context(Injection(self.backbone, prompt, columns if given or prompt.after_text else None))
+            stack.enter_context(Injection(self.backbone, prompt, columns))
             for handle in replace_modules(self.base_model, adapter.heads):
                 stack.callback(handle.remove)
             yield
@@ -358,6 +369,11 @@ class PeftModel(PushToHubMixin, nn.Module):
             self._bias_handles = add_biases(self.base_model, module.additions())
 
 
+def _refuse_row_adapters(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("adapter_names", None) is not None:
+        raise AdapterError("adapter_names is not supported: choose one adapter for the whole batch with set_adapter")
+
+
 def get_peft_model(model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
     """Put a new adapter on a base model; see ``PeftModel``."""
     return PeftModel(model, peft_config, adapter_name)
@@ -377,14 +393,16 @@ def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -
     return checkpoint.export(model.adapter(adapter_name), model.backbone)
 
 
-def set_peft_model_state_dict(model: PeftModel, state_dict: dict[str, Tensor], adapter_name: str = "default") -> None:
+def set_peft_model_state_dict(
+    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
+) -> None:
     """Put what ``get_peft_model_state_dict`` returned, here or in PEFT, into an adapter.
 
     Raises:
         AdapterMismatchError: names or shapes do not fit.
         CheckpointError: the adapter trains through an encoder, which such a state lacks.
     """
-    checkpoint.fill(model.adapter(adapter_name), state_dict)
+    checkpoint.fill(model.adapter(adapter_name), peft_model_state_dict)
 
 
 PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel

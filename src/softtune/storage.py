@@ -69,7 +69,8 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     if target.is_file():
         raise CheckpointError(f"{target} is a file: name a folder to save into")
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    # On the same file system as the target, which may be a mount.
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target if target.is_dir() else target.parent))
     try:
         yield stage
         target.mkdir(exist_ok=True)

@@ -98,3 +98,10 @@ def test_length_batches_hold_every_index_once_by_length(lengths, batch_size):
 def test_length_batches_of_no_size():
     with pytest.raises(DataError, match="batch_size is 0"):
         length_batches([1], 0)
+
+
+def test_answers_apart_are_padded_right_whatever_their_length():
+    pairs = [Example(input_ids=[1, 2], labels=[5, 6], is_apart=True), Example(input_ids=[3], labels=[7], is_apart=True)]
+    batch = Collator(pad_token_id=0, padding_side="left")(pairs)
+    assert batch["input_ids"].tolist() == [[1, 2], [0, 3]]
+    assert batch["labels"].tolist() == [[5, 6], [7, -100]]

@@ -191,3 +191,16 @@ def test_a_sample_has_the_shares_that_the_recipe_names(fields: dict[str, Any]) -
 
 def test_long_texts_are_cut_and_counted(fields: dict[str, Any]) -> None:
     assert train(Recipe.of({**fields, "max_length": 12, "epochs": 1})).truncated > 0
+
+
+def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_mistake(fields: dict[str, Any]) -> None:
+    def die(phase: str, done: int, total: int, loss: float | None) -> None:
+        if phase == "training":
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(Recipe.of({**fields, "labels": {"warm": "good", "cold": "bad"}}), progress=die)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    recipe = Recipe.of(fields)
+    train(recipe, progress=interrupt_at(3))
+    assert train(recipe, resume=True).finished

@@ -116,7 +116,8 @@ class Stack:
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call to the stack by name."""
         bound = self.signature.bind(*args, **kwargs).arguments
-        return {**bound, **bound.pop("kwargs", {})}
+        rest = bound.pop("kwargs", {})
+        return {**bound, **rest}
 
 
 class Backbone:
@@ -167,6 +168,11 @@ class Backbone:
     @property
     def text_config(self) -> Any:
         return self.model.config.get_text_config()
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model is made for; None where its config names none."""
+        return getattr(self.text_config, "max_position_embeddings", None)
 
     @cached_property
     def attention_layers(self) -> list[AttentionLayer]:

@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from softtune.training.run import Progress as Report
+    from softtune.training.run import Progress as Reporting
 
 console = Console()
 
 
 @contextmanager
-def progress_bars() -> Iterator[Report]:
+def progress_bars() -> Iterator[Reporting]:
     """A function to report progress to, and a bar for every thing that it reports, for the length of the block."""
     columns = (
         TextColumn("{task.description:<26}"),
@@ -31,7 +31,7 @@ def progress_bars() -> Iterator[Report]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
 
         def report(phase: str, done: int, total: int, loss: float | None) -> None:
             if phase not in bars:

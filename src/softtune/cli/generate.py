@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,5 +43,7 @@ def command(
     options["max_new_tokens"] = max_new_tokens or trained.task.max_new_tokens
     with counting("writing", len(prompts)) as advance:
         texts = write_texts(trained.model, trained.tokenizer, prompts, advance=advance, **options)
+    if cut := sum(prompt.truncated > 0 for prompt in prompts):
+        print(f"{cut} of {len(prompts)} records were cut to fit.", file=sys.stderr)
     for line in texts:
         console.print(escape(" ".join(line.split())), soft_wrap=True)

@@ -33,7 +33,7 @@ def command(
     config = PeftConfig.from_pretrained(adapter)
     weights = checkpoint.weights(adapter)
     numbers = sum(tensor.numel() for tensor in weights.values())
-    files = sorted(path for path in adapter.iterdir() if path.is_file())
+    files = sorted(path for path in adapter.glob("*") if path.is_file())
     show_pairs("Config", [(k, str(v)) for k, v in config.to_dict().items() if v is not None])
     show_pairs("Tensors", [(name, " x ".join(map(str, tensor.shape))) for name, tensor in weights.items()])
     show_pairs(f"Files ({numbers:,} parameters)", [(path.name, in_units(path.stat().st_size)) for path in files])

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softtune.data import Task, load_records
 from softtune.errors import ConfigError
+from softtune.evaluation.answers import fitted
 from softtune.methods import PeftConfig, TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
@@ -29,7 +30,8 @@ def load_trained(adapter: Path, model: str | None) -> Trained:
     """The adapter that a recipe made, on its base model or on the one named instead."""
     recipe = Recipe.of_adapter(adapter)
     base, tokenizer = load_base_model(model or recipe.model, recipe.task, num_labels=recipe.num_labels)
-    return Trained(recipe.definition, PeftModel.from_pretrained(base, adapter), tokenizer)
+    loaded = PeftModel.from_pretrained(base, adapter)
+    return Trained(fitted(recipe.definition, loaded), loaded, tokenizer)
 
 
 def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:

@@ -14,6 +14,7 @@ from softtune import storage
 from softtune.cli.console import console, counting, quiet, show_pairs
 from softtune.cli.loading import load_trained, read_records
 from softtune.data import each_row
+from softtune.errors import DataError
 from softtune.evaluation.answers import Answers, answer, measure
 
 SHOWN = 20
@@ -32,6 +33,8 @@ def command(
     quiet()
     trained = load_trained(adapter, model)
     records = read_records(trained.task, data, text or [], split)
+    if taken := {"answer", "probability"} & set(records.column_names):
+        raise DataError(f"the data has a column {min(taken)!r}, where the answers go: rename it")
     with counting("predicting", len(records)) as advance:
         answers = answer(trained.model, trained.tokenizer, trained.task, records, advance=advance)
     answered = _with_answers(records, answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from enum import Enum
 from inspect import Parameter, Signature
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.markup import escape
 
 from softtune.cli.console import console, in_units, progress_bars, quiet, show_pairs
 from softtune.errors import ConfigError
@@ -27,7 +29,9 @@ def command(recipe: str, resume: bool, **flags: str | None) -> None:
     with progress_bars() as progress:
         report = train(chosen, resume=resume, progress=progress)
     if not report.finished:
-        console.print(f"Stopped after step {report.steps}. Go on with: softtune train {recipe} --resume")
+        again = [part for name, text in flags.items() if text is not None for part in (_flag(name), text)]
+        words = shlex.join(["softtune", "train", recipe, *again, "--resume"])
+        console.print(f"Stopped after step {report.steps}. Go on with: {escape(words)}", soft_wrap=True)
         sys.exit(INTERRUPTED)
     show_report(report)
 
@@ -49,6 +53,10 @@ def show_report(report: Report) -> None:
     show_pairs("", pairs)
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _value(name: str, text: str) -> Any:
     """A flag's text as the field's type wants it: texts as they are, all else read as YAML."""
     if Recipe.model_fields[name].annotation in (str, str | None):
@@ -56,7 +64,7 @@ def _value(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--{name.replace('_', '-')} {text!r} cannot be read: write it as in a YAML file") from error
+        raise ConfigError(f"{_flag(name)} {text!r} cannot be read: write it as in a YAML file") from error
 
 
 def _signature() -> Signature:
@@ -70,7 +78,7 @@ def _signature() -> Signature:
     for name, field in Recipe.model_fields.items():
         shown = field.default.value if isinstance(field.default, Enum) else field.default
         default = "" if field.is_required() or shown is None else f" [default: {shown}]"
-        option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}")
+        option = typer.Option(_flag(name), help=f"{field.description}{default}")
         parameters.append(
             Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[str | None, option], default=None)
         )

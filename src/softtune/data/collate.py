@@ -68,7 +68,7 @@ class Collator:
     def _labels(self, examples: Sequence[Example], length: int) -> Tensor:
         """Labels [B, T] beside their tokens, or [B, longest answer] where they are apart."""
         labels = [example.labels for example in examples]
-        if all(len(example.labels) == len(example.input_ids) for example in examples):
+        if not any(example.is_apart for example in examples):
             return self._stack(labels, length, IGNORED)
         return replace(self, padding_side="right")._stack(labels, max(map(len, labels)), IGNORED)
 

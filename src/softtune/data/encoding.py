@@ -38,7 +38,9 @@ class Example:
     input_ids: list[int]
     """What the model reads: T ids, the answer among them where a decoder goes on from its prompt."""
     labels: list[int]
-    """T labels: -100, but on the answer's tokens their ids. Encoded apart: the answer's ids, or one class id."""
+    """T labels: -100, but on the answer's tokens their ids. Apart: the answer's ids, or one class id."""
+    is_apart: bool = False
+    """Whether the answer is not among ``input_ids``."""
     prompt_positions: list[int] | None = None
     """For each virtual token the index (0 to T) in ``input_ids`` before which it stands; None for no places."""
     truncated: int = 0
@@ -59,7 +61,7 @@ def encode_apart(
     if answer is None:
         return prompt
     labels = [answer] if isinstance(answer, int) else list(tokenizer(text_target=answer)["input_ids"])
-    return replace(prompt, labels=labels)
+    return replace(prompt, labels=labels, is_apart=True)
 
 
 def encode(

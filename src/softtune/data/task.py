@@ -47,7 +47,7 @@ class Task:
     ) -> Example:
         """One record as the base model reads it; with a label, as it is trained on."""
         if self.kind is TaskType.CAUSAL_LM:
-            ends = label is not None and self.verbalizer is None
+            ends = label is not None and (self.verbalizer is None or self.verbalizer.needs_end)
             answer = self._answer(label) if label is not None else ""
             return encode(self.template, record, tokenizer, answer=answer, max_length=self.max_length, add_eos=ends)
         target = None if label is None else self._class_id(label) if self.has_head else self._answer(label)

@@ -72,6 +72,8 @@ class Verbalizer:
         empty = [label for label, word in self.words.items() if not word]
         if empty or not self.words:
             raise DataError(f"the verbalizer has no words for {empty or 'any label'}; give every label its words")
+        if len(set(self.words.values())) < len(self.words):
+            raise DataError("two labels of the verbalizer have the same words; give every label its own")
 
     @classmethod
     def from_labels(cls, labels: Iterable[str]) -> Verbalizer:
@@ -82,6 +84,11 @@ class Verbalizer:
     def labels(self) -> tuple[str, ...]:
         """The labels in order of their class ids."""
         return tuple(self.words)
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether one label's words go on where another's end, so that only an end tells them apart."""
+        return any(a != b and b.startswith(a) for a in self.words.values() for b in self.words.values())
 
     def word(self, label: str | int) -> str:
         """The words for ``label``. Raises ``DataError`` where there are none."""

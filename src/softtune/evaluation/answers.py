@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Dataset
 from torch import Tensor
@@ -25,6 +25,16 @@ class Answers:
     """[B, N] log-probabilities of the labels; None for free text."""
     truncated: int
     """How many records were cut to fit."""
+
+
+def fitted(task: Task, model: PeftModel) -> Task:
+    """The task with records cut to what the model can take beside the virtual tokens and a text to write."""
+    limit = model.backbone.max_positions
+    if limit is None:
+        return task
+    virtual = getattr(model.active_peft_config, "num_virtual_tokens", 0)
+    written = task.max_new_tokens if task.verbalizer is None and model.backbone.is_decoder_only else 0
+    return replace(task, max_length=min(task.max_length, limit - virtual - written))
 
 
 def answer(

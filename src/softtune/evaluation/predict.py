@@ -53,8 +53,7 @@ def score_words(
 
 def _score_next_token(model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int) -> Tensor:
     """All labels from one forward a record, where every label is one token."""
-    batch = _collate([row[0] for row in rows], pad_token_id)
-    batch.pop("labels")
+    batch = _collate([row[0] for row in rows], pad_token_id)  # with labels, which say where a suffix or infix stands
     logits: Tensor = _forward(model, batch, keep=2).logits[:, -2].float().log_softmax(-1)
     answers = torch.tensor([[example.input_ids[-1] for example in row] for row in rows], device=logits.device)
     return logits.gather(1, answers).cpu()

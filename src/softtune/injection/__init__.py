@@ -1,6 +1,6 @@
 """Puts a prompt into the base model's forward, and takes its traces out of the outputs.
 
-Nothing of the base model is changed: hooks rewrite the calls of its stacks for the length of a ``with`` block.
+Hooks rewrite the calls of the base model's stacks for the length of a ``with`` block, and leave nothing behind.
 """
 
 from __future__ import annotations

@@ -122,15 +122,16 @@ class StackInjection:
         cut = self.trim.left if self.trim else 0
         if self.columns is None:  # kept, since decoding without a cache calls again with a longer text
             self.columns = cut + (step.ends if self.prompt.after_text else step.starts)
-        columns = self.columns.to(step.device).reshape(len(self.columns), -1) - cut
+        columns = self.columns.to(step.device).reshape(len(self.columns), -1)
         columns = columns.repeat_interleave(max(step.rows // len(columns), 1), dim=0)  # beams multiply the rows
         columns = columns.expand(-1, size) if columns.shape[1] == 1 else columns
-        if columns.shape != (step.rows, size) or not 0 <= int(columns.min()) <= int(columns.max()) <= step.length:
+        length = step.length + (self.trim.left + self.trim.right if self.trim else 0)
+        if columns.shape != (step.rows, size) or not 0 <= int(columns.min()) <= int(columns.max()) <= length:
             raise DataError(
                 f"prompt_positions {list(columns.shape)} from {int(columns.min())} to {int(columns.max())} do not fit: "
-                f"give {size} for each of {step.rows} rows, from 0 to {step.length}"
+                f"give {size} for each of {step.rows} rows, from 0 to {length}"
             )
-        return columns
+        return (columns - cut).clamp(0, step.length)
 
     def _infix_column(self, step: _Step) -> Tensor:
         """[B, 1] the column before which the infix stands."""

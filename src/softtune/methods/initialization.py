@@ -55,7 +55,8 @@ def text_ids(
             f"no tokenizer at {tokenizer_name!r}: set tokenizer_name_or_path to a folder or hub name"
         ) from error
     texts = [text] if isinstance(text, str) else list(text)
-    ids: list[list[int]] = [tokenizer(t)["input_ids"] for t in texts]
+    # Labels are words in a text; a text of its own comes with the tokenizer's special tokens, as in PEFT.
+    ids: list[list[int]] = [tokenizer(t, add_special_tokens=isinstance(text, str))["input_ids"] for t in texts]
     if not all(ids):
         raise ConfigError(
             f"the initial text {texts[[bool(i) for i in ids].index(False)]!r} has no tokens: write some words"

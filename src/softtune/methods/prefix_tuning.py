@@ -57,6 +57,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         super().__post_init__()
         if self.init_weights == "text" and self.init_text is None:
             raise ConfigError("init_weights = 'text' needs init_text: write the words to start from")
+        if self.init_text is not None and self.init_weights not in (None, "text"):
+            raise ConfigError(f"init_weights = {self.init_weights!r} has no use for init_text: drop one of them")
         if self.embedding_only and (self.layers or self.sites):
             raise ConfigError("embedding_only trains no layer: drop layers and sites")
 

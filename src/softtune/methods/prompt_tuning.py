@@ -106,7 +106,7 @@ class PromptEmbedding(nn.Module):
 
     Args:
         config: ``num_virtual_tokens``, ``token_dim`` and ``placement``.
-        word_embeddings: accepted for PEFT's signature; the start is chosen by ``PromptTuningConfig.build``.
+        word_embeddings: accepted for PEFT's signature; the start is chosen by ``PromptTuningConfig.initialize``.
     """
 
     def __init__(self, config: PromptTuningConfig, word_embeddings: nn.Module | None = None) -> None:

@@ -70,11 +70,11 @@ class Recipe(BaseModel):
     """Peak learning rate; by default the method's."""
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     """How the learning rate falls."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps until the learning rate has reached its peak."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.1
+    """Steps until the learning rate has reached its peak; below 1 a share of all steps."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training data."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1)] = 4
     """Rows of a step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
@@ -98,7 +98,12 @@ class Recipe(BaseModel):
         places, tokens = Template(self.template).num_virtual_tokens, self.options.get("num_virtual_tokens")
         if places and tokens not in (None, places):
             raise ValueError(f"the template has places for {places} virtual tokens, num_virtual_tokens is {tokens}")
+        if fixed := {"peft_type", "task_type", "inference_mode"} & set(self.options):
+            raise ValueError(f"options has {min(fixed)}: set method and task instead")
+        if self.evaluation is None and self.evaluation_split != "train":
+            raise ValueError("evaluation_split needs evaluation: name the data set there too")
         self.config()
+        _ = self.definition
         if places and self.method not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
             raise ValueError("only PROMPT_TUNING and P_TUNING have virtual tokens that a template can place")
         return self

@@ -16,7 +16,7 @@ from softtune import storage
 from softtune.data import Collator, Task, each_row, load_records, sample_balanced, split_records
 from softtune.data.sources import check_columns
 from softtune.errors import ConfigError, TrainingError
-from softtune.evaluation.answers import evaluate
+from softtune.evaluation.answers import evaluate, fitted
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.recipe import RECIPE_NAME, Recipe
@@ -83,15 +83,16 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *
     training, held_out = _rows(recipe, task)
     set_seed(recipe.seed)  # a new head is drawn when the base model is loaded
     base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
-    examples = each_row(training, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r)))
     model = PeftModel(base, recipe.config())
-    before = _begin(recipe, model, tokenizer, held_out, progress)
+    task = fitted(task, model)
+    examples = each_row(training, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r)))
+    before = _begin(recipe, task, model, tokenizer, held_out, progress, resumes=start is not None)
     trainer = AdapterTrainer(
         model,
         args=_arguments(recipe, folder / CHECKPOINTS),
         train_dataset=examples,
         data_collator=Collator(int(tokenizer.pad_token_id), padding_side="left"),
-        callbacks=[InterruptSaver(), ProgressReporter(lambda *step: progress("training", *step))],
+        callbacks=[interrupt := InterruptSaver(), ProgressReporter(lambda *step: progress("training", *step))],
     )
     clock = time.perf_counter()
     try:
@@ -99,6 +100,8 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *
     except TrainingError:
         _finish(model, recipe)
         raise
+    finally:
+        interrupt.restore()
     seconds = time.perf_counter() - clock
     finished = trainer.state.global_step >= trainer.state.max_steps
     if finished:
@@ -158,7 +161,7 @@ def _arguments(recipe: Recipe, folder: Path) -> Any:
     return training_arguments(
         folder,
         learning_rate=recipe.peak_learning_rate,
-        lr_scheduler_type=recipe.schedule,
+        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
         warmup_steps=recipe.warmup_steps,
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
@@ -170,14 +173,21 @@ def _arguments(recipe: Recipe, folder: Path) -> Any:
 
 
 def _begin(
-    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None, progress: Progress
+    recipe: Recipe,
+    task: Task,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset | None,
+    progress: Progress,
+    *,
+    resumes: bool,
 ) -> dict[str, float]:
     """Metrics of the base model alone; noted beside the recipe, where a resumed run finds them."""
     folder = Path(recipe.output) / CHECKPOINTS
-    if (folder / BASELINE_NAME).is_file():
+    if resumes:
         return storage.read_json(folder / BASELINE_NAME)
     with model.disable_adapter():
-        metrics = _metrics(model, tokenizer, recipe.definition, rows, progress, "evaluating the base model")
+        metrics = _metrics(model, tokenizer, task, rows, progress, "evaluating the base model")
     with storage.staged(folder) as stage:
         recipe.save(stage / RECIPE_NAME)
         storage.write_json(stage / BASELINE_NAME, metrics)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -88,17 +89,23 @@ class InterruptSaver(TrainerCallback):
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._previous: Any = signal.SIG_DFL
+        self._previous: Any = signal.getsignal(signal.SIGINT)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        self.restore()
+
+    def restore(self) -> None:
+        """Give Ctrl-C back its meaning; also after a training that failed."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._previous)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True

@@ -1,0 +1,84 @@
+"""Scores and texts: the labels' words are scored as a forward of each row alone scores them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from tests.tiny import LABELS, TEMPLATE, save_models, tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from softtune import PeftModel, PrefixTuningConfig, PromptTuningConfig
+from softtune.data import Task, Template, Verbalizer
+from softtune.evaluation.answers import answer, fitted
+from softtune.methods import PeftConfig, TaskType
+
+ADAPTERS: dict[str, PeftConfig] = {
+    "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "infix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", placement="infix"),
+    "suffix": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", placement="suffix"),
+}
+WORDS = {
+    "one token each": {label: label for label in LABELS},
+    "several tokens": {"warm": "good warm", "cold": "bad"},
+    "one goes on where the other ends": {"warm": "good", "cold": "good bad"},
+}
+RECORDS = Dataset.from_dict({"words": ["red the sky", "blue", "green is bad red"]})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_models(tmp_path_factory.mktemp("models"))["llama"]
+
+
+def task(words: dict[str, str] | None, **changes: int) -> Task:
+    fields = {"max_length": 24, "max_new_tokens": 3, **changes}
+    return Task(
+        kind=TaskType.CAUSAL_LM,
+        template=Template(TEMPLATE),
+        label_column="label",
+        verbalizer=Verbalizer(words) if words else None,
+        **fields,
+    )
+
+
+def alone(model: PeftModel, asked: Task, record: dict[str, str], label: str) -> Tensor:
+    """The log-probability of a label's tokens, one row, by the public forward."""
+    example = asked.encode(record, tokenizer(ends=False), label=label)
+    ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+    with torch.no_grad():
+        scores = model(input_ids=ids, labels=labels).logits[0, :-1].log_softmax(-1)
+    wanted = labels[0, 1:]
+    return sum(scores[i, w] for i, w in enumerate(wanted.tolist()) if w != -100)
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_labels_are_scored_as_alone(folder: str, kind: str, words: str) -> None:
+    model = PeftModel(AutoModelForCausalLM.from_pretrained(folder), ADAPTERS[kind])
+    for parameter in model.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    asked = task(WORDS[words])
+    scores = answer(model, tokenizer(ends=False), asked, RECORDS).scores
+    assert scores is not None
+    expected = [[float(alone(model, asked, r, label)) for label in asked.verbalizer.labels] for r in RECORDS]
+    torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():
+        assert not torch.allclose(answer(model, tokenizer(ends=False), asked, RECORDS).scores, scores, atol=1e-3)
+
+
+def test_a_label_that_another_one_continues_can_win(folder: str) -> None:
+    asked = task(WORDS["one goes on where the other ends"])
+    example = asked.encode(RECORDS[0], tokenizer(ends=False), label="warm")
+    assert example.input_ids[-1] == tokenizer(ends=False).eos_token_id
+
+
+def test_records_are_cut_to_what_the_model_can_take(folder: str) -> None:
+    model = PeftModel(AutoModelForCausalLM.from_pretrained(folder), ADAPTERS["prefix"])  # 64 positions
+    assert fitted(task({"a": "good", "b": "bad"}, max_length=500), model).max_length == 61
+    assert fitted(task(None, max_length=500), model).max_length == 58
+    assert fitted(task(None, max_length=20), model).max_length == 20
+    long = Dataset.from_dict({"words": ["red " * 300]})
+    answers = answer(model, tokenizer(ends=False), fitted(task(None, max_length=500), model), long)
+    assert answers.truncated == 1
