@@ -36,7 +36,12 @@ def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, *, pad: bo
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
         answer = tokenizer(f" {row['Label']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        prompt = tokenizer(f"Tweet text : {row['Tweet text']} Label :")["input_ids"][-(LENGTH - len(answer)) :]
+        start, end = (
+            tokenizer("Tweet text :")["input_ids"],
+            tokenizer(" Label :", add_special_tokens=False)["input_ids"],
+        )
+        tweet = tokenizer(f" {row['Tweet text']}", add_special_tokens=False)["input_ids"]
+        prompt = start + tweet[: LENGTH - len(start) - len(end) - len(answer)] + end
         empty = LENGTH - len(prompt) - len(answer) if pad else 0
         return {
             "input_ids": [tokenizer.pad_token_id] * empty + prompt + answer,

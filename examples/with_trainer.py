@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from twitter_complaints import BATCH_SIZE, LENGTH, arguments, load, preprocess
 
-from softtune import PeftConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
+from softtune import PeftConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 from softtune.pretrained import load_base_model
 
 CONFIGS: dict[str, PeftConfig] = {
@@ -31,7 +32,7 @@ def main() -> None:
             model=model,
             args=TrainingArguments(
                 output_dir=f"{args.output}/{name}",
-                learning_rate=3e-2 if name == "prompt_tuning" else 1e-3,
+                learning_rate=3e-2,
                 lr_scheduler_type="linear",
                 per_device_train_batch_size=BATCH_SIZE,
                 per_device_eval_batch_size=BATCH_SIZE,
@@ -50,6 +51,12 @@ def main() -> None:
         loss = trainer.evaluate()["eval_loss"]
         print(f"{name}: eval loss {loss:.4f}, perplexity {math.exp(loss):.4f}")
         model.save_pretrained(f"{args.output}/{name}")
+
+        loaded = PeftModel.from_pretrained(base, f"{args.output}/{name}")
+        inputs = tokenizer("Tweet text : @bus an hour late again! Label :", return_tensors="pt")
+        with torch.no_grad():
+            written = loaded.generate(**inputs, max_new_tokens=10, eos_token_id=tokenizer.eos_token_id)
+        print(tokenizer.decode(written[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":
