@@ -9,14 +9,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+import softtune
 from softtune import AdapterMismatchError, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from tests.families import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, adapted, base_model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_same_base_model_at_another_precision(dtype: torch.dtype, tmp_path: Path) -> None:
-    adapted("gpt2", CAUSAL_LM, "prefix").save_pretrained(tmp_path)
-    PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM).to(dtype), tmp_path)
+    exact = adapted("gpt2", CAUSAL_LM, "prefix")
+    exact.save_pretrained(tmp_path)
+    rounded = PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM).to(dtype), tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    assert rounded(ids).logits.dtype == dtype
+    torch.testing.assert_close(rounded(ids).logits.float(), exact(ids).logits, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "bitfit"])
@@ -44,6 +49,8 @@ def test_model_card(family: str, task: str, pipeline: str | None, tmp_path: Path
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft"
     assert card.data.pipeline_tag == pipeline
+    adapted(family, task, "prefix").save_pretrained(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").text.count(f"- softtune {softtune.__version__}") == 1
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "prefix_last", "p_tuning_v2", "bitfit"])
@@ -54,3 +61,12 @@ def test_a_state_dict_goes_round(method: str) -> None:
     assert not torch.equal(source(ids).logits, target(ids).logits)
     set_peft_model_state_dict(target, state)
     assert torch.equal(source(ids).logits, target(ids).logits)
+
+
+@pytest.mark.parametrize("method", ["p_tuning_mlp", "prefix", "bitfit"])
+def test_an_adapter_is_exported_from_a_state_dict(method: str) -> None:
+    source, other = adapted("bert", SEQ_CLS, method), adapted("bert", SEQ_CLS, method, seed=6)
+    expected, own = get_peft_model_state_dict(source), get_peft_model_state_dict(other)
+    exported = get_peft_model_state_dict(other, source.state_dict())
+    torch.testing.assert_close(exported, expected, rtol=0, atol=0)
+    torch.testing.assert_close(get_peft_model_state_dict(other), own, rtol=0, atol=0)

@@ -30,8 +30,8 @@ from softtune.methods import (
     PTuningV2Config,
     TaskType,
 )
-from softtune.model import (
-    PeftModel,
+from softtune.model import PeftModel
+from softtune.peft_functions import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,23 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from softtune import storage
+from softtune.adapter import Adapter
 from softtune.backbone import Backbone, Site
 from softtune.errors import AdapterMismatchError, CheckpointError
 from softtune.methods import PrefixTuningConfig
 from softtune.methods.base import OWN_CONFIG_NAME, PeftConfig, PromptLearningConfig
-from softtune.methods.initialization import PROMPT_KEY, WEIGHTS_NAME
+from softtune.methods.initialization import OWN_KEY, PROMPT_KEY, WEIGHTS_NAME
 
 STATE_NAME = "training_state.safetensors"
 CARD_NAME = "README.md"
-OWN_KEY = "softtune.prompt_embeddings"
-"""The prompt's key in a file that PEFT would misread: it stops at the missing name instead."""
 PICKLED_NAME = "adapter_model.bin"
 SAMPLE_KEY = "embedding_sample"
 SAMPLE_TOLERANCE = 0.05
 """How far, relative to its largest number, a base model's embedding may drift (precision, quantisation) and be the
 same."""
-
-
-@dataclasses.dataclass
-class Adapter:
-    """One task's trained state."""
-
-    config: PeftConfig
-    module: Any
-    """The method's module, a ``Method``."""
-    heads: dict[str, nn.Module]
-    """Trained copies of the base model's heads, by their names."""
-
-    @property
-    def is_reparameterised(self) -> bool:
-        """Whether the module trains more than inference needs of it."""
-        return len(self.module.state_dict()) > len(self.module.baked_state())
 
 
 def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -> None:
@@ -80,8 +64,7 @@ def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
     state: dict[str, Tensor] = adapter.module.baked_state()
     if PROMPT_KEY in state and not adapter.config.is_readable_by_peft(backbone):
         state = {OWN_KEY: state[PROMPT_KEY]}
-    heads = {f"base_model.{name}.{k}": v for name, head in adapter.heads.items() for k, v in head.state_dict().items()}
-    return {**state, **heads}
+    return {**state, **adapter.head_state()}
 
 
 def load(folder: str | os.PathLike[str], adapter: Adapter, *, trainable: bool, **hub: Any) -> None:
@@ -119,8 +102,7 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
         AdapterMismatchError: names or shapes do not fit.
         CheckpointError: the adapter has an encoder and there is no training state for it.
     """
-    heads = {f"base_model.{n}.{k}": v for n, head in adapter.heads.items() for k, v in head.state_dict().items()}
-    _copy(heads, {k: v for k, v in state.items() if k.startswith("base_model.")})
+    _copy(adapter.head_state(), {k: v for k, v in state.items() if k.startswith("base_model.")})
     own = {k: v for k, v in state.items() if not k.startswith("base_model.")}
     if OWN_KEY in own:
         own[PROMPT_KEY] = own.pop(OWN_KEY)
@@ -213,4 +195,7 @@ def _card(existing: Path, config: PeftConfig) -> ModelCard:
     data.tags = sorted({*(data.tags or []), f"base_model:adapter:{data.base_model}"})
     if config.task_type == "CAUSAL_LM":
         data.pipeline_tag = data.pipeline_tag or "text-generation"
+    version = f"- softtune {metadata.version('softtune')}"
+    if version not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n### Framework versions\n\n{version}\n"
     return card

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
+from softtune.adapter import Adapter
 from softtune.backbone import Backbone
-from softtune.checkpoint import Adapter
 from softtune.errors import AdapterError, CheckpointError, ConfigError
 from softtune.injection import Injection
 from softtune.injection.layout import row_ends, row_starts
@@ -31,9 +31,6 @@ from softtune.methods import PeftConfig
 from softtune.methods.bitfit import BiasChanges
 from softtune.methods.initialization import PROMPT_KEY
 from softtune.storage import HUB_OPTIONS
-
-PEFT_HEAD_NAMES = ("classifier", "score")
-"""Names that PEFT lists for every classifier, whether the model has them or not."""
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -340,20 +337,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         if name in self.peft_config or not name or "." in name:
             reason = "is loaded already" if name in self.peft_config else "is no name: use one without dots"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
-        config = copy.deepcopy(config)
-        config.base_model_name_or_path = config.base_model_name_or_path or self.base_model.name_or_path or None
-        heads = {n: copy.deepcopy(self.base_model.get_submodule(n)) for n in self._head_names(config)}
-        return Adapter(config, config.build(self.backbone).to(self.base_model.device), heads)
-
-    def _head_names(self, config: PeftConfig) -> list[str]:
-        names = list(self.backbone.head_names) if config.trains_head else []
-        modules = [n for n, _ in self.base_model.named_modules()]
-        for wanted in config.modules_to_save or ():
-            found = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
-            if not found and wanted not in PEFT_HEAD_NAMES:
-                raise ConfigError(f"modules_to_save: the base model has no module {wanted!r}: see named_modules()")
-            names += [n for n in found if n not in names]
-        return names
+        return Adapter.new(config, self.backbone)
 
     def _register(self, name: str, adapter: Adapter) -> None:
         self.peft_config[name] = adapter.config
@@ -372,38 +356,3 @@ class PeftModel(PushToHubMixin, nn.Module):
 def _refuse_row_adapters(kwargs: dict[str, Any]) -> None:
     if kwargs.pop("adapter_names", None) is not None:
         raise AdapterError("adapter_names is not supported: choose one adapter for the whole batch with set_adapter")
-
-
-def get_peft_model(model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
-    """Put a new adapter on a base model; see ``PeftModel``."""
-    return PeftModel(model, peft_config, adapter_name)
-
-
-def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
-    """A config of the class that ``config_dict["peft_type"]`` names.
-
-    Raises:
-        ConfigError: an unknown type or key, or a value out of range.
-    """
-    return PeftConfig.from_dict(config_dict)
-
-
-def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
-    """What inference needs of an adapter, by PEFT's names: the baked prompt or bias changes, and the heads."""
-    return checkpoint.export(model.adapter(adapter_name), model.backbone)
-
-
-def set_peft_model_state_dict(
-    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
-) -> None:
-    """Put what ``get_peft_model_state_dict`` returned, here or in PEFT, into an adapter.
-
-    Raises:
-        AdapterMismatchError: names or shapes do not fit.
-        CheckpointError: the adapter trains through an encoder, which such a state lacks.
-    """
-    checkpoint.fill(model.adapter(adapter_name), peft_model_state_dict)
-
-
-PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel
-PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 from tests.families import CAUSAL_LM, METHODS, SEQ_2_SEQ_LM, base_model
 
 import softtune
-from softtune import ConfigError, PeftConfig, PeftType, PrefixTuningConfig, get_peft_model
+from softtune import ConfigError, PeftConfig, PeftType, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 SHARED = ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"]
 OTHER_DEFAULTS = {"prompt_tuning_init": "softtune starts from the vocabulary", "num_virtual_tokens": "PEFT has none"}
@@ -104,9 +105,24 @@ def test_values_out_of_range_are_named(name: str, field: str, value: object) -> 
         getattr(softtune, name)(**{field: value})
 
 
-def test_embedding_only_has_no_layers() -> None:
+@pytest.mark.parametrize("field", [{"layers": "last:1"}, {"sites": ["decoder"]}, {"shift_positions": False}])
+def test_embedding_only_has_no_layers(field: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="embedding_only"):
-        PrefixTuningConfig(embedding_only=True, layers="last:1")
+        PrefixTuningConfig(embedding_only=True, **field)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt_tuning_init_text", "the movie"),
+        ("prompt_tuning_init_labels", ["good", "bad"]),
+        ("prompt_tuning_init_file", "folder"),
+        ("tokenizer_kwargs", {"use_fast": True}),
+    ],
+)
+def test_a_start_that_has_no_use_for_a_field_refuses_it(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"RANDOM has no use for {field}"):
+        PromptTuningConfig(prompt_tuning_init="RANDOM", **{field: value})
 
 
 def test_a_word_for_a_method_is_enough() -> None:

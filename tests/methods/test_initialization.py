@@ -95,8 +95,10 @@ def test_labels_are_means_of_their_words(tokenizer: str) -> None:
     assert prompt_of("gpt2", num_virtual_tokens=1, prompt_tuning_init_labels=labels, **fields).shape == (1, 36)
 
 
-def test_file(tmp_path: Path) -> None:
-    saved = get_peft_model(base_model("gpt2", CAUSAL_LM), PromptTuningConfig(num_virtual_tokens=4))
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+def test_file(placement: str, tmp_path: Path) -> None:
+    config = PromptTuningConfig(num_virtual_tokens=4, placement=placement)
+    saved = get_peft_model(base_model("gpt2", CAUSAL_LM), config)
     saved.save_pretrained(tmp_path)
     expected = saved.get_prompt_embedding_to_save("default")
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
@@ -124,6 +126,8 @@ def test_missing_text_or_tokenizer(tokenizer: str, tmp_path: Path) -> None:
     fields = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the movie"}
     with pytest.raises(ConfigError, match="tokenizer"):
         prompt_of("gpt2", tokenizer_name_or_path=str(tmp_path), **fields)
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        prompt_of("gpt2", tokenizer_kwargs={"trust_remote_code": True}, **fields)
     fields["prompt_tuning_init_text"] = " "
     with pytest.raises(ConfigError, match="no tokens"):
         prompt_of("gpt2", tokenizer_name_or_path=tokenizer, **fields)

@@ -190,7 +190,9 @@ def test_a_sample_has_the_shares_that_the_recipe_names(fields: dict[str, Any]) -
 
 
 def test_long_texts_are_cut_and_counted(fields: dict[str, Any]) -> None:
-    assert train(Recipe.of({**fields, "max_length": 12, "epochs": 1})).truncated > 0
+    report = train(Recipe.of({**fields, "max_length": 12, "epochs": 1}))
+    assert report.truncated > 0
+    assert report.evaluation_truncated > 0
 
 
 def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_mistake(fields: dict[str, Any]) -> None:

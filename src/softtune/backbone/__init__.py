@@ -81,8 +81,8 @@ class Stack:
         return int(embeddings.padding_idx) + 1 if counts_padding else 0
 
     @cached_property
-    def max_positions(self) -> int | None:
-        """Positions that the model has a table for; None where they are rotary, relative or linear biases."""
+    def table_size(self) -> int | None:
+        """Positions that the stack has a table for; None where they are rotary, relative or linear biases."""
         limit = getattr(self.module.config, "max_position_embeddings", None)
         tables = [
             m for n, m in self.module.named_modules() if n.endswith(("position_embeddings", "wpe", "embed_positions"))

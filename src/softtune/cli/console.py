@@ -45,16 +45,9 @@ def progress_bars() -> Iterator[Reporting]:
 
 @contextmanager
 def counting(phase: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function to tell how many more are done, and a bar for it, for the length of the block."""
-    done = 0
+    """A function to tell how many are done, and a bar for it, for the length of the block."""
     with progress_bars() as report:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            report(phase, done, total, None)
-
-        yield advance
+        yield lambda done: report(phase, done, total, None)
 
 
 def show_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:

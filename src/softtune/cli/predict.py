@@ -13,7 +13,6 @@ from rich.table import Table
 from softtune import storage
 from softtune.cli.console import console, counting, quiet, show_pairs
 from softtune.cli.loading import load_trained, read_records
-from softtune.data import each_row
 from softtune.errors import DataError
 from softtune.evaluation.answers import Answers, answer, measure
 
@@ -45,8 +44,7 @@ def command(
     if answers.truncated:
         console.print(f"{answers.truncated} of {len(records)} records were cut to fit.")
     if trained.task.label_column in records.column_names:
-        right = each_row(records, [trained.task.label_column], trained.task.label_of)
-        metrics = measure(trained.task, right, answers.texts)
+        metrics = measure(trained.task, records, answers)
         show_pairs("", [(name.replace("_", " "), f"{value:.1%}") for name, value in metrics.items()])
 
 

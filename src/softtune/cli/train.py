@@ -42,15 +42,18 @@ def show_report(report: Report) -> None:
     pairs = [
         (label, f"{report.before[name]:.1%} before, {report.after[name]:.1%} after") for name, label in percent.items()
     ]
-    cut = f", {report.truncated} of them cut to fit" if report.truncated else ""
     pairs += [
-        ("trained on", f"{report.training_rows} rows{cut}, {report.steps} steps"),
-        ("evaluated on", f"{report.evaluation_rows} rows"),
+        ("trained on", f"{_rows(report.training_rows, report.truncated)}, {report.steps} steps"),
+        ("evaluated on", _rows(report.evaluation_rows, report.evaluation_truncated)),
         ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
         ("adapter", f"{report.folder} ({in_units(report.size)})"),
         ("training", f"{report.seconds:.0f} s"),
     ]
     show_pairs("", pairs)
+
+
+def _rows(count: int, truncated: int) -> str:
+    return f"{count} rows, {truncated} of them cut to fit" if truncated else f"{count} rows"
 
 
 def _flag(name: str) -> str:

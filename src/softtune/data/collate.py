@@ -1,6 +1,6 @@
 """Examples to padded tensors, and batches of like length for evaluation.
 
-Letters: B rows, T tokens of the longest row (or the length asked for), P virtual tokens. Knows nothing of text,
+Letters: B rows, T tokens of the longest row, P virtual tokens. Knows nothing of text,
 tokenizers or models: a pad token's id is all it needs.
 """
 
@@ -24,16 +24,10 @@ class Collator:
     """Token id that fills rows up; the attention mask hides it."""
     padding_side: str = "right"
     """"right" or "left", where the padding goes; generation wants "left"."""
-    pad_to_multiple_of: int | None = None
-    """Round T up to a multiple of this."""
-    pad_to: int | None = None
-    """Give every batch this T."""
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
             raise DataError(f"padding_side is {self.padding_side!r}; use 'left' or 'right'")
-        if self.pad_to is not None and self.pad_to_multiple_of is not None:
-            raise DataError("pad_to and pad_to_multiple_of both set the length; give one of them")
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Stack ``examples`` (B of them).
@@ -44,7 +38,7 @@ class Collator:
         """
         if not examples:
             raise DataError("no examples to collate; give one or more")
-        length = self._length(max(len(example.input_ids) for example in examples))
+        length = max(len(example.input_ids) for example in examples)
         batch = {
             "input_ids": self._stack([example.input_ids for example in examples], length, self.pad_token_id),
             "attention_mask": self._stack([[1] * len(example.input_ids) for example in examples], length, 0),
@@ -54,16 +48,6 @@ class Collator:
         if any(example.prompt_positions is not None for example in examples):
             batch["prompt_positions"] = self._prompt_positions(examples, length)
         return batch
-
-    def _length(self, longest: int) -> int:
-        if self.pad_to is not None:
-            if longest > self.pad_to:
-                raise DataError(
-                    f"an example has {longest} tokens, pad_to is {self.pad_to}; raise it or cut the example"
-                )
-            return self.pad_to
-        multiple = self.pad_to_multiple_of or 1
-        return -(-longest // multiple) * multiple
 
     def _labels(self, examples: Sequence[Example], length: int) -> Tensor:
         """Labels [B, T] beside their tokens, or [B, longest answer] where they are apart."""
@@ -88,6 +72,13 @@ class Collator:
         left = self.padding_side == "left"
         shifts = [[length - len(example.input_ids) if left else 0] for example in examples]
         return torch.tensor(rows, dtype=torch.long) + torch.tensor(shifts, dtype=torch.long)
+
+
+def answer_width(labels: Tensor) -> int:
+    """Columns at the rows' ends that hold all answers of ``labels`` [B, T], and the token before that predicts the
+    first."""
+    first = int((labels != IGNORED).any(dim=0).int().argmax())
+    return int(labels.shape[1]) - max(first - 1, 0)
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from datasets import Dataset
@@ -72,19 +71,12 @@ def answer(
     return Answers([task.verbalizer.labels[i] for i in scores.argmax(1)], scores, truncated)
 
 
-def evaluate(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    records: Dataset,
-    *,
-    advance: Advance = unwatched,
-) -> dict[str, float]:
-    """Metrics of a model's answers to labelled records; the arguments and errors are those of ``answer``."""
-    labels = each_row(records, [task.label_column], task.label_of)
-    return measure(task, labels, answer(model, tokenizer, task, records, advance=advance).texts)
+def measure(task: Task, records: Dataset, answers: Answers) -> dict[str, float]:
+    """How right the answers to labelled records are, by the metrics that fit the task: those of labels, or of texts.
 
-
-def measure(task: Task, right: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """The metrics that fit the task: those of labels, or of texts."""
-    return text_metrics(right, answers) if task.verbalizer is None else classification_metrics(right, answers)
+    Raises:
+        DataError: a record has no label, or one that the task does not know.
+    """
+    right = each_row(records, [task.label_column], task.label_of)
+    metrics = text_metrics if task.verbalizer is None else classification_metrics
+    return metrics(right, answers.texts)

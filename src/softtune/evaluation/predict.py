@@ -6,21 +6,21 @@ Rows of like length share a batch; rows are padded left, so that answers stand a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import Collator, Example, length_batches
+from softtune.data import Collator, Example, answer_width, length_batches
 from softtune.model import PeftModel
 
 Advance = Callable[[int], None]
-"""Told how many more rows are done, for a progress bar."""
+"""Told how many rows are done, for a progress bar."""
 
 
-def unwatched(rows: int) -> None:
+def unwatched(done: int) -> None:
     """Where nobody wants to know how many rows are done."""
 
 
@@ -44,10 +44,9 @@ def score_words(
     is_one_token = all(sum(x != -100 for x in example.labels) == 1 for row in rows for example in row)
     score = _score_next_token if is_one_token and not model.backbone.is_encoder_decoder else _score_whole_answers
     scores = torch.zeros(len(rows), len(rows[0]) if rows else 0)
-    for batch in length_batches([len(row[0].input_ids) for row in rows], batch_size):
+    for batch in _batches([len(row[0].input_ids) for row in rows], batch_size, advance):
         with torch.no_grad():
             scores[batch] = score(model, [rows[i] for i in batch], pad_token_id)
-        advance(len(batch))
     return scores
 
 
@@ -68,8 +67,7 @@ def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pa
         if model.backbone.is_encoder_decoder:
             logits = _forward(model, batch).logits.float().log_softmax(-1)
         else:
-            first = int((labels != -100).any(dim=0).int().argmax())
-            keep = labels.shape[1] - first + 1
+            keep = answer_width(labels)
             labels = labels[:, -keep + 1 :]
             logits = _forward(model, batch, keep=keep).logits[:, -keep:-1].float().log_softmax(-1)
         found = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0]
@@ -87,12 +85,11 @@ def score_head(
 ) -> Tensor:
     """[B, N] log-probabilities of a classification head's classes."""
     scores = torch.zeros(len(examples), model.config.num_labels)
-    for batch in length_batches([len(e.input_ids) for e in examples], batch_size):
+    for batch in _batches([len(e.input_ids) for e in examples], batch_size, advance):
         inputs = _collate([examples[i] for i in batch], pad_token_id)
         inputs.pop("labels", None)
         with torch.no_grad():
             scores[batch] = _forward(model, inputs).logits.float().log_softmax(-1).cpu()
-        advance(len(batch))
     return scores
 
 
@@ -116,7 +113,7 @@ def write_texts(
         generation: for ``generate``, such as ``max_new_tokens``, ``num_beams`` and ``do_sample``.
     """
     texts = [""] * len(prompts)
-    for batch in length_batches([len(e.input_ids) for e in prompts], batch_size):
+    for batch in _batches([len(e.input_ids) for e in prompts], batch_size, advance):
         inputs = _collate([prompts[i] for i in batch], int(tokenizer.pad_token_id))
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with torch.no_grad():
@@ -124,8 +121,16 @@ def write_texts(
         start = 0 if model.backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
         for i, text in zip(batch, tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True), strict=True):
             texts[i] = text.strip()
-        advance(len(batch))
     return texts
+
+
+def _batches(lengths: Sequence[int], batch_size: int, advance: Advance) -> Iterator[list[int]]:
+    """Batches of like length, told of when they are done."""
+    done = 0
+    for batch in length_batches(lengths, batch_size):
+        yield batch
+        done += len(batch)
+        advance(done)
 
 
 def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:

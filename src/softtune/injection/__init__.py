@@ -14,7 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, DataError
-from softtune.injection.stack import Call, StackInjection, align_outputs
+from softtune.injection.stack import StackInjection, align_outputs
+from softtune.injection.step import Call
 from softtune.methods.base import Prompt
 
 

@@ -10,14 +10,17 @@ that a step need not join them again, and counts the text alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from softtune.errors import AdapterError
+from softtune.injection.step import Call, Step
 from softtune.methods.base import KeyValue
 
 
@@ -88,6 +91,33 @@ class PrefixLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget the text."""
         self.crop(-self.get_seq_length())
+
+
+def hold(prefixes: Mapping[Any, KeyValue], cache: Any, step: Step, dtype: torch.dtype) -> set[Any]:
+    """Put prefixes that are not being trained into an empty cache; the modules whose layer of a cache holds one."""
+    layers = dict(enumerate(cache.layers)) if type(cache) is DynamicCache else {}
+    if not step.is_continued and not torch.is_grad_enabled():
+        for module, prefix in prefixes.items():
+            if type(layers.get(module.layer_idx)) is DynamicLayer:
+                layers[module.layer_idx] = cache.layers[module.layer_idx] = PrefixLayer(prefix, step.rows, dtype)
+    held = {m: layer for m in prefixes if isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
+    for module, layer in list(held.items())[:1]:  # one tells: looking at every layer would cost more than it is worth
+        if not layer.holds(prefixes[module]):
+            raise AdapterError("past_key_values were computed with another adapter: leave them out")
+    return set(held)
+
+
+def own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:
+    """The text's cache where the call has or wants one. Gradient checkpointing allows none."""
+    cache: Cache | None = call.get("past_key_values")
+    if cache is not None:
+        return cache
+    uses_cache = call.get("use_cache")
+    uses_cache = stack.config.use_cache if uses_cache is None else uses_cache
+    checkpointed = stack.training and any(
+        m.gradient_checkpointing for m in stack.modules() if isinstance(m, GradientCheckpointingLayer)
+    )
+    return DynamicCache(config=stack.config) if uses_cache and not checkpointed else None
 
 
 def prepend(prefix: Tensor, own: Tensor) -> Tensor:

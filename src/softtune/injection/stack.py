@@ -7,26 +7,21 @@ tokens of this call, P virtual tokens, W columns of the whole attention mask, S 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softtune.backbone import Backbone, Site, Stack
 from softtune.backbone.interface import WRAPPER
-from softtune.errors import AdapterError, DataError, UnsupportedModelError
+from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
-from softtune.injection.cache import PrefixCache, PrefixLayer
-from softtune.injection.layout import Layout, row_ends, row_starts
+from softtune.injection.cache import PrefixCache, hold, own_cache
+from softtune.injection.layout import Layout
+from softtune.injection.step import Call, Step
 from softtune.injection.trim import Trim
-from softtune.methods.base import KeyValue, Prompt
-
-Call = dict[str, Any]
+from softtune.methods.base import Prompt
 
 
 class StackInjection:
@@ -78,7 +73,7 @@ class StackInjection:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
         if not self.feeds_decoder:
             self._trim(call)
-        step = _Step(call)
+        step = Step(call)
         if self.vectors is not None:
             self._add_vectors(call, step)
         elif not self.stack.is_causal and bool(step.starts.any()):
@@ -97,7 +92,7 @@ class StackInjection:
             self.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
             self.trim.cut(call)
 
-    def _add_vectors(self, call: Call, step: _Step) -> None:
+    def _add_vectors(self, call: Call, step: Step) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
         if step.has_ready_mask:
             raise UnsupportedModelError(
@@ -112,12 +107,12 @@ class StackInjection:
 
     def widen(self, mask: Tensor) -> Tensor:
         """[B, S] the attention mask [B, T] of an input together with its virtual tokens."""
-        step = _Step({"input_ids": mask, "attention_mask": mask})
+        step = Step({"input_ids": mask, "attention_mask": mask})
         columns = self._columns(step, self.prompt.num_virtual_tokens)
         layout = Layout.of(step.starts, step.length, columns, causal=self.stack.is_causal)
         return layout.merge(mask, torch.ones_like(columns))
 
-    def _columns(self, step: _Step, size: int) -> Tensor:
+    def _columns(self, step: Step, size: int) -> Tensor:
         """[B, size] the column before which each virtual token stands."""
         cut = self.trim.left if self.trim else 0
         if self.columns is None:  # kept, since decoding without a cache calls again with a longer text
@@ -133,14 +128,14 @@ class StackInjection:
             )
         return (columns - cut).clamp(0, step.length)
 
-    def _infix_column(self, step: _Step) -> Tensor:
+    def _infix_column(self, step: Step) -> Tensor:
         """[B, 1] the column before which the infix stands."""
         columns = self._columns(step, self.prompt.num_virtual_tokens)
         if bool((columns != columns[:, :1]).any()):
             raise DataError("an infix stands at one place of a text: write its virtual tokens next to one another")
         return columns[:, :1]
 
-    def _lay_out(self, call: Call, step: _Step, columns: Tensor) -> None:
+    def _lay_out(self, call: Call, step: Step, columns: Tensor) -> None:
         """Put everything that comes with a token in its slot."""
         self.layout = Layout.of(step.starts, step.length, columns, causal=self.stack.is_causal)
         words = call["inputs_embeds"] if call.get("input_ids") is None else self.stack.embed(call["input_ids"])
@@ -153,7 +148,7 @@ class StackInjection:
         if call.get("token_type_ids") is not None:
             call["token_type_ids"] = self.layout.merge(call["token_type_ids"], 0 * ones)
 
-    def _place(self, call: Call, step: _Step) -> None:
+    def _place(self, call: Call, step: Step) -> None:
         """Count positions from each row's first real token, and past the virtual tokens in front of it."""
         if not self.stack.takes_position_ids:
             return
@@ -182,17 +177,17 @@ class StackInjection:
             return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.shift}
         return args, {**kwargs, "past_key_values_length": kwargs.get("past_key_values_length", 0) + self.shift}
 
-    def _check_length(self, step: _Step) -> None:
-        limit, virtual = self.stack.max_positions, self.shift if self.vectors is None else len(self.vectors)
+    def _check_length(self, step: Step) -> None:
+        limit, virtual = self.stack.table_size, self.shift if self.vectors is None else len(self.vectors)
         if limit is not None and step.width + virtual > limit:
             raise DataError(
                 f"{step.width} tokens and {virtual} virtual ones exceed the model's {limit} positions: shorten the text"
             )
 
-    def _add_prefix(self, call: Call, step: _Step) -> None:
+    def _add_prefix(self, call: Call, step: Step) -> None:
         prefixes = [self.prompt.prefixes[a.site, a.index] for a in self.layers]
         if self.layers[0].module is None:
-            call["past_key_values"] = PrefixCache(prefixes, _own_cache(self.stack.module, call))
+            call["past_key_values"] = PrefixCache(prefixes, own_cache(self.stack.module, call))
             if step.mask is not None:
                 call["attention_mask"] = nn.functional.pad(step.mask, (self.prompt.num_virtual_tokens, 0), value=1)
             return
@@ -211,7 +206,7 @@ class StackInjection:
             bias = self.stack.prefix_bias(positions, self.prompt.num_virtual_tokens)
             biases = dict.fromkeys(own, bias)
         by_module = dict(zip(modules, prefixes, strict=True))
-        held = _hold(by_module, call.get("past_key_values"), step, self.stack.module.dtype)
+        held = hold(by_module, call.get("past_key_values"), step, self.stack.module.dtype)
         call[WRAPPER] = PrefixAttention(by_module, visible=visible, biases=biases, held=held)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
@@ -234,64 +229,6 @@ class StackInjection:
             raise UnsupportedModelError(
                 "the prefix did not reach every layer: call set_attn_implementation before the adapter is added"
             )
-
-
-class _Step:
-    """What a call says about its rows."""
-
-    def __init__(self, call: Call) -> None:
-        tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
-        mask = call.get("attention_mask")
-        cache = call.get("past_key_values")
-        self.device = tokens.device
-        self.rows, self.length = tokens.shape[:2]
-        self.mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.has_ready_mask = mask is not None and self.mask is None
-        self.cached = int(cache.get_seq_length()) if cache is not None else 0
-        self.is_continued = self.cached > 0
-        self.width = self.mask.shape[1] if self.mask is not None else self.cached + self.length
-        self.starts = row_starts(self.mask, self.rows, self.device)
-
-    @property
-    def ends(self) -> Tensor:
-        """[B] the column behind each row's last real token."""
-        return row_ends(self.mask, self.rows, self.width, self.device)
-
-    def positions(self) -> Tensor:
-        """[B, T] this call's tokens counted from each row's first real one."""
-        columns = torch.arange(self.width, device=self.device)[-self.length :]
-        return (columns - self.starts[:, None]).clamp(min=0)
-
-    def is_from(self, columns: Tensor) -> Tensor:
-        """[B, T] which tokens stand at or behind a column [B, 1]."""
-        return torch.arange(self.length, device=self.device) >= columns
-
-
-def _hold(prefixes: Mapping[Any, KeyValue], cache: Any, step: _Step, dtype: torch.dtype) -> set[Any]:
-    """Put prefixes that are not being trained into an empty cache; the modules whose layer of a cache holds one."""
-    layers = dict(enumerate(cache.layers)) if type(cache) is DynamicCache else {}
-    if not step.is_continued and not torch.is_grad_enabled():
-        for module, prefix in prefixes.items():
-            if type(layers.get(module.layer_idx)) is DynamicLayer:
-                layers[module.layer_idx] = cache.layers[module.layer_idx] = PrefixLayer(prefix, step.rows, dtype)
-    held = {m: layer for m in prefixes if isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
-    for module, layer in list(held.items())[:1]:  # one tells: looking at every layer would cost more than it is worth
-        if not layer.holds(prefixes[module]):
-            raise AdapterError("past_key_values were computed with another adapter: leave them out")
-    return set(held)
-
-
-def _own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:
-    """The text's cache where the call has or wants one. Gradient checkpointing allows none."""
-    cache: Cache | None = call.get("past_key_values")
-    if cache is not None:
-        return cache
-    uses_cache = call.get("use_cache")
-    uses_cache = stack.config.use_cache if uses_cache is None else uses_cache
-    checkpointed = stack.training and any(
-        m.gradient_checkpointing for m in stack.modules() if isinstance(m, GradientCheckpointingLayer)
-    )
-    return DynamicCache(config=stack.config) if uses_cache and not checkpointed else None
 
 
 def align_outputs(output: Any, layout: Layout, states: str, all_states: str, attentions: str) -> None:

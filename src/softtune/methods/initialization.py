@@ -21,6 +21,8 @@ from softtune.errors import CheckpointError, ConfigError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROMPT_KEY = "prompt_embeddings"
+OWN_KEY = "softtune.prompt_embeddings"
+"""The prompt's key in a file that PEFT would misread: it stops at the missing name instead."""
 COMMON_WORDS = 5000
 """Vocabulary entries to sample from: the first ones, which tokenizers give to the most common words."""
 
@@ -46,8 +48,11 @@ def text_ids(
     """
     from transformers import AutoTokenizer
 
-    # A tokenizer named by a downloaded config must not run code of its own.
-    options = {k: v for k, v in (tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+    options = tokenizer_kwargs or {}
+    if options.get("trust_remote_code"):
+        raise ConfigError(
+            "tokenizer_kwargs has trust_remote_code, which would let a downloaded config run code: leave it out"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or "", **options)
     except (OSError, ValueError) as error:
@@ -90,13 +95,14 @@ def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
     """
     file = path if str(path).endswith(".safetensors") else storage.locate(path, WEIGHTS_NAME)
     try:
-        prompt = load_file(file)[PROMPT_KEY] if file else None
-    except (OSError, SafetensorError, KeyError) as error:
+        tensors = load_file(file) if file else {}
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"no prompt can be read from {path}: name a safetensors file with {PROMPT_KEY!r}"
+            f"no prompt can be read from {path}: name an adapter's folder or safetensors file"
         ) from error
+    prompt = tensors.get(PROMPT_KEY, tensors.get(OWN_KEY))
     if prompt is None or tuple(prompt.shape) != shape:
-        found = "nothing" if prompt is None else f"the shape {tuple(prompt.shape)}"
+        found = "no prompt" if prompt is None else f"the shape {tuple(prompt.shape)}"
         raise CheckpointError(
             f"{path} holds {found}, the config asks for {shape}: change num_virtual_tokens or the file"
         )

@@ -61,6 +61,8 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ConfigError(f"init_weights = {self.init_weights!r} has no use for init_text: drop one of them")
         if self.embedding_only and (self.layers or self.sites):
             raise ConfigError("embedding_only trains no layer: drop layers and sites")
+        if self.embedding_only and not self.shift_positions:
+            raise ConfigError("embedding_only has its virtual tokens among the words: drop shift_positions")
 
     def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
         """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""

@@ -46,7 +46,7 @@ class PromptTuningConfig(PromptLearningConfig):
     """Config of prompt tuning.
 
     Raises:
-        ConfigError: a value is out of range, or the chosen start lacks its text, labels or file.
+        ConfigError: a value is out of range, or the chosen start lacks its text, labels or file, or has no use for one.
     """
 
     peft_type: PeftType = PeftType.PROMPT_TUNING
@@ -67,9 +67,14 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        needed = _NEEDS.get(self.prompt_tuning_init)
+        start, needed = self.prompt_tuning_init, _NEEDS.get(self.prompt_tuning_init)
         if needed and not getattr(self, needed):
-            raise ConfigError(f"prompt_tuning_init = {self.prompt_tuning_init.value} needs {needed}: set it")
+            raise ConfigError(f"prompt_tuning_init = {start.value} needs {needed}: set it")
+        unused = [name for name in _NEEDS.values() if name != needed and getattr(self, name)]
+        if self.tokenizer_kwargs and start not in (PromptTuningInit.TEXT, PromptTuningInit.LABELS):
+            unused.append("tokenizer_kwargs")
+        if unused:
+            raise ConfigError(f"prompt_tuning_init = {start.value} has no use for {unused[0]}: drop one of them")
 
     def build(self, backbone: Backbone) -> PromptEmbedding:
         """See ``PeftConfig.build``."""

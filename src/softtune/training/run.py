@@ -16,7 +16,7 @@ from softtune import storage
 from softtune.data import Collator, Task, each_row, load_records, sample_balanced, split_records
 from softtune.data.sources import check_columns
 from softtune.errors import ConfigError, TrainingError
-from softtune.evaluation.answers import evaluate, fitted
+from softtune.evaluation.answers import answer, fitted, measure
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.recipe import RECIPE_NAME, Recipe
@@ -55,6 +55,8 @@ class Report:
     evaluation_rows: int
     truncated: int
     """Training rows that were cut to fit."""
+    evaluation_truncated: int
+    """Evaluation rows that were cut to fit; 0 after an interrupt."""
     folder: Path
     seconds: float
     """Of training alone."""
@@ -104,19 +106,23 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *
         interrupt.restore()
     seconds = time.perf_counter() - clock
     finished = trainer.state.global_step >= trainer.state.max_steps
+    after: dict[str, float] = {}
+    cut = 0
     if finished:
         _finish(model, recipe)
+        after, cut = _answers(model, tokenizer, task, held_out, progress, "evaluating")
     trained, total = model.get_nb_trainable_parameters()
     return Report(
         finished=finished,
         steps=trainer.state.global_step,
         before=before,
-        after=_metrics(model, tokenizer, task, held_out, progress, "evaluating") if finished else {},
+        after=after,
         trained=trained,
         total=total,
         training_rows=len(examples),
         evaluation_rows=len(held_out or ()),
         truncated=sum(example.truncated > 0 for example in examples),
+        evaluation_truncated=cut,
         folder=folder,
         seconds=seconds,
     )
@@ -187,32 +193,27 @@ def _begin(
     if resumes:
         return storage.read_json(folder / BASELINE_NAME)
     with model.disable_adapter():
-        metrics = _metrics(model, tokenizer, task, rows, progress, "evaluating the base model")
+        metrics, _ = _answers(model, tokenizer, task, rows, progress, "evaluating the base model")
     with storage.staged(folder) as stage:
         recipe.save(stage / RECIPE_NAME)
         storage.write_json(stage / BASELINE_NAME, metrics)
     return metrics
 
 
-def _metrics(
+def _answers(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Dataset | None,
     progress: Progress,
     phase: str,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], int]:
+    """Metrics of the answers to the rows, and how many rows were cut to fit."""
     if not rows:
-        return {}
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(phase, done, len(rows), None)
-
+        return {}, 0
     progress(phase, 0, len(rows), None)
-    return evaluate(model, tokenizer, task, rows, advance=advance)
+    answers = answer(model, tokenizer, task, rows, advance=lambda done: progress(phase, done, len(rows), None))
+    return measure(task, rows, answers), answers.truncated
 
 
 def _finish(model: PeftModel, recipe: Recipe) -> None:

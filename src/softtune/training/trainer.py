@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from softtune import checkpoint
+from softtune.data import answer_width
 from softtune.errors import TrainingError
 from softtune.model import PeftModel
 
@@ -40,16 +41,14 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self._keeps_logits = model.keeps_logits
         self._last_good: dict[str, Tensor] = {}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss, from the logits of the rows' ends alone where the answers stand there."""
         labels = inputs.get("labels")
-        if self._keeps_logits and labels is not None and labels.shape == inputs["input_ids"].shape:
-            first = int((labels != -100).any(dim=0).int().argmax())
-            # The token before an answer predicts the answer's first.
-            inputs = {**inputs, "logits_to_keep": labels.shape[1] - max(first - 1, 0)}
+        assert isinstance(self.model, PeftModel)
+        if self.model.keeps_logits and labels is not None and labels.shape == inputs["input_ids"].shape:
+            inputs = {**inputs, "logits_to_keep": answer_width(labels)}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,64 @@
+"""One task's trained state: a config, the method's module and trained heads. Knows nothing about files and calls."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from softtune.backbone import Backbone
+from softtune.errors import ConfigError
+from softtune.methods import PeftConfig
+
+PEFT_HEAD_NAMES = ("classifier", "score")
+"""Names that PEFT lists for every classifier, whether the model has them or not."""
+
+
+@dataclass
+class Adapter:
+    """One task's trained state."""
+
+    config: PeftConfig
+    module: Any
+    """The method's module, a ``Method``."""
+    heads: dict[str, nn.Module]
+    """Trained copies of the base model's heads, by their names."""
+
+    @classmethod
+    def new(cls, config: PeftConfig, backbone: Backbone) -> Adapter:
+        """An adapter for a base model, not yet at its start. The config is copied.
+
+        Raises:
+            UnsupportedModelError: the base model cannot take the method.
+            ConfigError: the config names modules that the base model lacks.
+        """
+        model, config = backbone.model, copy.deepcopy(config)
+        config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
+        heads = {name: copy.deepcopy(model.get_submodule(name)) for name in _head_names(config, backbone)}
+        return cls(config, config.build(backbone).to(model.device), heads)
+
+    @property
+    def is_reparameterised(self) -> bool:
+        """Whether the module trains more than inference needs of it."""
+        return len(self.module.state_dict()) > len(self.module.baked_state())
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The heads' tensors, by PEFT's names."""
+        return {
+            f"base_model.{name}.{key}": tensor
+            for name, head in self.heads.items()
+            for key, tensor in head.state_dict().items()
+        }
+
+
+def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:
+    names = list(backbone.head_names) if config.trains_head else []
+    modules = [n for n, _ in backbone.model.named_modules()]
+    for wanted in config.modules_to_save or ():
+        found = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
+        if not found and wanted not in PEFT_HEAD_NAMES:
+            raise ConfigError(f"modules_to_save: the base model has no module {wanted!r}: see named_modules()")
+        names += [n for n in found if n not in names]
+    return names

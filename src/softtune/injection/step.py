@@ -1,0 +1,47 @@
+"""What one call of a stack says about its rows: where their text starts and ends, and how much of it is cached.
+
+Letters: B rows, T tokens of this call, W columns of the whole attention mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softtune.injection.layout import row_ends, row_starts
+
+Call = dict[str, Any]
+"""A stack's arguments by name."""
+
+
+class Step:
+    """What a call says about its rows."""
+
+    def __init__(self, call: Call) -> None:
+        tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+        mask = call.get("attention_mask")
+        cache = call.get("past_key_values")
+        self.device = tokens.device
+        self.rows, self.length = tokens.shape[:2]
+        self.mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.has_ready_mask = mask is not None and self.mask is None
+        self.cached = int(cache.get_seq_length()) if cache is not None else 0
+        self.is_continued = self.cached > 0
+        self.width = self.mask.shape[1] if self.mask is not None else self.cached + self.length
+        self.starts = row_starts(self.mask, self.rows, self.device)
+
+    @property
+    def ends(self) -> Tensor:
+        """[B] the column behind each row's last real token."""
+        return row_ends(self.mask, self.rows, self.width, self.device)
+
+    def positions(self) -> Tensor:
+        """[B, T] this call's tokens counted from each row's first real one."""
+        columns = torch.arange(self.width, device=self.device)[-self.length :]
+        return (columns - self.starts[:, None]).clamp(min=0)
+
+    def is_from(self, columns: Tensor) -> Tensor:
+        """[B, T] which tokens stand at or behind a column [B, 1]."""
+        return torch.arange(self.length, device=self.device) >= columns

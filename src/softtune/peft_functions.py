@@ -1,0 +1,67 @@
+"""PEFT's functions and class names beside ``PeftModel``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softtune import checkpoint
+from softtune.methods import PeftConfig
+from softtune.model import PeftModel
+
+
+def get_peft_model(model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
+    """Put a new adapter on a base model; see ``PeftModel``."""
+    return PeftModel(model, peft_config, adapter_name)
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """A config of the class that ``config_dict["peft_type"]`` names.
+
+    Raises:
+        ConfigError: an unknown type or key, or a value out of range.
+    """
+    return PeftConfig.from_dict(config_dict)
+
+
+def get_peft_model_state_dict(
+    model: PeftModel, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """What inference needs of an adapter, by PEFT's names: the baked prompt or bias changes, and the heads.
+
+    Args:
+        model: holds the adapter.
+        state_dict: take the numbers from this ``model.state_dict()`` instead of from the model.
+        adapter_name: the adapter's name.
+
+    Raises:
+        AdapterError: no such adapter.
+    """
+    adapter = model.adapter(adapter_name)
+    if state_dict is None:
+        return checkpoint.export(adapter, model.backbone)
+    own = {f"prompt_encoder.{adapter_name}", f"heads.{adapter_name}"}
+    kept = {k: v.clone() for k, v in model.state_dict().items() if any(k.startswith(f"{o}.") for o in own)}
+    model.load_state_dict({k: state_dict[k] for k in kept}, strict=False)
+    exported = {k: v.clone() for k, v in checkpoint.export(adapter, model.backbone).items()}
+    model.load_state_dict(kept, strict=False)
+    return exported
+
+
+def set_peft_model_state_dict(
+    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Put what ``get_peft_model_state_dict`` returned, here or in PEFT, into an adapter.
+
+    Raises:
+        AdapterMismatchError: names or shapes do not fit.
+        CheckpointError: the adapter trains through an encoder, which such a state lacks.
+    """
+    checkpoint.fill(model.adapter(adapter_name), peft_model_state_dict)
+
+
+PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel
+PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel
