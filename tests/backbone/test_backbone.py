@@ -121,7 +121,7 @@ def test_every_role_is_found(family: str, task: str) -> None:
 )
 def test_positions(family: str, limit: int | None) -> None:
     backbone = Backbone(base_model(family, FAMILIES[family].tasks[0]))
-    assert [stack.max_positions for stack in backbone.stacks] == [limit] * len(backbone.stacks)
+    assert [stack.table_size for stack in backbone.stacks] == [limit] * len(backbone.stacks)
 
 
 def test_every_task_is_known() -> None:
