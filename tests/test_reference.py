@@ -84,7 +84,7 @@ def sides(family: str, task: str) -> tuple[str, ...]:
 def test_virtual_tokens(family: str, task: str, method: str) -> None:
     model, base = adapted(family, task, method), base_model(family, task)
     with_head(model, base)
-    rows = texts(family, task)
+    rows = texts(family, task, (3, 2, 1) if family == "gemma3" else (7, 4, 2))  # in sight of the first virtual token
     decoder = answers(task, len(rows))
     leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
     theirs = []
@@ -103,6 +103,22 @@ def test_virtual_tokens(family: str, task: str, method: str) -> None:
                 theirs.append(virtual_tokens.whole(base, row, leaf, columns, ids))
     for side in sides(family, task):
         compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaf)
+
+
+def test_a_window_does_not_end_virtual_tokens_in_front() -> None:
+    """They are a prefix, of the keys and values that the frozen model computes for them."""
+    model, base = adapted("gemma3", CAUSAL_LM, "prompt"), base_model("gemma3", CAUSAL_LM)
+    leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
+    cache = base(inputs_embeds=leaf[None], use_cache=True).past_key_values
+    pairs = {f"layers.{i}.self_attn": (layer.keys[0], layer.values[0]) for i, layer in enumerate(cache.layers)}
+    rows = texts("gemma3", CAUSAL_LM, (14, 9, 2))
+    with prefixes.naive_prefixes(base, pairs) as naive:
+        positions = [torch.arange(P, P + len(row))[None] for row in rows]
+        theirs = [
+            naive(input_ids=row[None], position_ids=p, use_cache=False).logits[0]
+            for row, p in zip(rows, positions, strict=True)
+        ]
+        compare(model, rows_of(model, CAUSAL_LM, rows, "left"), theirs, leaf)
 
 
 def bart_classes(base: PreTrainedModel, row: Tensor, vectors: Tensor, columns: list[int]) -> Tensor:

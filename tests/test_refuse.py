@@ -255,10 +255,6 @@ def test_names() -> None:
             model.add_adapter(name, PrefixTuningConfig(num_virtual_tokens=2))
     with pytest.raises(AdapterError, match="only"):
         model.delete_adapter("default")
-    with pytest.raises(AdapterError, match="set_adapter"):
-        model(torch.tensor([[3, 4]]), adapter_names=["default"])
-    with pytest.raises(AdapterError, match="set_adapter"):
-        model.generate(torch.tensor([[3, 4]]), adapter_names=["default"])
     with pytest.raises(ConfigError, match="no_such_module"):
         model.add_adapter("other", PrefixTuningConfig(modules_to_save=["no_such_module"]))
 
@@ -321,9 +317,10 @@ def test_a_ready_mask_and_virtual_tokens() -> None:
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     with pytest.raises(UnsupportedModelError, match="2-D"):
-        adapted("llama", CAUSAL_LM, "prompt")(ids, attention_mask=mask)
-    model = adapted("llama", CAUSAL_LM, "prefix")
-    torch.testing.assert_close(model(ids, attention_mask=mask).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+        adapted("llama", CAUSAL_LM, "prompt_suffix")(ids, attention_mask=mask)
+    for method in ("prefix", "prompt"):
+        model = adapted("llama", CAUSAL_LM, method)
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_every_method_names_itself_in_its_folder(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,20 @@ from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone
-from softtune.errors import AdapterError, CheckpointError, ConfigError
+from softtune.backbone import Backbone, is_checkpointing
+from softtune.errors import AdapterError, CheckpointError, ConfigError, UnsupportedModelError
 from softtune.injection import Injection
+from softtune.injection.ahead import run_ahead
 from softtune.injection.layout import row_ends, row_starts
 from softtune.injection.modules import add_biases, replace_modules
 from softtune.methods import PeftConfig
+from softtune.methods.base import Prompt
 from softtune.methods.bitfit import BiasChanges
 from softtune.methods.initialization import PROMPT_KEY
 from softtune.storage import HUB_OPTIONS
+
+BASE = "__base__"
+"""PEFT's name for no adapter, in ``adapter_names``."""
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -159,7 +164,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             trained = name == adapter_name and not config.inference_mode
             self.prompt_encoder[name].requires_grad_(trained)
             self.heads[name].requires_grad_(trained)
-        self._attach_biases()
+        self._attach_biases(self.active_adapters, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others becomes active.
@@ -179,12 +184,12 @@ class PeftModel(PushToHubMixin, nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, to the last bit, for the length of the block."""
         active, self.active_adapter = self.active_adapter, ""
-        self._attach_biases()
+        self._attach_biases([], None)
         try:
             yield
         finally:
             self.active_adapter = active
-            self._attach_biases()
+            self._attach_biases(self.active_adapters, None)
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter by name. Raises AdapterError where there is none."""
@@ -213,6 +218,17 @@ class PeftModel(PushToHubMixin, nn.Module):
         """The base model, which works without adapters as it did before."""
         return self.base_model
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train these adapters too, or no longer: in a batch of several, each gets the gradients of its own rows.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.adapter(name)
+            self.prompt_encoder[name].requires_grad_(requires_grad)
+            self.heads[name].requires_grad_(requires_grad)
+
     # Running
 
     def forward(
@@ -222,6 +238,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         prompt_positions: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -238,15 +255,16 @@ class PeftModel(PushToHubMixin, nn.Module):
             prompt_positions: [B, P] the column before which each virtual token stands, ascending, T at the end; as a
                 template's ``encode`` returns them. By default in front of the text or, for a suffix or infix, before
                 the first token that a language model's labels ask for, else behind the text.
+            adapter_names: B names, one for each row: its outputs are what they would be with that adapter alone.
+                ``"__base__"`` is the base model's own. By default all rows have the active adapter.
             return_dict: False for a tuple.
             kwargs: everything else that the base model's forward takes; with ``logits_to_keep`` the loss is over the
                 labels of the logits that are kept.
 
         Raises:
             DataError: positions do not fit the input, or exceed the model's.
-            AdapterError: ``adapter_names`` is given.
+            AdapterError: ``adapter_names`` has an unknown name, another number of rows, or adapters of several tasks.
         """
-        _refuse_row_adapters(kwargs)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -257,20 +275,28 @@ class PeftModel(PushToHubMixin, nn.Module):
         keep = kwargs.get("logits_to_keep", 0)
         if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
-        with self._acting(prompt_positions, labels, attention_mask):
+        rows = _rows(input_ids, inputs_embeds)
+        with self._acting(adapter_names, rows, prompt_positions, labels, attention_mask):
             output = self.base_model(return_dict=True, **kwargs)
         return output if return_dict is not False else output.to_tuple()
 
-    def generate(self, *args: Any, prompt_positions: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        prompt_positions: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The base model's ``generate`` with the active adapter. Virtual tokens are not part of what it returns.
 
         Args:
             args: the base model's.
             prompt_positions: see ``forward``; they refer to the input.
+            adapter_names: see ``forward``; one for each row of the input.
             kwargs: the base model's.
         """
-        _refuse_row_adapters(kwargs)
-        with self._acting(prompt_positions):
+        rows = _rows(*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+        with self._acting(adapter_names, rows, prompt_positions):
             generate: Any = self.base_model.generate
             return generate(*args, **kwargs)
 
@@ -278,28 +304,58 @@ class PeftModel(PushToHubMixin, nn.Module):
         """[B] the column of each row's first label, or behind its text; None where labels are no tokens of the text."""
         if labels is None or not self.backbone.continues_text:
             return None
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         supervised = labels != -100
         first = supervised.int().argmax(dim=1)
         ends = row_ends(mask, len(labels), labels.shape[1], labels.device)
         return torch.where(supervised.any(dim=1), first.maximum(row_starts(mask, len(labels), labels.device)), ends)
 
+    def _choose(self, adapter_names: Sequence[str] | None, rows: int) -> tuple[list[str], Tensor | None]:
+        """The adapters that act on a batch, and which of them each row has; no rows where all have the same."""
+        if adapter_names is None:
+            return self.active_adapters or [BASE], None
+        if len(adapter_names) != rows:
+            raise AdapterError(f"adapter_names has {len(adapter_names)} names, the batch {rows} rows: give one a row")
+        names = list(dict.fromkeys(adapter_names))
+        configs = [self.adapter(name).config for name in names if name != BASE]
+        if len(tasks := {config.task_type for config in configs}) > 1:
+            raise AdapterError(
+                f"adapter_names mixes tasks ({', '.join(sorted(str(t and t.value) for t in tasks))}): "
+                "one batch has one head, run them apart"
+            )
+        index = torch.tensor([names.index(name) for name in adapter_names])
+        return names, index if len(names) > 1 else None
+
     @contextmanager
     def _acting(
-        self, columns: Tensor | None, labels: Tensor | None = None, mask: Tensor | None = None
+        self,
+        adapter_names: Sequence[str] | None,
+        batch: int,
+        columns: Tensor | None,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Iterator[None]:
-        """The active adapter in the base model, for the length of the block."""
-        if not self.active_adapter:
-            yield
-            return
-        adapter = self.adapter(self.active_adapter)
-        prompt = adapter.module.prompt()
-        if columns is None and prompt.after_text:
-            columns = self._answer_columns(labels, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        """Each row's adapter in the base model, for the length of the block."""
+        names, rows = self._choose(adapter_names, batch)
+        adapters = [self.adapter(name) for name in names if name != BASE]
         with ExitStack() as stack:
-            stack.enter_context(Injection(self.backbone, prompt, columns))
-            for handle in replace_modules(self.base_model, adapter.heads):
+            if adapter_names is not None:
+                stack.callback(self._attach_biases, self.active_adapters, None)
+                self._attach_biases([], None)
+            prompts = [Prompt() if name == BASE else self._prompt(name, columns) for name in names]
+            if adapter_names is not None:
+                self._attach_biases(names, rows)
+            if adapters:
+                ends = self._answer_columns(labels, mask) if any(p.after_text for p in prompts) else None
+                stack.enter_context(Injection(self.backbone, prompts, rows, columns=columns, text_ends=ends))
+            heads = [{} if name == BASE else self.adapter(name).heads for name in names]
+            for handle in replace_modules(self.base_model, heads, rows):
                 stack.callback(handle.remove)
             yield
+
+    def _prompt(self, name: str, columns: Tensor | None) -> Prompt:
+        prompt: Prompt = self.adapter(name).module.prompt()
+        return prompt if columns is not None else run_ahead(self.backbone, prompt)
 
     # Parameters
 
@@ -345,14 +401,19 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.heads[name] = nn.ModuleDict({n.replace(".", "/"): head for n, head in adapter.heads.items()})
         self.set_adapter(name if len(self.peft_config) == 1 else self.active_adapter)
 
-    def _attach_biases(self) -> None:
+    def _attach_biases(self, names: Sequence[str], rows: Tensor | None) -> None:
+        """Let the bias changes of these adapters act, and no others."""
         while self._bias_handles:
             self._bias_handles.pop().remove()
-        module = self.prompt_encoder[self.active_adapter] if self.active_adapter else None
-        if isinstance(module, BiasChanges):
-            self._bias_handles = add_biases(self.base_model, module.additions())
+        modules = [self.prompt_encoder[name] if name != BASE else None for name in names]
+        if rows is not None and is_checkpointing(self.base_model) and any(isinstance(m, BiasChanges) for m in modules):
+            raise UnsupportedModelError(
+                "gradient checkpointing loses which row has which biases: train rows with BitFit adapters without it"
+            )
+        additions = [m.additions() if isinstance(m, BiasChanges) else [] for m in modules]
+        self._bias_handles = add_biases(self.base_model, additions, rows)
 
 
-def _refuse_row_adapters(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("adapter_names", None) is not None:
-        raise AdapterError("adapter_names is not supported: choose one adapter for the whole batch with set_adapter")
+def _rows(*inputs: Any) -> int:
+    """B, by the first input that is there; one where the model starts a text by itself."""
+    return next((len(x) for x in inputs if x is not None), 1)

@@ -44,7 +44,13 @@ def test_slots(case: tuple[list[list[int]], list[list[int]], bool]) -> None:
     rows, columns, causal = case
     mask = (torch.tensor(rows) != PADDING).long()
     places = torch.tensor(columns).reshape(len(rows), -1).long()
-    layout = Layout.of(row_starts(mask, len(rows), mask.device), mask.shape[1], places, causal=causal)
+    layout = Layout.of(
+        row_starts(mask, len(rows), mask.device),
+        mask.shape[1],
+        places,
+        torch.ones_like(places, dtype=torch.bool),
+        causal=causal,
+    )
     for i, row in enumerate(rows):
         expected = sequence(row, columns[i], causal)
         assert [expected[s] for s in layout.token_slots[i].tolist()] == [("token", c) for c in range(len(row))]
@@ -66,7 +72,13 @@ def test_merged_and_aligned_again(case: tuple[list[list[int]], list[list[int]], 
     tokens = torch.tensor(rows)
     mask = (tokens != PADDING).long()
     places = torch.tensor(columns).reshape(len(rows), -1).long()
-    layout = Layout.of(row_starts(mask, len(rows), mask.device), tokens.shape[1], places, causal=causal)
+    layout = Layout.of(
+        row_starts(mask, len(rows), mask.device),
+        tokens.shape[1],
+        places,
+        torch.ones_like(places, dtype=torch.bool),
+        causal=causal,
+    )
     virtual = torch.arange(100, 100 + places.shape[1]).expand(len(rows), -1)
     merged = layout.merge(tokens, virtual)
     for i, row in enumerate(rows):
@@ -83,7 +95,7 @@ def test_positions_count_every_slot_of_the_text(case: tuple[list[list[int]], lis
     mask = (torch.tensor(rows) != PADDING).long()
     starts = row_starts(mask, len(rows), mask.device)
     places = torch.tensor(columns).reshape(len(rows), -1).long()
-    layout = Layout.of(starts, mask.shape[1], places, causal=causal)
+    layout = Layout.of(starts, mask.shape[1], places, places >= 0, causal=causal)
     counted = (torch.arange(mask.shape[1]) - starts[:, None]).clamp(min=0)
     positions = layout.merge_positions(counted)
     for i, row in enumerate(rows):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softtune.backbone.interface import WRAPPER, AttentionRecorder, install
 from softtune.backbone.roles import BiasSlot, bias_slots
@@ -30,6 +31,10 @@ class Site(str, Enum):
     ENCODER = "encoder"
     DECODER = "decoder"
     CROSS = "cross"
+
+
+Place = tuple[Site, int]
+"""An attention layer's site, and its number within the site."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,10 @@ class AttentionLayer:
     value_size: int
     module: nn.Module | None = None
     """The module that calls the attention interface; None in models that only take a ready cache."""
+
+    @property
+    def place(self) -> Place:
+        return self.site, self.index
 
     @property
     def width(self) -> int:
@@ -177,7 +186,8 @@ class Backbone:
     @cached_property
     def attention_layers(self) -> list[AttentionLayer]:
         """Every attention layer that can take a prefix, by site and depth; empty where none can."""
-        return [layer for layer, _, _ in self._observe(torch.zeros(1, 3, dtype=torch.long))]
+        with self._evaluating():
+            return [layer for layer, _, _ in self._observe(input_ids=torch.zeros(1, 3, dtype=torch.long))]
 
     def keys_and_values(self, input_ids: Tensor) -> dict[tuple[Site, int], tuple[Tensor, Tensor]]:
         """What the frozen attention layers hold for one text: keys [H, T, K] and values [H, T, V] by site and layer.
@@ -185,24 +195,47 @@ class Backbone:
         Args:
             input_ids: [T]. An encoder-decoder's decoder reads the same text, less its last token.
         """
-        return {(layer.site, layer.index): (key, value) for layer, key, value in self._observe(input_ids[None])}
+        with self._evaluating():
+            return {layer.place: (key, value) for layer, key, value in self._observe(input_ids=input_ids[None])}
 
-    def _observe(self, input_ids: Tensor) -> list[tuple[AttentionLayer, Tensor, Tensor]]:
+    @cached_property
+    def runs_ahead(self) -> bool:
+        """Whether keys and values are all that a text's later tokens take from its first ones: a decoder whose every
+        layer attends."""
+        return self.is_decoder_only and len(self.attention_layers) == self.text_config.num_hidden_layers
+
+    def run_ahead(self, vectors: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
+        """Keys [H, P, K] and values of virtual tokens [P, D] in front of a text, with gradients.
+
+        The mode is the model's own; no layer is checkpointed, since nothing would recompute what is kept here.
+        """
+        checkpointed: list[Any] = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        try:
+            observed = self._observe(inputs_embeds=vectors[None].to(self.model.dtype))
+        finally:
+            for module in checkpointed:
+                module.gradient_checkpointing = True
+        return {layer.place: (key, value) for layer, key, value in observed}
+
+    def _observe(self, **inputs: Tensor) -> list[tuple[AttentionLayer, Tensor, Tensor]]:
         observed = []
         count: Counter[Site] = Counter()
-        for site, module, key, value in self._attention_calls(input_ids.to(self.model.device)):
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        for site, module, key, value in self._attention_calls(inputs):
             sizes = {"heads": key.shape[0], "key_size": key.shape[-1], "value_size": value.shape[-1]}
             observed.append((AttentionLayer(site=site, index=count[site], module=module, **sizes), key, value))
             count[site] += 1
         return sorted(observed, key=lambda o: list(Site).index(o[0].site))
 
-    def _attention_calls(self, input_ids: Tensor) -> list[tuple[Site, nn.Module | None, Tensor, Tensor]]:
+    def _attention_calls(self, inputs: dict[str, Tensor]) -> list[tuple[Site, nn.Module | None, Tensor, Tensor]]:
         if not self.has_interface:
-            cache = self._run(input_ids, use_cache=True).past_key_values if self.is_decoder_only else None
+            cache = self._run(inputs, use_cache=True).past_key_values if self.is_decoder_only else None
             return [(Site.DECODER, None, c.keys[0], c.values[0]) for c in (cache.layers if cache else [])]
         recorder = AttentionRecorder()
         with self._passing(recorder):
-            self._run(input_ids)
+            self._run(inputs, use_cache=False)
         own = {m: s.site for s in self.stacks for m in s.module.modules()}
         # ALBERT calls one module for every layer: its layers share a prefix.
         calls = {call[0]: call for call in reversed(recorder.calls)}
@@ -225,15 +258,22 @@ class Backbone:
             for handle in handles:
                 handle.remove()
 
-    def _run(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """A forward below the head, in evaluation mode and without gradients."""
+    def _run(self, inputs: dict[str, Tensor], *, use_cache: bool) -> Any:
+        """A forward below the head."""
+        options: dict[str, Any] = {"use_cache": use_cache} if self.stacks[-1].is_causal else {}
         if self.is_encoder_decoder:
-            kwargs["decoder_input_ids"] = input_ids[:, :-1] if input_ids.shape[1] > 1 else input_ids.repeat(1, 2)
+            ids = inputs["input_ids"]
+            options["decoder_input_ids"] = ids[:, :-1] if ids.shape[1] > 1 else ids.repeat(1, 2)
+        return self.model.base_model(**inputs, **options)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients, for the length of the block."""
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         try:
             with torch.no_grad():
-                return self.model.base_model(input_ids=input_ids, **kwargs)
+                yield
         finally:
             for module in training:
                 module.training = True
@@ -261,6 +301,12 @@ class Backbone:
         weights = self.embedding.weight.detach().flatten()
         picks = torch.linspace(0, weights.numel() - 1, size + 2, dtype=torch.float64).long()[1:-1]
         return [round(float(x), 6) for x in weights[picks.to(weights.device)]]
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether a model or stack runs its layers again during the backward pass."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return model.training and any(layer.gradient_checkpointing for layer in layers)
 
 
 def _is_causal(stack: PreTrainedModel) -> bool:

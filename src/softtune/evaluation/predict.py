@@ -115,9 +115,9 @@ def write_texts(
     texts = [""] * len(prompts)
     for batch in _batches([len(e.input_ids) for e in prompts], batch_size, advance):
         inputs = _collate([prompts[i] for i in batch], int(tokenizer.pad_token_id))
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        options = generation | {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with torch.no_grad():
-            ids = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **generation)
+            ids = model.generate(pad_token_id=tokenizer.pad_token_id, **options)
         start = 0 if model.backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
         for i, text in zip(batch, tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True), strict=True):
             texts[i] = text.strip()

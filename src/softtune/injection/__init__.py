@@ -5,6 +5,7 @@ Hooks rewrite the calls of the base model's stacks for the length of a ``with`` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,26 +21,34 @@ from softtune.methods.base import Prompt
 
 
 class Injection:
-    """One prompt in one base model, for the length of a ``with`` block.
+    """The prompts of a batch in one base model, for the length of a ``with`` block.
 
     Args:
         backbone: the base model.
-        prompt: what the adapter contributes.
-        columns: [B, P] the column of the input before which each virtual token stands, or [B] one for all of them; by
-            default in front of the text, or behind it where the prompt says so.
+        prompts: what each adapter of the batch contributes.
+        rows: [B] which of the prompts each row has; None where there is only one.
+        columns: [B, V] the column of the input before which each virtual token stands; by default in front of the text,
+            or at its end where the prompt says so.
+        text_ends: [B] the column where each text ends; by default behind its last token.
 
     Raises:
-        DataError: there are columns, but no virtual tokens that stand among the words.
+        DataError: there are columns, but no virtual tokens that stand among the words, or another number of them.
     """
 
-    def __init__(self, backbone: Backbone, prompt: Prompt, columns: Tensor | None = None) -> None:
-        if columns is not None and prompt.vectors is None and not prompt.after_text:
-            raise DataError(
-                "prompt_positions is for virtual tokens among the words, this adapter has none: leave it out"
-            )
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompts: Sequence[Prompt],
+        rows: Tensor | None = None,
+        *,
+        columns: Tensor | None = None,
+        text_ends: Tensor | None = None,
+    ) -> None:
+        if columns is not None:
+            _check_columns(columns, prompts)
         self.backbone = backbone
-        self.prompt = prompt
-        self.stacks = [StackInjection(backbone, stack, prompt, columns) for stack in backbone.stacks]
+        self.prompts = prompts
+        self.stacks = [StackInjection(backbone, s, prompts, rows, columns, text_ends) for s in backbone.stacks]
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Injection:
@@ -48,7 +57,7 @@ class Injection:
         if self.backbone.is_encoder_decoder:
             decoder, model = self.backbone.stacks[-1].module, self.backbone.model
             self._handles.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-            if self.prompt.vectors is not None:
+            if self.stacks[0].prompts.vectors is not None:
                 self._handles.append(model.register_forward_hook(self._align_encoder))
         self._keep_cache_under_checkpointing(True)
         return self
@@ -62,12 +71,13 @@ class Injection:
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
         """Let the decoder see the encoder's outputs of the virtual tokens."""
-        encoder, mask = self.stacks[0], kwargs.get("encoder_attention_mask")
+        encoder = self.stacks[0]
         if encoder.acts and not encoder.has_run:
             raise AdapterError("encoder_outputs were computed without the adapter: pass input_ids instead")
-        if encoder.vectors is None or mask is None:
+        if kwargs.get("encoder_hidden_states") is None:
             return args, kwargs
-        return args, {**kwargs, "encoder_attention_mask": encoder.widen(mask)}
+        mask = encoder.widen(kwargs.get("encoder_attention_mask"), kwargs["encoder_hidden_states"])
+        return args, {**kwargs, "encoder_attention_mask": mask}
 
     def _align_encoder(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Take the virtual tokens out of what an encoder-decoder returns of its encoder."""
@@ -80,7 +90,15 @@ class Injection:
 
     def _keep_cache_under_checkpointing(self, keep: bool) -> None:
         """Stop checkpointed layers from dropping a prefix that comes as a cache; recomputing may read it again."""
-        if self.prompt.prefixes and not self.backbone.has_interface:
+        if any(prompt.prefixes for prompt in self.prompts) and not self.backbone.has_interface:
             for module in self.backbone.model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module._can_checkpoint_with_cache = keep
+
+
+def _check_columns(columns: Tensor, prompts: Sequence[Prompt]) -> None:
+    sizes = {p.num_virtual_tokens for p in prompts if p.vectors is not None or p.after_text}
+    if not sizes:
+        raise DataError("prompt_positions is for virtual tokens among the words, this adapter has none: leave it out")
+    if sizes != {columns.shape[-1]} or columns.dim() != 2:
+        raise DataError(f"prompt_positions {list(columns.shape)} do not fit: give {max(sizes)} for each row")

@@ -24,7 +24,7 @@ class PrefixAttention:
 
     Args:
         prefixes: each attention module's prefix; other modules are passed through.
-        visible: [B, T, P] which queries see the prefix; all of them by default.
+        visible: [B or 1, T or 1, P] which queries see a module's prefix; all of them where there is nothing.
         biases: [B, heads, T, P] what is added to a module's scores of the prefix, in models with relative position
             biases.
         held: modules whose cache brings the prefix along already.
@@ -34,7 +34,7 @@ class PrefixAttention:
         self,
         prefixes: Mapping[nn.Module, KeyValue],
         *,
-        visible: Tensor | None,
+        visible: Mapping[nn.Module, Tensor],
         biases: Mapping[nn.Module, Tensor],
         held: Collection[nn.Module],
     ) -> None:
@@ -44,7 +44,7 @@ class PrefixAttention:
         self.held = held
         self.reached: set[nn.Module] = set()
         """Modules that have called: all of ``prefixes`` after a forward, or the prefix has been ignored somewhere."""
-        self._masks: dict[tuple[int, int, bool], tuple[Tensor | None, Tensor | None]] = {}
+        self._masks: dict[tuple[int, int, bool, int], tuple[Tensor | None, Tensor | None]] = {}
 
     def __call__(
         self,
@@ -64,18 +64,21 @@ class PrefixAttention:
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if module not in self.held:
             key, value = prepend(prefix.key, key), prepend(prefix.value, value)
-        mask = self._widened(attention_mask, query, key, bool(causal))
+        length = prefix.key.shape[2]
+        mask = self._widened(module, attention_mask, query, key, bool(causal), length)
         if (bias := kwargs.get("position_bias")) is not None:
-            kwargs["position_bias"] = self._with_bias(module, bias, prefix.key.shape[1])
+            kwargs["position_bias"] = self._with_bias(module, bias, length)
         output, weights = attend(module, query, key, value, mask, is_causal=False, **kwargs)
-        return output, None if weights is None else weights[..., prefix.key.shape[1] :]
+        return output, None if weights is None else weights[..., length:]
 
-    def _widened(self, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+    def _widened(
+        self, module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, length: int
+    ) -> Tensor | None:
         """The layer's mask with P more columns; made once for all layers that share a mask."""
-        length = next(iter(self.prefixes.values())).key.shape[1]
-        slot = (id(mask), key.shape[2], causal)
+        visible = self.visible.get(module)
+        slot = (id(mask), key.shape[2], causal, id(visible))
         if slot not in self._masks:
-            self._masks[slot] = (mask, _widen(mask, self.visible, query, key, causal, length))
+            self._masks[slot] = (mask, _widen(mask, visible, query, key, causal, length))
         return self._masks[slot][1]
 
     def _with_bias(self, module: nn.Module, own: Tensor, length: int) -> Tensor:
@@ -99,6 +102,6 @@ def _widen(
     if visible is None:
         return widened
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    widened = widened.expand(len(visible), -1, queries, -1).clone()
+    widened = widened.expand(max(len(visible), len(widened)), -1, queries, -1).clone()
     widened[..., :length].masked_fill_(~visible[:, None], closed)
     return widened

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from softtune.backbone import is_checkpointing
 from softtune.errors import AdapterError
 from softtune.injection.step import Call, Step
 from softtune.methods.base import KeyValue
@@ -36,7 +36,7 @@ class PrefixCache(Cache):
         super().__init__(layers=[])
         self.prefixes = list(prefixes)
         self.inner = inner
-        self.length = prefixes[0].key.shape[1]
+        self.length = prefixes[0].key.shape[2]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Keys and values [B, H, P + S, K] of a layer, the prefix first."""
@@ -68,15 +68,14 @@ class PrefixLayer(DynamicLayer):
     """A growing cache layer that begins with a prefix, and has the length of the text behind it.
 
     Args:
-        prefix: the layer's prefix.
-        rows: B.
+        prefix: the layer's prefix, for each row.
         dtype: of the base model.
     """
 
-    def __init__(self, prefix: KeyValue, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, prefix: KeyValue, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers has no types here
-        self.length = prefix.key.shape[1]
-        keys, values = (part.to(dtype).expand(rows, -1, -1, -1) for part in prefix)
+        self.length = prefix.key.shape[2]
+        keys, values = (part.to(dtype) for part in prefix)
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
 
@@ -86,7 +85,7 @@ class PrefixLayer(DynamicLayer):
     def holds(self, prefix: KeyValue) -> bool:
         """Whether this is the prefix that the layer begins with."""
         assert self.keys is not None
-        return torch.equal(self.keys[0, :, : self.length], prefix.key.to(self.keys.dtype))
+        return torch.equal(self.keys[0, :, : self.length], prefix.key[0].to(self.keys.dtype))
 
     def reset(self) -> None:
         """Forget the text."""
@@ -99,7 +98,7 @@ def hold(prefixes: Mapping[Any, KeyValue], cache: Any, step: Step, dtype: torch.
     if not step.is_continued and not torch.is_grad_enabled():
         for module, prefix in prefixes.items():
             if type(layers.get(module.layer_idx)) is DynamicLayer:
-                layers[module.layer_idx] = cache.layers[module.layer_idx] = PrefixLayer(prefix, step.rows, dtype)
+                layers[module.layer_idx] = cache.layers[module.layer_idx] = PrefixLayer(prefix, dtype)
     held = {m: layer for m in prefixes if isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
     for module, layer in list(held.items())[:1]:  # one tells: looking at every layer would cost more than it is worth
         if not layer.holds(prefixes[module]):
@@ -114,12 +113,9 @@ def own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:
         return cache
     uses_cache = call.get("use_cache")
     uses_cache = stack.config.use_cache if uses_cache is None else uses_cache
-    checkpointed = stack.training and any(
-        m.gradient_checkpointing for m in stack.modules() if isinstance(m, GradientCheckpointingLayer)
-    )
-    return DynamicCache(config=stack.config) if uses_cache and not checkpointed else None
+    return DynamicCache(config=stack.config) if uses_cache and not is_checkpointing(stack) else None
 
 
 def prepend(prefix: Tensor, own: Tensor) -> Tensor:
-    """[H, P, K] before [B, H, S, K]."""
-    return torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
+    """[B, H, P, K] before [B, H, S, K]."""
+    return torch.cat([prefix.to(own.dtype), own], dim=2)

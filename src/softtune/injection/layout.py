@@ -26,28 +26,33 @@ class Layout:
     next token, so that a token behind virtual tokens is predicted from the last of them."""
     columns: Tensor
     """[B, P] the caller's column before which each virtual token stands."""
+    is_real: Tensor
+    """[B, P] which virtual tokens are no padding."""
 
     @classmethod
-    def of(cls, starts: Tensor, length: int, columns: Tensor, *, causal: bool) -> Layout:
+    def of(cls, starts: Tensor, length: int, columns: Tensor, is_real: Tensor, *, causal: bool) -> Layout:
         """Lay out a batch.
 
         Args:
             starts: [B] the column of each row's first real token.
             length: T.
             columns: [B, P], ascending; the column before which each virtual token stands, T at the end.
+            is_real: [B, P]; padding comes first in a causal model, where it stands before everything, and last in
+                another, where it stands behind everything.
             causal: whether rows stay where the caller has them. A bidirectional encoder's rows move to the left, since
                 its pooler and its position table count from the first slot.
         """
         shift = torch.zeros_like(starts) if causal else starts
         places = (torch.arange(length, device=starts.device) - shift[:, None]) % length
-        moved = columns - shift[:, None]
+        moved = (columns - shift[:, None]).masked_fill(~is_real, 0 if causal else length)
 
         def slots(place: Tensor) -> Tensor:
             return place + (moved[:, None, :] <= place[:, :, None]).sum(-1)
 
         token_slots = slots(places)
         virtual_slots = moved + torch.arange(columns.shape[1], device=starts.device)
-        return cls(token_slots, virtual_slots, slots(places + 1) - 1 if causal else token_slots, columns)
+        output_slots = slots(places + 1) - 1 if causal else token_slots
+        return cls(token_slots, virtual_slots, output_slots, columns, is_real)
 
     def merge(self, tokens: Tensor, virtual: Tensor) -> Tensor:
         """Tokens [B, T, ...] and virtual tokens [B, P, ...] in their slots [B, S, ...]."""
@@ -56,9 +61,9 @@ class Layout:
 
     def merge_positions(self, positions: Tensor) -> Tensor:
         """[B, S] positions, out of the tokens' own [B, T] counted without virtual tokens."""
-        order = torch.arange(self.columns.shape[1], device=positions.device)
+        order = (self.is_real.cumsum(1) - 1).clamp(min=0)
         tokens = torch.arange(positions.shape[1], device=positions.device)
-        before = (self.columns[:, None, :] <= tokens[:, None]).sum(-1)
+        before = ((self.columns[:, None, :] <= tokens[:, None]) & self.is_real[:, None, :]).sum(-1)
         following = torch.cat([positions, positions[:, -1:] + 1], dim=1).gather(1, self.columns)
         return self.merge(positions + before, following + order)
 

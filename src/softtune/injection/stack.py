@@ -7,6 +7,7 @@ tokens of this call, P virtual tokens, W columns of the whole attention mask, S 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,41 +20,48 @@ from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.cache import PrefixCache, hold, own_cache
 from softtune.injection.layout import Layout
+from softtune.injection.rows import Lengths, RowPrompts, multiplied
 from softtune.injection.step import Call, Step
 from softtune.injection.trim import Trim
 from softtune.methods.base import Prompt
 
 
 class StackInjection:
-    """A prompt's part in one stack.
+    """What a batch's prompts do in one stack.
 
     Args:
         backbone: the base model.
         stack: one of its stacks.
-        prompt: what the adapter contributes.
-        columns: see ``Injection``.
+        prompts: see ``Injection``; so are the others.
     """
 
-    def __init__(self, backbone: Backbone, stack: Stack, prompt: Prompt, columns: Tensor | None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        stack: Stack,
+        prompts: Sequence[Prompt],
+        rows: Tensor | None,
+        columns: Tensor | None,
+        text_ends: Tensor | None,
+    ) -> None:
         self.stack = stack
-        self.prompt = prompt
+        self.rows = rows
         self.columns = columns
+        self.text_ends = text_ends
         reads_input = stack is backbone.stacks[0]
-        self.vectors = prompt.vectors if reads_input else None
         self.feeds_decoder = reads_input and backbone.is_encoder_decoder
         sites = (stack.site, Site.CROSS) if stack.is_causal else (stack.site,)
-        layers = backbone.attention_layers if prompt.prefixes else []
-        self.layers = [a for a in layers if a.site in sites and (a.site, a.index) in prompt.prefixes]
-        shifts = prompt.shifts_positions and any(a.site is stack.site for a in self.layers)
-        self.shift = prompt.num_virtual_tokens if shifts else 0
+        places = {place for prompt in prompts for place in prompt.prefixes if place[0] in sites}
+        self.layers = [a for a in backbone.attention_layers if a.place in places] if places else []
+        self.prompts = RowPrompts.of(prompts, self.layers, stack, reads=reads_input)
         self.layout: Layout | None = None
         self.trim: Trim | None = None
         self.has_run = False
 
     @property
     def acts(self) -> bool:
-        """Whether the prompt has anything for this stack."""
-        return self.vectors is not None or bool(self.layers)
+        """Whether the prompts have anything for this stack."""
+        return self.prompts.vectors is not None or bool(self.layers)
 
     def hooks(self) -> list[RemovableHandle]:
         """Attach to the stack; remove the handles to detach."""
@@ -62,8 +70,8 @@ class StackInjection:
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, with_kwargs=True),
         ]
-        if self.shift and table is not None:
-            handles.append(table.register_forward_pre_hook(self._shift_table, with_kwargs=True))
+        if self.prompts.shifts and table is not None:
+            handles.append(table.register_forward_hook(self._shift_table, with_kwargs=True))
         return handles
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
@@ -74,15 +82,22 @@ class StackInjection:
         if not self.feeds_decoder:
             self._trim(call)
         step = Step(call)
-        if self.vectors is not None:
-            self._add_vectors(call, step)
+        here = self._prompts_of(step)
+        if here.vectors is not None:
+            self._add_vectors(call, step, here)
         elif not self.stack.is_causal and bool(step.starts.any()):
-            self._lay_out(call, step, step.starts[:, None][:, :0])
-        self._check_length(step)
-        self._place(call, step)
+            self._lay_out(call, step, here)
+        self._check_length(step, here)
+        self._place(call, step, here)
         if self.layers:
-            self._add_prefix(call, step)
+            self._add_prefix(call, step, here)
         return (), call
+
+    def _prompts_of(self, step: Step) -> RowPrompts:
+        """Each row's prompt. Beams and sequences to return multiply the rows."""
+        if self.rows is None:
+            return self.prompts.pick(torch.zeros(step.rows, dtype=torch.long))
+        return self.prompts.pick(multiplied(self.rows, step.rows))
 
     def _trim(self, call: Call) -> None:
         """Leave out what is padding in every row, where nothing later counts on its columns."""
@@ -92,122 +107,177 @@ class StackInjection:
             self.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
             self.trim.cut(call)
 
-    def _add_vectors(self, call: Call, step: Step) -> None:
+    def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
         if step.has_ready_mask:
             raise UnsupportedModelError(
-                "virtual tokens need the 2-D attention mask [B, W]: pass it instead of a 4-D one"
+                "virtual tokens among the words need the 2-D attention mask [B, W]: pass it instead of a 4-D one, and "
+                "generate with a dynamic cache"
             )
         if not step.is_continued:
-            self._lay_out(call, step, self._columns(step, self.prompt.num_virtual_tokens))
-        elif step.mask is not None:
-            columns = step.starts[:, None].expand(-1, self.prompt.num_virtual_tokens)
-            layout = Layout.of(step.starts, step.mask.shape[1], columns, causal=True)
-            call["attention_mask"] = layout.merge(step.mask, torch.ones_like(columns))
+            self._lay_out(call, step, here)
+        elif step.mask is not None or here.is_ragged:
+            mask = step.full_mask()
+            if step.mask is None:
+                mask = mask[:, here.is_vector.shape[1] :]  # the cache counts the virtual tokens too
+            columns = step.starts[:, None].expand(here.is_vector.shape)
+            layout = Layout.of(step.starts, mask.shape[1], columns, here.is_vector, causal=True)
+            call["attention_mask"] = layout.merge(mask, here.is_vector)
 
-    def widen(self, mask: Tensor) -> Tensor:
-        """[B, S] the attention mask [B, T] of an input together with its virtual tokens."""
+    def widen(self, mask: Tensor | None, states: Tensor) -> Tensor | None:
+        """[B, S] the attention mask [B, T] of an input together with its virtual tokens, whose outputs are ``states``
+        [B, S, D]."""
+        if self.prompts.vectors is None or (mask is None and not self.prompts.is_ragged):
+            return mask
+        if mask is None:
+            mask = states.new_ones(len(states), states.shape[1] - self.prompts.vectors.shape[1], dtype=torch.long)
         step = Step({"input_ids": mask, "attention_mask": mask})
-        columns = self._columns(step, self.prompt.num_virtual_tokens)
-        layout = Layout.of(step.starts, step.length, columns, causal=self.stack.is_causal)
-        return layout.merge(mask, torch.ones_like(columns))
+        here = self._prompts_of(step)
+        return self._layout_of(step, here).merge(mask, here.is_vector)
 
-    def _columns(self, step: Step, size: int) -> Tensor:
-        """[B, size] the column before which each virtual token stands."""
+    def _layout_of(self, step: Step, here: RowPrompts) -> Layout:
+        """Where the virtual tokens of ``here`` stand."""
+        columns = self._columns(step, here)[:, : here.is_vector.shape[1]]
+        return Layout.of(step.starts, step.length, columns, here.is_vector, causal=self.stack.is_causal)
+
+    def _columns(self, step: Step, here: RowPrompts) -> Tensor:
+        """[B, V] the column before which each virtual token stands; [B, 1] is enough for an infix."""
         cut = self.trim.left if self.trim else 0
-        if self.columns is None:  # kept, since decoding without a cache calls again with a longer text
-            self.columns = cut + (step.ends if self.prompt.after_text else step.starts)
-        columns = self.columns.to(step.device).reshape(len(self.columns), -1)
-        columns = columns.repeat_interleave(max(step.rows // len(columns), 1), dim=0)  # beams multiply the rows
-        columns = columns.expand(-1, size) if columns.shape[1] == 1 else columns
-        length = step.length + (self.trim.left + self.trim.right if self.trim else 0)
-        if columns.shape != (step.rows, size) or not 0 <= int(columns.min()) <= int(columns.max()) <= length:
-            raise DataError(
-                f"prompt_positions {list(columns.shape)} from {int(columns.min())} to {int(columns.max())} do not fit: "
-                f"give {size} for each of {step.rows} rows, from 0 to {length}"
-            )
-        return (columns - cut).clamp(0, step.length)
+        if self.columns is not None:
+            return (self._given_columns(step) - cut).clamp(0, step.length)
+        if here.has_suffix and self.text_ends is None:
+            self.text_ends = cut + step.ends  # kept, since decoding without a cache calls again with a longer text
+        columns = step.starts
+        if here.has_suffix and self.text_ends is not None:
+            ends = multiplied(self.text_ends.to(step.device), step.rows) - cut
+            columns = torch.where(here.after_text, ends.clamp(0, step.length), columns)
+        return columns[:, None].expand(-1, max(here.is_vector.shape[1], 1))
 
-    def _infix_column(self, step: Step) -> Tensor:
+    def _given_columns(self, step: Step) -> Tensor:
+        assert self.columns is not None
+        columns = multiplied(self.columns.to(step.device), step.rows)
+        length = step.length + (self.trim.left + self.trim.right if self.trim else 0)
+        if not 0 <= int(columns.min()) <= int(columns.max()) <= length:
+            raise DataError(
+                f"prompt_positions from {int(columns.min())} to {int(columns.max())} do not fit: "
+                f"give columns from 0 to {length}"
+            )
+        return columns
+
+    def _infix_column(self, step: Step, here: RowPrompts) -> Tensor:
         """[B, 1] the column before which the infix stands."""
-        columns = self._columns(step, self.prompt.num_virtual_tokens)
-        if bool((columns != columns[:, :1]).any()):
+        columns = self._columns(step, here)
+        if bool((columns != columns[:, :1]).any(dim=1).logical_and(here.after_text).any()):
             raise DataError("an infix stands at one place of a text: write its virtual tokens next to one another")
         return columns[:, :1]
 
-    def _lay_out(self, call: Call, step: Step, columns: Tensor) -> None:
+    def _lay_out(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put everything that comes with a token in its slot."""
-        self.layout = Layout.of(step.starts, step.length, columns, causal=self.stack.is_causal)
+        self.layout = self._layout_of(step, here)
         words = call["inputs_embeds"] if call.get("input_ids") is None else self.stack.embed(call["input_ids"])
-        vectors = words.new_zeros(0, words.shape[-1]) if self.vectors is None else self.vectors
-        call["inputs_embeds"] = self.layout.merge(words, vectors.expand(step.rows, -1, -1))
+        vectors = words[:, :0] if here.vectors is None else here.vectors
+        call["inputs_embeds"] = self.layout.merge(words, vectors)
         call["input_ids"] = None
-        ones = torch.ones_like(columns)
-        if step.mask is not None:
-            call["attention_mask"] = self.layout.merge(step.mask, ones)
+        if step.mask is not None or here.is_ragged:
+            call["attention_mask"] = self.layout.merge(step.full_mask(), here.is_vector)
         if call.get("token_type_ids") is not None:
-            call["token_type_ids"] = self.layout.merge(call["token_type_ids"], 0 * ones)
+            call["token_type_ids"] = self.layout.merge(call["token_type_ids"], torch.zeros_like(here.is_vector))
 
-    def _place(self, call: Call, step: Step) -> None:
+    def _place(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Count positions from each row's first real token, and past the virtual tokens in front of it."""
         if not self.stack.takes_position_ids:
             return
         positions = call.get("position_ids")
         if positions is None:
-            if not self.shift and not (self.stack.is_causal and step.mask is not None):
+            if not here.shifts and not (self.stack.is_causal and (step.mask is not None or here.is_ragged)):
                 return  # the model's own count is right
             positions = step.positions() + self.stack.first_position
         positions = positions.expand(step.rows, -1)
+        shift = self._shift(call, step, here)
         if self.layout is not None:
-            positions = self.layout.merge_positions(positions) + self.shift
-        elif self.vectors is not None:
-            positions = positions + self.prompt.num_virtual_tokens
-        elif self.prompt.after_text and self.shift and not step.is_continued:
-            if step.mask is None and call.get("position_ids") is None:
-                # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
-                call["attention_mask"] = torch.ones_like(positions)
-            positions = positions + self.shift * step.is_from(self._infix_column(step))
+            in_slots = self.layout.merge(shift.expand_as(positions), torch.zeros_like(here.is_vector))
+            call["position_ids"] = self.layout.merge_positions(positions) + in_slots
         else:
-            positions = positions + self.shift
-        call["position_ids"] = positions
+            call["position_ids"] = positions + shift
 
-    def _shift_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
-        """Move the positions that BART's kin look up by themselves."""
-        if kwargs.get("position_ids") is not None:
-            return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.shift}
-        return args, {**kwargs, "past_key_values_length": kwargs.get("past_key_values_length", 0) + self.shift}
+    def _shift(self, call: Call, step: Step, here: RowPrompts) -> Tensor:
+        """[B, T] or [B, 1] how far virtual tokens that have no slot in this call move each token's position."""
+        shift = here.shift[:, None].to(step.device)
+        if here.vectors is not None and step.is_continued:
+            return shift + here.is_vector.sum(dim=1, keepdim=True)
+        if not (here.has_infix and here.shifts) or step.is_continued:
+            return shift
+        if call.get("attention_mask") is None and call.get("position_ids") is None:
+            # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
+            call["attention_mask"] = step.full_mask()
+        behind = step.is_from(self._infix_column(step, here)) | ~here.after_text[:, None]
+        return shift * behind
 
-    def _check_length(self, step: Step) -> None:
-        limit, virtual = self.stack.table_size, self.shift if self.vectors is None else len(self.vectors)
+    def _shift_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
+        """Look up again, further on, what BART's kin look up by themselves."""
+        table: Any = module
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            start = kwargs.get("past_key_values_length", args[1] if len(args) > 1 else 0)
+            positions = torch.arange(output.shape[-2], device=output.device) + start
+        shift = self._prompts_of(Step({"input_ids": args[0]})).shift.to(output.device)
+        return nn.functional.embedding(positions + shift[:, None] + table.offset, table.weight)
+
+    def _check_length(self, step: Step, here: RowPrompts) -> None:
+        limit, virtual = self.stack.table_size, int((here.shift + here.is_vector.sum(1)).max())
         if limit is not None and step.width + virtual > limit:
             raise DataError(
                 f"{step.width} tokens and {virtual} virtual ones exceed the model's {limit} positions: shorten the text"
             )
 
-    def _add_prefix(self, call: Call, step: Step) -> None:
-        prefixes = [self.prompt.prefixes[a.site, a.index] for a in self.layers]
+    def _add_prefix(self, call: Call, step: Step, here: RowPrompts) -> None:
         if self.layers[0].module is None:
-            call["past_key_values"] = PrefixCache(prefixes, own_cache(self.stack.module, call))
-            if step.mask is not None:
-                call["attention_mask"] = nn.functional.pad(step.mask, (self.prompt.num_virtual_tokens, 0), value=1)
+            self._add_cache(call, step, here)
             return
-        modules = [a.module for a in self.layers if a.module is not None]
-        own = [a.module for a in self.layers if a.module is not None and a.site is self.stack.site]
-        visible = None
-        if self.prompt.after_text and not step.is_continued:
+        prefixes = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None}
+        held = hold(prefixes, call.get("past_key_values"), step, self.stack.module.dtype)
+        visible, biases = self._visible(step, here), self._biases(step, here)
+        call[WRAPPER] = PrefixAttention(prefixes, visible=visible, biases=biases, held=held)
+
+    def _add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
+        """Hand the prefix to layers that take a ready cache alone."""
+        prefixes = [here.prefixes[a.place] for a in self.layers]
+        call["past_key_values"] = PrefixCache(prefixes, own_cache(self.stack.module, call))
+        is_prefix = here.is_prefix.get(here.lengths[self.layers[0].place])
+        mask = call.get("attention_mask")
+        if mask is None and is_prefix is not None:
+            mask = step.full_mask()
+        if mask is not None:
+            opened = mask.new_ones(step.rows, prefixes[0].key.shape[2]) if is_prefix is None else is_prefix
+            call["attention_mask"] = torch.cat([opened.to(mask.dtype), mask], dim=1)
+
+    def _visible(self, step: Step, here: RowPrompts) -> dict[nn.Module, Tensor]:
+        """[B or 1, T or 1, P] which tokens see a module's prefix; nothing where all see all of it."""
+        queries = None
+        if here.has_infix and not step.is_continued:
             # The token that the answer is predicted from is the first to see an infix.
-            visible = step.is_from(self._infix_column(step) - 1)[..., None].expand(
-                -1, -1, self.prompt.num_virtual_tokens
-            )
-        biases = {}
-        if own and self.stack.relative_bias is not None:
-            positions = step.positions()
-            positions = positions if self.layout is None else self.layout.merge_positions(positions)
-            bias = self.stack.prefix_bias(positions, self.prompt.num_virtual_tokens)
-            biases = dict.fromkeys(own, bias)
-        by_module = dict(zip(modules, prefixes, strict=True))
-        held = hold(by_module, call.get("past_key_values"), step, self.stack.module.dtype)
-        call[WRAPPER] = PrefixAttention(by_module, visible=visible, biases=biases, held=held)
+            queries = step.is_from(self._infix_column(step, here) - 1) | ~here.after_text[:, None]
+            queries = queries if self.layout is None else self.layout.merge(queries, here.is_vector)
+        by_lengths: dict[Lengths, Tensor] = {}
+        for lengths in {*here.lengths.values()}:
+            keys = here.is_prefix.get(lengths)
+            if keys is None and queries is not None:
+                keys = torch.ones(1, max(lengths), dtype=torch.bool, device=step.device)
+            if keys is not None:
+                by_lengths[lengths] = keys[:, None, :] if queries is None else queries[:, :, None] & keys[:, None, :]
+        pairs = [(a.module, by_lengths.get(here.lengths[a.place])) for a in self.layers]
+        return {module: seen for module, seen in pairs if module is not None and seen is not None}
+
+    def _biases(self, step: Step, here: RowPrompts) -> dict[nn.Module, Tensor]:
+        """[B, heads, T, P] T5's biases of the prefix, by the stack's own attention modules."""
+        own = [a for a in self.layers if a.site is self.stack.site and a.module is not None]
+        if not own or self.stack.relative_bias is None:
+            return {}
+        positions = step.positions()
+        positions = positions if self.layout is None else self.layout.merge_positions(positions)
+        sizes = {max(here.lengths[a.place]) for a in own}
+        biases = {size: self.stack.prefix_bias(positions, size) for size in sizes}
+        return {a.module: biases[max(here.lengths[a.place])] for a in own if a.module is not None}
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
         if (wrapper := kwargs.get(WRAPPER)) is not None:
@@ -216,7 +286,7 @@ class StackInjection:
             output.past_key_values = cache.inner
             if output.attentions is not None:
                 output.attentions = tuple(weights[..., cache.length :] for weights in output.attentions)
-        if self.layout is not None and not (self.feeds_decoder and self.vectors is not None):
+        if self.layout is not None and not (self.feeds_decoder and self.prompts.vectors is not None):
             align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
         if self.trim is not None:
             self.trim.restore(output)

@@ -37,6 +37,12 @@ class Step:
         """[B] the column behind each row's last real token."""
         return row_ends(self.mask, self.rows, self.width, self.device)
 
+    def full_mask(self) -> Tensor:
+        """[B, W] the attention mask, of ones where the call has none."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.rows, self.width, dtype=torch.long, device=self.device)
+
     def positions(self) -> Tensor:
         """[B, T] this call's tokens counted from each row's first real one."""
         columns = torch.arange(self.width, device=self.device)[-self.length :]

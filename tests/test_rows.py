@@ -1,0 +1,218 @@
+"""Promise 2 for mixed batches: a row is the same beside rows of other adapters, and trains its own adapter alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from softtune import AdapterError, DataError, PeftModel, PrefixTuningConfig, UnsupportedModelError, get_peft_model
+from tests.families import (
+    CAUSAL_LM,
+    FAMILIES,
+    KINDS,
+    METHODS,
+    SEQ_2_SEQ_LM,
+    SEQ_CLS,
+    answers,
+    base_model,
+    batch,
+    scramble,
+    takes,
+    texts,
+)
+
+GENERATED = 4
+CASES = [(family, task) for family, row in FAMILIES.items() for task in row.tasks]
+GENERATING = [(family, task) for family, task in CASES if task != SEQ_CLS]
+
+
+def mixed(family: str, task: str, kinds: tuple[str, ...] = KINDS) -> tuple[PeftModel, list[str]]:
+    """A model with an adapter of every kind, each of another length, and a row's adapter name for each and the base."""
+    kinds = tuple(kind for kind in kinds if takes(family, kind))
+    model = PeftModel(base_model(family, task))
+    for number, kind in enumerate(kinds):
+        config = METHODS[kind](task_type=task)
+        if hasattr(config, "num_virtual_tokens"):
+            config = dataclasses.replace(config, num_virtual_tokens=1 + 2 * number)
+        model.add_adapter(kind, config)
+        model.set_adapter(kind)
+        scramble(model, seed=number)
+    model.set_requires_grad(kinds)
+    return model.eval(), [*kinds, "__base__", kinds[0]]
+
+
+def rows_for(family: str, task: str, count: int) -> list[Tensor]:
+    return texts(family, task, tuple((7, 4, 2, 5, 3, 6)[i % 6] for i in range(count)))
+
+
+def own(logits: Tensor, row: Tensor, side: str, task: str) -> Tensor:
+    if task != CAUSAL_LM:
+        return logits
+    return logits[: len(row)] if side == "right" else logits[len(logits) - len(row) :]
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_outputs_and_gradients_are_those_of_each_row_alone(family: str, task: str) -> None:
+    model, names = mixed(family, task)
+    rows = rows_for(family, task, len(names))
+    decoder = answers(task, len(names))
+    alone = []
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+        inputs = {"input_ids": row[None], **{k: v[i : i + 1] for k, v in decoder.items()}}
+        if name == "__base__":
+            with model.disable_adapter():
+                alone.append(model(**inputs).logits[0])
+        else:
+            model.set_adapter(name)
+            model.set_requires_grad([n for n in names if n != "__base__"])
+            alone.append(model(**inputs).logits[0])
+    weights = [torch.randn_like(x) for x in alone]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = gradients(trained, alone, weights)
+    # BART's classifier feeds its padding to its decoder, so that left padding changes even the base model's answers.
+    for side in ("right",) if (family, task) == ("bart", SEQ_CLS) else ("right", "left"):
+        logits = model(**batch(rows, side), **decoder, adapter_names=names).logits
+        together = [own(x, row, side, task) for x, row in zip(logits, rows, strict=True)]
+        for mine, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+        for name, gradient in gradients(trained, together, weights).items():
+            scale = max(1.0, float(expected[name].abs().max()))
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5 * scale, rtol=1e-4, msg=name)
+
+
+def gradients(trained: dict[str, Tensor], outputs: list[Tensor], weights: list[Tensor]) -> dict[str, Tensor]:
+    loss = torch.stack([(x * w).sum() for x, w in zip(outputs, weights, strict=True)]).sum()
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True, retain_graph=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)}
+
+
+@pytest.mark.parametrize(("family", "task"), GENERATING)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_that_of_each_row_alone(family: str, task: str, beams: int) -> None:
+    model, names = mixed(family, task)
+    rows = rows_for(family, task, len(names))
+    settings = {"max_new_tokens": GENERATED, "num_beams": beams, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        together = model.generate(**batch(rows, "left"), adapter_names=names, **settings)
+        for name, row, generated in zip(names, rows, together, strict=True):
+            alone = model.generate(row[None], adapter_names=[name], **settings)
+            assert torch.equal(generated[-GENERATED:], alone[0, -GENERATED:]), name
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3"])
+def test_cached_steps_of_mixed_rows_are_the_uncached_forward(family: str) -> None:
+    model, names = mixed(family, CAUSAL_LM, ("prompt", "prefix", "prefix_last", "p_tuning_v2", "bitfit_added"))
+    rows = rows_for(family, CAUSAL_LM, len(names))
+    inputs = batch(rows, "left")
+    settings = {"max_new_tokens": GENERATED, "do_sample": False, "eos_token_id": None, "output_logits": True}
+    with torch.no_grad():
+        result = model.generate(**inputs, adapter_names=names, **settings, return_dict_in_generate=True)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, GENERATED), value=1)
+        logits = model(input_ids=result.sequences, attention_mask=mask, adapter_names=names).logits
+    torch.testing.assert_close(torch.stack(result.logits, dim=1), logits[:, -GENERATED - 1 : -1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_active_adapter_is_the_same_after_a_mixed_batch() -> None:
+    model, names = mixed("gpt2", CAUSAL_LM)
+    model.set_adapter("bitfit_added")
+    rows = rows_for("gpt2", CAUSAL_LM, len(names))
+    before = model(rows[0][None]).logits
+    model(**batch(rows), adapter_names=names)
+    assert model.active_adapter == "bitfit_added"
+    assert torch.equal(model(rows[0][None]).logits, before)
+    with model.disable_adapter():
+        base = model(rows[0][None]).logits
+        model(**batch(rows), adapter_names=names)
+        assert torch.equal(model(rows[0][None]).logits, base)
+
+
+def test_one_name_for_all_rows_is_that_adapter() -> None:
+    model, names = mixed("llama", CAUSAL_LM)
+    rows = rows_for("llama", CAUSAL_LM, 3)
+    for name in names:
+        logits = model(**batch(rows), adapter_names=[name] * 3).logits
+        if name != "__base__":
+            model.set_adapter(name)
+            assert torch.equal(logits, model(**batch(rows)).logits)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_names_that_do_not_fit_are_refused(call: str) -> None:
+    model, _ = mixed("gpt2", CAUSAL_LM, ("prompt", "prefix"))
+    ids = torch.tensor([[3, 4], [5, 6]])
+    run = getattr(model, call)
+    with pytest.raises(AdapterError, match="adapter_names has 1 names, the batch 2 rows"):
+        run(ids, adapter_names=["prompt"])
+    with pytest.raises(AdapterError, match="no adapter is named 'other'"):
+        run(ids, adapter_names=["prompt", "other"])
+    model.add_adapter("classifier", PrefixTuningConfig(num_virtual_tokens=2, task_type=SEQ_CLS))
+    with pytest.raises(AdapterError, match="mixes tasks"):
+        run(ids, adapter_names=["prompt", "classifier"])
+
+
+def test_positions_are_for_virtual_tokens_of_one_number() -> None:
+    model, _ = mixed("gpt2", CAUSAL_LM, ("prompt", "prompt_suffix", "prefix"))
+    ids = torch.tensor([[3, 4], [5, 6]])
+    with pytest.raises(DataError, match="prompt_positions"):
+        model(ids, adapter_names=["prompt", "prompt_suffix"], prompt_positions=torch.tensor([[1], [1]]))
+    places = torch.tensor([[1], [0]])
+    mixed_rows = model(ids, adapter_names=["prompt", "prefix"], prompt_positions=places).logits
+    model.set_adapter("prompt")
+    torch.testing.assert_close(mixed_rows[:1], model(ids[:1], prompt_positions=places[:1]).logits)
+    model.set_adapter("prefix")
+    torch.testing.assert_close(mixed_rows[1:], model(ids[1:]).logits)
+
+
+def test_checkpointing_refuses_rows_with_biases() -> None:
+    model, names = mixed("llama", CAUSAL_LM, ("prefix", "bitfit_added"))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    with pytest.raises(UnsupportedModelError, match="checkpointing"):
+        model(**batch(rows_for("llama", CAUSAL_LM, len(names))), adapter_names=names)
+
+
+@pytest.mark.parametrize("kinds", [("prefix", "p_tuning_v2"), ("prompt", "prefix_last")])
+def test_rows_train_under_checkpointing(kinds: tuple[str, ...]) -> None:
+    found = []
+    for checkpointed in (False, True):
+        model, names = mixed("llama", CAUSAL_LM, kinds)
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inputs = batch(rows_for("llama", CAUSAL_LM, len(names)))
+        model.train()(**inputs, labels=inputs["input_ids"], adapter_names=names).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_heads_of_several_adapters() -> None:
+    base = base_model("bert", SEQ_CLS)
+    model = get_peft_model(base, METHODS["p_tuning_v2"](task_type=SEQ_CLS), "a")
+    scramble(model, 1)
+    model.add_adapter("b", METHODS["bitfit"](task_type=SEQ_CLS))
+    model.set_adapter("b")
+    scramble(model, 2)
+    rows = texts("bert", SEQ_CLS)
+    logits = model.eval()(**batch(rows), adapter_names=["b", "a", "__base__"]).logits
+    for row, name, own_logits in zip(rows, ("b", "a", "__base__"), logits, strict=True):
+        torch.testing.assert_close(own_logits, model(row[None], adapter_names=[name]).logits[0], atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits[2], model(rows[2][None]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_encoder_decoders_mix_sites() -> None:
+    model = PeftModel(base_model("t5", SEQ_2_SEQ_LM))
+    for number, site in enumerate(("encoder", "decoder", "cross")):
+        config = PrefixTuningConfig(num_virtual_tokens=2 + number, sites=[site], task_type=SEQ_2_SEQ_LM)
+        model.add_adapter(site, config)
+        model.set_adapter(site)
+        scramble(model, number)
+    names = ["cross", "__base__", "encoder", "decoder"]
+    rows = rows_for("t5", SEQ_2_SEQ_LM, 4)
+    decoder = answers(SEQ_2_SEQ_LM, 4)["decoder_input_ids"]
+    logits = model.eval()(**batch(rows), decoder_input_ids=decoder, adapter_names=names).logits
+    for i, name in enumerate(names):
+        alone = model(rows[i][None], decoder_input_ids=decoder[i : i + 1], adapter_names=[name]).logits[0]
+        torch.testing.assert_close(logits[i], alone, atol=1e-5, rtol=1e-5)
