@@ -336,7 +336,7 @@ def test_options_that_would_have_no_effect(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="safetensors only"):
         model.save_pretrained(tmp_path / "a", safe_serialization=False)
     assert not (tmp_path / "a").exists()
-    with pytest.raises(ConfigError, match="no option is named 'revisoin'"):
+    with pytest.raises(ConfigError, match="no option revisoin='main'"):
         PeftModel.from_pretrained(model.get_base_model(), tmp_path, revisoin="main")
     with pytest.raises(DataError, match="prompt_positions is for virtual tokens among the words"):
         adapted("llama", CAUSAL_LM, "prefix")(

@@ -42,7 +42,17 @@ class Adapter:
     @property
     def is_reparameterised(self) -> bool:
         """Whether the module trains more than inference needs of it."""
-        return len(self.module.state_dict()) > len(self.module.baked_state())
+        return len(self.module.state_dict()) > len(self.baked_state())
+
+    def baked_state(self) -> dict[str, Tensor]:
+        """The module's tensors that inference needs, without the dropout of training."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            state: dict[str, Tensor] = self.module.baked_state()
+        finally:
+            self.module.train(training)
+        return state
 
     def head_state(self) -> dict[str, Tensor]:
         """The heads' tensors, by PEFT's names."""

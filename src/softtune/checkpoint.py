@@ -61,7 +61,7 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -
 
 def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
     """What ``adapter_model.safetensors`` holds: the baked prompt or bias changes, and the heads, by PEFT's names."""
-    state: dict[str, Tensor] = adapter.module.baked_state()
+    state = adapter.baked_state()
     if PROMPT_KEY in state and not adapter.config.is_readable_by_peft(backbone):
         state = {OWN_KEY: state[PROMPT_KEY]}
     return {**state, **adapter.head_state()}
@@ -108,7 +108,7 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
         own[PROMPT_KEY] = own.pop(OWN_KEY)
     elif PROMPT_KEY in own:
         own[PROMPT_KEY] = _from_peft(own[PROMPT_KEY], adapter)
-    _check(adapter.module.baked_state(), own)
+    _check(adapter.baked_state(), own)
     if not adapter.is_reparameterised:
         adapter.module.load_baked(own)
     elif training_state is not None:

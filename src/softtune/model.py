@@ -1,7 +1,6 @@
 """PeftModel: one base model and its adapters. One class for every task, since a task is data and a head.
 
-The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs (BitFit's
-bias changes stay attached while their adapter is the active one).
+The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs.
 """
 
 from __future__ import annotations
@@ -9,33 +8,26 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
+from softtune.acting import BASE, Acting, Cast, answer_columns, check_generation, check_owner, sign, text_ends
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, is_checkpointing
-from softtune.errors import AdapterError, CheckpointError, ConfigError, UnsupportedModelError
-from softtune.injection import Injection
-from softtune.injection.ahead import run_ahead
-from softtune.injection.layout import row_ends, row_starts
-from softtune.injection.modules import add_biases, replace_modules
+from softtune.backbone import Backbone
+from softtune.errors import AdapterError, AdapterMismatchError, CheckpointError
 from softtune.methods import PeftConfig
-from softtune.methods.base import Prompt
-from softtune.methods.bitfit import BiasChanges
 from softtune.methods.initialization import PROMPT_KEY
+from softtune.options import check_options
 from softtune.storage import HUB_OPTIONS
-
-BASE = "__base__"
-"""PEFT's name for no adapter, in ``adapter_names``."""
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -62,7 +54,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.heads = nn.ModuleDict()
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapter = adapter_name
-        self._bias_handles: list[RemovableHandle] = []
+        self._acting = Acting(self.backbone)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
@@ -76,7 +68,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
-        **hub: Any,
+        **options: Any,
     ) -> PeftModel:
         """A base model with a saved adapter, ready for inference or, on request, for more training.
 
@@ -86,14 +78,15 @@ class PeftModel(PushToHubMixin, nn.Module):
             adapter_name: the name to give it.
             is_trainable: go on training from exactly where the adapter was saved.
             config: use this config instead of the saved one.
-            hub: where on the hub to look (``subfolder``, ``revision``, ``cache_dir``, ``token``).
+            options: where on the hub to look (``subfolder``, ``revision``, ``cache_dir``, ``token``).
 
         Raises:
             CheckpointError: the folder or a file in it is missing, damaged or pickled.
             AdapterMismatchError: the adapter was trained on another base model.
+            ConfigError: an unknown option.
         """
         loaded = cls(model)
-        loaded.load_adapter(model_id, adapter_name, is_trainable, config, **hub)
+        loaded.load_adapter(model_id, adapter_name, is_trainable, config, **options)
         return loaded.train(is_trainable)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
@@ -102,6 +95,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             AdapterError: there is an adapter of that name, or the name has a dot.
             UnsupportedModelError: the base model cannot take the method.
+            ConfigError: the config does not fit the base model.
         """
         adapter = self._new_adapter(adapter_name, peft_config)
         adapter.config.initialize(adapter.module, self.backbone)
@@ -113,11 +107,10 @@ class PeftModel(PushToHubMixin, nn.Module):
         adapter_name: str,
         is_trainable: bool = False,
         config: PeftConfig | None = None,
-        **hub: Any,
+        **options: Any,
     ) -> None:
-        """Add a saved adapter, as ``from_pretrained`` does. The first one becomes active."""
-        if unknown := set(hub) - set(HUB_OPTIONS):
-            raise ConfigError(f"no option is named {min(unknown)!r}: use one of {', '.join(HUB_OPTIONS)}")
+        """Add a saved adapter, as ``from_pretrained`` does, with its errors. The first one becomes active."""
+        hub = check_options(options, HUB_OPTIONS)
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub)
         config.inference_mode = not is_trainable
         checkpoint.check_base_model(model_id, self.backbone, **hub)
@@ -131,6 +124,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
         is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **options: Any,
     ) -> None:
         """Write adapters in PEFT's format: ``default`` into the folder itself, others into folders of their names.
 
@@ -139,18 +134,23 @@ class PeftModel(PushToHubMixin, nn.Module):
             safe_serialization: only True; weights are always safetensors.
             selected_adapters: names of the adapters to save; by default all.
             is_main_process: False where another process saves.
+            state_dict: take the numbers from this ``state_dict()`` instead of from the model.
+            options: those of PEFT and transformers that have no effect here.
 
         Raises:
             AdapterError: a name is not loaded.
             CheckpointError: ``save_directory`` is a file, or pickled weights are asked for.
+            ConfigError: an unknown option.
         """
+        check_options(options, ("max_shard_size", "save_function"))
         if not safe_serialization:
             raise CheckpointError("weights are saved as safetensors only: leave out safe_serialization=False")
         if not is_main_process:
             return
-        for name in selected_adapters or list(self.peft_config):
-            folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            checkpoint.save(folder, self.adapter(name), self.backbone)
+        with self.numbers_of(state_dict):
+            for name in selected_adapters or list(self.peft_config):
+                folder = Path(save_directory) if name == "default" else Path(save_directory, name)
+                checkpoint.save(folder, self.adapter(name), self.backbone)
 
     def set_adapter(self, adapter_name: str) -> None:
         """Let this adapter act, and train it unless it was loaded for inference.
@@ -164,7 +164,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             trained = name == adapter_name and not config.inference_mode
             self.prompt_encoder[name].requires_grad_(trained)
             self.heads[name].requires_grad_(trained)
-        self._attach_biases(self.active_adapters, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others becomes active.
@@ -184,12 +183,11 @@ class PeftModel(PushToHubMixin, nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, to the last bit, for the length of the block."""
         active, self.active_adapter = self.active_adapter, ""
-        self._attach_biases([], None)
+        self._acting.stop()
         try:
             yield
         finally:
             self.active_adapter = active
-            self._attach_biases(self.active_adapters, None)
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter by name. Raises AdapterError where there is none."""
@@ -216,6 +214,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def get_base_model(self) -> PreTrainedModel:
         """The base model, which works without adapters as it did before."""
+        self._acting.stop()
         return self.base_model
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -275,9 +274,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         keep = kwargs.get("logits_to_keep", 0)
         if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
-        rows = _rows(input_ids, inputs_embeds)
-        with self._acting(adapter_names, rows, prompt_positions, labels, attention_mask):
+        cast = self._cast(adapter_names, inputs_embeds if input_ids is None else input_ids)
+        check_owner(kwargs.get("past_key_values"), cast)
+        with self._acting(cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
             output = self.base_model(return_dict=True, **kwargs)
+        sign(getattr(output, "past_key_values", None), cast)
         return output if return_dict is not False else output.to_tuple()
 
     def generate(
@@ -295,67 +296,33 @@ class PeftModel(PushToHubMixin, nn.Module):
             adapter_names: see ``forward``; one for each row of the input.
             kwargs: the base model's.
         """
-        rows = _rows(*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
-        with self._acting(adapter_names, rows, prompt_positions):
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        text = next((x for x in given if x is not None), None)
+        cast = self._cast(adapter_names, text)
+        check_generation(self.backbone, cast, prompt_positions, kwargs)
+        check_owner(kwargs.get("past_key_values"), cast)
+        with self._acting(cast, prompt_positions, text_ends(self.backbone, text, kwargs.get("attention_mask"))):
             generate: Any = self.base_model.generate
-            return generate(*args, **kwargs)
+            generated = generate(*args, **kwargs)
+        sign(getattr(generated, "past_key_values", None), cast)
+        return generated
 
-    def _answer_columns(self, labels: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """[B] the column of each row's first label, or behind its text; None where labels are no tokens of the text."""
-        if labels is None or not self.backbone.continues_text:
-            return None
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        supervised = labels != -100
-        first = supervised.int().argmax(dim=1)
-        ends = row_ends(mask, len(labels), labels.shape[1], labels.device)
-        return torch.where(supervised.any(dim=1), first.maximum(row_starts(mask, len(labels), labels.device)), ends)
-
-    def _choose(self, adapter_names: Sequence[str] | None, rows: int) -> tuple[list[str], Tensor | None]:
-        """The adapters that act on a batch, and which of them each row has; no rows where all have the same."""
+    def _cast(self, adapter_names: Sequence[str] | None, text: Tensor | None) -> Cast:
+        """The adapters that act on a batch, and which of them each row has."""
         if adapter_names is None:
-            return self.active_adapters or [BASE], None
-        if len(adapter_names) != rows:
-            raise AdapterError(f"adapter_names has {len(adapter_names)} names, the batch {rows} rows: give one a row")
-        names = list(dict.fromkeys(adapter_names))
-        configs = [self.adapter(name).config for name in names if name != BASE]
-        if len(tasks := {config.task_type for config in configs}) > 1:
+            return Cast({name: self.adapter(name) for name in self.active_adapters} or {BASE: None})
+        if text is not None and len(text) != len(adapter_names):
+            raise AdapterError(
+                f"adapter_names has {len(adapter_names)} names, the batch {len(text)} rows: give one a row"
+            )
+        adapters = {name: None if name == BASE else self.adapter(name) for name in adapter_names}
+        if len(tasks := {a.config.task_type for a in adapters.values() if a is not None}) > 1:
             raise AdapterError(
                 f"adapter_names mixes tasks ({', '.join(sorted(str(t and t.value) for t in tasks))}): "
                 "one batch has one head, run them apart"
             )
-        index = torch.tensor([names.index(name) for name in adapter_names])
-        return names, index if len(names) > 1 else None
-
-    @contextmanager
-    def _acting(
-        self,
-        adapter_names: Sequence[str] | None,
-        batch: int,
-        columns: Tensor | None,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Iterator[None]:
-        """Each row's adapter in the base model, for the length of the block."""
-        names, rows = self._choose(adapter_names, batch)
-        adapters = [self.adapter(name) for name in names if name != BASE]
-        with ExitStack() as stack:
-            if adapter_names is not None:
-                stack.callback(self._attach_biases, self.active_adapters, None)
-                self._attach_biases([], None)
-            prompts = [Prompt() if name == BASE else self._prompt(name, columns) for name in names]
-            if adapter_names is not None:
-                self._attach_biases(names, rows)
-            if adapters:
-                ends = self._answer_columns(labels, mask) if any(p.after_text for p in prompts) else None
-                stack.enter_context(Injection(self.backbone, prompts, rows, columns=columns, text_ends=ends))
-            heads = [{} if name == BASE else self.adapter(name).heads for name in names]
-            for handle in replace_modules(self.base_model, heads, rows):
-                stack.callback(handle.remove)
-            yield
-
-    def _prompt(self, name: str, columns: Tensor | None) -> Prompt:
-        prompt: Prompt = self.adapter(name).module.prompt()
-        return prompt if columns is not None else run_ahead(self.backbone, prompt)
+        names = list(adapters)
+        return Cast(adapters, torch.tensor([names.index(n) for n in adapter_names]) if len(names) > 1 else None)
 
     # Parameters
 
@@ -365,7 +332,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             AdapterError: no such adapter, or it has no virtual tokens.
         """
-        state = self.adapter(adapter_name).module.baked_state()
+        state = self.adapter(adapter_name).baked_state()
         if PROMPT_KEY not in state:
             raise AdapterError(f"{adapter_name!r} has no virtual tokens: read get_peft_model_state_dict instead")
         prompt: Tensor = state[PROMPT_KEY].cpu()
@@ -381,6 +348,42 @@ class PeftModel(PushToHubMixin, nn.Module):
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """What is trained: all adapters, and of the base model only what is not frozen (a LoRA trained along).
+
+        So checkpoints of any training loop hold the adapters and not the base model.
+        """
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        trained = {f"{prefix}{n}" for n, p in self.named_parameters() if p.requires_grad}
+        for name in [n for n in state if n.startswith(f"{prefix}base_model.") and n not in trained]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over what ``state_dict`` returned.
+
+        Raises:
+            AdapterMismatchError: ``strict``, and something is missing or unknown.
+        """
+        loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in loaded.missing_keys if name in self.state_dict()]
+        if strict and (odd := [*missing, *loaded.unexpected_keys]):
+            raise AdapterMismatchError(f"the state has another {odd[0]!r} than the model: add the same adapters first")
+        return _IncompatibleKeys(missing, loaded.unexpected_keys)
+
+    @contextmanager
+    def numbers_of(self, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """The numbers of another ``state_dict`` in place of the model's own, for the length of the block."""
+        if state_dict is None:
+            yield
+            return
+        own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        self.load_state_dict({name: state_dict[name] for name in own})
+        try:
+            yield
+        finally:
+            self.load_state_dict(own)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -393,6 +396,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         if name in self.peft_config or not name or "." in name:
             reason = "is loaded already" if name in self.peft_config else "is no name: use one without dots"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
+        self._acting.stop()
         return Adapter.new(config, self.backbone)
 
     def _register(self, name: str, adapter: Adapter) -> None:
@@ -400,20 +404,3 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.prompt_encoder[name] = adapter.module
         self.heads[name] = nn.ModuleDict({n.replace(".", "/"): head for n, head in adapter.heads.items()})
         self.set_adapter(name if len(self.peft_config) == 1 else self.active_adapter)
-
-    def _attach_biases(self, names: Sequence[str], rows: Tensor | None) -> None:
-        """Let the bias changes of these adapters act, and no others."""
-        while self._bias_handles:
-            self._bias_handles.pop().remove()
-        modules = [self.prompt_encoder[name] if name != BASE else None for name in names]
-        if rows is not None and is_checkpointing(self.base_model) and any(isinstance(m, BiasChanges) for m in modules):
-            raise UnsupportedModelError(
-                "gradient checkpointing loses which row has which biases: train rows with BitFit adapters without it"
-            )
-        additions = [m.additions() if isinstance(m, BiasChanges) else [] for m in modules]
-        self._bias_handles = add_biases(self.base_model, additions, rows)
-
-
-def _rows(*inputs: Any) -> int:
-    """B, by the first input that is there; one where the model starts a text by itself."""
-    return next((len(x) for x in inputs if x is not None), 1)

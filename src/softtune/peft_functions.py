@@ -40,15 +40,9 @@ def get_peft_model_state_dict(
     Raises:
         AdapterError: no such adapter.
     """
-    adapter = model.adapter(adapter_name)
-    if state_dict is None:
-        return checkpoint.export(adapter, model.backbone)
-    own = {f"prompt_encoder.{adapter_name}", f"heads.{adapter_name}"}
-    kept = {k: v.clone() for k, v in model.state_dict().items() if any(k.startswith(f"{o}.") for o in own)}
-    model.load_state_dict({k: state_dict[k] for k in kept}, strict=False)
-    exported = {k: v.clone() for k, v in checkpoint.export(adapter, model.backbone).items()}
-    model.load_state_dict(kept, strict=False)
-    return exported
+    with model.numbers_of(state_dict):
+        state = checkpoint.export(model.adapter(adapter_name), model.backbone)
+        return state if state_dict is None else {name: tensor.clone() for name, tensor in state.items()}
 
 
 def set_peft_model_state_dict(

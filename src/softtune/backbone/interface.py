@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from softtune.errors import UnsupportedModelError
+
 WRAPPER = "softtune_attention"
 """The keyword argument of a stack's forward that carries the wrapper down to the attention layers."""
 
@@ -63,6 +65,10 @@ def _register(stock: str) -> str:
 def _wrapped(stock: Attention | None) -> Attention:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         wrapper: AttentionWrapper | None = kwargs.pop(WRAPPER, None)
+        if wrapper and stock is not None and stock is not ALL_ATTENTION_FUNCTIONS["sdpa"]:
+            raise UnsupportedModelError(
+                "prefixes need the attention implementations sdpa or eager: call set_attn_implementation('sdpa') first"
+            )
         # Each model file has an eager function of its own, with the model's soft caps and sinks.
         attend: Attention = stock or sys.modules[type(module).__module__].eager_attention_forward
         return wrapper(attend, module, *args, **kwargs) if wrapper else attend(module, *args, **kwargs)

@@ -50,7 +50,8 @@ class PrefixCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length of the keys that a query sees, and the position of the first one."""
-        return self.get_seq_length(layer_idx) + query_length, 0
+        own = query_length if self.inner is None else self.inner.get_mask_sizes(query_length, layer_idx)[0]
+        return self.length + own, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length(layer_idx)

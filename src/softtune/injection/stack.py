@@ -109,10 +109,10 @@ class StackInjection:
 
     def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
-        if step.has_ready_mask:
+        if step.has_ready_mask or step.has_fixed_cache:
             raise UnsupportedModelError(
-                "virtual tokens among the words need the 2-D attention mask [B, W]: pass it instead of a 4-D one, and "
-                "generate with a dynamic cache"
+                "virtual tokens among the words need the 2-D attention mask [B, W] and a cache that grows: pass no 4-D "
+                "mask, and leave out cache_implementation"
             )
         if not step.is_continued:
             self._lay_out(call, step, here)
@@ -193,21 +193,21 @@ class StackInjection:
                 return  # the model's own count is right
             positions = step.positions() + self.stack.first_position
         positions = positions.expand(step.rows, -1)
-        shift = self._shift(call, step, here)
+        shift = self._shift(call, step, here, positions)
         if self.layout is not None:
             in_slots = self.layout.merge(shift.expand_as(positions), torch.zeros_like(here.is_vector))
             call["position_ids"] = self.layout.merge_positions(positions) + in_slots
         else:
             call["position_ids"] = positions + shift
 
-    def _shift(self, call: Call, step: Step, here: RowPrompts) -> Tensor:
-        """[B, T] or [B, 1] how far virtual tokens that have no slot in this call move each token's position."""
+    def _shift(self, call: Call, step: Step, here: RowPrompts, positions: Tensor) -> Tensor:
+        """[B, T] or [B, 1] how far virtual tokens that have no slot in this call move the tokens' positions [B, T]."""
         shift = here.shift[:, None].to(step.device)
         if here.vectors is not None and step.is_continued:
             return shift + here.is_vector.sum(dim=1, keepdim=True)
         if not (here.has_infix and here.shifts) or step.is_continued:
             return shift
-        if call.get("attention_mask") is None and call.get("position_ids") is None:
+        if call.get("attention_mask") is None and bool((positions.diff(dim=1) == 1).all()):
             # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
             call["attention_mask"] = step.full_mask()
         behind = step.is_from(self._infix_column(step, here)) | ~here.after_text[:, None]

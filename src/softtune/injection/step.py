@@ -29,6 +29,7 @@ class Step:
         self.has_ready_mask = mask is not None and self.mask is None
         self.cached = int(cache.get_seq_length()) if cache is not None else 0
         self.is_continued = self.cached > 0
+        self.has_fixed_cache = cache is not None and bool(cache.is_compileable)
         self.width = self.mask.shape[1] if self.mask is not None else self.cached + self.length
         self.starts = row_starts(self.mask, self.rows, self.device)
 

@@ -117,7 +117,7 @@ def fit_last_layer(network: nn.Sequential, inputs: Tensor, target: Tensor) -> No
     last = network[-1]
     assert isinstance(last, nn.Linear)
     with torch.no_grad():
-        hidden = network[:-1](inputs)
+        hidden = network[:-1](inputs).cpu().double()  # the solver for deficient ranks is the CPU's
         last.bias.copy_(target.mean(0))
-        solution = torch.linalg.lstsq(hidden.double(), (target - last.bias).double(), driver="gelsd").solution
+        solution = torch.linalg.lstsq(hidden, (target - last.bias).cpu().double(), driver="gelsd").solution
         last.weight.copy_(solution.T)

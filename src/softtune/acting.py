@@ -1,0 +1,162 @@
+"""Lets adapters act in a base model for the length of one call: prompts, biases and heads, row by row.
+
+Letters: B rows, V virtual tokens among the words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from softtune.adapter import Adapter
+from softtune.backbone import Backbone, is_checkpointing
+from softtune.errors import AdapterError, UnsupportedModelError
+from softtune.injection import Injection
+from softtune.injection.ahead import run_ahead
+from softtune.injection.layout import row_ends, row_starts
+from softtune.injection.modules import add_biases, replace_modules
+from softtune.methods.base import Prompt
+from softtune.methods.bitfit import BiasChanges
+
+BASE = "__base__"
+"""PEFT's name for no adapter, in ``adapter_names``."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who acts in a batch."""
+
+    adapters: dict[str, Adapter | None]
+    """Different adapters by name; nothing for the base model."""
+    rows: Tensor | None = None
+    """[B] the number of each row's adapter; None where all rows have the same."""
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Each row's adapter by name, or the one of all rows."""
+        names = list(self.adapters)
+        return tuple(names) if self.rows is None else tuple(names[i] for i in self.rows.tolist())
+
+
+class Acting:
+    """Puts adapters into a base model, and takes them out again.
+
+    Under gradient checkpointing the layers run again in the backward pass, when the call is over: biases and heads then
+    stay until the next call, or ``stop``.
+
+    Args:
+        backbone: the base model.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._handles: list[RemovableHandle] = []
+
+    @contextmanager
+    def __call__(self, cast: Cast, columns: Tensor | None = None, text_ends: Tensor | None = None) -> Iterator[None]:
+        """Let a cast act for the length of the block.
+
+        Args:
+            cast: who acts.
+            columns: [B, V] the column before which each virtual token stands.
+            text_ends: [B] the column where each text ends.
+        """
+        self.stop()
+        model, adapters = self.backbone.model, list(cast.adapters.values())
+        prompts = [Prompt() if a is None else a.module.prompt() for a in adapters]
+        if columns is None:
+            prompts = [run_ahead(self.backbone, prompt) for prompt in prompts]
+        biases = [a.module.additions() if a and isinstance(a.module, BiasChanges) else [] for a in adapters]
+        checkpoints = is_checkpointing(model) and torch.is_grad_enabled()
+        if checkpoints and cast.rows is not None and any(biases):
+            raise UnsupportedModelError(
+                "gradient checkpointing loses which row has which biases: train rows with BitFit adapters without it"
+            )
+        with ExitStack() as stack:
+            if any(adapters):
+                injection = Injection(self.backbone, prompts, cast.rows, columns=columns, text_ends=text_ends)
+                stack.enter_context(injection)
+            self._handles += add_biases(model, biases, cast.rows)
+            self._handles += replace_modules(model, [a.heads if a else {} for a in adapters], cast.rows)
+            try:
+                yield
+            finally:
+                if not checkpoints:
+                    self.stop()
+
+    def stop(self) -> None:
+        """Take out what a checkpointed call has left."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def answer_columns(backbone: Backbone, labels: Tensor | None, mask: Any) -> Tensor | None:
+    """[B] the column of each row's first label, or behind its text; None where labels are no tokens of the text."""
+    if labels is None or not backbone.continues_text:
+        return None
+    mask = mask if _is_flat(mask) else None
+    supervised = labels != -100
+    first = supervised.int().argmax(dim=1)
+    ends = row_ends(mask, len(labels), labels.shape[1], labels.device)
+    return torch.where(supervised.any(dim=1), first.maximum(row_starts(mask, len(labels), labels.device)), ends)
+
+
+def text_ends(backbone: Backbone, text: Tensor | None, mask: Any) -> Tensor | None:
+    """[B] the column behind each row's text, before anything is generated; None where that is another sequence."""
+    if text is None or not backbone.continues_text:
+        return None
+    return row_ends(mask if _is_flat(mask) else None, len(text), text.shape[1], text.device)
+
+
+def _is_flat(mask: Any) -> bool:
+    """Whether an attention mask is [B, T], rather than one for each query or layer."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def check_generation(backbone: Backbone, cast: Cast, columns: Tensor | None, options: Mapping[str, Any]) -> None:
+    """Refuse what ``generate`` cannot do with virtual tokens that stand behind or among the words.
+
+    Raises:
+        UnsupportedModelError: the text would be read in parts, each of which would be taken for the whole, or the cache
+            of an earlier text would be gone on from, whose virtual tokens ``generate`` would count as words.
+    """
+    prompts = [a.module.prompt() for a in cast.adapters.values() if a is not None]
+    behind = columns is not None or any(p.after_text for p in prompts)
+    size = options.get("prefill_chunk_size") or getattr(options.get("generation_config"), "prefill_chunk_size", None)
+    if size and (behind or backbone.is_encoder_decoder):
+        raise UnsupportedModelError(
+            "prefill_chunk_size is for decoders with nothing but words after their virtual tokens: leave it out"
+        )
+    among = any(p.vectors is not None and (behind or not backbone.runs_ahead) for p in prompts)
+    if among and options.get("past_key_values") is not None and backbone.is_decoder_only:
+        raise UnsupportedModelError(
+            "generate cannot go on from a cache that holds virtual tokens among the words: leave out past_key_values"
+        )
+
+
+def sign(cache: Any, cast: Cast) -> None:
+    """Note in a cache whose keys and values it holds."""
+    if cache is not None:
+        cache.softtune_owners = cast.owners
+
+
+def check_owner(cache: Any, cast: Cast) -> None:
+    """Refuse to go on from what another adapter, or none, has computed.
+
+    Raises:
+        AdapterError: the cache is not empty and belongs to others.
+    """
+    if cache is None or cache.get_seq_length() == 0:
+        return
+    owners: Sequence[str] = getattr(cache, "softtune_owners", (BASE,))
+    if len(set(owners) | set(cast.owners)) > 1 and owners != cast.owners:
+        raise AdapterError(
+            f"past_key_values were computed with {', '.join(dict.fromkeys(owners))}, not {', '.join(cast.adapters)}: "
+            "leave them out"
+        )

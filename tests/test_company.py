@@ -1,0 +1,110 @@
+"""Adapters beside one another, and in training loops of any kind, leave no trace in one another or the base model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from softtune import (
+    BitFitConfig,
+    ConfigError,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from tests.families import CAUSAL_LM, SEQ_CLS, adapted, base_model, batch, scramble, texts
+
+
+def test_a_prefix_beside_trained_biases_starts_from_the_frozen_model() -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=3, init_weights="vocabulary")
+    starts = []
+    for method in ("prefix", "bitfit"):
+        model = adapted("gpt2", CAUSAL_LM, method)
+        torch.manual_seed(0)
+        model.add_adapter("new", config)
+        starts.append(model.get_prompt_embedding_to_save("new"))
+    torch.testing.assert_close(*starts, rtol=0, atol=0)
+
+
+def test_a_copied_module_is_the_base_models_own() -> None:
+    model = get_peft_model(base_model("bert", SEQ_CLS), BitFitConfig(task_type=SEQ_CLS))
+    scramble(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs = batch(texts("bert", SEQ_CLS))
+    model.train()(**inputs).logits.sum().backward()
+    model.add_adapter("new", PrefixTuningConfig(num_virtual_tokens=2, modules_to_save=["pooler"], task_type=SEQ_CLS))
+    pooler = model.adapter("new").heads["bert.pooler"]
+    assert not any(m._forward_hooks for m in pooler.modules())
+
+
+@pytest.mark.parametrize("method", ["bitfit", "prefix", "p_tuning_lstm"])
+def test_a_copy_of_the_whole_model_is_its_own(method: str) -> None:
+    model, inputs = adapted("gpt2", CAUSAL_LM, method), batch(texts("gpt2", CAUSAL_LM))
+    before = model(**inputs).logits
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(**inputs).logits, before)
+    scramble(copied, 9)
+    assert (copied(**inputs).logits - before).abs().max() > 1e-3
+    assert torch.equal(model(**inputs).logits, before)
+    copied(**inputs).logits.sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["bitfit", "prefix"])
+def test_the_base_model_is_clean_between_calls(method: str) -> None:
+    base, inputs = base_model("gpt2", CAUSAL_LM), batch(texts("gpt2", CAUSAL_LM))
+    expected = base(**inputs).logits
+    model = adapted("gpt2", CAUSAL_LM, method)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert torch.equal(model.eval().get_base_model()(**inputs).logits, expected)
+
+
+def test_trained_modules_inside_layers_under_checkpointing() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = get_peft_model(
+            base_model("llama", CAUSAL_LM), PrefixTuningConfig(num_virtual_tokens=2, modules_to_save=["mlp"])
+        )
+        scramble(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inputs = batch(texts("llama", CAUSAL_LM))
+        model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert all(g is not None for g in gradients[0].values())
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_what_is_saved_in_training_is_without_dropout(tmp_path: Path) -> None:
+    config = PromptEncoderConfig(
+        num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_dropout=0.5, task_type=CAUSAL_LM
+    )
+    model = scramble(get_peft_model(base_model("gpt2", CAUSAL_LM), config))
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model.eval()(ids).logits
+    model.train()
+    state = torch.get_rng_state()
+    model.save_pretrained(tmp_path)
+    assert model.training
+    assert model.prompt_encoder["default"].training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM), tmp_path)(ids).logits, expected)
+
+
+def test_options_of_other_libraries_calls(tmp_path: Path) -> None:
+    model, other = adapted("gpt2", CAUSAL_LM, "prefix"), adapted("gpt2", CAUSAL_LM, "prefix", seed=5)
+    # As push_to_hub of transformers and save_model of accelerate call it.
+    model.save_pretrained(tmp_path, max_shard_size="5GB", save_function=torch.save, state_dict=other.state_dict())
+    loaded = PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM), tmp_path, low_cpu_mem_usage=True)
+    torch.testing.assert_close(get_peft_model_state_dict(loaded), get_peft_model_state_dict(other), rtol=0, atol=0)
+    model.save_pretrained(tmp_path, save_embedding_layers="auto")
+    with pytest.raises(ConfigError, match="save_embedding_layers=True"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(ConfigError, match="autocast_adapter_dtype=False"):
+        model.load_adapter(tmp_path, "other", autocast_adapter_dtype=False)

@@ -1,0 +1,98 @@
+"""Hugging Face's own Trainer, unchanged: checkpoints hold the adapter, and training goes on from them exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.families import CAUSAL_LM, METHODS, SEQ_CLS, VOCABULARY, base_model
+from torch import Tensor
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+
+from softtune import PeftModel, get_peft_model
+
+ROWS = 12
+KINDS = ["prompt", "p_tuning_lstm", "prefix", "prefix_projection", "p_tuning_v2", "bitfit_added"]
+
+
+def data(task: str, rows: int = ROWS) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(7)
+    ids = [torch.randint(3, VOCABULARY, (6,), generator=generator) for _ in range(rows)]
+    return [{"input_ids": x, "labels": x if task == CAUSAL_LM else x[0] % 3} for x in ids]
+
+
+def trainer(folder: Path, task: str, method: str, callbacks: list[Any] | None = None, **changes: Any) -> Trainer:
+    set_seed(0)
+    model = get_peft_model(
+        base_model({CAUSAL_LM: "gpt2", SEQ_CLS: "bert"}[task], task), METHODS[method](task_type=task)
+    )
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+    }
+    settings |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False} | changes
+    arguments = TrainingArguments(output_dir=str(folder), **settings)
+    return Trainer(
+        model=model, args=arguments, train_dataset=data(task), eval_dataset=data(task, 5), callbacks=callbacks
+    )
+
+
+def trained(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("task", [CAUSAL_LM, SEQ_CLS])
+@pytest.mark.parametrize("method", KINDS)
+def test_a_run_that_goes_on_from_a_checkpoint_is_an_unbroken_one(task: str, method: str, tmp_path: Path) -> None:
+    unbroken = trainer(tmp_path, task, method)
+    unbroken.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert saved.keys() == unbroken.model.state_dict().keys()
+    assert not any(name.startswith("base_model.") for name in saved)
+    resumed = trainer(tmp_path, task, method)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(trained(resumed.model), trained(unbroken.model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_the_best_model_is_loaded_at_the_end(method: str, tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 3.0}
+    run = trainer(tmp_path, SEQ_CLS, method, **settings)
+    run.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+def test_training_stops_early(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    stopper = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=1e6)
+    run = trainer(tmp_path, CAUSAL_LM, "prefix", [stopper], **settings)
+    run.train()
+    assert run.state.global_step == 2
+
+
+@pytest.mark.parametrize(("task", "shape"), [(CAUSAL_LM, (5, 6, VOCABULARY)), (SEQ_CLS, (5, 3))])
+@pytest.mark.parametrize("method", ["prompt", "prompt_suffix", "prefix"])
+def test_predictions_have_the_shape_of_the_data(task: str, shape: tuple[int, ...], method: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, task, method)
+    prediction = run.predict(data(task, 5))
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    assert logits.shape == shape
+    assert prediction.label_ids.shape[0] == 5
+
+
+def test_a_state_dict_holds_adapters_alone_and_says_what_is_missing() -> None:
+    model = get_peft_model(base_model("gpt2", CAUSAL_LM), METHODS["prefix"]())
+    state = model.state_dict()
+    assert list(state) == ["prompt_encoder.default.embedding.weight"]
+    other = PeftModel(base_model("gpt2", CAUSAL_LM))
+    with pytest.raises(ValueError, match=r"prompt_encoder\.default"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"prompt_encoder\.default"):
+        model.load_state_dict({})
+    assert model.load_state_dict({}, strict=False).missing_keys == list(state)
