@@ -9,6 +9,7 @@ from softtune import BitFitConfig, PeftModel, PTuningV2Config, get_peft_model
 from tests.families import (
     CAUSAL_LM,
     KINDS,
+    METHODS,
     SEQ_2_SEQ_LM,
     SEQ_CLS,
     adapted,
@@ -157,17 +158,32 @@ def test_an_exception_while_generating_leaves_the_base_model_alone(family: str) 
 
 
 @pytest.mark.parametrize(("family", "task", "method"), cases())
-def test_gradient_checkpointing_is_exact(family: str, task: str, method: str) -> None:
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_gradient_checkpointing_is_exact(family: str, task: str, method: str, reentrant: bool) -> None:
     gradients = []
     for checkpoints in (False, True):
         model = adapted(family, task, method).train()
         if checkpoints:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
         loss_of(model, family, task).backward()
         gradients.append({n: p.grad for n, p in trained(model).items()})
     for name, gradient in gradients[1].items():
         scale = max(1.0, float(gradient.abs().max()))
         torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_may_be_enabled_before_the_adapter_is_added(family: str, reentrant: bool) -> None:
+    gradients = []
+    for checkpoints in (False, True):
+        base = base_model(family, CAUSAL_LM)
+        if checkpoints:
+            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model = scramble(get_peft_model(base, METHODS["prefix"](task_type=CAUSAL_LM))).train()
+        loss_of(model, family, CAUSAL_LM).backward()
+        gradients.append([p.grad for p in trained(model).values()])
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
 def test_bitfit_starts_as_the_base_model() -> None:

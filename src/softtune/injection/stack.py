@@ -8,6 +8,7 @@ tokens of this call, P virtual tokens, W columns of the whole attention mask, S 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.cache import PrefixCache, hold, own_cache
 from softtune.injection.layout import Layout
+from softtune.injection.reentrant import Anchor, is_reentrant
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
 from softtune.injection.step import Call, Step
 from softtune.injection.trim import Trim
@@ -57,6 +59,7 @@ class StackInjection:
         self.layout: Layout | None = None
         self.trim: Trim | None = None
         self.has_run = False
+        self.anchor: Anchor | None = None
 
     @property
     def acts(self) -> bool:
@@ -69,6 +72,7 @@ class StackInjection:
         handles = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, with_kwargs=True),
+            module.get_input_embeddings().register_forward_hook(self._hold),
         ]
         if self.prompts.shifts and table is not None:
             handles.append(table.register_forward_hook(self._shift_table, with_kwargs=True))
@@ -83,6 +87,8 @@ class StackInjection:
             self._trim(call)
         step = Step(call)
         here = self._prompts_of(step)
+        if is_reentrant(module):
+            here = self._anchor(call, here)
         if here.vectors is not None:
             self._add_vectors(call, step, here)
         elif not self.stack.is_causal and bool(step.starts.any()):
@@ -92,6 +98,16 @@ class StackInjection:
         if self.layers:
             self._add_prefix(call, step, here)
         return (), call
+
+    def _anchor(self, call: Call, here: RowPrompts) -> RowPrompts:
+        """Let gradients come back through checkpointed layers that know nothing but their arguments."""
+        self.anchor = Anchor(dict(here.prefixes))
+        if call.get("inputs_embeds") is not None:
+            call["inputs_embeds"] = self.anchor.hold(call["inputs_embeds"])
+        return replace(here, prefixes=self.anchor.prefixes)
+
+    def _hold(self, module: nn.Module, args: Any, words: Tensor) -> Tensor:
+        return words if self.anchor is None else self.anchor.hold(words)
 
     def _prompts_of(self, step: Step) -> RowPrompts:
         """Each row's prompt. Beams and sequences to return multiply the rows."""
@@ -280,6 +296,7 @@ class StackInjection:
         return {a.module: biases[max(here.lengths[a.place])] for a in own if a.module is not None}
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
+        self.anchor = None
         if (wrapper := kwargs.get(WRAPPER)) is not None:
             self._check_reached(wrapper, kwargs)
         if isinstance(cache := kwargs.get("past_key_values"), PrefixCache):

@@ -1,0 +1,60 @@
+"""Gradients through reentrant checkpointing, which knows a layer's tensor arguments alone.
+
+Such a layer runs without gradients first, and again, with a backward pass of its own, when the gradient of its output
+is there. What reaches it by another way than its arguments must be a leaf of the graph, and its input must need a
+gradient. So prefixes go in as leaves, and an anchor at the layers' input hands on what the leaves have gathered: its
+own backward comes when all layers are done.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from softtune.backbone import Place, is_checkpointing
+from softtune.methods.base import KeyValue
+
+
+def is_reentrant(stack: nn.Module) -> bool:
+    """Whether a stack's layers are checkpointed in the reentrant way in this call."""
+    if not (torch.is_grad_enabled() and is_checkpointing(stack)):
+        return False
+    functions: list[Any] = [getattr(m, "_gradient_checkpointing_func", None) for m in stack.modules()]
+    return any(f is not None and f.keywords.get("use_reentrant", True) for f in functions)
+
+
+class Anchor:
+    """Leaves in place of prefixes, and the way back from them.
+
+    Args:
+        prefixes: each layer's prefix, with gradients.
+    """
+
+    def __init__(self, prefixes: dict[Place, KeyValue]) -> None:
+        self._tensors = [part for prefix in prefixes.values() for part in prefix]
+        self._leaves = [part.detach().requires_grad_(part.requires_grad) for part in self._tensors]
+        pairs = zip(self._leaves[::2], self._leaves[1::2], strict=True)
+        self.prefixes = {place: KeyValue(*pair) for place, pair in zip(prefixes, pairs, strict=True)}
+
+    def hold(self, states: Tensor) -> Tensor:
+        """The layers' input [B, S, D], through which the leaves' gradients come back."""
+        held: Tensor = _HandOn.apply(states, self._leaves, *self._tensors)  # type: ignore[no-untyped-call]
+        return held if held.requires_grad else held.requires_grad_()
+
+
+class _HandOn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, leaves: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return states.view_as(states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        found = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return gradient, None, *found
