@@ -157,7 +157,7 @@ class PeftConfig:
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What PEFT does with a config of these values, in fields that it lacks."""
+        """What PEFT does with a config of these values, in fields that it lacks or then ignores."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
