@@ -189,6 +189,13 @@ def test_a_sample_has_the_shares_that_the_recipe_names(fields: dict[str, Any]) -
         train(Recipe.of({**fields, "examples": 18, "shares": {"warm": 1.0}, "output": fields["output"] + "2"}))
 
 
+@pytest.mark.parametrize("shares", [None, {"warm": 0.5, "cold": 0.5}])
+def test_a_sample_is_no_larger_than_the_data(fields: dict[str, Any], shares: dict[str, float] | None) -> None:
+    with pytest.raises(DataError, match="examples is 19 and there are 18 rows to train on: lower it"):
+        train(Recipe.of({**fields, "examples": 19, "shares": shares}))
+    assert train(Recipe.of({**fields, "examples": 18, "epochs": 1})).training_rows == 18
+
+
 def test_long_texts_are_cut_and_counted(fields: dict[str, Any]) -> None:
     report = train(Recipe.of({**fields, "max_length": 12, "epochs": 1}))
     assert report.truncated > 0
