@@ -14,7 +14,9 @@ import pytest
 import torch
 import yaml
 from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from softtune import PeftModel
 from softtune.cli import main
 from softtune.training.recipe import Recipe
 
@@ -107,11 +109,38 @@ def test_predict_answers_a_file_and_measures_it(
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
 
 
-def test_predict_and_generate_take_texts(trained: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_takes_texts(trained: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("predict", str(trained["words"]), "--text", "red sky", "--text", "blue sky") == 0
-    assert "red sky" in capsys.readouterr().out
-    assert run("generate", str(trained["words"]), "--text", "red sky", "--max-new-tokens", "3", "--beams", "2") == 0
-    assert run("generate", str(trained["words"]), "--text", "red sky", "--temperature", "1.5", "--seed", "3") == 0
+    shown = capsys.readouterr().out
+    assert "red sky" in shown
+    assert "blue sky" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ([], {"do_sample": False}),
+        (["--beams", "3"], {"do_sample": False, "num_beams": 3}),
+        (["--temperature", "1.5", "--seed", "3"], {"do_sample": True, "temperature": 1.5}),
+        (["--temperature", "1.5", "--seed", "4"], {"do_sample": True, "temperature": 1.5}),
+    ],
+)
+def test_generate_writes_what_the_library_does(
+    models: dict[str, str],
+    trained: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    settings: dict[str, Any],
+) -> None:
+    words = AutoTokenizer.from_pretrained(models["llama"])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models["llama"]), trained["words"])
+    prompt = words("text : red sky label :", return_tensors="pt")
+    torch.manual_seed(int(flags[-1]) if "--seed" in flags else 0)
+    ids = model.generate(**prompt, max_new_tokens=12, pad_token_id=words.pad_token_id, **settings)
+    expected = words.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    capsys.readouterr()
+    assert run("generate", str(trained["words"]), "--text", "red sky", "--max-new-tokens", "12", *flags) == 0
+    assert capsys.readouterr().out.strip() == " ".join(expected.split())
 
 
 @pytest.mark.parametrize(

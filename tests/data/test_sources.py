@@ -193,14 +193,15 @@ def test_split_of_an_impossible_size(test_size):
         split_records(labelled(a=10), test_size=test_size, seed=0)
 
 
-def test_balanced_sample_has_equal_shares_no_row_twice_and_a_seed():
-    data = labelled(a=30, b=10, c=10)
-    sample = sample_balanced(data, column="Label", size=20, seed=5)
-    assert Counter(sample["Label"]) == {"a": 7, "b": 7, "c": 6}
-    assert len(set(sample["ID"])) == 20
-    assert list(sample["ID"]) == list(sample_balanced(data, column="Label", size=20, seed=5)["ID"])
-    assert list(sample["ID"]) != list(sample_balanced(data, column="Label", size=20, seed=6)["ID"])
-    assert list(sample["ID"]) != sorted(sample["ID"])
+def test_a_sample_has_no_row_twice_and_a_seed():
+    data, shares = labelled(a=30, b=10, c=10), dict.fromkeys("abc", 1 / 3)
+    samples = [sample_balanced(data, column="Label", size=20, seed=seed, shares=shares) for seed in (5, 5, 6)]
+    assert Counter(samples[0]["Label"]) == {"a": 7, "b": 7, "c": 6}
+    one, same, other = (list(sample["ID"]) for sample in samples)
+    assert len(set(one)) == 20
+    assert one == same
+    assert one != other
+    assert one != sorted(one)
 
 
 @pytest.mark.parametrize(
@@ -249,4 +250,6 @@ def test_labels_that_are_numbers_are_named_as_text():
 )
 def test_a_sample_that_cannot_be_drawn(arguments, message):
     with pytest.raises(DataError, match=message):
-        sample_balanced(labelled(a=9, b=3), **{"column": "Label", "seed": 0, **arguments})
+        sample_balanced(
+            labelled(a=9, b=3), **{"column": "Label", "seed": 0, "shares": {"a": 0.5, "b": 0.5}, **arguments}
+        )

@@ -125,6 +125,59 @@ def test_a_start_that_has_no_use_for_a_field_refuses_it(field: str, value: objec
         PromptTuningConfig(prompt_tuning_init="RANDOM", **{field: value})
 
 
+UNUSED = [
+    ("PrefixTuningConfig", {"encoder_hidden_size": 9}, "set prefix_projection=True"),
+    ("PrefixTuningConfig", {"encoder_hidden_size": 9, "token_dim": 16}, "set prefix_projection=True"),
+    ("PrefixTuningConfig", {"tokenizer_name_or_path": "folder"}, "is for init_text"),
+    ("PromptEncoderConfig", {"encoder_num_layers": 3}, "encoder_num_layers is for the LSTM"),
+    ("PromptEncoderConfig", {"encoder_dropout": 0.1}, "encoder_dropout is for the LSTM"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "message"), UNUSED)
+def test_a_field_without_use_is_refused_in_training_and_kept_in_a_saved_config(
+    name: str, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        getattr(softtune, name)(**fields)
+    saved = getattr(softtune, name)(**fields, inference_mode=True)
+    saved.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == saved
+
+
+def test_fields_with_a_use_are_taken() -> None:
+    PrefixTuningConfig(encoder_hidden_size=9, prefix_projection=True)
+    PrefixTuningConfig(tokenizer_name_or_path="folder", init_text="some words")
+    PrefixTuningConfig(encoder_hidden_size=768, token_dim=768)  # as PEFT's documentation and folders have it
+    softtune.PromptEncoderConfig(
+        encoder_reparameterization_type="LSTM", encoder_num_layers=3, encoder_dropout=0.1, encoder_hidden_size=7
+    )
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+@pytest.mark.parametrize(
+    ("name", "fields"), [(name, fields) for name, fields, _ in UNUSED if "tokenizer_name_or_path" not in fields]
+)
+def test_peft_may_have_saved_what_it_ignored(
+    name: str, fields: dict[str, Any], inference_mode: bool, tmp_path: Path
+) -> None:
+    theirs = getattr(peft, name)(num_virtual_tokens=7, **fields, inference_mode=inference_mode)
+    theirs.save_pretrained(str(tmp_path))
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.num_virtual_tokens == 7
+    assert all(getattr(config, field) != value for field, value in fields.items() if field.startswith("encoder"))
+
+
+def test_only_virtual_tokens_are_prompt_learning() -> None:
+    """PEFT's attribute, by which other libraries tell the two kinds of method apart."""
+    for name in SHARED:
+        assert getattr(softtune, name)().is_prompt_learning
+        assert getattr(peft, name)(num_virtual_tokens=7).is_prompt_learning
+    assert softtune.PTuningV2Config().is_prompt_learning
+    assert not softtune.BitFitConfig().is_prompt_learning
+    assert not peft.LoraConfig().is_prompt_learning
+
+
 def test_a_word_for_a_method_is_enough() -> None:
     for peft_type in PeftType:
         assert softtune.get_peft_config({"peft_type": peft_type.value}).peft_type is peft_type

@@ -151,7 +151,7 @@ def test_a_prefix_starts_from_the_keys_and_values_of_a_text(family: str, project
         init_text="classify the movie",
         tokenizer_name_or_path=tokenizer,
         prefix_projection=projection,
-        encoder_hidden_size=16,
+        encoder_hidden_size=16 if projection else None,
     )
     model = get_peft_model(base_model(family, CAUSAL_LM), config)
     expected = cached(family, torch.tensor([14, 13, 12, 14]))

@@ -34,6 +34,14 @@ def test_a_saved_recipe_is_the_same_when_it_is_read(tmp_path: Path) -> None:
     assert Recipe.of_adapter(tmp_path) == recipe
 
 
+def test_a_saved_recipe_with_evaluation_data_can_be_read(tmp_path: Path) -> None:
+    """Its test_size is nobody's wish; and to hold out nothing contradicts no evaluation data."""
+    for fields in ({}, {"test_size": 0}):
+        recipe = Recipe.of({**FIELDS, "evaluation": "more.csv", **fields})
+        recipe.save(tmp_path / "recipe.yaml")
+        assert Recipe.of_adapter(tmp_path) == recipe
+
+
 def test_every_field_says_what_it_is_for() -> None:
     assert all(field.description for field in Recipe.model_fields.values())
 
@@ -54,6 +62,16 @@ def test_every_field_says_what_it_is_for() -> None:
             {"template": "{prompt:3} {text}", "method": "P_TUNING", "options": {"num_virtual_tokens": 4}},
             "places for 3 virtual tokens",
         ),
+        ({"shares": {}, "examples": 8}, "shares: .*at least 1"),
+        ({"labels": ["no", "yes", "no"]}, "labels has 'no' more than once"),
+        ({"options": {"task_type": "SEQ_CLS"}}, "options has task_type: set task"),
+        ({"options": {"revision": "v2"}}, "options has revision: drop it"),
+        ({"options": {"base_model_name_or_path": "gpt2"}}, "options has base_model_name_or_path: set model"),
+        (
+            {"template": "{prompt:3} {text}", "method": "PROMPT_TUNING", "options": {"placement": "suffix"}},
+            "the template says where virtual tokens stand",
+        ),
+        ({"evaluation": "more.csv", "test_size": 0.2}, "test_size holds rows out where there is no evaluation"),
         ({"template": "{text"}, "stray"),
         ({"template": "{prompt:3} {text}"}, "only PROMPT_TUNING and P_TUNING"),
     ],
@@ -81,6 +99,13 @@ def test_a_missing_file(tmp_path: Path) -> None:
         Recipe.of_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.name)
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_the_project_has_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_the_recipes_of_the_project_are_valid(path: Path) -> None:
     assert Recipe.load(path).model_dump().keys() >= yaml.safe_load(path.read_text()).keys()

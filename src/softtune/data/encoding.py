@@ -55,8 +55,11 @@ def encode_apart(
     answer: str | int | None = None,
     max_length: int,
 ) -> Example:
-    """Encode one record whose answer the model does not read: an encoder-decoder's target text, or a head's class
-    id."""
+    """Encode one record whose answer the model does not read: an encoder-decoder's target text, or a head's class id.
+
+    Raises:
+        DataError: as from ``encode``.
+    """
     prompt = encode(template, record, tokenizer, max_length=max_length)
     if answer is None:
         return prompt
@@ -79,6 +82,10 @@ def encode(
     puts last (SEP) come last if there is no ``answer``; an example with one ends with it, or with EOS if ``add_eos``.
     An answer of "" leaves the prompt open, as generation wants it, whatever the tokenizer puts last.
     What is too long is cut from the ends of the fields, the longest first.
+
+    Raises:
+        DataError: the record lacks a column or has no text in it, nothing is left to read, template and answer alone
+            are too long, or the tokenizer is a slow one or has no EOS to add.
     """
     if not tokenizer.is_fast:
         raise DataError("the tokenizer is a slow one, which tells no character offsets; load a fast one")

@@ -35,6 +35,9 @@ def load_records(source: str, *, split: str = "train") -> Dataset:
     ``.tsv`` (tabs, quotes are text), ``.jsonl`` or ``.json`` (one object a line; a key that a row lacks is null). Files
     are UTF-8, with or without a byte-order mark. Anything else goes to ``datasets.load_dataset(source, split=split)``.
     A file is one split, ``"train"``.
+
+    Raises:
+        DataError: the file is missing, empty, malformed or of another kind, or the hub has no such data set or split.
     """
     path = Path(source).expanduser()
     if path.suffix.lower() in _PARSERS or path.exists():
@@ -43,7 +46,11 @@ def load_records(source: str, *, split: str = "train") -> Dataset:
 
 
 def split_records(dataset: Dataset, *, test_size: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Shuffle and split into (train, test); ``test_size`` is a number of rows (int) or a share of them (float)."""
+    """Shuffle and split into (train, test); ``test_size`` is a number of rows (int) or a share of them (float).
+
+    Raises:
+        DataError: one of the two would have no rows.
+    """
     try:
         parts = dataset.train_test_split(test_size=test_size, seed=seed)
     except ValueError as error:
@@ -51,18 +58,19 @@ def split_records(dataset: Dataset, *, test_size: float, seed: int) -> tuple[Dat
     return parts["train"], parts["test"]
 
 
-def sample_balanced(
-    dataset: Dataset, *, column: str, size: int, seed: int, shares: Mapping[str, float] | None = None
-) -> Dataset:
-    """Draw ``size`` rows in random order, with equal shares for every value of ``column`` or with the ``shares`` given.
+def sample_balanced(dataset: Dataset, *, column: str, size: int, seed: int, shares: Mapping[str, float]) -> Dataset:
+    """Draw ``size`` rows in random order, of every value of ``column`` its share.
 
     Shares sum to 1; a value that they do not name gets no rows. Rows that do not divide evenly go to the largest
-    remainders, and among equals to the value that comes first in the data (or in ``shares``).
+    remainders, and among equals to the value that comes first in ``shares``.
+
+    Raises:
+        DataError: there is no such column, the shares do not sum to 1, or a value has too few rows.
     """
     check_columns([column], dataset.column_names)
     values = [str(value) for value in dataset[column]]
     counts = Counter(values)
-    quotas = _quotas(shares or {value: 1 / len(counts) for value in counts}, size)
+    quotas = _quotas(shares, size)
     if any(quota > counts[value] for value, quota in quotas.items()):
         rows = ", ".join(f"{value!r}: {quota} wanted, {counts[value]} there" for value, quota in quotas.items())
         raise DataError(f"too few rows to sample by {column!r} ({rows}); lower the size or change the shares")

@@ -1,8 +1,8 @@
 """What every method is made of: its config, and the prompt that its trained module contributes to a batch.
 
 A method is a config whose ``build`` returns a module with two duties: ``prompt()`` says what it adds to a batch, and
-``baked_state()`` what inference needs of it. Nothing else in softtune asks which method it has before it. Field names
-and defaults are PEFT's; a field that PEFT lacks is marked ``OURS``.
+``baked_state()`` what inference needs of it. The injection room reads prompts and knows no method. Field names and
+defaults are PEFT's; a field that PEFT lacks is marked ``OURS``.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class PeftConfig:
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What PEFT does with a config of these values, in fields that it lacks."""
+        """What PEFT does with a config of these values, in fields that it lacks or then ignores."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from torch import Tensor, nn
 
 from softtune.backbone import Backbone
+from softtune.errors import ConfigError
 from softtune.methods import initialization as init
 from softtune.methods.base import PeftType, PositiveInt, Probability, Prompt, PromptLearningConfig
 from softtune.methods.prompt_tuning import settle_input
@@ -26,9 +28,17 @@ class PromptEncoderReparameterizationType(str, Enum):
     LSTM = "LSTM"
 
 
+_OF_THE_LSTM = {"encoder_num_layers": 2, "encoder_dropout": 0.0}
+"""Fields that the MLP has no use for, and their defaults."""
+
+
 @dataclass(kw_only=True)
 class PromptEncoderConfig(PromptLearningConfig):
-    """Config of P-tuning."""
+    """Config of P-tuning.
+
+    Raises:
+        ConfigError: a value is out of range, or is for the LSTM and the encoder is the MLP.
+    """
 
     peft_type: PeftType = PeftType.P_TUNING
     encoder_reparameterization_type: PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
@@ -40,6 +50,13 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_dropout: Probability = 0.0
     """Dropout between the LSTM's layers."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inference_mode or self.encoder_reparameterization_type is PromptEncoderReparameterizationType.LSTM:
+            return
+        if unused := [name for name, default in _OF_THE_LSTM.items() if getattr(self, name) != default]:
+            raise ConfigError(f"{unused[0]} is for the LSTM: set encoder_reparameterization_type='LSTM', or drop it")
+
     def build(self, backbone: Backbone) -> PromptEncoder:
         """See ``PeftConfig.build``."""
         settle_input(self, backbone)
@@ -48,6 +65,11 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
         return True
+
+    @classmethod
+    def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``PeftConfig.implied_by_peft``: the MLP is the same whatever is said of the LSTM."""
+        return {} if values.get("encoder_reparameterization_type") == "LSTM" else _OF_THE_LSTM
 
 
 class PromptEncoder(nn.Module):

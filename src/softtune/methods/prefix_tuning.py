@@ -63,6 +63,13 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ConfigError("embedding_only trains no layer: drop layers and sites")
         if self.embedding_only and not self.shift_positions:
             raise ConfigError("embedding_only has its virtual tokens among the words: drop shift_positions")
+        if self.inference_mode:
+            return  # a saved config keeps what it was trained with, and PEFT's what it had no use for
+        if self.tokenizer_name_or_path is not None and self.init_text is None:
+            raise ConfigError("tokenizer_name_or_path is for init_text: write one, or drop the tokenizer")
+        # PEFT fills in token_dim, with a projection and without.
+        if not self.prefix_projection and self.encoder_hidden_size not in (None, self.token_dim):
+            raise ConfigError("encoder_hidden_size is for the projection: set prefix_projection=True, or drop it")
 
     def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
         """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
@@ -104,8 +111,10 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """See ``PeftConfig.implied_by_peft``: in an encoder-decoder, only the decoder's own attention gets a prefix."""
-        return {"sites": [Site.DECODER]} if values.get("num_transformer_submodules") == 2 else {}
+        """See ``PeftConfig.implied_by_peft``: in an encoder-decoder, only the decoder's own attention gets a prefix;
+        without a projection there is no hidden layer."""
+        sites = {"sites": [Site.DECODER]} if values.get("num_transformer_submodules") == 2 else {}
+        return sites if values.get("prefix_projection") else {**sites, "encoder_hidden_size": None}
 
 
 class PrefixEncoder(nn.Module):

@@ -6,6 +6,7 @@ The recipe is kept in the adapter's folder, so that prediction meets the same te
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,16 @@ LEARNING_RATES = {
     PeftType.BITFIT: 1e-3,
 }
 """Where ``learning_rate`` is left out."""
+
+
+NOT_OPTIONS = {
+    "peft_type": "set method instead",
+    "task_type": "set task instead",
+    "inference_mode": "drop it, a recipe trains",
+    "base_model_name_or_path": "set model instead",
+    "revision": "drop it, and set model to a folder with that revision",
+}
+"""Fields of the method's config that are not for ``options``, and what to do instead."""
 
 
 class Recipe(BaseModel):
@@ -52,7 +63,7 @@ class Recipe(BaseModel):
     """Rows (whole number) or share of them to hold out where there is no evaluation data; 0 for none."""
     examples: Annotated[int, Field(ge=1)] | None = None
     """Train on a random sample of this many rows."""
-    shares: dict[str, float] | None = None
+    shares: Annotated[dict[str, float], Field(min_length=1)] | None = None
     """Share of each label in that sample; by default as in the data."""
     template: str
     """How a record reads: {column} fields, {prompt:N} virtual tokens."""
@@ -93,13 +104,19 @@ class Recipe(BaseModel):
     def _fits_together(self) -> Recipe:
         if self.task is TaskType.SEQ_CLS and not self.labels:
             raise ValueError("SEQ_CLS needs labels: list them")
+        if twice := [label for label, count in Counter(list(self.labels or ())).items() if count > 1]:
+            raise ValueError(f"labels has {twice[0]!r} more than once: list every label once")
         if self.shares and self.examples is None:
             raise ValueError("shares needs examples: say how many rows to sample")
         places, tokens = Template(self.template).num_virtual_tokens, self.options.get("num_virtual_tokens")
         if places and tokens not in (None, places):
             raise ValueError(f"the template has places for {places} virtual tokens, num_virtual_tokens is {tokens}")
-        if fixed := {"peft_type", "task_type", "inference_mode"} & set(self.options):
-            raise ValueError(f"options has {min(fixed)}: set method and task instead")
+        if places and self.options.get("placement") == "suffix":
+            raise ValueError("the template says where virtual tokens stand: drop placement, or the template's places")
+        if fixed := NOT_OPTIONS.keys() & self.options:
+            raise ValueError(f"options has {min(fixed)}: {NOT_OPTIONS[min(fixed)]}")
+        if self.evaluation is not None and self.test_size and "test_size" in self.model_fields_set:
+            raise ValueError("test_size holds rows out where there is no evaluation data: drop one of the two")
         if self.evaluation is None and self.evaluation_split != "train":
             raise ValueError("evaluation_split needs evaluation: name the data set there too")
         self.config()
@@ -146,10 +163,10 @@ class Recipe(BaseModel):
         return cls.load(Path(folder) / RECIPE_NAME)
 
     def save(self, path: Path) -> None:
-        """Write all fields as YAML."""
-        path.write_text(
-            yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        """Write all fields as YAML, but for a ``test_size`` that nothing uses."""
+        unused = {"test_size"} if self.evaluation is not None and self.test_size else None
+        fields = self.model_dump(mode="json", exclude=unused)
+        path.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @property
     def num_labels(self) -> int | None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
 from softtune import storage
-from softtune.data import Collator, Task, each_row, load_records, sample_balanced, split_records
+from softtune.data import Collator, Example, Task, each_row, load_records, sample_balanced, split_records
 from softtune.data.sources import check_columns
-from softtune.errors import ConfigError, TrainingError
+from softtune.errors import ConfigError, DataError, TrainingError
 from softtune.evaluation.answers import answer, fitted, measure
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
@@ -80,56 +80,51 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *
         DataError: the data does not fit.
         TrainingError: the loss is not a number; the adapter is saved as it was before.
     """
-    folder, task = Path(recipe.output), recipe.definition
-    start = _checkpoint(folder / CHECKPOINTS, recipe, resume)
-    training, held_out = _rows(recipe, task)
-    set_seed(recipe.seed)  # a new head is drawn when the base model is loaded
-    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
-    model = PeftModel(base, recipe.config())
-    task = fitted(task, model)
-    examples = each_row(training, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r)))
-    before = _begin(recipe, task, model, tokenizer, held_out, progress, resumes=start is not None)
-    trainer = AdapterTrainer(
-        model,
-        args=_arguments(recipe, folder / CHECKPOINTS),
-        train_dataset=examples,
-        data_collator=Collator(int(tokenizer.pad_token_id), padding_side="left"),
-        callbacks=[interrupt := InterruptSaver(), ProgressReporter(lambda *step: progress("training", *step))],
-    )
-    clock = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=start)
-    except TrainingError:
-        _finish(model, recipe)
-        raise
-    finally:
-        interrupt.restore()
-    seconds = time.perf_counter() - clock
-    finished = trainer.state.global_step >= trainer.state.max_steps
-    after: dict[str, float] = {}
-    cut = 0
-    if finished:
-        _finish(model, recipe)
-        after, cut = _answers(model, tokenizer, task, held_out, progress, "evaluating")
-    trained, total = model.get_nb_trainable_parameters()
+    start = _checkpoint(recipe, resume)
+    run = _prepared(recipe, progress)
+    before = _begin(run, resumes=start is not None)
+    state, seconds = _fit(run, start)
+    finished = state.global_step >= state.max_steps
+    after, evaluation_truncated = _finish(run) if finished else ({}, 0)
+    trained, total = run.model.get_nb_trainable_parameters()
     return Report(
         finished=finished,
-        steps=trainer.state.global_step,
+        steps=state.global_step,
         before=before,
         after=after,
         trained=trained,
         total=total,
-        training_rows=len(examples),
-        evaluation_rows=len(held_out or ()),
-        truncated=sum(example.truncated > 0 for example in examples),
-        evaluation_truncated=cut,
-        folder=folder,
+        training_rows=len(run.examples),
+        evaluation_rows=len(run.held_out or ()),
+        truncated=sum(example.truncated > 0 for example in run.examples),
+        evaluation_truncated=evaluation_truncated,
+        folder=Path(recipe.output),
         seconds=seconds,
     )
 
 
-def _checkpoint(folder: Path, recipe: Recipe, resume: bool) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a recipe names, loaded."""
+
+    recipe: Recipe
+    task: Task
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    """To train on."""
+    held_out: Dataset | None
+    """Rows to evaluate on."""
+    progress: Progress
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.recipe.output) / CHECKPOINTS
+
+
+def _checkpoint(recipe: Recipe, resume: bool) -> str | None:
     """The checkpoint to start from; an unfinished run is neither overwritten nor resumed by another recipe."""
+    folder = Path(recipe.output) / CHECKPOINTS
     found = last_checkpoint(folder)
     if found is None:
         if resume:
@@ -144,6 +139,25 @@ def _checkpoint(folder: Path, recipe: Recipe, resume: bool) -> str | None:
     return found
 
 
+def _prepared(recipe: Recipe, progress: Progress) -> _Run:
+    """Data first, since it is quick to be found wrong; then the base model with a new adapter."""
+    task = recipe.definition
+    training, held_out = _rows(recipe, task)
+    set_seed(recipe.seed)  # a new head is drawn when the base model is loaded
+    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+    model = PeftModel(base, recipe.config())
+    task = fitted(task, model)
+    return _Run(
+        recipe=recipe,
+        task=task,
+        model=model,
+        tokenizer=tokenizer,
+        examples=each_row(training, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r))),
+        held_out=held_out,
+        progress=progress,
+    )
+
+
 def _rows(recipe: Recipe, task: Task) -> tuple[Dataset, Dataset | None]:
     """Training rows and, where there are any, evaluation rows."""
     rows = load_records(recipe.train, split=recipe.train_split)
@@ -154,13 +168,73 @@ def _rows(recipe: Recipe, task: Task) -> tuple[Dataset, Dataset | None]:
         check_columns([*task.template.fields, task.label_column], held_out.column_names)
     elif recipe.test_size:
         rows, held_out = split_records(rows, test_size=recipe.test_size, seed=recipe.seed)
-    if recipe.examples is not None and recipe.shares is not None:
-        rows = sample_balanced(
-            rows, column=task.label_column, size=recipe.examples, seed=recipe.seed, shares=recipe.shares
-        )
-    elif recipe.examples is not None:
-        rows = rows.shuffle(seed=recipe.seed).select(range(min(recipe.examples, len(rows))))
-    return rows, held_out
+    return rows if recipe.examples is None else _sample(recipe, rows, recipe.examples), held_out
+
+
+def _sample(recipe: Recipe, rows: Dataset, size: int) -> Dataset:
+    if size > len(rows):
+        raise DataError(f"examples is {size} and there are {len(rows)} rows to train on: lower it or leave it out")
+    if recipe.shares is None:
+        return rows.shuffle(seed=recipe.seed).select(range(size))
+    return sample_balanced(rows, column=recipe.label_column, size=size, seed=recipe.seed, shares=recipe.shares)
+
+
+def _begin(run: _Run, *, resumes: bool) -> dict[str, float]:
+    """Metrics of the base model alone; noted beside the recipe, where a resumed run finds them."""
+    if resumes:
+        return storage.read_json(run.checkpoints / BASELINE_NAME)
+    with run.model.disable_adapter():
+        metrics, _ = _measured(run, "evaluating the base model")
+    with storage.staged(run.checkpoints) as stage:
+        run.recipe.save(stage / RECIPE_NAME)
+        storage.write_json(stage / BASELINE_NAME, metrics)
+    return metrics
+
+
+def _fit(run: _Run, start: str | None) -> tuple[TrainerState, float]:
+    """Train; where the run ended, and the seconds that it took. A run that has to stop leaves the adapter's folder."""
+    trainer = AdapterTrainer(
+        run.model,
+        args=_arguments(run.recipe, run.checkpoints),
+        train_dataset=run.examples,
+        data_collator=Collator(int(run.tokenizer.pad_token_id), padding_side="left"),
+        callbacks=[interrupt := InterruptSaver(), ProgressReporter(lambda *step: run.progress("training", *step))],
+    )
+    clock = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=start)
+    except TrainingError:
+        _save(run)
+        raise
+    finally:
+        interrupt.restore()
+    return trainer.state, time.perf_counter() - clock
+
+
+def _finish(run: _Run) -> tuple[dict[str, float], int]:
+    """Save the adapter and evaluate it; see ``_measured``."""
+    _save(run)
+    return _measured(run, "evaluating")
+
+
+def _save(run: _Run) -> None:
+    """Write the adapter's folder, and remove what an unfinished run had kept."""
+    run.model.save_pretrained(run.recipe.output)
+    with storage.staged(run.recipe.output) as stage:
+        run.recipe.save(stage / RECIPE_NAME)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+
+
+def _measured(run: _Run, phase: str) -> tuple[dict[str, float], int]:
+    """Metrics of the answers to the rows held out, and how many of these were cut to fit."""
+    rows = run.held_out
+    if not rows:
+        return {}, 0
+    run.progress(phase, 0, len(rows), None)
+    answers = answer(
+        run.model, run.tokenizer, run.task, rows, advance=lambda done: run.progress(phase, done, len(rows), None)
+    )
+    return measure(run.task, rows, answers), answers.truncated
 
 
 def _arguments(recipe: Recipe, folder: Path) -> Any:
@@ -176,49 +250,3 @@ def _arguments(recipe: Recipe, folder: Path) -> Any:
         save_steps=recipe.save_steps,
         seed=recipe.seed,
     )
-
-
-def _begin(
-    recipe: Recipe,
-    task: Task,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset | None,
-    progress: Progress,
-    *,
-    resumes: bool,
-) -> dict[str, float]:
-    """Metrics of the base model alone; noted beside the recipe, where a resumed run finds them."""
-    folder = Path(recipe.output) / CHECKPOINTS
-    if resumes:
-        return storage.read_json(folder / BASELINE_NAME)
-    with model.disable_adapter():
-        metrics, _ = _answers(model, tokenizer, task, rows, progress, "evaluating the base model")
-    with storage.staged(folder) as stage:
-        recipe.save(stage / RECIPE_NAME)
-        storage.write_json(stage / BASELINE_NAME, metrics)
-    return metrics
-
-
-def _answers(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Dataset | None,
-    progress: Progress,
-    phase: str,
-) -> tuple[dict[str, float], int]:
-    """Metrics of the answers to the rows, and how many rows were cut to fit."""
-    if not rows:
-        return {}, 0
-    progress(phase, 0, len(rows), None)
-    answers = answer(model, tokenizer, task, rows, advance=lambda done: progress(phase, done, len(rows), None))
-    return measure(task, rows, answers), answers.truncated
-
-
-def _finish(model: PeftModel, recipe: Recipe) -> None:
-    """Write the adapter's folder, and remove what an unfinished run had kept."""
-    model.save_pretrained(recipe.output)
-    with storage.staged(recipe.output) as stage:
-        recipe.save(stage / RECIPE_NAME)
-    shutil.rmtree(Path(recipe.output) / CHECKPOINTS, ignore_errors=True)
