@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softtune import AdapterError, PeftModel
+from softtune import AdapterError, PeftModel, UnsupportedModelError
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -65,13 +65,20 @@ def test_word_vectors_in_place_of_words(family: str, task: str, method: str) -> 
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("method", ["prefix", "prefix_last", "p_tuning_v2", "bitfit_added"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "prefix_last", "p_tuning_v2", "bitfit_added"])
 def test_packed_texts_do_not_see_each_other(family: str, method: str) -> None:
     model, rows = adapted(family, CAUSAL_LM, method), texts(family, CAUSAL_LM)
     positions = torch.cat([torch.arange(len(r)) for r in rows])
     packed = model(input_ids=torch.cat(rows)[None], position_ids=positions[None], use_cache=False).logits[0]
     for row, logits in zip(rows, packed.split([len(r) for r in rows]), strict=True):
         torch.testing.assert_close(logits, model(input_ids=row[None]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_packed_texts_have_no_place_for_virtual_tokens_among_the_words() -> None:
+    model, rows = adapted("llama", CAUSAL_LM, "prompt_suffix"), texts("llama", CAUSAL_LM)
+    positions = torch.cat([torch.arange(len(r)) for r in rows])
+    with pytest.raises(UnsupportedModelError, match="packed"):
+        model(input_ids=torch.cat(rows)[None], position_ids=positions[None], use_cache=False)
 
 
 def by_argmax(model: PeftModel, row: Tensor, task: str) -> Tensor:

@@ -24,7 +24,7 @@ class Adapter:
     module: Any
     """The method's module, a ``Method``."""
     heads: dict[str, nn.Module]
-    """Trained copies of the base model's heads, by their names."""
+    """Trained copies of the base model's heads in fp32, by their names."""
 
     @classmethod
     def new(cls, config: PeftConfig, backbone: Backbone) -> Adapter:
@@ -36,7 +36,7 @@ class Adapter:
         """
         model, config = backbone.model, copy.deepcopy(config)
         config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
-        heads = {name: copy.deepcopy(model.get_submodule(name)) for name in _head_names(config, backbone)}
+        heads = {name: copy.deepcopy(model.get_submodule(name)).float() for name in _head_names(config, backbone)}
         return cls(config, config.build(backbone).to(model.device), heads)
 
     @property

@@ -80,7 +80,7 @@ def replace_modules(
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             for number, copy in enumerate(copies):
                 if copy is not None:
-                    own = copy(*args, **kwargs)
+                    own = _in_fp32(copy, args, kwargs).to(output.dtype)
                     output = own if rows is None else _choose(multiplied(rows, len(output)) == number, own, output)
             return output
 
@@ -88,6 +88,16 @@ def replace_modules(
 
     names = {name: [copies.get(name) for copies in adapters] for own in adapters for name in own}
     return [model.get_submodule(n).register_forward_hook(answer(c), with_kwargs=True) for n, c in names.items()]
+
+
+def _in_fp32(head: nn.Module, args: Any, kwargs: Any) -> Tensor:
+    """The output of a trained head, which stays in full precision beside a base model of half."""
+
+    def raised(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    output: Tensor = head(*map(raised, args), **{name: raised(x) for name, x in kwargs.items()})
+    return output
 
 
 def _choose(mine: Tensor, own: Tensor, output: Tensor) -> Tensor:

@@ -209,6 +209,10 @@ class StackInjection:
                 return  # the model's own count is right
             positions = step.positions() + self.stack.first_position
         positions = positions.expand(step.rows, -1)
+        if here.vectors is not None and step.has_restarts(positions):
+            raise UnsupportedModelError(
+                "several texts packed into one row have no place for virtual tokens among the words: pad them instead"
+            )
         shift = self._shift(call, step, here, positions)
         if self.layout is not None:
             in_slots = self.layout.merge(shift.expand_as(positions), torch.zeros_like(here.is_vector))

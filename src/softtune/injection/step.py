@@ -49,6 +49,11 @@ class Step:
         columns = torch.arange(self.width, device=self.device)[-self.length :]
         return (columns - self.starts[:, None]).clamp(min=0)
 
+    def has_restarts(self, positions: Tensor) -> bool:
+        """Whether real tokens' positions [B, T] begin anew within a row, as those of packed texts do."""
+        falls = positions.diff(dim=1) < 0
+        return bool((falls if self.mask is None else falls & (self.mask[:, -self.length : -1] != 0)).any())
+
     def is_from(self, columns: Tensor) -> Tensor:
         """[B, T] which tokens stand at or behind a column [B, 1]."""
         return torch.arange(self.length, device=self.device) >= columns
