@@ -67,16 +67,16 @@ def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
     return {**state, **adapter.head_state()}
 
 
-def load(folder: str | os.PathLike[str], adapter: Adapter, *, trainable: bool, **hub: Any) -> None:
-    """Fill a new adapter from a folder or hub repository.
+def load(folder: str | os.PathLike[str], adapter: Adapter, **hub: Any) -> None:
+    """Fill an adapter from a folder or hub repository.
 
     Raises:
-        CheckpointError: weights are missing, damaged or pickled, or ``trainable`` and the folder holds no training
-        state.
+        CheckpointError: weights are missing, damaged or pickled, or the adapter has an encoder and the folder holds no
+            training state.
         AdapterMismatchError: the tensors do not fit the base model.
     """
     saved = weights(folder, **hub)
-    state = storage.locate(folder, STATE_NAME, **hub) if trainable and adapter.is_reparameterised else None
+    state = storage.locate(folder, STATE_NAME, **hub) if adapter.is_reparameterised else None
     fill(adapter, saved, read(state) if state else None)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,14 @@ class PeftModel(PushToHubMixin, nn.Module):
         self._acting = Acting(self.backbone)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """PEFT's class where PEFT is loaded: Trainers, accelerate and TRL know models with adapters by it alone."""
+        return getattr(sys.modules.get("peft"), "PeftModel", PeftModel)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, (), self.__dict__
 
     # Adapters: add, load, save, choose, remove
 
@@ -109,13 +118,21 @@ class PeftModel(PushToHubMixin, nn.Module):
         config: PeftConfig | None = None,
         **options: Any,
     ) -> None:
-        """Add a saved adapter, as ``from_pretrained`` does, with its errors. The first one becomes active."""
+        """Add a saved adapter, as ``from_pretrained`` does, with its errors. The first one becomes active.
+
+        An adapter that is there already takes over the saved numbers, and is trained or not as before: its tensors
+        stay the same objects, so that an optimizer goes on with them.
+        """
         hub = check_options(options, HUB_OPTIONS)
+        if adapter_name in self.peft_config:
+            checkpoint.check_base_model(model_id, self.backbone, **hub)
+            checkpoint.load(model_id, self.adapter(adapter_name), **hub)
+            return
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub)
         config.inference_mode = not is_trainable
         checkpoint.check_base_model(model_id, self.backbone, **hub)
         adapter = self._new_adapter(adapter_name, config)
-        checkpoint.load(model_id, adapter, trainable=is_trainable, **hub)
+        checkpoint.load(model_id, adapter, **hub)
         self._register(adapter_name, adapter)
 
     def save_pretrained(
@@ -404,3 +421,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.prompt_encoder[name] = adapter.module
         self.heads[name] = nn.ModuleDict({n.replace(".", "/"): head for n, head in adapter.heads.items()})
         self.set_adapter(name if len(self.peft_config) == 1 else self.active_adapter)
+
+
+def _blank() -> PeftModel:
+    """What pickle and copy fill: ``object.__reduce__`` would make one of ``__class__``."""
+    return PeftModel.__new__(PeftModel)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from tests.families import CAUSAL_LM, METHODS, SEQ_CLS, VOCABULARY, base_model
+from tests.families import CAUSAL_LM, METHODS, SEQ_CLS, VOCABULARY, base_model, scramble
+from tests.tiny import tokenizer
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
@@ -51,10 +56,28 @@ def trained(model: Any) -> dict[str, Tensor]:
 def test_a_run_that_goes_on_from_a_checkpoint_is_an_unbroken_one(task: str, method: str, tmp_path: Path) -> None:
     unbroken = trainer(tmp_path, task, method)
     unbroken.train()
+    begun = tmp_path / "checkpoint-2"
+    assert (begun / "adapter_model.safetensors").exists()
+    assert not (begun / "model.safetensors").exists()
+    base = base_model({CAUSAL_LM: "gpt2", SEQ_CLS: "bert"}[task], task)
+    logits = PeftModel.from_pretrained(base, begun)(torch.tensor([[5, 6, 7]])).logits
+    resumed = trainer(tmp_path, task, method)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(trained(resumed.model), trained(unbroken.model), rtol=0, atol=0)
+    assert not torch.equal(resumed.model.eval()(torch.tensor([[5, 6, 7]])).logits, logits)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_without_peft_a_checkpoint_is_the_state_of_the_adapter(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "peft")  # the Trainer then sees a module like any other
+    unbroken = trainer(tmp_path, CAUSAL_LM, method)
+    unbroken.train()
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert saved.keys() == unbroken.model.state_dict().keys()
     assert not any(name.startswith("base_model.") for name in saved)
-    resumed = trainer(tmp_path, task, method)
+    resumed = trainer(tmp_path, CAUSAL_LM, method)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     torch.testing.assert_close(trained(resumed.model), trained(unbroken.model), rtol=0, atol=0)
 
@@ -96,3 +119,59 @@ def test_a_state_dict_holds_adapters_alone_and_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match=r"prompt_encoder\.default"):
         model.load_state_dict({})
     assert model.load_state_dict({}, strict=False).missing_keys == list(state)
+
+
+def test_what_knows_adapters_by_pefts_class_knows_these() -> None:
+    model = get_peft_model(base_model("gpt2", CAUSAL_LM), METHODS["bitfit"]()).eval()
+    assert isinstance(model, peft.PeftModel)
+    assert isinstance(model, PeftModel)
+    assert not isinstance(model, peft.PeftModelForCausalLM)
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is PeftModel
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_loading_into_an_adapter_keeps_its_tensors(tmp_path: Path) -> None:
+    model = get_peft_model(base_model("gpt2", CAUSAL_LM), METHODS["prefix_projection"]())
+    model.save_pretrained(tmp_path)
+    saved, before = trained(model), [id(p) for p in model.parameters()]
+    scramble(model)
+    model.load_adapter(tmp_path, "default")
+    assert [id(p) for p in model.parameters()] == before
+    torch.testing.assert_close(trained(model), saved, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning_lstm"])
+def test_trl(method: str, tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    words = tokenizer(ends=True)
+    texts = Dataset.from_dict({"text": ["red is warm", "blue is cold", "the sky is blue and good"] * 8})
+    losses = []
+    for folder, again in ((tmp_path, None), (tmp_path, tmp_path / "checkpoint-2")):
+        set_seed(0)
+        model = get_peft_model(base_model("llama", CAUSAL_LM), METHODS[method](task_type=CAUSAL_LM))
+        arguments = SFTConfig(
+            output_dir=str(folder),
+            max_steps=6,
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=0.05,
+            max_length=16,
+            bf16=False,
+            report_to="none",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )
+        run = SFTTrainer(model=model, args=arguments, train_dataset=texts, eval_dataset=texts, processing_class=words)
+        run.train(resume_from_checkpoint=again and str(again))
+        losses.append([entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry])
+    assert losses[0][-1] < losses[0][0]
+    assert losses[0] == losses[1]
+    assert (tmp_path / "checkpoint-6" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "checkpoint-6" / "model.safetensors").exists()

@@ -77,7 +77,7 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         assert isinstance(self.model, PeftModel)
-        checkpoint.load(resume_from_checkpoint, self.model.adapter(self.model.active_adapter), trainable=True)
+        checkpoint.load(resume_from_checkpoint, self.model.adapter(self.model.active_adapter))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
