@@ -121,6 +121,8 @@ class Family:
     dropout: tuple[str, ...] = ()
     positions: str = "ids"
     """How positions reach the model: as ``position_ids``, looked up by itself in a ``table``, or ``none``."""
+    word_scale: float = 1.0
+    """What the model multiplies words with that it looks up, but not vectors that come in their place."""
     first_position: int = 0
     """The number of the first real token's position."""
     table: tuple[str, ...] = ()
@@ -131,8 +133,10 @@ class Family:
     """By task, the sides on which padding leaves the plain model's answers alone; both by default."""
     refused: dict[str, str] = field(default_factory=dict)
     """Methods that the family cannot take, and the methods that the refusal names instead."""
-    shares_keys: bool = False
-    """Whether layers attend to the keys of another one, which have no place of their own in a cache."""
+    fused: Callable[[int], dict[str, Tensor]] | None = None
+    """Which features of a fused projection are query, key and value, out of their number."""
+    plain_cache: bool = True
+    """Whether the model's cache holds the keys and values that each layer attends to."""
     ends_with_eos: bool = False
     """Whether the classifier reads the end token, so that every text needs one."""
     takes_vectors: bool = True
@@ -162,6 +166,33 @@ def encoder_decoder(**settings: Any) -> EncoderDecoderConfig:
     decoder = BertConfig(**settings | {"num_hidden_layers": 3})
     special = {k: settings[k] for k in ("pad_token_id", "eos_token_id", "bos_token_id", "vocab_size")}
     return EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder, **own, **special)
+
+
+def one_after_another(heads: int, key_heads: int) -> Callable[[int], dict[str, Tensor]]:
+    """All heads' queries, then all keys, then all values."""
+
+    def places(size: int) -> dict[str, Tensor]:
+        head = size // (heads + 2 * key_heads)
+        rows = torch.arange(size).view(-1, head)
+        parts = rows[:heads], rows[heads : heads + key_heads], rows[heads + key_heads :]
+        return {name: part.flatten() for name, part in zip(("query", "key", "value"), parts, strict=True)}
+
+    return places
+
+
+def by_key_head(heads: int, key_heads: int) -> Callable[[int], dict[str, Tensor]]:
+    """For each key head, the queries that look at it, its key and its value."""
+
+    def places(size: int) -> dict[str, Tensor]:
+        head, group = size // (heads + 2 * key_heads), heads // key_heads + 2
+        found: dict[str, list[int]] = {"query": [], "key": [], "value": []}
+        for feature in range(size):
+            place = feature // head % group
+            name = "value" if place == group - 1 else "key" if place == group - 2 else "query"
+            found[name].append(feature)
+        return {name: torch.tensor(features) for name, features in found.items()}
+
+    return places
 
 
 LLAMA = {
@@ -231,6 +262,7 @@ FAMILIES = {
         tasks=DECODER_TASKS,
         attention={"decoder": [Attention("h.{}.attn", (0, 1), 6, 6)]},
         dropout=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+        fused=one_after_another(6, 6),
     ),
     "llama": llama_like(LlamaConfig, sizes={"hidden_size": 48, "num_attention_heads": 6}),
     "qwen3": llama_like(Qwen3Config, sizes={"head_dim": 12}, size=12),
@@ -243,6 +275,7 @@ FAMILIES = {
         tasks=DECODER_TASKS,
         attention={"decoder": [Attention(None, (0, 1), 4, 8)]},
         dropout=("hidden_dropout", "attention_dropout"),
+        fused=by_key_head(4, 4),
         positions="none",
         refused=ALL_OR_NONE,
     ),
@@ -313,6 +346,7 @@ FAMILIES = {
             "max_position_embeddings": 64,
         },
         tasks=DECODER_TASKS,
+        fused=by_key_head(4, 2),
         attention={"decoder": [Attention(None, (0, 1), 4, 8)]},
         refused=ALL_OR_NONE,
     ),
@@ -328,6 +362,7 @@ FAMILIES = {
         },
         tasks=DECODER_TASKS,
         attention={"decoder": [Attention(None, (0, 1), 1, 8)]},
+        fused=by_key_head(4, 1),
         refused=ALL_OR_NONE,
     ),
     "mpt": Family(
@@ -336,6 +371,7 @@ FAMILIES = {
         tasks=DECODER_TASKS,
         attention={"decoder": [Attention(None, (0, 1), 4, 8)]},
         has_biases=False,
+        fused=one_after_another(4, 4),
         positions="none",
         refused=ALL_OR_NONE,
     ),
@@ -352,11 +388,15 @@ FAMILIES = {
         tasks=DECODER_TASKS,
         attention={"decoder": [Attention("layers.{}.attention", (0, 1), 4, 8)]},
         dropout=("classifier_dropout",),
+        fused=by_key_head(4, 4),
     ),
     "mistral": llama_like(MistralConfig, sizes={"sliding_window": 8}, window=True),
     "qwen2": llama_like(Qwen2Config, has_biases=True),
     "gemma2": llama_like(
-        Gemma2Config, sizes={**WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8}, window=True
+        Gemma2Config,
+        # Only eager attention caps the scores.
+        sizes={**WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_implementation": "eager"},
+        window=True,
     ),
     "gemma4": llama_like(
         Gemma4TextConfig,
@@ -383,15 +423,16 @@ FAMILIES = {
             "global_head_dim": 8,
             "hidden_size_per_layer_input": 4,
             "vocab_size_per_layer_input": VOCABULARY,
+            "dtype": torch.float64,  # its scores are large, for want of a scale, and leave float32 too few digits
         },
         window=True,
-        shares_keys=True,
+        plain_cache=False,
         takes_vectors=False,
         refused=dict.fromkeys(
             ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only"), "use PrefixTuningConfig"
         ),
     ),
-    "phi3": llama_like(Phi3Config),
+    "phi3": llama_like(Phi3Config, fused=one_after_another(4, 2)),
     "olmo2": llama_like(Olmo2Config),
     "smollm3": llama_like(SmolLM3Config),
     "granite": llama_like(
@@ -421,6 +462,7 @@ FAMILIES = {
             "num_mtp_layers": 0,
         },
         attention={"decoder": [Attention(SELF_ATTENTION, (0, 1), 4, 12, 6)]},
+        plain_cache=False,  # but a latent that they are computed from
     ),
     "qwen3_next": llama_like(
         Qwen3NextConfig,
@@ -466,6 +508,7 @@ FAMILIES = {
         config=MambaConfig,
         sizes={"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
         tasks=(CAUSAL_LM,),
+        has_biases=False,  # but for those that the layers read off modules instead of calling them
         positions="none",
         refused=NO_PREFIX,
     ),
@@ -507,6 +550,7 @@ FAMILIES = {
         tasks=ENCODER_TASKS,
         attention={"encoder": [Attention("layers.{}.attn", (0, 1, 2), 4, 8)]},
         has_biases=False,
+        fused=one_after_another(4, 4),
         window=True,
     ),
     "deberta_v2": Family(  # computes its attention by itself
@@ -541,6 +585,7 @@ FAMILIES = {
         config=PegasusConfig,
         sizes=BART | {"scale_embedding": True},
         tasks=(SEQ_2_SEQ_LM,),
+        word_scale=32**0.5,
         attention=BART_ATTENTION,
         dropout=BART_DROPOUT,
         positions="table",
@@ -550,6 +595,7 @@ FAMILIES = {
         config=MarianConfig,
         sizes=BART | {"scale_embedding": True},
         tasks=(SEQ_2_SEQ_LM,),
+        word_scale=32**0.5,
         attention=BART_ATTENTION,
         dropout=BART_DROPOUT,
         positions="table",
@@ -727,7 +773,7 @@ def labels_for(task: str, inputs: dict[str, Tensor]) -> Tensor:
     if task == SEQ_CLS:
         return torch.arange(len(ids)) % 3
     if task == SEQ_2_SEQ_LM:
-        return ids.flip(1)[:, :4].contiguous()
+        return answers(task, len(ids))["decoder_input_ids"].index_fill(1, torch.tensor([3]), -100)
     return ids.masked_fill(inputs["attention_mask"].cumsum(1) <= 2, -100).masked_fill(
         inputs["attention_mask"] == 0, -100
     )

@@ -160,9 +160,9 @@ def test_samples_of_one_seed_are_the_same_with_and_without_a_cache(family: str, 
     assert torch.equal(samples[0][:, -GENERATED:], samples[1][:, -GENERATED:])
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if CAUSAL_LM in FAMILIES[f].tasks])
-def test_generation_at_the_positions_of_a_template(family: str) -> None:
-    model, rows = adapted(family, CAUSAL_LM, "p_tuning_lstm"), texts(family, CAUSAL_LM)
+@pytest.mark.parametrize(("family", "task", "method"), cases(("p_tuning_lstm",), tasks=(CAUSAL_LM,)))
+def test_generation_at_the_positions_of_a_template(family: str, task: str, method: str) -> None:
+    model, rows = adapted(family, task, method), texts(family, task)
     columns = [[0, 0, 3, 3, 7], [1, 2, 2, 3, 4], [0, 1, 1, 2, 2]]
     inputs = batch(rows, "left")
     positions = torch.tensor(columns) + 7 - inputs["attention_mask"].sum(1, keepdim=True)

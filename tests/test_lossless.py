@@ -36,7 +36,7 @@ def is_even(family: str) -> bool:
     sizes = {s for _, s in row.layers()}
     even = len(row.attention) == 1 and len(sizes) == 1 and all(key == value for _, key, value in sizes)
     depth = getattr(base_model(family, row.tasks[0]).config, "num_hidden_layers", None)
-    return even and len(row.layers()) == depth and not row.shares_keys
+    return even and len(row.layers()) == depth and row.plain_cache
 
 
 def keys(path: Path) -> set[str]:

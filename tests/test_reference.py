@@ -71,7 +71,7 @@ def test_virtual_tokens(family: str, task: str, method: str) -> None:
             if FAMILIES[family].ends_with_eos and task == SEQ_CLS:
                 theirs.append(classes_behind_a_decoder(base, row, leaf, columns))
             else:
-                theirs.append(virtual_tokens.whole(base, row, leaf, columns, ids))
+                theirs.append(virtual_tokens.whole(base, row, leaf, columns, ids, FAMILIES[family].word_scale))
     for side in sides(family, task):
         compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaf)
 
@@ -100,7 +100,7 @@ def test_virtual_tokens_at_the_positions_of_a_template(family: str, task: str, m
 
 @pytest.mark.parametrize(
     ("family", "task", "method"),
-    [c for c in cases(("prefix",), tasks=(CAUSAL_LM,)) if not FAMILIES[c[0]].shares_keys],
+    [c for c in cases(("prefix",), tasks=(CAUSAL_LM,)) if FAMILIES[c[0]].plain_cache],
 )
 def test_prefix_is_a_ready_cache(family: str, task: str, method: str) -> None:
     model, base = adapted(family, task, method), base_model(family, task)
@@ -187,42 +187,42 @@ def test_bitfit_trains_biases(family: str, task: str, method: str) -> None:
     with_head(model, base)
     inputs = {**batch(texts(family, task)), **answers(task, 3)}
     changes = dict(model.prompt_encoder["default"].changes.items())
-    own = {n: p for n, p in base.named_parameters() if n.endswith(".bias")}
-    fused = {"query": 0, "key": 1, "value": 2}
-    mine = {}
+    mine = {name: bias_of(base, family, name.replace("/", "."), len(change)) for name, change in changes.items()}
     for name, change in changes.items():
-        path = name.replace("/", ".")
-        module, _, role = path.rpartition(".")
-        if role in fused and f"{module}.bias" in own and f"{path}.bias" not in own:
-            heads = 4 if family == "bloom" else 1
-            index = torch.arange(3 * len(change)).view(heads, 3, -1)[:, fused[role]].reshape(-1)
-            mine[name] = (f"{module}.bias", index)
+        if mine[name] is None:
+            change.data.zero_()  # RMS norms and convolutions have no place for a bias
         else:
-            mine[name] = (f"{path}.bias", slice(None))
-            if f"{path}.bias" not in own:
-                if not isinstance(base.get_submodule(path), nn.Linear):
-                    continue  # RMS norms have no place for a bias
-                base.get_submodule(path).bias = nn.Parameter(torch.zeros(len(change)))
-                own[f"{path}.bias"] = base.get_submodule(path).bias
-    if method == "bitfit_added" and not FAMILIES[family].has_biases:
-        for name in [n for n in changes if mine[n][0] not in own]:
-            changes[name].data.zero_()
-    for name, change in changes.items():
-        if mine[name][0] in own:
-            parameter, index = mine[name]
-            own[parameter].data[index] += change.detach()
-    for p in own.values():
-        p.requires_grad_()
+            bias, index = mine[name]
+            bias.data[index] += change.detach()
+    own = {bias for bias, _ in filter(None, mine.values())}
+    for bias in own:
+        bias.requires_grad_()
     ours, theirs = model(**inputs).logits, base(**inputs).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     weight = torch.randn_like(ours)
     (ours * weight).sum().backward()
     (theirs * weight).sum().backward()
     for name, change in changes.items():
-        if mine[name][0] in own:
-            gradient = own[mine[name][0]].grad[mine[name][1]]
+        if mine[name] is not None:
+            bias, index = mine[name]
+            gradient = bias.grad[index]
             scale = float(gradient.abs().max())
             torch.testing.assert_close(change.grad, gradient, rtol=1e-5, atol=1e-5 * max(scale, 1.0))
+
+
+def bias_of(base: PreTrainedModel, family: str, path: str, width: int) -> tuple[nn.Parameter, Tensor] | None:
+    """The bias that a change stands for, and the change's places in it; a new one, at zero, where there is none."""
+    parent, _, last = path.rpartition(".")
+    fused = last in ("query", "key", "value") and not hasattr(base.get_submodule(parent), last)
+    module = base.get_submodule(parent if fused else path)
+    if getattr(module, "bias", None) is None:
+        if not isinstance(module, nn.Linear):
+            return None
+        module.bias = nn.Parameter(torch.zeros(len(module.weight)))
+    size = len(module.bias)
+    index = FAMILIES[family].fused(size)[last] if fused else torch.arange(size)
+    assert len(index) == width
+    return module.bias, index
 
 
 def test_the_window_does_not_end_the_prefix() -> None:

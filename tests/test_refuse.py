@@ -29,7 +29,7 @@ from softtune import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from tests.families import CAUSAL_LM, METHODS, SEQ_2_SEQ_LM, SEQ_CLS, P, adapted, base_model, batch, scramble, texts
+from tests.families import CAUSAL_LM, FAMILIES, METHODS, SEQ_2_SEQ_LM, SEQ_CLS, P, adapted, base_model, batch, scramble, texts
 
 
 @pytest.fixture
@@ -110,6 +110,20 @@ def test_a_method_that_the_model_cannot_take(family: str, config: PeftConfig) ->
     task = {"llama": CAUSAL_LM, "bert": SEQ_CLS, "t5": SEQ_2_SEQ_LM}[family]
     with pytest.raises(UnsupportedModelError):
         get_peft_model(base_model(family, task), config)
+
+
+@pytest.mark.parametrize(("family", "method"), [(f, m) for f, row in FAMILIES.items() for m in row.refused])
+def test_a_refusal_names_what_the_model_can_take(family: str, method: str) -> None:
+    row = FAMILIES[family]
+    with pytest.raises(UnsupportedModelError, match=row.refused[method]) as refusal:
+        get_peft_model(base_model(family, row.tasks[0]), METHODS[method]())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", [f for f, row in FAMILIES.items() if not row.has_biases])
+def test_a_model_without_biases(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="add_missing=True"):
+        get_peft_model(base_model(family, FAMILIES[family].tasks[0]), BitFitConfig())
 
 
 def test_bloom_takes_a_prefix_at_all_layers_or_none() -> None:

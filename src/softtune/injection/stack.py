@@ -41,6 +41,7 @@ class StackInjection:
         reads_input = stack is backbone.stacks[0]
         self.vectors = prompt.vectors if reads_input else None
         self.feeds_decoder = reads_input and backbone.is_encoder_decoder
+        self.shows_first_slot = backbone.judges_whole_texts
         sites = (stack.site, Site.CROSS) if stack.is_causal else (stack.site,)
         layers = backbone.attention_layers if prompt.prefixes else []
         self.layers = [a for a in layers if a.site in sites and (a.site, a.index) in prompt.prefixes]
@@ -187,9 +188,13 @@ class StackInjection:
     def _add_prefix(self, call: Call, step: Step) -> None:
         prefixes = [self.prompt.prefixes[a.site, a.index] for a in self.layers]
         if self.layers[0].module is None:
-            call["past_key_values"] = PrefixCache(prefixes, own_cache(self.stack.module, call))
+            layout = None
             if step.mask is not None:
-                call["attention_mask"] = nn.functional.pad(step.mask, (self.prompt.num_virtual_tokens, 0), value=1)
+                columns = step.starts[:, None].expand(-1, self.prompt.num_virtual_tokens)
+                layout = Layout.of(step.starts, step.width, columns, causal=True)
+                call["attention_mask"] = layout.merge(step.mask, torch.ones_like(columns))
+            cache = own_cache(self.stack.module, call)
+            call["past_key_values"] = PrefixCache(prefixes, cache, layout if bool(step.starts.any()) else None)
             return
         modules = [a.module for a in self.layers if a.module is not None]
         own = [a.module for a in self.layers if a.module is not None and a.site is self.stack.site]
@@ -206,7 +211,8 @@ class StackInjection:
             bias = self.stack.prefix_bias(positions, self.prompt.num_virtual_tokens)
             biases = dict.fromkeys(own, bias)
         by_module = dict(zip(modules, prefixes, strict=True))
-        held = hold(by_module, call.get("past_key_values"), step, self.stack.module.dtype)
+        in_cache = {a.module: by_module[a.module] for a in self.layers if a.module is not None and a.is_cached}
+        held = hold(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
         call[WRAPPER] = PrefixAttention(by_module, visible=visible, biases=biases, held=held)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
@@ -215,11 +221,14 @@ class StackInjection:
         if isinstance(cache := kwargs.get("past_key_values"), PrefixCache):
             output.past_key_values = cache.inner
             if output.attentions is not None:
-                output.attentions = tuple(weights[..., cache.length :] for weights in output.attentions)
+                output.attentions = tuple(cache.align_keys(weights) for weights in output.attentions)
+        first = output.last_hidden_state[:, :1]
         if self.layout is not None and not (self.feeds_decoder and self.vectors is not None):
             align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
         if self.trim is not None:
             self.trim.restore(output)
+        if self.shows_first_slot:  # a head reads the first column, be it padding
+            output.last_hidden_state = torch.cat([first, output.last_hidden_state[:, 1:]], dim=1)
         return output
 
     def _check_reached(self, wrapper: PrefixAttention, call: Call) -> None:
