@@ -421,9 +421,8 @@ FAMILIES = {
             "num_kv_shared_layers": 2,
             "head_dim": 8,
             "global_head_dim": 8,
-            "hidden_size_per_layer_input": 4,
+            "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": VOCABULARY,
-            "dtype": torch.float64,  # its scores are large, for want of a scale, and leave float32 too few digits
         },
         window=True,
         plain_cache=False,

@@ -327,6 +327,8 @@ class Backbone:
         prefix = f"{prefix}." if hasattr(self.model, prefix) else ""
         heads = set(self.head_names)
         slots = [s for s in bias_slots(self.model, prefix) if s.module.split(".")[0] not in heads]
+        if self.is_encoder_decoder:  # a decoder does not read what a BERT before it pools
+            slots = [s for s in slots if ".pooler." not in s.module]
         return self._that_fit(slots)
 
     def _that_fit(self, slots: list[BiasSlot]) -> list[BiasSlot]:

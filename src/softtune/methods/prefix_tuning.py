@@ -67,6 +67,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
         """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
+        layers = [] if self.embedding_only else choose_layers(backbone, self.layers, self.sites)
         if self.placement == "infix" and not backbone.is_decoder_only:
             raise UnsupportedModelError(
                 "an infix stands between text and answer of a decoder: use placement='prefix' here"
@@ -79,7 +80,6 @@ class PrefixTuningConfig(PromptLearningConfig):
             check_vectors(backbone)
             self.settle(token_dim=backbone.embedding.embedding_dim)
             return EmbeddingPrefix(self)
-        layers = choose_layers(backbone, self.layers, self.sites)
         settle_prefix(self, backbone)
         return PrefixEncoder(self, layers)
 
