@@ -29,29 +29,29 @@ from transformers import (
     ElectraConfig,
     EncoderDecoderConfig,
     FalconConfig,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
     Lfm2Config,
     LlamaConfig,
-    MBartConfig,
     MambaConfig,
     MarianConfig,
+    MBartConfig,
     MistralConfig,
     ModernBertConfig,
     MptConfig,
-    OPTConfig,
     Olmo2Config,
+    OPTConfig,
     PegasusConfig,
     Phi3Config,
-    PreTrainedModel,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3NextConfig,
@@ -121,6 +121,8 @@ class Family:
     dropout: tuple[str, ...] = ()
     positions: str = "ids"
     """How positions reach the model: as ``position_ids``, looked up by itself in a ``table``, or ``none``."""
+    limit: int | None = None
+    """The longest sequence that the model has positions for; None where it computes them."""
     word_scale: float = 1.0
     """What the model multiplies words with that it looks up, but not vectors that come in their place."""
     first_position: int = 0
@@ -260,15 +262,14 @@ FAMILIES = {
         config=GPT2Config,
         sizes={"n_embd": 36, "n_layer": 2, "n_head": 6, "n_positions": 64},
         tasks=DECODER_TASKS,
+        limit=64,
         attention={"decoder": [Attention("h.{}.attn", (0, 1), 6, 6)]},
         dropout=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
         fused=one_after_another(6, 6),
     ),
     "llama": llama_like(LlamaConfig, sizes={"hidden_size": 48, "num_attention_heads": 6}),
     "qwen3": llama_like(Qwen3Config, sizes={"head_dim": 12}, size=12),
-    "gemma3": llama_like(
-        Gemma3TextConfig, sizes={**WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8}, window=True
-    ),
+    "gemma3": llama_like(Gemma3TextConfig, sizes={**WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8}, window=True),
     "bloom": Family(
         config=BloomConfig,
         sizes={"hidden_size": 32, "n_layer": 2, "n_head": 4},
@@ -280,7 +281,7 @@ FAMILIES = {
         refused=ALL_OR_NONE,
     ),
     "bert": Family(
-        config=BertConfig, sizes=BERT, tasks=ENCODER_TASKS, attention=BERT_ATTENTION, dropout=BERT_DROPOUT
+        config=BertConfig, sizes=BERT, tasks=ENCODER_TASKS, limit=64, attention=BERT_ATTENTION, dropout=BERT_DROPOUT
     ),
     "t5": Family(
         config=T5Config,
@@ -312,6 +313,7 @@ FAMILIES = {
         config=BartConfig,
         sizes=BART,
         tasks=(SEQ_2_SEQ_LM, SEQ_CLS),
+        limit=64,
         attention=BART_ATTENTION,
         dropout=BART_DROPOUT,
         positions="table",
@@ -332,6 +334,7 @@ FAMILIES = {
             "max_position_embeddings": 64,
         },
         tasks=DECODER_TASKS,
+        limit=64,
         attention={"decoder": [Attention("decoder.layers.{}.self_attn", (0, 1), 4, 8)]},
         dropout=("dropout", "attention_dropout"),
     ),
@@ -369,6 +372,7 @@ FAMILIES = {
         config=MptConfig,
         sizes={"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
         tasks=DECODER_TASKS,
+        limit=64,
         attention={"decoder": [Attention(None, (0, 1), 4, 8)]},
         has_biases=False,
         fused=one_after_another(4, 4),
@@ -379,6 +383,7 @@ FAMILIES = {
         config=GPTJConfig,
         sizes={"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
         tasks=DECODER_TASKS,
+        limit=64,
         attention={"decoder": [Attention(None, (0, 1), 4, 8)]},
         refused=ALL_OR_NONE,
     ),
@@ -515,6 +520,7 @@ FAMILIES = {
         config=RobertaConfig,
         sizes=BERT,
         tasks=ENCODER_TASKS,
+        limit=62,
         attention=BERT_ATTENTION,
         dropout=BERT_DROPOUT,
         first_position=PAD + 1,
@@ -523,6 +529,7 @@ FAMILIES = {
         config=ElectraConfig,
         sizes=BERT | {"embedding_size": 16},
         tasks=ENCODER_TASKS,
+        limit=64,
         attention=BERT_ATTENTION,
         dropout=BERT_DROPOUT,
     ),
@@ -530,6 +537,7 @@ FAMILIES = {
         config=DistilBertConfig,
         sizes={"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40, "max_position_embeddings": 64},
         tasks=ENCODER_TASKS,
+        limit=64,
         attention={"encoder": [Attention("transformer.layer.{}.attention", (0, 1), 4, 8)]},
         dropout=("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
     ),
@@ -537,9 +545,8 @@ FAMILIES = {
         config=AlbertConfig,
         sizes=BERT | {"embedding_size": 16, "num_hidden_layers": 3},
         tasks=ENCODER_TASKS,
-        attention={
-            "encoder": [Attention("encoder.albert_layer_groups.0.albert_layers.0.attention", (0,), 4, 8)]
-        },
+        limit=64,
+        attention={"encoder": [Attention("encoder.albert_layer_groups.0.albert_layers.0.attention", (0,), 4, 8)]},
         dropout=(*BERT_DROPOUT, "classifier_dropout_prob"),
         checkpoints=False,
     ),
@@ -571,6 +578,7 @@ FAMILIES = {
         config=MBartConfig,
         sizes=BART | {"scale_embedding": True},
         tasks=(SEQ_2_SEQ_LM, SEQ_CLS),
+        limit=64,
         attention=BART_ATTENTION,
         dropout=BART_DROPOUT,
         positions="table",
@@ -584,6 +592,7 @@ FAMILIES = {
         config=PegasusConfig,
         sizes=BART | {"scale_embedding": True},
         tasks=(SEQ_2_SEQ_LM,),
+        limit=64,
         word_scale=32**0.5,
         attention=BART_ATTENTION,
         dropout=BART_DROPOUT,
@@ -594,6 +603,7 @@ FAMILIES = {
         config=MarianConfig,
         sizes=BART | {"scale_embedding": True},
         tasks=(SEQ_2_SEQ_LM,),
+        limit=64,
         word_scale=32**0.5,
         attention=BART_ATTENTION,
         dropout=BART_DROPOUT,
@@ -604,6 +614,7 @@ FAMILIES = {
         config=encoder_decoder,
         sizes=BERT | {"decoder_start_token_id": 2},
         tasks=(SEQ_2_SEQ_LM,),
+        limit=64,
         attention={
             "encoder": [Attention("encoder.encoder.layer.{}.attention.self", (0, 1), 4, 8)],
             "decoder": [Attention("decoder.bert.encoder.layer.{}.attention.self", (0, 1, 2), 4, 8)],

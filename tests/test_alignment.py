@@ -137,6 +137,15 @@ def test_span_finder(family: str, task: str, method: str) -> None:
         torch.testing.assert_close(output.end_logits[i, : len(row)], alone.end_logits[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_classifier_that_pools_by_itself(method: str, pooling: str) -> None:
+    model, rows = adapted("modernbert", SEQ_CLS, method, classifier_pooling=pooling), texts("modernbert", SEQ_CLS)
+    alone = torch.cat([model(**batch([row])).logits for row in rows])
+    for side in ("right", "left"):
+        torch.testing.assert_close(model(**batch(rows, side, 9)).logits, alone, atol=1e-5, rtol=1e-5)
+
+
 def logits_of(model: PeftModel | PreTrainedModel, row: torch.Tensor, labels: list[int], side: str) -> torch.Tensor:
     width = len(row) + 2
     inputs = batch([row], side, width)

@@ -102,13 +102,10 @@ def test_every_role_is_found(family: str, task: str) -> None:
     assert all(slot.has_bias == FAMILIES[family].has_biases for slot in slots)
 
 
-@pytest.mark.parametrize(
-    ("family", "limit"),
-    [("gpt2", 64), ("bert", 64), ("bart", 64), ("llama", None), ("gemma3", None), ("bloom", None), ("t5", None)],
-)
-def test_positions(family: str, limit: int | None) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions(family: str) -> None:
     backbone = Backbone(base_model(family, FAMILIES[family].tasks[0]))
-    assert [stack.table_size for stack in backbone.stacks] == [limit] * len(backbone.stacks)
+    assert [stack.table_size for stack in backbone.stacks] == [FAMILIES[family].limit] * len(backbone.stacks)
 
 
 def test_every_task_is_known() -> None:

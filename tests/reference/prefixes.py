@@ -65,8 +65,8 @@ def _naive(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention one head and one query at a time, of a batch of one row. Gemma 2 caps its scores, and GPT-OSS has a sink
-    beside the keys, which takes a share of the weights and has no value."""
+    """Attention one head and one query at a time, of a batch of one row. Gemma 2 caps its scores, and GPT-OSS has a
+    sink beside the keys, which takes a share of the weights and has no value."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     group = query.shape[1] // key.shape[1]
     prefix_key, prefix_value = _prefixes.get(module, (key[0, :, :0], value[0, :, :0]))

@@ -23,7 +23,6 @@ from softtune.backbone.interface import WRAPPER, AttentionRecorder, install
 from softtune.backbone.roles import BiasSlot, bias_slots
 from softtune.errors import UnsupportedModelError
 
-
 _CACHES = {"past_key_values", "cache_params"}
 """The names that a stack gives to its cache; a model without attention has states in place of keys and values."""
 
@@ -51,8 +50,8 @@ class AttentionLayer:
     """The module that calls the attention interface; None in models that only take a ready cache."""
 
     is_cached: bool = True
-    """Whether the model's cache holds these keys and values for this layer alone: not a latent of theirs, nor for layers
-    that share them."""
+    """Whether the model's cache holds these keys and values for this layer alone: not a latent of theirs, nor those
+    of layers that share them."""
 
     @property
     def width(self) -> int:
@@ -91,11 +90,13 @@ class Stack:
     @cached_property
     def table_size(self) -> int | None:
         """Positions that the stack has a table for; None where they are rotary, relative or linear biases."""
+        if hasattr(self.module, "build_mpt_alibi_tensor"):  # MPT has linear biases, but of a fixed length
+            return int(self.module.config.max_seq_len)
         limit = getattr(self.module.config, "max_position_embeddings", None)
-        tables = [
-            m for n, m in self.module.named_modules() if n.endswith(("position_embeddings", "wpe", "embed_positions"))
-        ]
-        return limit if any(isinstance(t, nn.Embedding) for t in tables) else None
+        modules = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.Embedding)]
+        names = [n for n, _ in (*modules, *self.module.named_buffers())]  # GPT-J keeps its sines in a buffer
+        has_table = any(n.endswith(("position_embeddings", "wpe", "embed_positions")) for n in names)
+        return limit - self.first_position if limit and has_table else None
 
     @cached_property
     def relative_bias(self) -> nn.Module | None:
@@ -228,12 +229,18 @@ class Backbone:
     def judges_whole_texts(self) -> bool:
         """Whether a head above an encoder reads its first output, as classifiers of whole texts do."""
         whole = type(self.model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
+        whole = whole and getattr(self.model.config, "classifier_pooling", "cls") == "cls"  # ModernBERT's choice
         return whole and self.stacks[0].site is Site.ENCODER and not self.is_encoder_decoder
 
     @property
     def takes_vectors(self) -> bool:
         """Whether vectors can stand among the words."""
         return self.stacks[0].word_scale is not None
+
+    @property
+    def has_plain_words(self) -> bool:
+        """Whether the layers see words as the embedding has them."""
+        return self.stacks[0].word_scale == 1.0
 
     @property
     def text_config(self) -> Any:
@@ -371,7 +378,8 @@ def _is_cached(module: nn.Module, key: Tensor, recorder: AttentionRecorder, cach
 
 def _below_head(stack: PreTrainedModel) -> PreTrainedModel:
     """The layers alone: an ``EncoderDecoderModel`` is made of models with heads of their own."""
-    return stack if stack.base_model is stack else _below_head(stack.base_model)
+    base: Any = stack.base_model
+    return stack if base is stack else _below_head(base)
 
 
 def _is_causal(stack: PreTrainedModel) -> bool:

@@ -47,7 +47,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         return PromptEncoder(self)
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
-        return True
+        return backbone.has_plain_words
 
 
 class PromptEncoder(nn.Module):

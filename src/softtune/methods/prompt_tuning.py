@@ -103,7 +103,7 @@ class PromptTuningConfig(PromptLearningConfig):
                 return init.from_file(self.prompt_tuning_init_file or "", (size, dim))
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
-        return self.placement == "prefix"
+        return self.placement == "prefix" and backbone.has_plain_words
 
 
 class PromptEmbedding(nn.Module):
