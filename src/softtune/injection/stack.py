@@ -222,12 +222,12 @@ class StackInjection:
             output.past_key_values = cache.inner
             if output.attentions is not None:
                 output.attentions = tuple(cache.align_keys(weights) for weights in output.attentions)
-        first = output.last_hidden_state[:, :1]
+        first = output.last_hidden_state[:, :1] if self.shows_first_slot else None
         if self.layout is not None and not (self.feeds_decoder and self.vectors is not None):
             align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
         if self.trim is not None:
             self.trim.restore(output)
-        if self.shows_first_slot:  # a head reads the first column, be it padding
+        if first is not None:  # a head reads the first column, be it padding
             output.last_hidden_state = torch.cat([first, output.last_hidden_state[:, 1:]], dim=1)
         return output
 
