@@ -41,3 +41,13 @@ def no_network() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave most of the matrix of families, tasks and methods to the slow suite."""
+    from tests.families import FAMILIES, is_slow
+
+    for item in items:
+        values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if values.get("family") in FAMILIES and is_slow(values["family"], values.get("task"), values.get("method")):
+            item.add_marker(pytest.mark.slow)

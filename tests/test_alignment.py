@@ -23,6 +23,7 @@ from tests.families import (
     batch,
     cases,
     labels_for,
+    sides,
     texts,
 )
 
@@ -32,7 +33,7 @@ ENCODER_METHODS = ("prompt", "prompt_suffix", "p_tuning_lstm", "prefix", "embedd
 @pytest.mark.parametrize(("family", "task", "method"), cases())
 def test_loss_is_that_of_the_logits(family: str, task: str, method: str) -> None:
     model = adapted(family, task, method)
-    for side in ("right", "left"):
+    for side in sides(family, task):
         inputs = batch(texts(family, task), side)
         labels = labels_for(task, inputs)
         output = model(**inputs, labels=labels)
@@ -59,7 +60,7 @@ def test_shapes_are_the_base_models(family: str, task: str, method: str) -> None
         alone = model(**first)
     assert output.keys() == base.keys()
     for name in output:
-        if name == "past_key_values":
+        if name in ("past_key_values", "cache_params"):
             continue
         fields = zip(as_list(output[name]), as_list(base[name]), as_list(alone[name]), strict=True)
         for own, expected, single in fields:
@@ -107,10 +108,10 @@ def test_tuples_hold_the_same(family: str, task: str, method: str) -> None:
     assert torch.equal(unnamed[1], named.logits)
 
 
-@pytest.mark.parametrize("method", ENCODER_METHODS)
+@pytest.mark.parametrize(("family", "task", "method"), cases(ENCODER_METHODS, tasks=(TOKEN_CLS,)))
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_token_classifier(method: str, side: str) -> None:
-    model, rows = adapted("bert", TOKEN_CLS, method), texts("bert", TOKEN_CLS)
+def test_token_classifier(family: str, task: str, method: str, side: str) -> None:
+    model, rows = adapted(family, task, method), texts(family, task)
     inputs = batch(rows, side)
     labels = (inputs["input_ids"] % 3).masked_fill(inputs["attention_mask"] == 0, -100)
     output = model(**inputs, labels=labels)
@@ -122,9 +123,9 @@ def test_token_classifier(method: str, side: str) -> None:
         torch.testing.assert_close(own, model(input_ids=row[None]).logits[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ENCODER_METHODS)
-def test_span_finder(method: str) -> None:
-    model, rows = adapted("bert", QUESTION_ANS, method), texts("bert", QUESTION_ANS)
+@pytest.mark.parametrize(("family", "task", "method"), cases(ENCODER_METHODS, tasks=(QUESTION_ANS,)))
+def test_span_finder(family: str, task: str, method: str) -> None:
+    model, rows = adapted(family, task, method), texts(family, task)
     starts, ends = torch.tensor([5, 0, 1]), torch.tensor([6, 3, 1])
     output = model(**batch(rows), start_positions=starts, end_positions=ends)
     assert output.start_logits.shape == (3, 7)
@@ -134,6 +135,15 @@ def test_span_finder(method: str) -> None:
         alone = model(input_ids=row[None])
         torch.testing.assert_close(output.start_logits[i, : len(row)], alone.start_logits[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(output.end_logits[i, : len(row)], alone.end_logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_classifier_that_pools_by_itself(method: str, pooling: str) -> None:
+    model, rows = adapted("modernbert", SEQ_CLS, method, classifier_pooling=pooling), texts("modernbert", SEQ_CLS)
+    alone = torch.cat([model(**batch([row])).logits for row in rows])
+    for side in ("right", "left"):
+        torch.testing.assert_close(model(**batch(rows, side, 9)).logits, alone, atol=1e-5, rtol=1e-5)
 
 
 def logits_of(model: PeftModel | PreTrainedModel, row: torch.Tensor, labels: list[int], side: str) -> torch.Tensor:

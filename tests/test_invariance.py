@@ -19,6 +19,7 @@ from tests.families import (
     answers,
     batch,
     cases,
+    sides,
     texts,
 )
 
@@ -37,14 +38,12 @@ def real(logits: Tensor, row: Tensor, side: str, task: str) -> Tensor:
 def test_padding_and_company_change_nothing(family: str, task: str, method: str) -> None:
     model, rows = adapted(family, task, method), texts(family, task)
     decoder = answers(task, len(rows))
-    # BART's classifier feeds its padding to its decoder, so that left padding changes even the base model's answers.
-    sides = ("right",) if (family, task) == ("bart", SEQ_CLS) else ("right", "left")
     with torch.no_grad():
-        together = {side: model(**batch(rows, side), **decoder).logits for side in sides}
+        together = {side: model(**batch(rows, side), **decoder).logits for side in sides(family, task)}
         for i, row in enumerate(rows):
             own = {k: v[i : i + 1] for k, v in decoder.items()}
             alone = model(input_ids=row[None], **own).logits[0]
-            for side in sides:
+            for side in sides(family, task):
                 padded = model(**batch([row], side, width=9), **own).logits[0]
                 torch.testing.assert_close(real(padded, row, side, task), alone, atol=1e-5, rtol=1e-5)
                 torch.testing.assert_close(real(together[side][i], row, side, task), alone, atol=1e-5, rtol=1e-5)
@@ -52,9 +51,7 @@ def test_padding_and_company_change_nothing(family: str, task: str, method: str)
 
 @pytest.mark.parametrize(
     ("family", "task", "method"),
-    [
-        c for c in cases(("prompt", "prefix", "bitfit"), tasks=(CAUSAL_LM, SEQ_CLS)) if c[0] != "bart"
-    ],  # it needs the ids
+    [c for c in cases(("prompt", "prefix", "bitfit"), tasks=(CAUSAL_LM, SEQ_CLS)) if FAMILIES[c[0]].takes_vectors],
 )
 def test_word_vectors_in_place_of_words(family: str, task: str, method: str) -> None:
     model, rows = adapted(family, task, method), texts(family, task, (5, 5))
@@ -166,9 +163,9 @@ def test_samples_of_one_seed_are_the_same_with_and_without_a_cache(family: str, 
     assert torch.equal(samples[0][:, -GENERATED:], samples[1][:, -GENERATED:])
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if CAUSAL_LM in FAMILIES[f].tasks])
-def test_generation_at_the_positions_of_a_template(family: str) -> None:
-    model, rows = adapted(family, CAUSAL_LM, "p_tuning_lstm"), texts(family, CAUSAL_LM)
+@pytest.mark.parametrize(("family", "task", "method"), cases(("p_tuning_lstm",), tasks=(CAUSAL_LM,)))
+def test_generation_at_the_positions_of_a_template(family: str, task: str, method: str) -> None:
+    model, rows = adapted(family, task, method), texts(family, task)
     columns = [[0, 0, 3, 3, 7], [1, 2, 2, 3, 4], [0, 1, 1, 2, 2]]
     inputs = batch(rows, "left")
     positions = torch.tensor(columns) + 7 - inputs["attention_mask"].sum(1, keepdim=True)
@@ -187,13 +184,15 @@ def test_generation_at_the_positions_of_a_template(family: str) -> None:
             assert torch.equal(together[i], ids[0, -GENERATED:])
 
 
-def test_generation_past_the_window() -> None:
-    model = adapted("gemma3", CAUSAL_LM, "prefix")
-    rows = texts("gemma3", CAUSAL_LM, (20, 11))
+@pytest.mark.parametrize(
+    ("family", "task", "method"), [c for c in cases(("prefix",), tasks=(CAUSAL_LM,)) if FAMILIES[c[0]].window]
+)
+def test_generation_past_the_window(family: str, task: str, method: str) -> None:
+    model, rows = adapted(family, task, method), texts(family, task, (20, 11))
     settings = {"max_new_tokens": GENERATED, "do_sample": False, "eos_token_id": None}
     together = model.generate(**batch(rows, "left"), **settings)[:, -GENERATED:]
     for i, row in enumerate(rows):
-        assert torch.equal(together[i], by_argmax(model, row, CAUSAL_LM))
+        assert torch.equal(together[i], by_argmax(model, row, task))
 
 
 def test_token_types_stay_with_their_tokens() -> None:
@@ -218,11 +217,11 @@ def test_a_classifier_reads_the_last_real_token(family: str, method: str) -> Non
     assert (model(input_ids=row[None]).logits - model(input_ids=other[None]).logits).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("family", "task", "method"), cases(KINDS, tasks=(CAUSAL_LM, SEQ_CLS)))
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("family", "task", "method", "side"),
+    [(*c, side) for c in cases(KINDS, tasks=(CAUSAL_LM, SEQ_CLS)) for side in sides(*c[:2])],
+)
 def test_padding_of_every_row_leaves_training_alone(family: str, task: str, method: str, side: str) -> None:
-    if (family, side) == ("bart", "left"):
-        return  # see above: its classifier's decoder reads the padding
     model, rows = adapted(family, task, method), texts(family, task)
     gradients = []
     for width in (None, 11):

@@ -86,7 +86,8 @@ def test_a_heavy_import_is_noticed() -> None:
 @pytest.mark.parametrize(("family", "task", "method"), cases())
 @torch.no_grad()  # torch chooses other kernels for a base model that is not frozen
 def test_disabled_is_the_base_model(family: str, task: str, method: str) -> None:
-    model, base = adapted(family, task, method), base_model(family, task)
+    model = adapted(family, task, method)
+    base = base_model(family, task).requires_grad_(False)  # convolutions round otherwise where they need gradients
     inputs = {**batch(texts(family, task)), **answers(task, 3)}
     expected = base(**inputs).logits
     before = model(**inputs).logits

@@ -29,7 +29,22 @@ from softtune import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from tests.families import CAUSAL_LM, METHODS, SEQ_2_SEQ_LM, SEQ_CLS, P, adapted, base_model, batch, scramble, texts
+from tests.families import (
+    CAUSAL_LM,
+    FAMILIES,
+    METHODS,
+    SEQ_2_SEQ_LM,
+    SEQ_CLS,
+    TOKEN_CLS,
+    P,
+    adapted,
+    answers,
+    base_model,
+    batch,
+    cases,
+    scramble,
+    texts,
+)
 
 
 @pytest.fixture
@@ -110,6 +125,20 @@ def test_a_method_that_the_model_cannot_take(family: str, config: PeftConfig) ->
     task = {"llama": CAUSAL_LM, "bert": SEQ_CLS, "t5": SEQ_2_SEQ_LM}[family]
     with pytest.raises(UnsupportedModelError):
         get_peft_model(base_model(family, task), config)
+
+
+@pytest.mark.parametrize(("family", "method"), [(f, m) for f, row in FAMILIES.items() for m in row.refused])
+def test_a_refusal_names_what_the_model_can_take(family: str, method: str) -> None:
+    row = FAMILIES[family]
+    with pytest.raises(UnsupportedModelError, match=row.refused[method]) as refusal:
+        get_peft_model(base_model(family, row.tasks[0]), METHODS[method]())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", [f for f, row in FAMILIES.items() if not row.has_biases])
+def test_a_model_without_biases(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="add_missing=True"):
+        get_peft_model(base_model(family, FAMILIES[family].tasks[0]), BitFitConfig())
 
 
 def test_bloom_takes_a_prefix_at_all_layers_or_none() -> None:
@@ -262,13 +291,18 @@ def test_names() -> None:
 # Running
 
 
-@pytest.mark.parametrize("method", ["prompt", "prompt_suffix", "prefix", "infix"])
-def test_more_tokens_than_positions(method: str) -> None:
-    model = adapted("gpt2", CAUSAL_LM, method)
-    fits = torch.full((1, 64 - P), 5)
-    assert model(fits).logits.shape[1] == 64 - P
-    with pytest.raises(DataError, match="64 positions"):
-        model(torch.full((1, 65 - P), 5))
+@pytest.mark.parametrize(
+    ("family", "task", "method"),
+    [c for c in cases(("prompt", "prompt_suffix", "prefix", "infix")) if FAMILIES[c[0]].limit and c[1] != SEQ_CLS]
+    + [c for c in cases(("prompt", "prefix"), tasks=(TOKEN_CLS,)) if FAMILIES[c[0]].limit],
+)
+def test_more_tokens_than_positions(family: str, task: str, method: str) -> None:
+    model, limit = adapted(family, task, method), FAMILIES[family].limit
+    assert limit is not None
+    decoder = answers(task, 1)
+    model(input_ids=torch.full((1, limit - P), 5), **decoder)
+    with pytest.raises(DataError, match=f"{limit} positions"):
+        model(input_ids=torch.full((1, limit + 1 - P), 5), **decoder)
 
 
 @pytest.mark.parametrize("positions", [[[0, 1]], [[0, 1, 2, 3, 5]], [[-1, 0, 0, 0, 0]], [[0] * P, [0] * P]])

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.families import CAUSAL_LM, FAMILIES, SEQ_2_SEQ_LM, SEQ_CLS, base_model
+from tests.families import CAUSAL_LM, FAMILIES, SEQ_2_SEQ_LM, SEQ_CLS, base_model, head_names
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from softtune.backbone import Backbone, Site
 from softtune.backbone.roles import ROLES
 
-LAYERS = {  # site: (layers, heads, key size)
-    "gpt2": {"decoder": (2, 6, 6)},
-    "llama": {"decoder": (2, 2, 8)},
-    "qwen3": {"decoder": (2, 2, 12)},
-    "gemma3": {"decoder": (3, 2, 8)},
-    "bloom": {"decoder": (2, 4, 8)},
-    "bert": {"encoder": (2, 4, 8)},
-    "t5": {"encoder": (3, 4, 12), "decoder": (2, 4, 12), "cross": (2, 4, 12)},
-    "bart": {"encoder": (2, 4, 8), "decoder": (3, 2, 16), "cross": (3, 2, 16)},
-}
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_layers(family: str) -> None:
-    model = base_model(family, FAMILIES[family].tasks[0])
+    row = FAMILIES[family]
+    model = base_model(family, row.tasks[0])
     layers = Backbone(model).attention_layers
-    expected = [(site, i, heads, size) for site, (count, heads, size) in LAYERS[family].items() for i in range(count)]
-    assert [(a.site.value, a.index, a.heads, a.key_size) for a in layers] == expected
-    assert all(a.value_size == a.key_size for a in layers)
-    paths = FAMILIES[family].attention
-    for layer in layers:
-        own = model.base_model.get_submodule(paths[layer.site.value].format(layer.index)) if paths else None
-        assert layer.module is own
+    expected = [(site, i, *sizes) for site in row.attention for i, (_, sizes) in enumerate(row.layers(site))]
+    assert [(a.site.value, a.index, a.heads, a.key_size, a.value_size) for a in layers] == expected
+    for layer, (path, _) in zip(layers, row.layers(), strict=True):
+        assert layer.module is (model.base_model.get_submodule(path) if path else None)
+    assert all(a.is_cached for a in layers) == row.plain_cache
 
 
 def test_layers_that_share_a_module_share_a_prefix() -> None:
@@ -58,8 +46,7 @@ def test_looking_does_not_change_the_model() -> None:
 
 @pytest.mark.parametrize(("family", "task"), [(f, t) for f, row in FAMILIES.items() for t in row.tasks])
 def test_heads(family: str, task: str) -> None:
-    heads = {"gpt2": ["score"], "llama": ["score"], "bert": ["classifier"], "bart": ["classification_head"]}
-    assert Backbone(base_model(family, task)).head_names == (heads[family] if task == SEQ_CLS else [])
+    assert set(Backbone(base_model(family, task)).head_names) == {n.split(".")[0] for n in head_names(family, task)}
 
 
 def test_bert_biases_by_role() -> None:
@@ -115,10 +102,7 @@ def test_every_role_is_found(family: str, task: str) -> None:
     assert all(slot.has_bias == FAMILIES[family].has_biases for slot in slots)
 
 
-@pytest.mark.parametrize(
-    ("family", "limit"),
-    [("gpt2", 64), ("bert", 64), ("bart", 64), ("llama", None), ("gemma3", None), ("bloom", None), ("t5", None)],
-)
-def test_positions(family: str, limit: int | None) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions(family: str) -> None:
     backbone = Backbone(base_model(family, FAMILIES[family].tasks[0]))
-    assert [stack.table_size for stack in backbone.stacks] == [limit] * len(backbone.stacks)
+    assert [stack.table_size for stack in backbone.stacks] == [FAMILIES[family].limit] * len(backbone.stacks)

@@ -19,12 +19,13 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 @checked
-def split(flat: Float[Tensor, "P W"], sizes: list[tuple[int, int]]) -> Pairs:
-    """Cut a flat prefix into layers of (heads, head size): a layer's key, then its value, head after head."""
+def split(flat: Float[Tensor, "P W"], sizes: list[tuple[int, int, int]]) -> Pairs:
+    """Cut a flat prefix into layers of (heads, key size, value size): a layer's key, then its value, head after
+    head."""
     pairs, column = [], 0
-    for heads, size in sizes:
+    for heads, key_size, value_size in sizes:
         both = []
-        for _ in ("key", "value"):
+        for size in (key_size, value_size):
             rows = [flat[:, column + h * size : column + (h + 1) * size] for h in range(heads)]
             both.append(torch.stack(rows))
             column += heads * size
@@ -34,15 +35,16 @@ def split(flat: Float[Tensor, "P W"], sizes: list[tuple[int, int]]) -> Pairs:
 
 
 @checked
-def causal_by_cache(model: PreTrainedModel, ids: Int[Tensor, " T"], pairs: Pairs) -> Float[Tensor, "T V"]:
-    """Logits [T, V] with the prefix as past keys and values; the text starts at position P."""
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(pairs):
+def causal_by_cache(
+    model: PreTrainedModel, ids: Int[Tensor, " T"], pairs: dict[int, tuple[Tensor, Tensor]], has_ids: bool
+) -> Float[Tensor, "T V"]:
+    """Logits [T, V] with each layer's prefix as past keys and values; the text starts at position P, where the model
+    has positions. A model with other layers beside attention needs a cache that knows of them."""
+    cache = DynamicCache() if len(pairs) == model.config.num_hidden_layers else DynamicCache(config=model.config)
+    for layer, (key, value) in pairs.items():
         cache.update(key[None], value[None], layer)
-    length = pairs[0][0].shape[1]
-    positions = {"position_ids": torch.arange(length, length + len(ids))[None]}
-    if model.config.model_type == "bloom":  # its linear biases need none
-        positions = {}
+    length = next(iter(pairs.values()))[0].shape[1]
+    positions = {"position_ids": torch.arange(length, length + len(ids))[None]} if has_ids else {}
     mask = torch.ones(1, length + len(ids), dtype=torch.long)
     return model(input_ids=ids[None], attention_mask=mask, past_key_values=cache, **positions).logits[0]
 
@@ -59,9 +61,12 @@ def _naive(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention one head and one query at a time, of a batch of one row."""
+    """Attention one head and one query at a time, of a batch of one row. Gemma 2 caps its scores, and GPT-OSS has a
+    sink beside the keys, which takes a share of the weights and has no value."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     group = query.shape[1] // key.shape[1]
     prefix_key, prefix_value = _prefixes.get(module, (key[0, :, :0], value[0, :, :0]))
@@ -73,6 +78,8 @@ def _naive(
         rows = []
         for t in range(query.shape[2]):
             scores = keys @ query[0, n, t] * scaling
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
             if position_bias is not None:
                 scores = scores + torch.cat([_prefix_bias(module, t, length, n), position_bias[0, n, t]])
             if attention_mask is not None:
@@ -80,7 +87,9 @@ def _naive(
                 scores = scores + torch.cat([torch.zeros(length), row])
             if t < _hidden_before.get(module, 0):
                 scores = torch.cat([torch.full((length,), float("-inf")), scores[length:]])
-            rows.append(torch.softmax(scores, dim=0) @ values)
+            if s_aux is not None:
+                scores = torch.cat([scores, s_aux[n : n + 1]])
+            rows.append(torch.softmax(scores, dim=0)[: len(values)] @ values)
         heads.append(torch.stack(rows))
     return torch.stack(heads, dim=1)[None], None
 
@@ -125,7 +134,7 @@ def _owner(model: PreTrainedModel, module: nn.Module) -> nn.Module | None:
     """The self-attention of the first block of T5's stack that ``module`` is in; None for cross-attention."""
     if type(module).__name__ != "T5Attention":
         return None
-    for stack in (model.encoder, model.decoder):
+    for stack in (model.base_model.encoder, model.base_model.decoder):
         if any(module is block.layer[0].SelfAttention for block in stack.block):
             return stack.block[0].layer[0].SelfAttention
     return None

@@ -41,8 +41,12 @@ def whole(
     vectors: Float[Tensor, "P D"],
     columns: list[int],
     decoder_ids: Int[Tensor, " U"] | None = None,
+    scale: float = 1.0,
 ) -> Float[Tensor, "..."]:
-    """Logits of a model whose outputs do not stand for input tokens: [labels] of a classifier, [U, V] of a decoder."""
-    sequence, _ = arrange(model.get_input_embeddings()(ids), vectors, columns)
+    """Logits of a model whose outputs do not stand for input tokens: [labels] of a classifier, [U, V] of a decoder.
+
+    ``scale`` is what the model multiplies words with that it looks up by itself, and no vectors.
+    """
+    sequence, _ = arrange(model.get_input_embeddings()(ids) * scale, vectors, columns)
     decoder = {} if decoder_ids is None else {"decoder_input_ids": decoder_ids[None]}
     return model(inputs_embeds=sequence[None], **decoder).logits[0]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -23,6 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from softtune.backbone.interface import WRAPPER, AttentionRecorder, install
 from softtune.backbone.roles import BiasSlot, bias_slots
 from softtune.errors import UnsupportedModelError
+
+_CACHES = {"past_key_values", "cache_params"}
+"""The names that a stack gives to its cache; a model without attention has states in place of keys and values."""
 
 
 class Site(str, Enum):
@@ -50,6 +53,10 @@ class AttentionLayer:
     value_size: int
     module: nn.Module | None = None
     """The module that calls the attention interface; None in models that only take a ready cache."""
+
+    is_cached: bool = True
+    """Whether the model's cache holds these keys and values for this layer alone: not a latent of theirs, nor those
+    of layers that share them."""
 
     @property
     def place(self) -> Place:
@@ -92,11 +99,13 @@ class Stack:
     @cached_property
     def table_size(self) -> int | None:
         """Positions that the stack has a table for; None where they are rotary, relative or linear biases."""
+        if hasattr(self.module, "build_mpt_alibi_tensor"):  # MPT has linear biases, but of a fixed length
+            return int(self.module.config.max_seq_len)
         limit = getattr(self.module.config, "max_position_embeddings", None)
-        tables = [
-            m for n, m in self.module.named_modules() if n.endswith(("position_embeddings", "wpe", "embed_positions"))
-        ]
-        return limit if any(isinstance(t, nn.Embedding) for t in tables) else None
+        modules = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.Embedding)]
+        names = [n for n, _ in (*modules, *self.module.named_buffers())]  # GPT-J keeps its sines in a buffer
+        has_table = any(n.endswith(("position_embeddings", "wpe", "embed_positions")) for n in names)
+        return limit - self.first_position if limit and has_table else None
 
     @cached_property
     def relative_bias(self) -> nn.Module | None:
@@ -117,16 +126,66 @@ class Stack:
         bias: Tensor = owner.relative_attention_bias(buckets)
         return bias.permute(0, 3, 1, 2)
 
+    @cached_property
+    def word_scale(self) -> float | None:
+        """What the stack multiplies words with that it looks up by itself, but not vectors that come in their place:
+        Marian's and Pegasus' encoders do. None where no vector can take a word's place."""
+        word = (self.module.config.pad_token_id or 0) + 1  # padding has a position of its own in RoBERTa
+        ids = torch.full((1, 3), word, device=self.module.device)
+        words = self.module.get_input_embeddings()(ids)
+        try:
+            self._states(inputs_embeds=words + 1)
+        except RuntimeError:  # Gemma 4 looks for the ids of all vectors
+            return None
+        expected = self._states(input_ids=ids)
+        scales = (1.0, float(getattr(self.module, "embed_scale", 1.0)))
+        fits = (s for s in scales if torch.allclose(self._states(inputs_embeds=words * s), expected, atol=1e-3))
+        return next(fits, None)
+
+    def _states(self, **inputs: Tensor) -> Tensor:
+        with evaluating(self.module):
+            # Not the module itself, whose hooks would see one more call.
+            states: Tensor = self.module.forward(**inputs).last_hidden_state
+            return states
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word vectors [B, T, D] as the first layer sees them, scaled where the model scales them."""
         embedded: Tensor = self.module.get_input_embeddings()(input_ids)
-        return embedded
+        return embedded * (self.word_scale or 1.0)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call to the stack by name."""
         bound = self.signature.bind(*args, **kwargs).arguments
         rest = bound.pop("kwargs", {})
         return {**bound, **rest}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no gradients, for the length of the block."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
+    """How many tokens the cache of a call to a stack counts, and whether there is any text before the call's.
+
+    A cache of states alone counts none.
+    """
+    cache: Any = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+    if cache is None:
+        return 0, False
+    try:
+        length = int(cache.get_seq_length())
+    except ValueError:
+        return 0, bool(cache.has_previous_state())
+    return length, length > 0
 
 
 class Backbone:
@@ -146,9 +205,10 @@ class Backbone:
             )
         self.model = model
         if model.config.is_encoder_decoder:
-            self.stacks = [Stack(model.get_encoder(), Site.ENCODER), Stack(model.get_decoder(), Site.DECODER)]
+            encoder, decoder = _below_head(model.get_encoder()), _below_head(model.get_decoder())
+            self.stacks = [Stack(encoder, Site.ENCODER), Stack(decoder, Site.DECODER)]
         else:
-            stack = model.get_decoder()
+            stack = _below_head(model.get_decoder())
             self.stacks = [Stack(stack, Site.DECODER if _is_causal(stack) else Site.ENCODER)]
         self.has_interface = model._can_set_attn_implementation()
         if self.has_interface:
@@ -175,6 +235,23 @@ class Backbone:
         return embedding
 
     @property
+    def judges_whole_texts(self) -> bool:
+        """Whether a head above an encoder reads its first output, as classifiers of whole texts do."""
+        whole = type(self.model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
+        whole = whole and getattr(self.model.config, "classifier_pooling", "cls") == "cls"  # ModernBERT's choice
+        return whole and self.stacks[0].site is Site.ENCODER and not self.is_encoder_decoder
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether vectors can stand among the words."""
+        return self.stacks[0].word_scale is not None
+
+    @property
+    def has_plain_words(self) -> bool:
+        """Whether the layers see words as the embedding has them."""
+        return self.stacks[0].word_scale == 1.0
+
+    @property
     def text_config(self) -> Any:
         return self.model.config.get_text_config()
 
@@ -186,7 +263,7 @@ class Backbone:
     @cached_property
     def attention_layers(self) -> list[AttentionLayer]:
         """Every attention layer that can take a prefix, by site and depth; empty where none can."""
-        with self._evaluating():
+        with evaluating(self.model):
             return [layer for layer, _, _ in self._observe(input_ids=torch.zeros(1, 3, dtype=torch.long))]
 
     def keys_and_values(self, input_ids: Tensor) -> dict[tuple[Site, int], tuple[Tensor, Tensor]]:
@@ -195,7 +272,7 @@ class Backbone:
         Args:
             input_ids: [T]. An encoder-decoder's decoder reads the same text, less its last token.
         """
-        with self._evaluating():
+        with evaluating(self.model):
             return {layer.place: (key, value) for layer, key, value in self._observe(input_ids=input_ids[None])}
 
     @cached_property
@@ -223,24 +300,33 @@ class Backbone:
         observed = []
         count: Counter[Site] = Counter()
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        for site, module, key, value in self._attention_calls(inputs):
+        for site, module, key, value, is_cached in self._attention_calls(inputs):
             sizes = {"heads": key.shape[0], "key_size": key.shape[-1], "value_size": value.shape[-1]}
-            observed.append((AttentionLayer(site=site, index=count[site], module=module, **sizes), key, value))
+            layer = AttentionLayer(site=site, index=count[site], module=module, is_cached=is_cached, **sizes)
+            observed.append((layer, key, value))
             count[site] += 1
         return sorted(observed, key=lambda o: list(Site).index(o[0].site))
 
-    def _attention_calls(self, inputs: dict[str, Tensor]) -> list[tuple[Site, nn.Module | None, Tensor, Tensor]]:
-        if not self.has_interface:
-            cache = self._run(inputs, use_cache=True).past_key_values if self.is_decoder_only else None
-            return [(Site.DECODER, None, c.keys[0], c.values[0]) for c in (cache.layers if cache else [])]
+    def _attention_calls(self, inputs: dict[str, Tensor]) -> list[tuple[Site, nn.Module | None, Tensor, Tensor, bool]]:
+        """Site, module, key [H, T, K], value [H, T, V] of every layer, and whether the cache is as large."""
         recorder = AttentionRecorder()
-        with self._passing(recorder):
-            self._run(inputs, use_cache=False)
+        with self._passing(recorder) if self.has_interface else nullcontext():
+            output = self._run(inputs, **{"use_cache": True} if self.is_decoder_only else {})
+        cache = getattr(output, "past_key_values", None) if self.is_decoder_only else None
+        if not self.has_interface:
+            layers = [] if cache is None else cache.layers
+            return [(Site.DECODER, None, layer.keys[0], layer.values[0], True) for layer in layers]
         own = {m: s.site for s in self.stacks for m in s.module.modules()}
         # ALBERT calls one module for every layer: its layers share a prefix.
         calls = {call[0]: call for call in reversed(recorder.calls)}
         return [
-            (Site.CROSS if other and own[module] is Site.DECODER else own[module], module, key[0], value[0])
+            (
+                Site.CROSS if other and own[module] is Site.DECODER else own[module],
+                module,
+                key[0],
+                value[0],
+                cache is None or _is_cached(module, key, recorder, cache),
+            )
             for module, key, value, other in reversed(calls.values())
         ]
 
@@ -258,25 +344,12 @@ class Backbone:
             for handle in handles:
                 handle.remove()
 
-    def _run(self, inputs: dict[str, Tensor], *, use_cache: bool) -> Any:
+    def _run(self, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
         """A forward below the head."""
-        options: dict[str, Any] = {"use_cache": use_cache} if self.stacks[-1].is_causal else {}
         if self.is_encoder_decoder:
             ids = inputs["input_ids"]
-            options["decoder_input_ids"] = ids[:, :-1] if ids.shape[1] > 1 else ids.repeat(1, 2)
-        return self.model.base_model(**inputs, **options)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients, for the length of the block."""
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module in training:
-                module.training = True
+            kwargs["decoder_input_ids"] = ids[:, :-1] if ids.shape[1] > 1 else ids.repeat(1, 2)
+        return self.model.base_model(**inputs, **kwargs)
 
     @property
     def head_names(self) -> list[str]:
@@ -293,8 +366,35 @@ class Backbone:
         prefix = self.model.base_model_prefix
         prefix = f"{prefix}." if hasattr(self.model, prefix) else ""
         heads = set(self.head_names)
-        slots = bias_slots(self.model, prefix, self.text_config.num_attention_heads)
-        return [slot for slot in slots if slot.module.split(".")[0] not in heads]
+        slots = [s for s in bias_slots(self.model, prefix) if s.module.split(".")[0] not in heads]
+        if self.is_encoder_decoder:  # a decoder does not read what a BERT before it pools
+            slots = [s for s in slots if ".pooler." not in s.module]
+        return self._that_fit(slots)
+
+    def _that_fit(self, slots: list[BiasSlot]) -> list[BiasSlot]:
+        """Less the modules that cannot take a change at their output: those that return no row of features for each
+        token, and those that the module around them reads the weights of instead of calling them."""
+        outputs: dict[nn.Module, Any] = {}
+        modules = {m for s in slots for m in (self._module(s), self._module(s, parent=True))}
+        handles = [m.register_forward_hook(lambda m, args, output: outputs.update({m: output})) for m in modules]
+        try:
+            with evaluating(self.model):
+                self._run({"input_ids": torch.zeros(1, 3, dtype=torch.long, device=self.model.device)})
+        finally:
+            for handle in handles:
+                handle.remove()
+
+        def fits(slot: BiasSlot) -> bool:
+            module = self._module(slot)
+            if module not in outputs:
+                return self._module(slot, parent=True) not in outputs
+            output = outputs[module]
+            return isinstance(output, Tensor) and (slot.index is not None or output.shape[-1] == slot.width)
+
+        return [slot for slot in slots if fits(slot)]
+
+    def _module(self, slot: BiasSlot, parent: bool = False) -> nn.Module:
+        return self.model.get_submodule(slot.module.rpartition(".")[0] if parent else slot.module)
 
     def embedding_sample(self, size: int = 16) -> list[float]:
         """A few numbers of the word embedding, by which an adapter knows its base model again at any precision."""
@@ -309,6 +409,19 @@ def is_checkpointing(model: nn.Module) -> bool:
     return model.training and any(layer.gradient_checkpointing for layer in layers)
 
 
+def _is_cached(module: nn.Module, key: Tensor, recorder: AttentionRecorder, cache: Any) -> bool:
+    index = module.layer_idx
+    held = cache.layers[index].keys if isinstance(index, int) and index < len(cache.layers) else None
+    users = {call[0] for call in recorder.calls if call[1].data_ptr() == key.data_ptr()}
+    return held is not None and held.shape == key.shape and users == {module}
+
+
+def _below_head(stack: PreTrainedModel) -> PreTrainedModel:
+    """The layers alone: an ``EncoderDecoderModel`` is made of models with heads of their own."""
+    base: Any = stack.base_model
+    return stack if base is stack else _below_head(base)
+
+
 def _is_causal(stack: PreTrainedModel) -> bool:
     flags = [m.is_causal for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    return any(flags) if flags else "past_key_values" in inspect.signature(stack.forward).parameters
+    return any(flags) if flags else not _CACHES.isdisjoint(inspect.signature(stack.forward).parameters)

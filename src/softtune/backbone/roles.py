@@ -27,11 +27,26 @@ _PATTERNS = {
     OUTPUT: r"(\.\d+\.output\.dense|\.down_proj|\.fc2|mlp\.c_proj|\.lin2|\.dense_4h_to_h|\.wo)$",
 }
 
-_FUSED: dict[str, Callable[[int, int], Tensor]] = {
-    r"\.(c_attn|Wqkv)$": lambda width, _: torch.arange(width).view(3, -1),
-    r"\.query_key_value$": lambda width, heads: torch.arange(width).view(heads, 3, -1).transpose(0, 1).reshape(3, -1),
+_HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head")
+_KEY_HEADS = ("num_kv_heads", "num_key_value_heads")
+"""Names of the number of query and of key/value heads, in an attention module or its config."""
+
+
+def _one_after_another(width: int, heads: int, key_heads: int) -> list[Tensor]:
+    size = width // (heads + 2 * key_heads)
+    return list(torch.arange(width).split([heads * size, key_heads * size, key_heads * size]))
+
+
+def _by_key_head(width: int, heads: int, key_heads: int) -> list[Tensor]:
+    groups = torch.arange(width).view(key_heads, heads // key_heads + 2, -1)
+    return [groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()]
+
+
+_FUSED: dict[str, Callable[[int, int, int], list[Tensor]]] = {
+    r"\.(c_attn|Wqkv|qkv_proj)$": _one_after_another,
+    r"\.query_key_value$": _by_key_head,
 }
-"""Modules that compute query, key and value in one product, and which of their outputs are which: [3, width / 3]."""
+"""Modules that compute query, key and value in one product, and which of their output features are which."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +67,35 @@ class BiasSlot:
         return self.module if self.index is None else f"{self.module}.{self.role}"
 
 
-def bias_slots(model: nn.Module, prefix: str, heads: int) -> list[BiasSlot]:
+def bias_slots(model: nn.Module, prefix: str) -> list[BiasSlot]:
     """Every place below ``prefix`` where a bias is, or could be added.
 
     Args:
         model: the base model.
         prefix: path of the part whose biases count, such as ``bert``; empty for the whole model.
-        heads: attention heads, by which some families interleave query, key and value.
     """
     slots = []
     for name, module in model.named_modules():
         if name.startswith(prefix) and (width := _output_width(module)):
-            slots += _slots_of(name, module, width, heads)
+            slots += _slots_of(name, module, width, model.get_submodule(name.rpartition(".")[0]))
     return slots
 
 
-def _slots_of(name: str, module: nn.Module, width: int, heads: int) -> list[BiasSlot]:
+def _slots_of(name: str, module: nn.Module, width: int, parent: nn.Module) -> list[BiasSlot]:
     has_bias = getattr(module, "bias", None) is not None
     for pattern, split in _FUSED.items():
         if re.search(pattern, name):
-            parts = split(width, heads)
-            return [BiasSlot(name, r, width // 3, has_bias, i) for r, i in zip((QUERY, KEY, VALUE), parts, strict=True)]
+            heads = _number(parent, _HEADS) or 1
+            parts = split(width, heads, _number(parent, _KEY_HEADS) or heads)
+            return [BiasSlot(name, r, len(i), has_bias, i) for r, i in zip((QUERY, KEY, VALUE), parts, strict=True)]
     role = LAYER_NORM if "norm" in type(module).__name__.lower() else None
     role = role or next((r for r, pattern in _PATTERNS.items() if re.search(pattern, name)), None)
     return [BiasSlot(name, role, width, has_bias)] if role or has_bias else []
+
+
+def _number(attention: Any, names: tuple[str, ...]) -> int | None:
+    owners = (attention, getattr(attention, "config", None))
+    return next((int(v) for o in owners for n in names if (v := getattr(o, n, None)) is not None), None)
 
 
 def _output_width(module: nn.Module) -> int | None:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from softtune.backbone import is_checkpointing
 from softtune.errors import AdapterError
+from softtune.injection.layout import Layout
 from softtune.injection.step import Call, Step
 from softtune.methods.base import KeyValue
 
@@ -30,20 +31,32 @@ class PrefixCache(Cache):
     Args:
         prefixes: each layer's prefix.
         inner: the text's own cache; None to keep nothing.
+        layout: where rows begin at different columns, since linear biases count the columns between keys; by default
+            the prefix stands in front of all columns.
     """
 
-    def __init__(self, prefixes: Sequence[KeyValue], inner: Cache | None) -> None:
+    def __init__(self, prefixes: Sequence[KeyValue], inner: Cache | None, layout: Layout | None = None) -> None:
         super().__init__(layers=[])
         self.prefixes = list(prefixes)
         self.inner = inner
+        self.layout = layout
         self.length = prefixes[0].key.shape[2]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Keys and values [B, H, P + S, K] of a layer, the prefix first."""
+        """Keys and values [B, H, P + S, K] of a layer, the prefix before the text."""
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
         prefix = self.prefixes[layer_idx]
-        return prepend(prefix.key, key_states), prepend(prefix.value, value_states)
+        return self._join(prefix.key, key_states), self._join(prefix.value, value_states)
+
+    def _join(self, prefix: Tensor, own: Tensor) -> Tensor:
+        if self.layout is None:
+            return prepend(prefix, own)
+        return self.layout.merge(own.transpose(1, 2), prefix.transpose(1, 2)).transpose(1, 2)
+
+    def align_keys(self, weights: Tensor) -> Tensor:
+        """Attention weights [B, H, Q, S] over the text, out of [B, H, Q, P + S]."""
+        return weights[..., self.length :] if self.layout is None else self.layout.align_keys(weights)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length + (self.inner.get_seq_length(layer_idx) if self.inner is not None else 0)
@@ -96,11 +109,11 @@ class PrefixLayer(DynamicLayer):
 def hold(prefixes: Mapping[Any, KeyValue], cache: Any, step: Step, dtype: torch.dtype) -> set[Any]:
     """Put prefixes that are not being trained into an empty cache; the modules whose layer of a cache holds one."""
     layers = dict(enumerate(cache.layers)) if type(cache) is DynamicCache else {}
-    if not step.is_continued and not torch.is_grad_enabled():
+    if layers and not step.is_continued and not torch.is_grad_enabled():
         for module, prefix in prefixes.items():
             if type(layers.get(module.layer_idx)) is DynamicLayer:
                 layers[module.layer_idx] = cache.layers[module.layer_idx] = PrefixLayer(prefix, dtype)
-    held = {m: layer for m in prefixes if isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
+    held = {m: layer for m in prefixes if layers and isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
     for module, layer in list(held.items())[:1]:  # one tells: looking at every layer would cost more than it is worth
         if not layer.holds(prefixes[module]):
             raise AdapterError("past_key_values were computed with another adapter: leave them out")

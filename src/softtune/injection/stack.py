@@ -20,7 +20,7 @@ from softtune.backbone.interface import WRAPPER
 from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.cache import PrefixCache, hold, own_cache
-from softtune.injection.layout import Layout
+from softtune.injection.layout import Layout, row_starts
 from softtune.injection.reentrant import Anchor, is_reentrant
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
 from softtune.injection.step import Call, Step
@@ -52,6 +52,7 @@ class StackInjection:
         self.text_ends = text_ends
         reads_input = stack is backbone.stacks[0]
         self.feeds_decoder = reads_input and backbone.is_encoder_decoder
+        self.shows_first_slot = backbone.judges_whole_texts
         sites = (stack.site, Site.CROSS) if stack.is_causal else (stack.site,)
         places = {place for prompt in prompts for place in prompt.prefixes if place[0] in sites}
         self.layers = [a for a in backbone.attention_layers if a.place in places] if places else []
@@ -255,21 +256,26 @@ class StackInjection:
             self._add_cache(call, step, here)
             return
         prefixes = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None}
-        held = hold(prefixes, call.get("past_key_values"), step, self.stack.module.dtype)
+        in_cache = {a.module: prefixes[a.module] for a in self.layers if a.module is not None and a.is_cached}
+        held = hold(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
         visible, biases = self._visible(step, here), self._biases(step, here)
         call[WRAPPER] = PrefixAttention(prefixes, visible=visible, biases=biases, held=held)
 
     def _add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Hand the prefix to layers that take a ready cache alone."""
         prefixes = [here.prefixes[a.place] for a in self.layers]
-        call["past_key_values"] = PrefixCache(prefixes, own_cache(self.stack.module, call))
         is_prefix = here.is_prefix.get(here.lengths[self.layers[0].place])
-        mask = call.get("attention_mask")
+        mask, layout = call.get("attention_mask"), None
         if mask is None and is_prefix is not None:
             mask = step.full_mask()
         if mask is not None:
-            opened = mask.new_ones(step.rows, prefixes[0].key.shape[2]) if is_prefix is None else is_prefix
-            call["attention_mask"] = torch.cat([opened.to(mask.dtype), mask], dim=1)
+            starts = row_starts(mask, step.rows, step.device)
+            columns = starts[:, None].expand(-1, prefixes[0].key.shape[2])
+            is_prefix = torch.ones_like(columns, dtype=torch.bool) if is_prefix is None else is_prefix
+            beside = Layout.of(starts, mask.shape[1], columns, is_prefix, causal=True)
+            call["attention_mask"] = beside.merge(mask, is_prefix)
+            layout = beside if bool(starts.any()) else None
+        call["past_key_values"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
 
     def _visible(self, step: Step, here: RowPrompts) -> dict[nn.Module, Tensor]:
         """[B or 1, T or 1, P] which tokens see a module's prefix; nothing where all see all of it."""
@@ -306,11 +312,14 @@ class StackInjection:
         if isinstance(cache := kwargs.get("past_key_values"), PrefixCache):
             output.past_key_values = cache.inner
             if output.attentions is not None:
-                output.attentions = tuple(weights[..., cache.length :] for weights in output.attentions)
+                output.attentions = tuple(cache.align_keys(weights) for weights in output.attentions)
+        first = output.last_hidden_state[:, :1] if self.shows_first_slot else None
         if self.layout is not None and not (self.feeds_decoder and self.prompts.vectors is not None):
             align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
         if self.trim is not None:
             self.trim.restore(output)
+        if first is not None:  # a head reads the first column, be it padding
+            output.last_hidden_state = torch.cat([first, output.last_hidden_state[:, 1:]], dim=1)
         return output
 
     def _check_reached(self, wrapper: PrefixAttention, call: Call) -> None:

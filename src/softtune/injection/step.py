@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softtune.backbone import cached_length
 from softtune.injection.layout import row_ends, row_starts
 
 Call = dict[str, Any]
@@ -22,14 +23,12 @@ class Step:
     def __init__(self, call: Call) -> None:
         tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         mask = call.get("attention_mask")
-        cache = call.get("past_key_values")
         self.device = tokens.device
         self.rows, self.length = tokens.shape[:2]
         self.mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.has_ready_mask = mask is not None and self.mask is None
-        self.cached = int(cache.get_seq_length()) if cache is not None else 0
-        self.is_continued = self.cached > 0
-        self.has_fixed_cache = cache is not None and bool(cache.is_compileable)
+        self.cached, self.is_continued = cached_length(call)
+        self.has_fixed_cache = bool(getattr(call.get("past_key_values"), "is_compileable", False))
         self.width = self.mask.shape[1] if self.mask is not None else self.cached + self.length
         self.starts = row_starts(self.mask, self.rows, self.device)
 

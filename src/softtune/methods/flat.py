@@ -66,8 +66,11 @@ def settle_prefix(config: PromptLearningConfig, backbone: Backbone) -> None:
 
 
 def is_even(backbone: Backbone) -> bool:
-    """Whether all layers have the same sizes, as PEFT supposes."""
-    return len({(a.heads, a.key_size, a.value_size) for a in backbone.attention_layers}) == 1
+    """Whether every layer has keys and values of one size in the model's own cache, as PEFT supposes."""
+    layers = backbone.attention_layers
+    sizes = {(a.heads, size) for a in layers for size in (a.key_size, a.value_size)}
+    depth = backbone.text_config.num_hidden_layers
+    return len(sizes) == 1 and len(layers) == depth and all(a.is_cached for a in layers)
 
 
 def split_prefix(flat: Tensor, layers: Sequence[AttentionLayer]) -> dict[tuple[Site, int], KeyValue]:

@@ -64,7 +64,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         return PromptEncoder(self)
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
-        return True
+        return backbone.has_plain_words
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
 from softtune.methods.base import OURS, PeftType, PositiveInt, Prompt, PromptLearningConfig
 from softtune.methods.flat import Layers, choose_layers, flat_prefix, is_even, settle_prefix, split_prefix
+from softtune.methods.prompt_tuning import check_vectors
 
 
 @dataclass(kw_only=True)
@@ -73,6 +74,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
         """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
+        layers = [] if self.embedding_only else choose_layers(backbone, self.layers, self.sites)
         if self.placement == "infix" and not backbone.is_decoder_only:
             raise UnsupportedModelError(
                 "an infix stands between text and answer of a decoder: use placement='prefix' here"
@@ -82,9 +84,9 @@ class PrefixTuningConfig(PromptLearningConfig):
                 f"{type(backbone.model).__name__} takes a prefix alone: use placement='prefix' here"
             )
         if self.embedding_only:
+            check_vectors(backbone)
             self.settle(token_dim=backbone.embedding.embedding_dim)
             return EmbeddingPrefix(self)
-        layers = choose_layers(backbone, self.layers, self.sites)
         settle_prefix(self, backbone)
         return PrefixEncoder(self, layers)
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from softtune.backbone import Backbone
-from softtune.errors import ConfigError
+from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
 from softtune.methods.base import OURS, PeftType, Placement, Prompt, PromptLearningConfig
 
@@ -103,7 +103,7 @@ class PromptTuningConfig(PromptLearningConfig):
                 return init.from_file(self.prompt_tuning_init_file or "", (size, dim))
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
-        return self.placement == "prefix"
+        return self.placement == "prefix" and backbone.has_plain_words
 
 
 class PromptEmbedding(nn.Module):
@@ -136,8 +136,22 @@ class PromptEmbedding(nn.Module):
         self.embedding.weight.data.copy_(state[init.PROMPT_KEY])
 
 
+def check_vectors(backbone: Backbone) -> None:
+    """Raise UnsupportedModelError where no vector can take a word's place."""
+    if not backbone.takes_vectors:
+        raise UnsupportedModelError(
+            f"{type(backbone.model).__name__} reads more off its words than their vectors: "
+            "use PrefixTuningConfig, PTuningV2Config or BitFitConfig"
+        )
+
+
 def settle_input(config: PromptLearningConfig, backbone: Backbone) -> None:
-    """Fill in PEFT's size fields for virtual tokens at the input."""
+    """Fill in PEFT's size fields for virtual tokens at the input.
+
+    Raises:
+        UnsupportedModelError: no vector can take a word's place.
+    """
+    check_vectors(backbone)
     text = backbone.text_config
     config.settle(
         token_dim=backbone.embedding.embedding_dim,
