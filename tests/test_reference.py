@@ -22,6 +22,7 @@ from tests.families import (
     base_model,
     batch,
     cases,
+    is_decoder_only,
     sides,
     texts,
 )

@@ -36,7 +36,8 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     Args:
         model: the base model. Its parameters are frozen and its attention is routed through softtune, which without an
-            adapter changes no bit of its outputs.
+            adapter changes no bit of its outputs. A model with PEFT's LoRA in it stays as it is, frozen or trained
+            along.
         peft_config: the first adapter's config; without one there is no adapter yet.
         adapter_name: the first adapter's name.
 
@@ -45,12 +46,14 @@ class PeftModel(PushToHubMixin, nn.Module):
         ConfigError: the config does not fit the base model.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, peft_config: PeftConfig | None = None, adapter_name: str = "default"
-    ) -> None:
+    def __init__(self, model: Any, peft_config: PeftConfig | None = None, adapter_name: str = "default") -> None:
         super().__init__()
-        self.backbone = Backbone(model)
-        self.base_model = model.requires_grad_(False)
+        if isinstance(model, PeftModel):
+            raise AdapterError("the model has adapters already: add another with add_adapter")
+        layered = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
+        base: PreTrainedModel = model.get_base_model() if layered else model
+        self.backbone = Backbone(base)
+        self.base_model = base if layered else base.requires_grad_(False)
         self.prompt_encoder = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.peft_config: dict[str, PeftConfig] = {}
