@@ -694,16 +694,19 @@ def cases(
     ]
 
 
-@cache
-def _base_model(family: str, task: str, seed: int, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+def family_config(family: str, **overrides: Any) -> PretrainedConfig:
+    """A family's config, without dropout."""
     row = FAMILIES[family]
     special = {"pad_token_id": PAD, "eos_token_id": 2, "bos_token_id": 0}
-    settings = row.sizes | dict.fromkeys(row.dropout, 0.0) | special | dict(overrides)
-    if task in (SEQ_CLS, TOKEN_CLS):
-        settings["num_labels"] = 3
+    return row.config(vocab_size=VOCABULARY, **row.sizes | dict.fromkeys(row.dropout, 0.0) | special | overrides)
+
+
+@cache
+def _base_model(family: str, task: str, seed: int, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+    labels = {"num_labels": 3} if task in (SEQ_CLS, TOKEN_CLS) else {}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        model = AUTO[task].from_config(row.config(vocab_size=VOCABULARY, **settings))
+        model = AUTO[task].from_config(family_config(family, **labels, **dict(overrides)))
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model.eval()

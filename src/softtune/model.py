@@ -24,7 +24,7 @@ from softtune import checkpoint
 from softtune.acting import BASE, Acting, Cast, answer_columns, check_generation, check_owner, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
-from softtune.errors import AdapterError, AdapterMismatchError, CheckpointError
+from softtune.errors import AdapterError, AdapterMismatchError, CheckpointError, DataError
 from softtune.methods import PeftConfig
 from softtune.methods.initialization import PROMPT_KEY
 from softtune.options import check_options
@@ -281,7 +281,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 labels of the logits that are kept.
 
         Raises:
-            DataError: positions do not fit the input, or exceed the model's.
+            DataError: positions or labels do not fit the input, or positions exceed the model's.
             AdapterError: ``adapter_names`` has an unknown name, another number of rows, or adapters of several tasks.
         """
         given = {
@@ -291,10 +291,12 @@ class PeftModel(PushToHubMixin, nn.Module):
             "labels": labels,
         }
         kwargs |= {name: value for name, value in given.items() if value is not None}
+        text = inputs_embeds if input_ids is None else input_ids
+        self._check_labels(labels, text)
         keep = kwargs.get("logits_to_keep", 0)
         if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
-        cast = self._cast(adapter_names, inputs_embeds if input_ids is None else input_ids)
+        cast = self._cast(adapter_names, text)
         check_owner(kwargs.get("past_key_values"), cast)
         with self._acting(cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
             output = self.base_model(return_dict=True, **kwargs)
@@ -326,6 +328,18 @@ class PeftModel(PushToHubMixin, nn.Module):
             generated = generate(*args, **kwargs)
         sign(getattr(generated, "past_key_values", None), cast)
         return generated
+
+    def _check_labels(self, labels: Tensor | None, text: Tensor | None) -> None:
+        if labels is None or text is None:
+            return
+        per_token = labels.dim() == 2 and not (labels.is_floating_point() or self.backbone.is_encoder_decoder)
+        if per_token and labels.shape != text.shape[:2]:
+            raise DataError(
+                f"labels {list(labels.shape)} do not fit the input {list(text.shape[:2])}: "
+                "give one for each token, virtual tokens need none"
+            )
+        if len(labels) != len(text):
+            raise DataError(f"labels {list(labels.shape)} do not fit {len(text)} rows: give labels for each")
 
     def _cast(self, adapter_names: Sequence[str] | None, text: Tensor | None) -> Cast:
         """The adapters that act on a batch, and which of them each row has."""

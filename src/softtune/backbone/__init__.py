@@ -208,7 +208,8 @@ class Backbone:
             encoder, decoder = _below_head(model.get_encoder()), _below_head(model.get_decoder())
             self.stacks = [Stack(encoder, Site.ENCODER), Stack(decoder, Site.DECODER)]
         else:
-            stack = _below_head(model.get_decoder())
+            decoder = model.get_decoder()  # of masked words a matrix may have that name
+            stack = _below_head(decoder if isinstance(decoder, PreTrainedModel) else model)
             self.stacks = [Stack(stack, Site.DECODER if _is_causal(stack) else Site.ENCODER)]
         self.has_interface = model._can_set_attn_implementation()
         if self.has_interface:

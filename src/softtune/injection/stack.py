@@ -57,6 +57,7 @@ class StackInjection:
         places = {place for prompt in prompts for place in prompt.prefixes if place[0] in sites}
         self.layers = [a for a in backbone.attention_layers if a.place in places] if places else []
         self.prompts = RowPrompts.of(prompts, self.layers, stack, reads=reads_input)
+        self.starts = torch.zeros(0, dtype=torch.long)
         self.layout: Layout | None = None
         self.trim: Trim | None = None
         self.has_run = False
@@ -87,6 +88,7 @@ class StackInjection:
         if not self.feeds_decoder:
             self._trim(call)
         step = Step(call)
+        self.starts = step.starts + (self.trim.left if self.trim else 0)
         here = self._prompts_of(step)
         if is_reentrant(module):
             here = self._anchor(call, here)
@@ -318,8 +320,10 @@ class StackInjection:
             align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
         if self.trim is not None:
             self.trim.restore(output)
-        if first is not None:  # a head reads the first column, be it padding
-            output.last_hidden_state = torch.cat([first, output.last_hidden_state[:, 1:]], dim=1)
+        if first is not None:  # heads read the first column, be it padding, or the text's first
+            columns = self.starts[:, None] * torch.tensor([0, 1], device=self.starts.device)
+            index = columns[..., None].expand(-1, -1, first.shape[-1])
+            output.last_hidden_state = output.last_hidden_state.scatter(1, index, first.expand_as(index))
         return output
 
     def _check_reached(self, wrapper: PrefixAttention, call: Call) -> None:

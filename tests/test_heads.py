@@ -1,0 +1,135 @@
+"""Promises 2 and 3 for further heads: multiple choice, masked words with a verbalizer, and no head at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForMultipleChoice, PreTrainedModel
+
+from softtune import BitFitConfig, DataError, PeftModel, PromptEncoderConfig, get_peft_model
+from tests.families import (
+    CAUSAL_LM,
+    METHODS,
+    SEQ_2_SEQ_LM,
+    SEQ_CLS,
+    TOKEN_CLS,
+    VOCABULARY,
+    P,
+    adapted,
+    batch,
+    family_config,
+    pad,
+    scramble,
+    takes,
+    texts,
+)
+from tests.reference import virtual_tokens
+
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "albert", "modernbert", "deberta_v2")
+KINDS = ("prompt", "prompt_suffix", "prefix", "p_tuning_v2", "bitfit_added")
+CASES = [(family, method) for family in ENCODERS for method in KINDS if takes(family, method)]
+
+
+def with_head(auto: Any, family: str) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return auto.from_config(family_config(family)).eval()
+
+
+def tuned(auto: Any, family: str, method: str, task: str | None) -> PeftModel:
+    return scramble(get_peft_model(with_head(auto, family), METHODS[method](task_type=task))).eval()
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_choices_are_the_same_alone_and_padded(family: str, method: str) -> None:
+    model = tuned(AutoModelForMultipleChoice, family, method, SEQ_CLS)
+    choices = [texts(family, SEQ_CLS, (5, 3)), texts(family, SEQ_CLS, (2, 6))]
+    alone = [[model(input_ids=c[None, None]).logits[0, 0] for c in row] for row in choices]
+    expected = torch.stack([torch.stack(row) for row in alone])
+    for side in ("right", "left"):
+        ids = torch.stack([pad(row, side, width=7) for row in choices])
+        mask = torch.stack([pad([torch.ones_like(c) for c in row], side, width=7, value=0) for row in choices])
+        output = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([1, 0]))
+        torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.loss, F.cross_entropy(expected, torch.tensor([1, 0])), atol=1e-5, rtol=1e-5)
+    assert {n.split(".")[0] for n in model.adapter("default").heads} == {
+        n.split(".")[0] for n in model.backbone.head_names
+    }
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_words_at_a_mask(family: str, method: str) -> None:
+    """A verbalizer's words are scored where the template has its mask: outputs must line up with it."""
+    model, rows = tuned(AutoModelForMaskedLM, family, method, None), texts(family, SEQ_CLS, (6, 4, 3))
+    places, words = (2, 3, 0), torch.tensor([11, 23])
+    expected = [model(input_ids=row[None]).logits[0, at, words] for row, at in zip(rows, places, strict=True)]
+    for side in ("right", "left"):
+        output = model(**batch(rows, side, width=8)).logits
+        assert output.shape == (3, 8, VOCABULARY)
+        starts = [0 if side == "right" else 8 - len(row) for row in rows]
+        for i, (start, at) in enumerate(zip(starts, places, strict=True)):
+            torch.testing.assert_close(output[i, start + at, words], expected[i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_template_with_anchors_around_a_mask(family: str) -> None:
+    base = with_head(AutoModelForMaskedLM, family)
+    model = scramble(get_peft_model(base, PromptEncoderConfig(num_virtual_tokens=P))).eval()
+    (row,), columns = texts(family, SEQ_CLS, (5,)), [0, 1, 1, 3, 5]
+    vectors = model.prompt_encoder["default"]()
+    sequence, slots = virtual_tokens.arrange(base.get_input_embeddings()(row), vectors, columns)
+    expected = with_head(AutoModelForMaskedLM, family)(inputs_embeds=sequence[None]).logits[0, slots]
+    output = model(row[None], prompt_positions=torch.tensor([columns])).logits[0]
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_features_line_up_with_the_words(family: str, method: str) -> None:
+    model, rows = tuned(AutoModel, family, method, "FEATURE_EXTRACTION"), texts(family, SEQ_CLS, (6, 4, 3))
+    alone = [model(input_ids=row[None]).last_hidden_state[0] for row in rows]
+    for side in ("right", "left"):
+        states = model(**batch(rows, side)).last_hidden_state
+        for own, row, expected in zip(states, rows, alone, strict=True):
+            mine = own[: len(row)] if side == "right" else own[len(own) - len(row) :]
+            torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "bitfit_added"])
+def test_features_of_decoders(family: str, method: str) -> None:
+    model, rows = tuned(AutoModel, family, method, "FEATURE_EXTRACTION"), texts(family, CAUSAL_LM, (6, 4, 3))
+    states = model(**batch(rows, "left")).last_hidden_state
+    for own, row in zip(states, rows, strict=True):
+        expected = model(input_ids=row[None]).last_hidden_state[0]
+        torch.testing.assert_close(own[len(own) - len(row) :], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "labels", "message"),
+    [
+        ("llama", CAUSAL_LM, torch.zeros(3, 7 + P, dtype=torch.long), r"labels \[3, 12\] .* \[3, 7\]"),
+        ("llama", CAUSAL_LM, torch.zeros(2, 7, dtype=torch.long), r"labels \[2, 7\] .* \[3, 7\]"),
+        ("bert", TOKEN_CLS, torch.zeros(3, 7 + P, dtype=torch.long), r"labels \[3, 12\] .* \[3, 7\]"),
+        ("bert", SEQ_CLS, torch.zeros(2, dtype=torch.long), r"labels \[2\] .* 3 rows"),
+        ("t5", SEQ_2_SEQ_LM, torch.zeros(2, 4, dtype=torch.long), r"labels \[2, 4\] .* 3 rows"),
+    ],
+)
+def test_labels_of_the_wrong_shape(family: str, task: str, labels: Tensor, message: str) -> None:
+    model = adapted(family, task, "prefix")
+    with pytest.raises(DataError, match=message):
+        model(**batch(texts(family, task)), labels=labels)
+
+
+def test_classes_of_several_labels_are_no_tokens() -> None:
+    model = adapted("bert", SEQ_CLS, "prefix", problem_type="multi_label_classification")
+    output = model(**batch(texts("bert", SEQ_CLS)), labels=torch.ones(3, 3))
+    assert output.loss.isfinite()
+
+
+def test_biases_of_a_model_without_head() -> None:
+    model = get_peft_model(with_head(AutoModel, "bert"), BitFitConfig())
+    assert model.adapter("default").heads == {}
