@@ -251,7 +251,7 @@ def bias_of(base: PreTrainedModel, family: str, path: str, width: int) -> tuple[
 def add_by_hand(module: nn.Module) -> None:
     """Give a module a bias at zero: linear layers have a place for it, RMS norms have none."""
     module.bias = nn.Parameter(torch.zeros(len(module.weight)))
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear | nn.LayerNorm):
         module.register_forward_hook(lambda module, args, output: output + module.bias)
 
 

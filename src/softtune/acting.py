@@ -128,12 +128,12 @@ def check_generation(backbone: Backbone, cast: Cast, columns: Tensor | None, opt
     """
     prompts = [a.module.prompt() for a in cast.adapters.values() if a is not None]
     behind = columns is not None or any(p.after_text for p in prompts)
-    size = options.get("prefill_chunk_size") or getattr(options.get("generation_config"), "prefill_chunk_size", None)
-    if size and (behind or backbone.is_encoder_decoder):
-        raise UnsupportedModelError(
-            "prefill_chunk_size is for decoders with nothing but words after their virtual tokens: leave it out"
-        )
     among = any(p.vectors is not None and (behind or not backbone.runs_ahead) for p in prompts)
+    size = options.get("prefill_chunk_size") or getattr(options.get("generation_config"), "prefill_chunk_size", None)
+    if size and (behind or among or backbone.is_encoder_decoder):
+        raise UnsupportedModelError(
+            "prefill_chunk_size is for decoders that take virtual tokens as a prefix in front of the text: leave it out"
+        )
     if among and options.get("past_key_values") is not None and backbone.is_decoder_only:
         raise UnsupportedModelError(
             "generate cannot go on from a cache that holds virtual tokens among the words: leave out past_key_values"

@@ -78,7 +78,8 @@ class PrefixAttention:
         visible = self.visible.get(module)
         slot = (id(mask), key.shape[2], causal, id(visible))
         if slot not in self._masks:
-            self._masks[slot] = (mask, _widen(mask, visible, query, key, causal, length))
+            own = _own_mask(visible, query, key.shape[2] - length, causal) if mask is None else mask
+            self._masks[slot] = (mask, None if own is None else widen(own, visible, length))
         return self._masks[slot][1]
 
     def _with_bias(self, module: nn.Module, own: Tensor, length: int) -> Tensor:
@@ -88,20 +89,21 @@ class PrefixAttention:
         return torch.cat([added.expand(rows, -1, own.shape[2], -1), own.expand(rows, -1, -1, -1)], dim=-1)
 
 
-def _widen(
-    mask: Tensor | None, visible: Tensor | None, query: Tensor, key: Tensor, causal: bool, length: int
-) -> Tensor | None:
-    queries, keys = query.shape[2], key.shape[2] - length
-    if mask is None:
-        if visible is None and (not causal or queries == 1):
-            return None
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        mask = (mask.tril() if causal and queries > 1 else mask)[None, None]
-    open_value = True if mask.dtype == torch.bool else 0.0
-    widened = F.pad(mask, (length, 0), value=open_value)
+def _own_mask(visible: Tensor | None, query: Tensor, keys: int, causal: bool) -> Tensor | None:
+    """[1, 1, T, S] the mask that an attention without one stands for; None where it needs none."""
+    queries = query.shape[2]
+    if visible is None and (not causal or queries == 1):
+        return None
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    return (mask.tril() if causal and queries > 1 else mask)[None, None]
+
+
+def widen(mask: Tensor, visible: Tensor | None, length: int) -> Tensor:
+    """[B or 1, 1, T, P + S] a ready mask [B or 1, 1, T, S] with P columns in front, open to those that see them."""
+    widened = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
     if visible is None:
         return widened
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    widened = widened.expand(max(len(visible), len(widened)), -1, queries, -1).clone()
+    widened = widened.expand(max(len(visible), len(widened)), -1, -1, -1).clone()
     widened[..., :length].masked_fill_(~visible[:, None], closed)
     return widened

@@ -7,6 +7,7 @@ tokens of this call, P virtual tokens, W columns of the whole attention mask, S 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from softtune.backbone import Backbone, Site, Stack
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import DataError, UnsupportedModelError
-from softtune.injection.attention import PrefixAttention
+from softtune.injection.attention import PrefixAttention, widen
 from softtune.injection.cache import PrefixCache, hold, own_cache
 from softtune.injection.layout import Layout, row_starts
 from softtune.injection.reentrant import Anchor, is_reentrant
@@ -57,7 +58,7 @@ class StackInjection:
         places = {place for prompt in prompts for place in prompt.prefixes if place[0] in sites}
         self.layers = [a for a in backbone.attention_layers if a.place in places] if places else []
         self.prompts = RowPrompts.of(prompts, self.layers, stack, reads=reads_input)
-        self.starts = torch.zeros(0, dtype=torch.long)
+        self.starts = self.shift = torch.zeros(0, dtype=torch.long)
         self.layout: Layout | None = None
         self.trim: Trim | None = None
         self.has_run = False
@@ -90,6 +91,7 @@ class StackInjection:
         step = Step(call)
         self.starts = step.starts + (self.trim.left if self.trim else 0)
         here = self._prompts_of(step)
+        self.shift = here.shift
         if is_reentrant(module):
             here = self._anchor(call, here)
         if here.vectors is not None:
@@ -135,7 +137,7 @@ class StackInjection:
             )
         if not step.is_continued:
             self._lay_out(call, step, here)
-        elif step.mask is not None or here.is_ragged:
+        elif step.mask is not None or (here.is_ragged and step.cached):
             mask = step.full_mask()
             if step.mask is None:
                 mask = mask[:, here.is_vector.shape[1] :]  # the cache counts the virtual tokens too
@@ -238,13 +240,16 @@ class StackInjection:
 
     def _shift_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
         """Look up again, further on, what BART's kin look up by themselves."""
-        table: Any = module
-        positions = kwargs.get("position_ids")
+        if not isinstance(module, nn.Embedding):
+            raise UnsupportedModelError(
+                f"{type(self.stack.module).__name__} counts positions in a way of its own: set shift_positions=False"
+            )
+        call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        positions = call.get("position_ids")
         if positions is None:
-            start = kwargs.get("past_key_values_length", args[1] if len(args) > 1 else 0)
-            positions = torch.arange(output.shape[-2], device=output.device) + start
-        shift = self._prompts_of(Step({"input_ids": args[0]})).shift.to(output.device)
-        return nn.functional.embedding(positions + shift[:, None] + table.offset, table.weight)
+            positions = torch.arange(output.shape[-2], device=output.device) + call.get("past_key_values_length", 0)
+        further = positions + self.shift[:, None].to(output.device) + getattr(module, "offset", 0)
+        return nn.functional.embedding(further, module.weight)
 
     def _check_length(self, step: Step, here: RowPrompts) -> None:
         limit, virtual = self.stack.table_size, int((here.shift + here.is_vector.sum(1)).max())
@@ -270,7 +275,10 @@ class StackInjection:
         mask, layout = call.get("attention_mask"), None
         if mask is None and is_prefix is not None:
             mask = step.full_mask()
-        if mask is not None:
+        if step.has_ready_mask and mask is not None:
+            visible = None if is_prefix is None else is_prefix[:, None]
+            call["attention_mask"] = widen(mask, visible, prefixes[0].key.shape[2])
+        elif mask is not None:
             starts = row_starts(mask, step.rows, step.device)
             columns = starts[:, None].expand(-1, prefixes[0].key.shape[2])
             is_prefix = torch.ones_like(columns, dtype=torch.bool) if is_prefix is None else is_prefix
