@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softtune import BitFitConfig, PeftModel, PTuningV2Config, get_peft_model
+from softtune import BitFitConfig, PeftModel, PTuningV2Config, UnsupportedModelError, get_peft_model
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -162,6 +162,10 @@ def test_gradient_checkpointing_is_exact(family: str, task: str, method: str, re
         model = adapted(family, task, method).train()
         if checkpoints:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if checkpoints and reentrant and family == "gemma4_small":  # later layers read earlier ones' keys on the side
+            with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
+                loss_of(model, family, task)
+            return
         loss_of(model, family, task).backward()
         gradients.append({n: p.grad for n, p in trained(model).items()})
     for name, gradient in gradients[1].items():

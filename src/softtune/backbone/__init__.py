@@ -6,186 +6,31 @@ so grouped heads, uneven layers and layers without attention need no rule of the
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softtune.backbone.interface import WRAPPER, AttentionRecorder, install
 from softtune.backbone.roles import BiasSlot, bias_slots
+from softtune.backbone.stack import (
+    AttentionLayer,
+    Place,
+    Site,
+    Stack,
+    cached_length,
+    evaluating,
+    is_causal,
+    is_checkpointing,
+)
 from softtune.errors import UnsupportedModelError
 
-_CACHES = {"past_key_values", "cache_params"}
-"""The names that a stack gives to its cache; a model without attention has states in place of keys and values."""
-
-
-class Site(str, Enum):
-    """Where a prefix attaches."""
-
-    ENCODER = "encoder"
-    DECODER = "decoder"
-    CROSS = "cross"
-
-
-Place = tuple[Site, int]
-"""An attention layer's site, and its number within the site."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionLayer:
-    """One attention layer that can take a prefix, and the sizes of its keys and values."""
-
-    site: Site
-    index: int
-    """The layer's number within its site, from 0."""
-    heads: int
-    """H, the number of key/value heads."""
-    key_size: int
-    value_size: int
-    module: nn.Module | None = None
-    """The module that calls the attention interface; None in models that only take a ready cache."""
-
-    is_cached: bool = True
-    """Whether the model's cache holds these keys and values for this layer alone: not a latent of theirs, nor those
-    of layers that share them."""
-
-    @property
-    def place(self) -> Place:
-        return self.site, self.index
-
-    @property
-    def width(self) -> int:
-        """Numbers that one virtual token has in this layer: keys and values together."""
-        return self.heads * (self.key_size + self.value_size)
-
-
-class Stack:
-    """One run of transformer layers with its own embeddings: an encoder or a decoder."""
-
-    def __init__(self, module: PreTrainedModel, site: Site) -> None:
-        self.module = module
-        self.site = site
-        self.signature = inspect.signature(module.forward)
-
-    @property
-    def is_causal(self) -> bool:
-        return self.site is Site.DECODER
-
-    @property
-    def takes_position_ids(self) -> bool:
-        return "position_ids" in self.signature.parameters
-
-    @cached_property
-    def position_table(self) -> nn.Module | None:
-        """The position embedding of BART's kin, which counts for itself and takes an offset."""
-        return None if self.takes_position_ids else getattr(self.module, "embed_positions", None)
-
-    @cached_property
-    def first_position(self) -> int:
-        """The first real token's position: RoBERTa's kin begin behind their padding's."""
-        embeddings: Any = getattr(self.module, "embeddings", None)
-        counts_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
-        return int(embeddings.padding_idx) + 1 if counts_padding else 0
-
-    @cached_property
-    def table_size(self) -> int | None:
-        """Positions that the stack has a table for; None where they are rotary, relative or linear biases."""
-        if hasattr(self.module, "build_mpt_alibi_tensor"):  # MPT has linear biases, but of a fixed length
-            return int(self.module.config.max_seq_len)
-        limit = getattr(self.module.config, "max_position_embeddings", None)
-        modules = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.Embedding)]
-        names = [n for n, _ in (*modules, *self.module.named_buffers())]  # GPT-J keeps its sines in a buffer
-        has_table = any(n.endswith(("position_embeddings", "wpe", "embed_positions")) for n in names)
-        return limit - self.first_position if limit and has_table else None
-
-    @cached_property
-    def relative_bias(self) -> nn.Module | None:
-        """T5's attention module that owns the relative position bias of the whole stack."""
-        return next((m for m in self.module.modules() if getattr(m, "has_relative_attention_bias", False)), None)
-
-    def prefix_bias(self, positions: Tensor, length: int) -> Tensor:
-        """[B, heads, T, P] T5's bias of queries at positions [B, T] for a prefix that stands right before position
-        0."""
-        owner: Any = self.relative_bias
-        distance = torch.arange(-length, 0, device=positions.device) - positions[..., None]
-        buckets = owner._relative_position_bucket(
-            distance,
-            bidirectional=not self.is_causal,
-            num_buckets=owner.relative_attention_num_buckets,
-            max_distance=owner.relative_attention_max_distance,
-        )
-        bias: Tensor = owner.relative_attention_bias(buckets)
-        return bias.permute(0, 3, 1, 2)
-
-    @cached_property
-    def word_scale(self) -> float | None:
-        """What the stack multiplies words with that it looks up by itself, but not vectors that come in their place:
-        Marian's and Pegasus' encoders do. None where no vector can take a word's place."""
-        word = (self.module.config.pad_token_id or 0) + 1  # padding has a position of its own in RoBERTa
-        ids = torch.full((1, 3), word, device=self.module.device)
-        words = self.module.get_input_embeddings()(ids)
-        try:
-            self._states(inputs_embeds=words + 1)
-        except RuntimeError:  # Gemma 4 looks for the ids of all vectors
-            return None
-        expected = self._states(input_ids=ids)
-        scales = (1.0, float(getattr(self.module, "embed_scale", 1.0)))
-        fits = (s for s in scales if torch.allclose(self._states(inputs_embeds=words * s), expected, atol=1e-3))
-        return next(fits, None)
-
-    def _states(self, **inputs: Tensor) -> Tensor:
-        with evaluating(self.module):
-            # Not the module itself, whose hooks would see one more call.
-            states: Tensor = self.module.forward(**inputs).last_hidden_state
-            return states
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Word vectors [B, T, D] as the first layer sees them, scaled where the model scales them."""
-        embedded: Tensor = self.module.get_input_embeddings()(input_ids)
-        return embedded * (self.word_scale or 1.0)
-
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a call to the stack by name."""
-        bound = self.signature.bind(*args, **kwargs).arguments
-        rest = bound.pop("kwargs", {})
-        return {**bound, **rest}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients, for the length of the block."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
-    """How many tokens the cache of a call to a stack counts, and whether there is any text before the call's.
-
-    A cache of states alone counts none.
-    """
-    cache: Any = next((call[name] for name in _CACHES if call.get(name) is not None), None)
-    if cache is None:
-        return 0, False
-    try:
-        length = int(cache.get_seq_length())
-    except ValueError:
-        return 0, bool(cache.has_previous_state())
-    return length, length > 0
+__all__ = ["AttentionLayer", "Backbone", "Place", "Site", "Stack", "cached_length", "evaluating", "is_checkpointing"]
 
 
 class Backbone:
@@ -210,7 +55,7 @@ class Backbone:
         else:
             decoder = model.get_decoder()  # of masked words a matrix may have that name
             stack = _below_head(decoder if isinstance(decoder, PreTrainedModel) else model)
-            self.stacks = [Stack(stack, Site.DECODER if _is_causal(stack) else Site.ENCODER)]
+            self.stacks = [Stack(stack, Site.DECODER if is_causal(stack) else Site.ENCODER)]
         self.has_interface = model._can_set_attn_implementation()
         if self.has_interface:
             install(model)
@@ -301,22 +146,23 @@ class Backbone:
         observed = []
         count: Counter[Site] = Counter()
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        for site, module, key, value, is_cached in self._attention_calls(inputs):
-            sizes = {"heads": key.shape[0], "key_size": key.shape[-1], "value_size": value.shape[-1]}
-            layer = AttentionLayer(site=site, index=count[site], module=module, is_cached=is_cached, **sizes)
-            observed.append((layer, key, value))
+        for site, module, key, value, facts in self._attention_calls(inputs):
+            facts |= {"heads": key.shape[0], "key_size": key.shape[-1], "value_size": value.shape[-1]}
+            observed.append((AttentionLayer(site=site, index=count[site], module=module, **facts), key, value))
             count[site] += 1
         return sorted(observed, key=lambda o: list(Site).index(o[0].site))
 
-    def _attention_calls(self, inputs: dict[str, Tensor]) -> list[tuple[Site, nn.Module | None, Tensor, Tensor, bool]]:
-        """Site, module, key [H, T, K], value [H, T, V] of every layer, and whether the cache is as large."""
+    def _attention_calls(
+        self, inputs: dict[str, Tensor]
+    ) -> list[tuple[Site, nn.Module | None, Tensor, Tensor, dict[str, Any]]]:
+        """Site, module, key [H, T, K] and value [H, T, V] of every layer, and whether they are shared and cached."""
         recorder = AttentionRecorder()
         with self._passing(recorder) if self.has_interface else nullcontext():
             output = self._run(inputs, **{"use_cache": True} if self.is_decoder_only else {})
         cache = getattr(output, "past_key_values", None) if self.is_decoder_only else None
         if not self.has_interface:
             layers = [] if cache is None else cache.layers
-            return [(Site.DECODER, None, layer.keys[0], layer.values[0], True) for layer in layers]
+            return [(Site.DECODER, None, layer.keys[0], layer.values[0], {}) for layer in layers]
         own = {m: s.site for s in self.stacks for m in s.module.modules()}
         # ALBERT calls one module for every layer: its layers share a prefix.
         calls = {call[0]: call for call in reversed(recorder.calls)}
@@ -326,7 +172,7 @@ class Backbone:
                 module,
                 key[0],
                 value[0],
-                cache is None or _is_cached(module, key, recorder, cache),
+                _facts(module, key, recorder, cache),
             )
             for module, key, value, other in reversed(calls.values())
         ]
@@ -404,25 +250,16 @@ class Backbone:
         return [round(float(x), 6) for x in weights[picks.to(weights.device)]]
 
 
-def is_checkpointing(model: nn.Module) -> bool:
-    """Whether a model or stack runs its layers again during the backward pass."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return model.training and any(layer.gradient_checkpointing for layer in layers)
-
-
-def _is_cached(module: nn.Module, key: Tensor, recorder: AttentionRecorder, cache: Any) -> bool:
+def _facts(module: nn.Module, key: Tensor, recorder: AttentionRecorder, cache: Any) -> dict[str, Any]:
+    shared = {call[0] for call in recorder.calls if call[1].data_ptr() == key.data_ptr()} != {module}
+    if cache is None:
+        return {"is_shared": shared}
     index = module.layer_idx
     held = cache.layers[index].keys if isinstance(index, int) and index < len(cache.layers) else None
-    users = {call[0] for call in recorder.calls if call[1].data_ptr() == key.data_ptr()}
-    return held is not None and held.shape == key.shape and users == {module}
+    return {"is_shared": shared, "is_cached": held is not None and held.shape == key.shape and not shared}
 
 
 def _below_head(stack: PreTrainedModel) -> PreTrainedModel:
     """The layers alone: an ``EncoderDecoderModel`` is made of models with heads of their own."""
     base: Any = stack.base_model
     return stack if base is stack else _below_head(base)
-
-
-def _is_causal(stack: PreTrainedModel) -> bool:
-    flags = [m.is_causal for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    return any(flags) if flags else not _CACHES.isdisjoint(inspect.signature(stack.forward).parameters)

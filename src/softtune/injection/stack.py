@@ -21,6 +21,7 @@ from softtune.backbone.interface import WRAPPER
 from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention, widen
 from softtune.injection.cache import PrefixCache, hold, own_cache
+from softtune.injection.columns import Columns
 from softtune.injection.layout import Layout, row_starts
 from softtune.injection.reentrant import Anchor, is_reentrant
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
@@ -49,8 +50,7 @@ class StackInjection:
     ) -> None:
         self.stack = stack
         self.rows = rows
-        self.columns = columns
-        self.text_ends = text_ends
+        self.columns = Columns(columns, text_ends)
         reads_input = stack is backbone.stacks[0]
         self.feeds_decoder = reads_input and backbone.is_encoder_decoder
         self.shows_first_slot = backbone.judges_whole_texts
@@ -62,6 +62,7 @@ class StackInjection:
         self.layout: Layout | None = None
         self.trim: Trim | None = None
         self.has_run = False
+        self.shares_keys = is_reentrant(stack.module) and any(a.is_shared for a in backbone.attention_layers)
         self.anchor: Anchor | None = None
 
     @property
@@ -83,7 +84,7 @@ class StackInjection:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
         call = self.stack.arguments(args, kwargs)
-        self.layout, self.trim, self.has_run = None, None, True
+        self.layout, self.trim, self.columns.trim, self.has_run = None, None, None, True
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
         if not self.feeds_decoder:
@@ -106,6 +107,10 @@ class StackInjection:
 
     def _anchor(self, call: Call, here: RowPrompts) -> RowPrompts:
         """Let gradients come back through checkpointed layers that know nothing but their arguments."""
+        if self.shares_keys:
+            raise UnsupportedModelError(
+                "layers share keys, whose gradients reentrant checkpointing loses: enable it with use_reentrant=False"
+            )
         self.anchor = Anchor(dict(here.prefixes))
         if call.get("inputs_embeds") is not None:
             call["inputs_embeds"] = self.anchor.hold(call["inputs_embeds"])
@@ -125,7 +130,7 @@ class StackInjection:
         mask = call.get("attention_mask")
         cached = call.get("past_key_values") is not None or call.get("use_cache") is not False
         if isinstance(mask, Tensor) and mask.dim() == 2 and not (self.stack.is_causal and cached):
-            self.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
+            self.trim = self.columns.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
             self.trim.cut(call)
 
     def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
@@ -158,39 +163,8 @@ class StackInjection:
 
     def _layout_of(self, step: Step, here: RowPrompts) -> Layout:
         """Where the virtual tokens of ``here`` stand."""
-        columns = self._columns(step, here)[:, : here.is_vector.shape[1]]
+        columns = self.columns.of(step, here)[:, : here.is_vector.shape[1]]
         return Layout.of(step.starts, step.length, columns, here.is_vector, causal=self.stack.is_causal)
-
-    def _columns(self, step: Step, here: RowPrompts) -> Tensor:
-        """[B, V] the column before which each virtual token stands; [B, 1] is enough for an infix."""
-        cut = self.trim.left if self.trim else 0
-        if self.columns is not None:
-            return (self._given_columns(step) - cut).clamp(0, step.length)
-        if here.has_suffix and self.text_ends is None:
-            self.text_ends = cut + step.ends  # kept, since decoding without a cache calls again with a longer text
-        columns = step.starts
-        if here.has_suffix and self.text_ends is not None:
-            ends = multiplied(self.text_ends.to(step.device), step.rows) - cut
-            columns = torch.where(here.after_text, ends.clamp(0, step.length), columns)
-        return columns[:, None].expand(-1, max(here.is_vector.shape[1], 1))
-
-    def _given_columns(self, step: Step) -> Tensor:
-        assert self.columns is not None
-        columns = multiplied(self.columns.to(step.device), step.rows)
-        length = step.length + (self.trim.left + self.trim.right if self.trim else 0)
-        if not 0 <= int(columns.min()) <= int(columns.max()) <= length:
-            raise DataError(
-                f"prompt_positions from {int(columns.min())} to {int(columns.max())} do not fit: "
-                f"give columns from 0 to {length}"
-            )
-        return columns
-
-    def _infix_column(self, step: Step, here: RowPrompts) -> Tensor:
-        """[B, 1] the column before which the infix stands."""
-        columns = self._columns(step, here)
-        if bool((columns != columns[:, :1]).any(dim=1).logical_and(here.after_text).any()):
-            raise DataError("an infix stands at one place of a text: write its virtual tokens next to one another")
-        return columns[:, :1]
 
     def _lay_out(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put everything that comes with a token in its slot."""
@@ -235,7 +209,7 @@ class StackInjection:
         if call.get("attention_mask") is None and bool((positions.diff(dim=1) == 1).all()):
             # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
             call["attention_mask"] = step.full_mask()
-        behind = step.is_from(self._infix_column(step, here)) | ~here.after_text[:, None]
+        behind = step.is_from(self.columns.of_infix(step, here)) | ~here.after_text[:, None]
         return shift * behind
 
     def _shift_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
@@ -292,7 +266,7 @@ class StackInjection:
         queries = None
         if here.has_infix and not step.is_continued:
             # The token that the answer is predicted from is the first to see an infix.
-            queries = step.is_from(self._infix_column(step, here) - 1) | ~here.after_text[:, None]
+            queries = step.is_from(self.columns.of_infix(step, here) - 1) | ~here.after_text[:, None]
             queries = queries if self.layout is None else self.layout.merge(queries, here.is_vector)
         by_lengths: dict[Lengths, Tensor] = {}
         for lengths in {*here.lengths.values()}:
