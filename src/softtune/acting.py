@@ -1,6 +1,6 @@
 """Lets adapters act in a base model for the length of one call: prompts, biases and heads, row by row.
 
-Letters: B rows, V virtual tokens among the words.
+Letters: B rows, N virtual tokens among the words.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Acting:
 
         Args:
             cast: who acts.
-            columns: [B, V] the column before which each virtual token stands.
+            columns: [B, N] the column before which each virtual token stands.
             text_ends: [B] the column where each text ends.
         """
         self.stop()

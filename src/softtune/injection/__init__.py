@@ -27,7 +27,7 @@ class Injection:
         backbone: the base model.
         prompts: what each adapter of the batch contributes.
         rows: [B] which of the prompts each row has; None where there is only one.
-        columns: [B, V] the column of the input before which each virtual token stands; by default in front of the text,
+        columns: [B, N] the column of the input before which each virtual token stands; by default in front of the text,
             or at its end where the prompt says so.
         text_ends: [B] the column where each text ends; by default behind its last token.
 

@@ -1,7 +1,7 @@
 """Before which column of the caller's rows virtual tokens stand: in front of the text, at its end, or where a template
 has them.
 
-Letters: B rows, V virtual tokens among the words, T columns.
+Letters: B rows, N virtual tokens among the words, T columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Columns:
     """The columns of one batch, over all its calls.
 
     Args:
-        given: [B, V] the caller's choice.
+        given: [B, N] the caller's choice.
         text_ends: [B] where the texts end; by default behind the last token of the first call.
     """
 
@@ -30,7 +30,7 @@ class Columns:
         """What is left out of the rows in the present call."""
 
     def of(self, step: Step, here: RowPrompts) -> Tensor:
-        """[B, V] the column before which each virtual token stands; [B, 1] is enough for an infix."""
+        """[B, N] the column before which each virtual token stands; [B, 1] is enough for an infix."""
         cut = self.trim.left if self.trim else 0
         if self.given is not None:
             return (self._checked(step) - cut).clamp(0, step.length)

@@ -1,6 +1,6 @@
 """The prompts of a batch's rows in one stack: stacked, padded to the longest, and picked row by row.
 
-Letters: R prompts (before picking) or rows of a batch (after it), V virtual tokens among the words, P virtual tokens of
+Letters: R prompts (before picking) or rows of a batch (after it), N virtual tokens among the words, P virtual tokens of
 a prefix, H key/value heads, K key size, D hidden size.
 """
 
@@ -27,9 +27,9 @@ class RowPrompts:
     tokens among the words where padding does no harm, before a causal model's text and behind an encoder's."""
 
     vectors: Tensor | None
-    """[R, V, D] virtual tokens among the words; None where no row has any."""
+    """[R, N, D] virtual tokens among the words; None where no row has any."""
     is_vector: Tensor
-    """[R, V] which of them are no padding."""
+    """[R, N] which of them are no padding."""
     prefixes: Mapping[Place, KeyValue]
     """Keys [R, H, P, K] and values in front of a layer's own."""
     lengths: Mapping[Place, Lengths]
@@ -113,7 +113,7 @@ def _is_real(counts: Sequence[int], device: torch.device, *, front: bool) -> Ten
 
 
 def _stack_vectors(prompts: Sequence[Prompt], counts: Sequence[int], *, front: bool) -> Tensor:
-    """[R, V, D], filled up with zeros."""
+    """[R, N, D], filled up with zeros."""
     some = next(p.vectors for p in prompts if p.vectors is not None)
     parts = [some[:0] if p.vectors is None else p.vectors for p in prompts]
     return torch.stack([_fill(part, max(counts), front=front) for part in parts])
