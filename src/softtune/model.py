@@ -332,7 +332,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def _check_labels(self, labels: Tensor | None, text: Tensor | None) -> None:
         if labels is None or text is None:
             return
-        per_token = labels.dim() == 2 and not (labels.is_floating_point() or self.backbone.is_encoder_decoder)
+        per_token = labels.dim() == 2 and not (self.backbone.labels_whole_texts or self.backbone.is_encoder_decoder)
         if per_token and labels.shape != text.shape[:2]:
             raise DataError(
                 f"labels {list(labels.shape)} do not fit the input {list(text.shape[:2])}: "

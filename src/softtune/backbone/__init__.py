@@ -81,10 +81,16 @@ class Backbone:
         return embedding
 
     @property
+    def labels_whole_texts(self) -> bool:
+        """Whether a label is for a text rather than for a token."""
+        return type(self.model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
+
+    @property
     def judges_whole_texts(self) -> bool:
         """Whether a head above an encoder reads its first output, as classifiers of whole texts do."""
-        whole = type(self.model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
-        whole = whole and getattr(self.model.config, "classifier_pooling", "cls") == "cls"  # ModernBERT's choice
+        whole = (
+            self.labels_whole_texts and getattr(self.model.config, "classifier_pooling", "cls") == "cls"
+        )  # ModernBERT's choice
         return whole and self.stacks[0].site is Site.ENCODER and not self.is_encoder_decoder
 
     @property

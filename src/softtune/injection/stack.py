@@ -303,9 +303,9 @@ class StackInjection:
         if self.trim is not None:
             self.trim.restore(output)
         if first is not None:  # heads read the first column, be it padding, or the text's first
-            columns = self.starts[:, None] * torch.tensor([0, 1], device=self.starts.device)
-            index = columns[..., None].expand(-1, -1, first.shape[-1])
-            output.last_hidden_state = output.last_hidden_state.scatter(1, index, first.expand_as(index))
+            columns = torch.arange(output.last_hidden_state.shape[1], device=first.device)
+            read = (columns == 0) | (columns == self.starts[:, None])
+            output.last_hidden_state = torch.where(read[..., None], first, output.last_hidden_state)
         return output
 
     def _check_reached(self, wrapper: PrefixAttention, call: Call) -> None:
