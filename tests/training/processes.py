@@ -26,6 +26,8 @@ def main(method: str, folder: str) -> None:
     accelerator.unwrap_model(model).save_pretrained(
         folder, is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(model)
     )
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
