@@ -120,12 +120,15 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
 
 
 def check_base_model(folder: str | os.PathLike[str], backbone: Backbone, **hub: Any) -> None:
-    """Refuse an adapter that was trained on another base model.
+    """Refuse an adapter that was trained on another base model, or was not copied whole.
 
     Raises:
+        CheckpointError: weights that only softtune reads came without its config, or there are none.
         AdapterMismatchError: the word embeddings differ.
     """
     path = storage.locate(folder, OWN_CONFIG_NAME, **hub)
+    if path is None and OWN_KEY in weights(folder, **hub):
+        raise CheckpointError(f"{folder} has no {OWN_CONFIG_NAME}, and its prompt needs it: copy the whole folder")
     saved = storage.read_json(path).get(SAMPLE_KEY) if path else None
     if saved is None:
         return
