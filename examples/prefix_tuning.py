@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import default_data_collator, get_linear_schedule_with_warmup
-from twitter_complaints import BATCH_SIZE, arguments, load, preprocess
+from twitter_complaints import BATCH_SIZE, arguments, load, preprocess, run
 
 from softtune import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from softtune.pretrained import load_base_model
@@ -20,8 +20,9 @@ LEARNING_RATE = 3e-2
 
 def main() -> None:
     args = arguments("Prefix tuning with a projection.")
+    records = load(args.data)
     base, tokenizer = load_base_model(args.model)
-    data = preprocess(load(args.data), tokenizer, pad=True)
+    data = preprocess(records, tokenizer, pad=True)
     train_batches = DataLoader(data["train"], shuffle=True, collate_fn=default_data_collator, batch_size=BATCH_SIZE)
     eval_batches = DataLoader(data["test"], collate_fn=default_data_collator, batch_size=BATCH_SIZE)
 
@@ -67,4 +68,4 @@ def evaluate(model: PeftModel, batches: DataLoader) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,7 +9,7 @@ import torch
 from prefix_tuning import train
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
-from twitter_complaints import BATCH_SIZE, arguments, load, preprocess
+from twitter_complaints import BATCH_SIZE, arguments, load, preprocess, run
 
 from softtune import PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from softtune.pretrained import load_base_model
@@ -17,8 +17,9 @@ from softtune.pretrained import load_base_model
 
 def main() -> None:
     args = arguments("Prompt tuning from a text.")
+    records = load(args.data)
     base, tokenizer = load_base_model(args.model)
-    data = preprocess(load(args.data), tokenizer, pad=True)
+    data = preprocess(records, tokenizer, pad=True)
     train_batches = DataLoader(data["train"], shuffle=True, collate_fn=default_data_collator, batch_size=BATCH_SIZE)
     eval_batches = DataLoader(data["test"], collate_fn=default_data_collator, batch_size=BATCH_SIZE)
 
@@ -27,7 +28,6 @@ def main() -> None:
         prompt_tuning_init=PromptTuningInit.TEXT,
         prompt_tuning_init_text="Classify if the tweet is a complaint or not:",
         num_virtual_tokens=8,
-        tokenizer_name_or_path=tokenizer.name_or_path,
     )
     model = get_peft_model(base, config)
     model.print_trainable_parameters()
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,11 +6,15 @@ Any CSV file with the columns ``Tweet text`` and ``Label`` will do; RAFT's twitt
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from softtune import SofttuneError
 from softtune.data import load_records
+from softtune.data.sources import check_columns
 
 LENGTH = 64
 BATCH_SIZE = 8
@@ -18,17 +22,19 @@ BATCH_SIZE = 8
 
 def arguments(description: str) -> argparse.Namespace:
     """The command line that the scripts share."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("data", help="CSV file with the columns 'Tweet text' and 'Label'")
     parser.add_argument("--model", default="smollm2-135m", help="base model: a folder, a hub name or smollm2-135m")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--output", default="runs/twitter_complaints")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the training data")
+    parser.add_argument("--output", default="runs/twitter_complaints", help="the adapter's folder")
     return parser.parse_args()
 
 
 def load(file: str) -> DatasetDict:
     """Four fifths of the rows to train on, one to evaluate on."""
-    return load_records(file).train_test_split(test_size=0.2, seed=0)
+    records = load_records(file)
+    check_columns(["Tweet text", "Label"], records.column_names)
+    return records.train_test_split(test_size=0.2, seed=0)
 
 
 def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, *, pad: bool) -> DatasetDict:
@@ -50,3 +56,11 @@ def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, *, pad: bo
         }
 
     return data.map(encode, remove_columns=data["train"].column_names)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; what its user can mend is one line."""
+    try:
+        main()
+    except SofttuneError as error:
+        sys.exit(str(error))

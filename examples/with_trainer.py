@@ -9,7 +9,7 @@ import math
 
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from twitter_complaints import BATCH_SIZE, LENGTH, arguments, load, preprocess
+from twitter_complaints import BATCH_SIZE, LENGTH, arguments, load, preprocess, run
 
 from softtune import PeftConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 from softtune.pretrained import load_base_model
@@ -22,9 +22,10 @@ CONFIGS: dict[str, PeftConfig] = {
 
 def main() -> None:
     args = arguments("Prompt tuning and P-tuning with the Trainer.")
+    records = load(args.data)
     base, tokenizer = load_base_model(args.model)
     tokenizer.padding_side = "left"
-    data = preprocess(load(args.data), tokenizer, pad=False)
+    data = preprocess(records, tokenizer, pad=False)
     for name, config in CONFIGS.items():
         model = get_peft_model(base, config)
         model.print_trainable_parameters()
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,7 +10,13 @@ import torch
 from huggingface_hub import ModelCard
 
 import softtune
-from softtune import AdapterMismatchError, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from softtune import (
+    AdapterMismatchError,
+    CheckpointError,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from tests.families import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, adapted, base_model
 
 
@@ -70,3 +76,10 @@ def test_an_adapter_is_exported_from_a_state_dict(method: str) -> None:
     exported = get_peft_model_state_dict(other, source.state_dict())
     torch.testing.assert_close(exported, expected, rtol=0, atol=0)
     torch.testing.assert_close(get_peft_model_state_dict(other), own, rtol=0, atol=0)
+
+
+def test_an_adapter_that_only_softtune_reads_is_copied_whole(tmp_path: Path) -> None:
+    adapted("gpt2", CAUSAL_LM, "prefix_last").save_pretrained(tmp_path)
+    (tmp_path / "softtune_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no softtune_config\.json, .*: copy the whole folder"):
+        PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM), tmp_path)

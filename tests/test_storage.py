@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from softtune import CheckpointError
-from softtune.storage import locate, read_json, staged, write_json
+from softtune.storage import is_path, locate, read_json, staged, write_json
 
 
 def test_locate(tmp_path: Path) -> None:
@@ -71,3 +72,31 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="file"), staged(tmp_path / "file"):
         pass
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_the_umask_decides_who_may_read(tmp_path: Path, umask: int, file: int, folder: int) -> None:
+    before = os.umask(umask)
+    try:
+        with staged(tmp_path / "folder") as stage:
+            (stage / "sub").mkdir(mode=0o700)
+            (stage / "sub" / "private").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"folder": folder, "sub": folder, "private": file}
+
+
+@pytest.mark.parametrize(
+    "name", ["./model", "../model", "/model", "~/model", "runs/one/model", "my model", "C:\\model"]
+)
+def test_names_that_the_hub_does_not_have_are_paths(name: str) -> None:
+    assert is_path(name)
+
+
+def test_names_that_the_hub_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("gpt2", "HuggingFaceTB/SmolLM2-1.7B")
+    assert not any(map(is_path, names))
+    Path("HuggingFaceTB/SmolLM2-1.7B").mkdir(parents=True)
+    assert is_path(names[1])

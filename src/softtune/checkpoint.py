@@ -45,7 +45,7 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -
         CheckpointError: ``folder`` is a file.
     """
     config = dataclasses.replace(adapter.config, inference_mode=True, modules_to_save=list(adapter.heads) or None)
-    config.base_model_name_or_path = config.base_model_name_or_path or backbone.model.name_or_path or None
+    config.base_model_name_or_path = _name_of_base(config, backbone)
     if config.task_type is None:
         model_class = type(backbone.model)
         config.auto_mapping = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
@@ -57,6 +57,13 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -
         config.write(stage, {SAMPLE_KEY: backbone.embedding_sample()})
     if not adapter.is_reparameterised:
         Path(folder, STATE_NAME).unlink(missing_ok=True)  # of another adapter that was here before
+
+
+def _name_of_base(config: PeftConfig, backbone: Backbone) -> str | None:
+    """What the config says, or where the base model came from; its public name rather than a path, where it has one."""
+    path = backbone.model.name_or_path or None
+    name = config.base_model_name_or_path or path
+    return getattr(backbone.model, "public_name", name) if name == path else name
 
 
 def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
@@ -120,12 +127,15 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
 
 
 def check_base_model(folder: str | os.PathLike[str], backbone: Backbone, **hub: Any) -> None:
-    """Refuse an adapter that was trained on another base model.
+    """Refuse an adapter that was trained on another base model, or was not copied whole.
 
     Raises:
+        CheckpointError: weights that only softtune reads came without its config, or there are none.
         AdapterMismatchError: the word embeddings differ.
     """
     path = storage.locate(folder, OWN_CONFIG_NAME, **hub)
+    if path is None and OWN_KEY in weights(folder, **hub):
+        raise CheckpointError(f"{folder} has no {OWN_CONFIG_NAME}, and its prompt needs it: copy the whole folder")
     saved = storage.read_json(path).get(SAMPLE_KEY) if path else None
     if saved is None:
         return

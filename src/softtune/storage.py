@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,11 @@ def locate(model_id: str | os.PathLike[str], filename: str, **hub: Any) -> Path 
         raise CheckpointError(f"{model_id} is neither a local folder nor a readable hub repository") from error
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is a path on this machine: there is such a file or folder, or the hub has no names like it."""
+    return Path(name).exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is None
+
+
 def _is_repository(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/"))
 
@@ -59,6 +65,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def check_no_file(folder: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError where a file stands in the place of a folder to save into, or of one above it."""
+    for path in (Path(folder), *Path(folder).parents):
+        if path.is_file():
+            raise CheckpointError(f"{path} is a file: name a folder to save into")
+
+
 @contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` when the block ends well, and vanish when it does not.
@@ -66,18 +79,28 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Every file is complete before it appears under its own name; files of ``folder`` that the block does not write stay.
     """
     target = Path(folder)
-    if target.is_file():
-        raise CheckpointError(f"{target} is a file: name a folder to save into")
+    check_no_file(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # On the same file system as the target, which may be a mount.
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target if target.is_dir() else target.parent))
     try:
         yield stage
         target.mkdir(exist_ok=True)
+        mode = _mode_of_new_files(stage)
         for path in sorted(stage.rglob("*")):
             if path.is_file():
                 destination = target / path.relative_to(stage)
                 destination.parent.mkdir(parents=True, exist_ok=True)
+                path.chmod(mode)  # safetensors keeps its files to their owner
                 path.replace(destination)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The permissions that the umask leaves a new file; seen on one, since to read the umask is to set it."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode

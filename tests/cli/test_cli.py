@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import csv
+import logging
 import os
 import re
 import signal
@@ -16,8 +18,10 @@ import yaml
 from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import softtune_command
 from softtune import PeftModel
 from softtune.cli import main
+from softtune.cli.console import quiet
 from softtune.training.recipe import Recipe
 
 
@@ -91,6 +95,18 @@ def test_every_field_of_the_recipe_is_a_flag(capsys: pytest.CaptureFixture[str])
     assert run("train", "--help") == 0
     shown = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in shown for name in Recipe.model_fields)
+
+
+def test_help_shows_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for part in (
+        "One of PROMPT_TUNING, P_TUNING, PREFIX_TUNING, P_TUNING_V2, BITFIT. [default: PREFIX_TUNING]",
+        "One of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS. [default: CAUSAL_LM]",
+        "One of linear, constant, cosine. [default: linear]",
+        "[default: 0.2]",
+    ):
+        assert part in shown
 
 
 def test_predict_answers_a_file_and_measures_it(
@@ -182,12 +198,100 @@ def test_ctrl_c_and_resume_lose_no_step(
     assert calls == 9
 
 
+def test_ctrl_c_twice_says_what_is_kept(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter")
+
+    def interrupt_twice(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupt_twice)
+        assert run("train", recipe) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("softtune: stopped at once; no checkpoint is kept")
+    for command in ("predict", "generate", "inspect"):
+        assert run(command, str(tmp_path / "adapter"), *([] if command == "inspect" else ["--text", "red"])) == 2
+        assert "is unfinished: go on with softtune train --resume, or train anew" in capsys.readouterr().err
+    assert run("train", recipe) == 0
+
+
+def test_ctrl_c_ends_any_command_with_one_line(
+    trained: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softtune.cli.predict.load_trained", interrupt)
+    assert run("predict", str(trained["prefix"]), "--text", "red") == 130
+    assert capsys.readouterr().err == "softtune: stopped\n"
+
+
+def test_ctrl_c_while_the_library_is_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = builtins.__import__
+
+    def interrupt(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "softtune.cli":
+            raise KeyboardInterrupt
+        return find(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        softtune_command.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "softtune: stopped\n"
+
+
+def test_predict_refuses_before_any_work(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softtune.cli.predict.load_trained", None)
+    data = write_rows(tmp_path / "new.csv", 6)
+    (tmp_path / "bad.csv").write_text("words,label\nred sky,warm\nblue sky,tepid\n")
+    (tmp_path / "folder").mkdir()
+    answers = str(tmp_path / "answers.csv")
+    for arguments, message in (
+        ([data, "--output", str(tmp_path / "folder")], "folder is a folder: name a CSV file"),
+        ([data, "--output", f"{data}/below.csv"], "new.csv is a file: name a folder"),
+        ([str(tmp_path / "bad.csv"), "--output", answers], "row 2: label 'tepid' is not one of 'warm', 'cold'"),
+    ):
+        assert run("predict", str(trained["prefix"]), *arguments) == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert message in error
+    assert not Path(answers).exists()
+
+
+def test_inspect_refuses_another_base_model_before_it_shows_anything(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_models(tmp_path, seed=1)["llama"]
+    assert run("inspect", str(trained["prefix"]), "--model", other) == 2
+    shown = capsys.readouterr()
+    assert "another base model" in shown.err
+    assert not shown.out
+
+
+def test_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["inspect", "no/where"], ["predict", "no/where", "--text", "red"]):
+        assert run(*arguments) == 2
+        assert capsys.readouterr().err == "softtune: there is no folder no/where: check the path\n"
+
+
+def test_the_libraries_below_are_quiet() -> None:
+    quiet()
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"template": "{txt} : "}, "txt"),
         ({"train": "nowhere.csv"}, "nowhere.csv"),
-        ({"labels": ["warm"]}, "row [0-9]+: label 'cold' is not one of 'warm'"),
+        ({"labels": ["warm"]}, r"r\.csv: row 1: label 'cold' is not one of 'warm'; add it to labels"),
+        ({"options": {"num_virtual_tokens": 0}}, r"recipe: PrefixTuningConfig\.num_virtual_tokens = 0: Input should"),
         ({"max_length": 4}, "max_length is 4"),
         ({"model": "nowhere/at-all"}, "cannot load the base model"),
         ({"options": {"layers": "last:9"}}, "'first:N' or 'last:N' with N from 1 to 2"),
@@ -206,6 +310,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert run("train", recipe) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert re.search(f"^softtune: .*{message}", error)
+    assert error.count("recipe") <= 1
     assert not (tmp_path / "adapter").exists()
 
 

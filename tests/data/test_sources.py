@@ -132,7 +132,7 @@ def test_a_bad_file_is_one_line_with_its_name_and_what_to_do(write, name, conten
 
 @pytest.mark.parametrize("name", ["no such.csv", "no/such.tsv", "such.jsonl"])
 def test_missing_file(name, tmp_path):
-    with pytest.raises(DataError, match=r"such.*cannot read the file.*check the path"):
+    with pytest.raises(DataError, match=r"there is no file .*such.*check the path"):
         load_records(str(tmp_path / name))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
 from transformers import AutoModelForCausalLM
 
-from softtune import ConfigError, DataError, PeftModel, TrainingError
+from softtune import CheckpointError, ConfigError, DataError, PeftModel, TrainingError
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 
@@ -65,6 +65,11 @@ def interrupt_at(step: int) -> Any:
             os.kill(os.getpid(), signal.SIGINT)
 
     return progress
+
+
+def no_work(*step: Any) -> None:
+    """A progress function for runs that are refused before any."""
+    raise AssertionError(step)
 
 
 def tensors(folder: str) -> dict[str, torch.Tensor]:
@@ -132,7 +137,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed_up(fields: dict[str,
     train(recipe, progress=interrupt_at(3))
     with pytest.raises(ConfigError, match="add --resume"):
         train(recipe)
-    with pytest.raises(ConfigError, match="another learning_rate"):
+    with pytest.raises(ConfigError, match=r"learning_rate is 0\.01, and 0\.02 in the unfinished run"):
         train(Recipe.of({**fields, "learning_rate": 0.01}), resume=True)
     assert train(recipe, resume=True).finished
 
@@ -229,3 +234,79 @@ def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_mistake(f
     recipe = Recipe.of(fields)
     train(recipe, progress=interrupt_at(3))
     assert train(recipe, resume=True).finished
+
+
+def test_a_run_is_not_resumed_with_other_data(fields: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.of({**fields, "evaluation": write_rows(tmp_path / "more.csv", 6), "test_size": 0})
+    train(recipe, progress=interrupt_at(3))
+    for source, name in ((recipe.train, "training"), (recipe.evaluation, "evaluation")):
+        file = Path(str(source))
+        kept = file.read_text()
+        file.write_text(kept.replace("green", "blue", 1))
+        with pytest.raises(DataError, match=f"the {name} data is not what the run was started with: restore it"):
+            train(recipe, resume=True)
+        file.write_text(kept)
+    assert train(recipe, resume=True).finished
+
+
+def test_a_finished_adapter_is_not_overwritten(fields: dict[str, Any]) -> None:
+    recipe = Recipe.of({**fields, "epochs": 1})
+    train(recipe)
+    kept = tensors(recipe.output)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="has a finished adapter: choose another output or delete it"):
+            train(recipe, resume=resume)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in tensors(recipe.output).items())
+
+
+@pytest.mark.parametrize("part", ["", "below"])
+def test_a_file_in_the_way_of_the_output(fields: dict[str, Any], tmp_path: Path, part: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="file is a file: name a folder"):
+        train(Recipe.of({**fields, "output": str(tmp_path / "file" / part)}), progress=no_work)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_labels_are_checked_by_their_rows_in_the_file_before_any_work(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluates: bool
+) -> None:
+    monkeypatch.setattr("softtune.training.run.load_base_model", None)
+    bad = Path(write_rows(tmp_path / "bad.csv", 20))
+    lines = bad.read_text().splitlines()
+    lines[13] = "blue sky,tepid"
+    bad.write_text("\n".join(lines))
+    source = {"evaluation": str(bad), "test_size": 0} if evaluates else {"train": str(bad)}
+    with pytest.raises(
+        DataError, match=r"bad\.csv: row 13: label 'tepid' is not one of 'warm', 'cold'; add it to labels"
+    ):
+        train(Recipe.of({**fields, **source}))
+
+
+@pytest.mark.parametrize(
+    ("phase", "save_steps", "kept"),
+    [
+        ("evaluating the base model", 4, "stopped at once; no checkpoint is kept"),
+        ("training", 50, "stopped at once; no checkpoint is kept"),
+        ("training", 4, "stopped at once; .*checkpoint-4 is kept: go on with --resume"),
+        ("evaluating", 4, "stopped before the adapter was evaluated; it is saved in .*adapter"),
+    ],
+)
+def test_a_run_that_is_stopped_at_once_says_what_is_kept(
+    fields: dict[str, Any], phase: str, save_steps: int, kept: str
+) -> None:
+    def stop(now: str, done: int, total: int, loss: float | None) -> None:
+        if now == phase and (phase != "training" or done == 5):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = Recipe.of({**fields, "save_steps": save_steps})
+    with pytest.raises(KeyboardInterrupt, match=kept):
+        train(recipe, progress=stop)
+    if phase == "evaluating":
+        assert Recipe.of_adapter(recipe.output) == recipe
+        return
+    if phase == "training":
+        with pytest.raises(CheckpointError, match="is unfinished: go on with softtune train --resume, or train anew"):
+            Recipe.of_adapter(recipe.output)
+    assert train(recipe, resume="kept: go" in kept).finished

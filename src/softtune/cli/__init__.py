@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 
 import typer
 
 from softtune.cli import generate, inspect, predict, train
 from softtune.errors import SofttuneError
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """Let Ctrl-C end a command with one line."""
+
+    @functools.wraps(command)
+    def stoppable(**arguments: object) -> None:
+        try:
+            command(**arguments)
+        except KeyboardInterrupt as stop:
+            print(f"softtune: {str(stop) or 'stopped'}", file=sys.stderr)
+            sys.exit(train.INTERRUPTED)
+
+    return stoppable
+
 
 app = typer.Typer(
     help="Soft-prompt tuning of frozen Hugging Face transformers.",
@@ -15,10 +32,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("train")(train.command)
-app.command("predict")(predict.command)
-app.command("generate")(generate.command)
-app.command("inspect")(inspect.command)
+app.command("train")(_stoppable(train.command))
+app.command("predict")(_stoppable(predict.command))
+app.command("generate")(_stoppable(generate.command))
+app.command("inspect")(_stoppable(inspect.command))
 
 
 def main() -> None:

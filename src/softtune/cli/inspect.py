@@ -19,6 +19,7 @@ from softtune.cli.loading import load_adapter
 from softtune.evaluation.inspection import bias_changes, nearest_words, prefix_norms
 from softtune.methods import PeftConfig
 from softtune.methods.base import KeyValue
+from softtune.training.recipe import check_finished
 
 NEIGHBOURS = 5
 """Words to show for each virtual token."""
@@ -30,14 +31,15 @@ def command(
 ) -> None:
     """Show an adapter's config and sizes, and the words nearest to its virtual tokens, or its norms by layer."""
     quiet()
+    check_finished(adapter)
     config = PeftConfig.from_pretrained(adapter)
     weights = checkpoint.weights(adapter)
+    loaded, tokenizer = load_adapter(adapter, model, config)
     numbers = sum(tensor.numel() for tensor in weights.values())
     files = sorted(path for path in adapter.glob("*") if path.is_file())
     show_pairs("Config", [(k, str(v)) for k, v in config.to_dict().items() if v is not None])
     show_pairs("Tensors", [(name, " x ".join(map(str, tensor.shape))) for name, tensor in weights.items()])
     show_pairs(f"Files ({numbers:,} parameters)", [(path.name, in_units(path.stat().st_size)) for path in files])
-    loaded, tokenizer = load_adapter(adapter, model, config)
     module = loaded.adapter(loaded.active_adapter).module
     prompt = module.prompt()
     if prompt.vectors is not None:

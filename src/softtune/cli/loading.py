@@ -13,7 +13,7 @@ from softtune.errors import ConfigError
 from softtune.evaluation.answers import fitted
 from softtune.methods import PeftConfig, TaskType
 from softtune.model import PeftModel
-from softtune.pretrained import load_base_model
+from softtune.pretrained import load_base_model, name_here
 from softtune.training.recipe import RECIPE_NAME, Recipe
 
 
@@ -39,7 +39,8 @@ def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[
     if (adapter / RECIPE_NAME).is_file():
         trained = load_trained(adapter, model)
         return trained.model, trained.tokenizer
-    name = model or config.base_model_name_or_path
+    saved = config.base_model_name_or_path
+    name = model or (saved and name_here(saved))
     if name is None:
         raise ConfigError(f"{adapter} does not say its base model: name it with --model")
     base, tokenizer = load_base_model(name, config.task_type or TaskType.CAUSAL_LM)

@@ -13,8 +13,10 @@ from rich.table import Table
 from softtune import storage
 from softtune.cli.console import console, counting, quiet, show_pairs
 from softtune.cli.loading import load_trained, read_records
-from softtune.errors import DataError
+from softtune.data import Task, each_row
+from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import Answers, answer, measure
+from softtune.training.recipe import Recipe
 
 SHOWN = 20
 """Rows to show of a long result."""
@@ -30,10 +32,12 @@ def command(
 ) -> None:
     """Answer records with a trained adapter; measure the answers where the records have labels."""
     quiet()
+    if output is not None:
+        _check_output(output)
+    task = Recipe.of_adapter(adapter).definition
+    records = read_records(task, data, text or [], split)
+    _check_records(task, records)
     trained = load_trained(adapter, model)
-    records = read_records(trained.task, data, text or [], split)
-    if taken := {"answer", "probability"} & set(records.column_names):
-        raise DataError(f"the data has a column {min(taken)!r}, where the answers go: rename it")
     with counting("predicting", len(records)) as advance:
         answers = answer(trained.model, trained.tokenizer, trained.task, records, advance=advance)
     answered = _with_answers(records, answers)
@@ -46,6 +50,25 @@ def command(
     if trained.task.label_column in records.column_names:
         metrics = measure(trained.task, records, answers)
         show_pairs("", [(name.replace("_", " "), f"{value:.1%}") for name, value in metrics.items()])
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder: name a CSV file to write the answers to")
+    storage.check_no_file(output.parent)
+
+
+def _check_records(task: Task, records: Dataset) -> None:
+    """Labels that cannot be measured, and columns in the way, before any work is done."""
+    if taken := {"answer", "probability"} & set(records.column_names):
+        raise DataError(f"the data has a column {min(taken)!r}, where the answers go: rename it")
+    if task.label_column in records.column_names:
+        try:
+            each_row(records, [task.label_column], task.label_of)
+        except DataError as error:
+            raise DataError(
+                f"{error}; or leave out the column {task.label_column!r}, and nothing is measured"
+            ) from error
 
 
 def _with_answers(records: Dataset, answers: Answers) -> Dataset:

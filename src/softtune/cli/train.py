@@ -6,7 +6,7 @@ import shlex
 import sys
 from enum import Enum
 from inspect import Parameter, Signature
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
@@ -14,6 +14,8 @@ from rich.markup import escape
 
 from softtune.cli.console import console, in_units, progress_bars, quiet, show_pairs
 from softtune.errors import ConfigError
+from softtune.methods import TaskType
+from softtune.pretrained import MODEL_CLASSES
 from softtune.training.recipe import Recipe
 from softtune.training.run import Report, train
 
@@ -70,6 +72,15 @@ def _value(name: str, text: str) -> Any:
         raise ConfigError(f"{_flag(name)} {text!r} cannot be read: write it as in a YAML file") from error
 
 
+def _choices(annotation: Any) -> list[str]:
+    """The values that a field can have, where they can be listed."""
+    if annotation is TaskType:
+        return [task.value for task in MODEL_CLASSES]
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [member.value for member in annotation]
+    return list(get_args(annotation)) if get_origin(annotation) is Literal else []
+
+
 def _signature() -> Signature:
     """``command``'s parameters with a flag for every field of the recipe, as typer reads them."""
     recipe = Annotated[str, typer.Argument(help="The recipe, a YAML file.")]
@@ -79,9 +90,11 @@ def _signature() -> Signature:
         Parameter("resume", Parameter.KEYWORD_ONLY, annotation=resume, default=False),
     ]
     for name, field in Recipe.model_fields.items():
+        choices = _choices(field.annotation)
+        listed = f" One of {', '.join(choices)}." if choices else ""
         shown = field.default.value if isinstance(field.default, Enum) else field.default
         default = "" if field.is_required() or shown is None else f" [default: {shown}]"
-        option = typer.Option(_flag(name), help=f"{field.description}{default}")
+        option = typer.Option(_flag(name), help=escape(f"{field.description}{listed}{default}"))
         parameters.append(
             Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[str | None, option], default=None)
         )

@@ -116,13 +116,14 @@ class _Token(NamedTuple):
 
 def text_of(record: Mapping[str, Any], column: str) -> str:
     """A column's text. Raises ``DataError`` where it is empty, null or a list."""
-    text = _text_of(record, column)
+    text = cell_text(record, column)
     if not text:
         raise DataError(f"column {column!r} is empty and so there is no answer; fill it in or drop the row")
     return text
 
 
-def _text_of(record: Mapping[str, Any], column: str) -> str:
+def cell_text(record: Mapping[str, Any], column: str) -> str:
+    """A column's text, which may be empty. Raises ``DataError`` where it is null or a list."""
     value = record[column]
     if not isinstance(value, (str, int, float)):
         kind = "null" if value is None else f"a {type(value).__name__}"
@@ -141,7 +142,7 @@ def _prompt(
             tokens += _tokenize(text, owners, tokenizer) + [_Token(_VIRTUAL, _VIRTUAL)] * int(part.value)
             text, owners = "", []
         elif part.kind == "field":
-            value = _text_of(record, part.value)
+            value = cell_text(record, part.value)
             text, owners = text + value, owners + [index] * len(value)
         else:
             text, owners = text + part.value, owners + [_SPACE if char.isspace() else _WORD for char in part.value]

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
 import io
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from softtune import storage
 from softtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,16 +34,16 @@ _LONGEST_CELL = 2**31 - 1  # the most that every platform's C long holds
 def load_records(source: str, *, split: str = "train") -> Dataset:
     """Load records from a file or from the hub.
 
-    ``source`` is a file if a path of this name exists or if it ends in ``.csv`` (commas, quotes as in RFC 4180),
-    ``.tsv`` (tabs, quotes are text), ``.jsonl`` or ``.json`` (one object a line; a key that a row lacks is null). Files
-    are UTF-8, with or without a byte-order mark. Anything else goes to ``datasets.load_dataset(source, split=split)``.
-    A file is one split, ``"train"``.
+    ``source`` is a file if a path of this name exists or could be nothing else: ``.csv`` (commas, quotes as in RFC
+    4180), ``.tsv`` (tabs, quotes are text), ``.jsonl`` or ``.json`` (one object a line; a key that a row lacks is
+    null). Files are UTF-8, with or without a byte-order mark. Anything else goes to
+    ``datasets.load_dataset(source, split=split)``. A file is one split, ``"train"``.
 
     Raises:
         DataError: the file is missing, empty, malformed or of another kind, or the hub has no such data set or split.
     """
     path = Path(source).expanduser()
-    if path.suffix.lower() in _PARSERS or path.exists():
+    if storage.is_path(source) or re.fullmatch(r"\.[A-Za-z]+", path.suffix):
         return _load_file(path, split)
     return _load_from_hub(source, split)
 
@@ -96,6 +99,14 @@ def each_row(
     return results
 
 
+def fingerprint(records: Dataset, columns: Iterable[str]) -> str:
+    """A hash of these columns, row by row."""
+    digest = hashlib.sha256()
+    for record in records.select_columns(list(dict.fromkeys(columns))):
+        digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 def check_columns(wanted: Iterable[str], columns: Collection[str]) -> None:
     """Raise ``DataError`` when one of the ``wanted`` columns is missing, with the closest name there is."""
     missing = [name for name in wanted if name not in columns]
@@ -136,6 +147,8 @@ def _load_file(path: Path, split: str) -> Dataset:
     import datasets
     import pyarrow as pa
 
+    if not path.exists():
+        raise DataError(f"there is no file {path}; check the path")
     parse = _PARSERS.get(path.suffix.lower())
     if parse is None:
         raise DataError(f"{path} is not a {', '.join(_PARSERS)} file; convert it, or name such a file")

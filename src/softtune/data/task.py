@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from softtune.data.encoding import Example, encode, encode_apart, text_of
+from softtune.data.encoding import Example, cell_text, encode, encode_apart, text_of
 from softtune.data.templates import Template, Verbalizer
 from softtune.methods import TaskType
 
@@ -34,6 +34,12 @@ class Task:
     @property
     def has_head(self) -> bool:
         return self.kind is TaskType.SEQ_CLS
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raise DataError where a labelled record has no text in a field, or not one of the labels."""
+        for field in self.template.fields:
+            cell_text(record, field)
+        self.label_of(record)
 
     def label_of(self, record: Mapping[str, Any]) -> str:
         """A record's label. Raises DataError where there is none, or one outside the verbalizer."""

@@ -71,9 +71,9 @@ class Verbalizer:
     def __post_init__(self) -> None:
         empty = [label for label, word in self.words.items() if not word]
         if empty or not self.words:
-            raise DataError(f"the verbalizer has no words for {empty or 'any label'}; give every label its words")
+            raise DataError(f"labels has no words for {empty or 'any label'}; give every label its words")
         if len(set(self.words.values())) < len(self.words):
-            raise DataError("two labels of the verbalizer have the same words; give every label its own")
+            raise DataError("two of labels have the same words; give every label its own")
 
     @classmethod
     def from_labels(cls, labels: Iterable[str]) -> Verbalizer:
@@ -102,7 +102,7 @@ class Verbalizer:
         if str(label) in self.words:
             return str(label)
         known = ", ".join(map(repr, self.labels))
-        raise DataError(f"label {label!r} is not one of {known}; add it to the verbalizer or fix the data")
+        raise DataError(f"label {label!r} is not one of {known}; add it to labels or fix the data")
 
 
 def _parse(text: str) -> Iterator[Part]:

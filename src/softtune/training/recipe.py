@@ -17,8 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from softtune.data import Task, Template, Verbalizer
 from softtune.errors import CheckpointError, ConfigError
 from softtune.methods import PeftConfig, PeftType, TaskType
+from softtune.methods.base import CONFIG_NAME
 
 RECIPE_NAME = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+"""Folder in the adapter's where an unfinished run keeps its state."""
 
 LEARNING_RATES = {
     PeftType.PREFIX_TUNING: 1e-2,
@@ -136,7 +139,7 @@ class Recipe(BaseModel):
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"no recipe at {path}: check the path") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}): correct it") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"{path} holds no fields: write lines such as 'model: smollm2-135m'")
@@ -149,15 +152,20 @@ class Recipe(BaseModel):
             return cls.model_validate(dict(fields))
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "the recipe"
+            name = ".".join(map(str, first["loc"]))
             reason = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
                 reason = f"no such field: use one of {', '.join(cls.model_fields)}"
-            raise ConfigError(f"recipe: {name}: {reason}") from None
+            raise ConfigError(": ".join(filter(None, ("recipe", name, reason)))) from None
 
     @classmethod
     def of_adapter(cls, folder: str | os.PathLike[str]) -> Recipe:
-        """The recipe that an adapter was trained by. Raises CheckpointError where the folder has none."""
+        """The recipe that an adapter was trained by.
+
+        Raises:
+            CheckpointError: there is no such folder, its run is unfinished, or it has no recipe.
+        """
+        check_finished(folder)
         if not (Path(folder) / RECIPE_NAME).is_file():
             raise CheckpointError(f"{folder} has no {RECIPE_NAME}: name the folder of an adapter that softtune trained")
         return cls.load(Path(folder) / RECIPE_NAME)
@@ -173,9 +181,10 @@ class Recipe(BaseModel):
         """Classes of a trained head; None where there is none."""
         return len(self.labels) if self.labels and self.task is TaskType.SEQ_CLS else None
 
-    def differences(self, other: Recipe) -> list[str]:
-        """Names of the fields that differ."""
-        return [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """The fields that differ, with this recipe's value and the other's."""
+        own, others = self.model_dump(mode="json"), other.model_dump(mode="json")
+        return {name: (own[name], others[name]) for name in own if own[name] != others[name]}
 
     def config(self) -> PeftConfig:
         """The method's config. Raises ConfigError where ``options`` has an unknown key or a value out of range."""
@@ -198,6 +207,14 @@ class Recipe(BaseModel):
             max_length=self.max_length,
             max_new_tokens=self.max_new_tokens,
         )
+
+
+def check_finished(folder: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError where there is no such folder, or only an unfinished run in it."""
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"there is no folder {folder}: check the path")
+    if (Path(folder) / CHECKPOINTS).is_dir() and not (Path(folder) / CONFIG_NAME).is_file():
+        raise CheckpointError(f"the run in {folder} is unfinished: go on with softtune train --resume, or train anew")
 
 
 def _verbalizer(labels: list[str] | dict[str, str]) -> Verbalizer:

@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
 from softtune import storage
 from softtune.data import Collator, Example, Task, each_row, load_records, sample_balanced, split_records
-from softtune.data.sources import check_columns
+from softtune.data.sources import fingerprint
 from softtune.errors import ConfigError, DataError, TrainingError
 from softtune.evaluation.answers import answer, fitted, measure
+from softtune.methods.base import CONFIG_NAME
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
-from softtune.training.recipe import RECIPE_NAME, Recipe
+from softtune.training.recipe import CHECKPOINTS, RECIPE_NAME, Recipe
 from softtune.training.trainer import (
     AdapterTrainer,
     InterruptSaver,
@@ -28,9 +29,8 @@ from softtune.training.trainer import (
     training_arguments,
 )
 
-CHECKPOINTS = "checkpoints"
-"""Folder in the adapter's where an unfinished run keeps its state."""
-BASELINE_NAME = "before.json"
+START_NAME = "start.json"
+"""What a run began with: the metrics of the base model alone, and fingerprints of the data."""
 
 Progress = Callable[[str, int, int, float | None], None]
 """Told what is being done, how much of it is done, out of how much, and the latest loss."""
@@ -76,12 +76,21 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *
         progress: told of every step.
 
     Raises:
-        ConfigError: the recipe does not fit, an unfinished run is in the way, or there is none to resume.
+        ConfigError: the recipe does not fit, an adapter or an unfinished run is in the way, or there is none to resume.
+        CheckpointError: a file is in the way.
         DataError: the data does not fit.
         TrainingError: the loss is not a number; the adapter is saved as it was before.
+        KeyboardInterrupt: Ctrl-C outside of training, or a second one; it says what is kept.
     """
     start = _checkpoint(recipe, resume)
-    run = _prepared(recipe, progress)
+    try:
+        return _train(recipe, start, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(recipe)) from None
+
+
+def _train(recipe: Recipe, start: str | None, progress: Progress) -> Report:
+    run = _prepared(recipe, progress, resumes=start is not None)
     before = _begin(run, resumes=start is not None)
     state, seconds = _fit(run, start)
     finished = state.global_step >= state.max_steps
@@ -115,6 +124,8 @@ class _Run:
     """To train on."""
     held_out: Dataset | None
     """Rows to evaluate on."""
+    data: dict[str, str]
+    """Fingerprints of the rows to train and to evaluate on."""
     progress: Progress
 
     @property
@@ -123,10 +134,14 @@ class _Run:
 
 
 def _checkpoint(recipe: Recipe, resume: bool) -> str | None:
-    """The checkpoint to start from; an unfinished run is neither overwritten nor resumed by another recipe."""
+    """The checkpoint to start from; an adapter is not overwritten, nor an unfinished run, or resumed by another
+    recipe."""
+    storage.check_no_file(recipe.output)
     folder = Path(recipe.output) / CHECKPOINTS
     found = last_checkpoint(folder)
     if found is None:
+        if (Path(recipe.output) / CONFIG_NAME).is_file():
+            raise ConfigError(f"{recipe.output} has a finished adapter: choose another output or delete it")
         if resume:
             raise ConfigError(f"{recipe.output} has no unfinished run: leave out --resume")
         return None
@@ -134,15 +149,29 @@ def _checkpoint(recipe: Recipe, resume: bool) -> str | None:
         raise ConfigError(
             f"{recipe.output} has an unfinished run: add --resume to go on, or delete the folder {folder}"
         )
-    if changed := recipe.differences(Recipe.load(folder / RECIPE_NAME)):
-        raise ConfigError(f"the unfinished run has another {changed[0]}: resume it with the recipe it was started with")
+    for name, (now, then) in recipe.differences(Recipe.load(folder / RECIPE_NAME)).items():
+        raise ConfigError(
+            f"{name} is {now!r}, and {then!r} in the unfinished run: resume it with the recipe it was started with"
+        )
     return found
 
 
-def _prepared(recipe: Recipe, progress: Progress) -> _Run:
+def _kept(recipe: Recipe) -> str:
+    """What there is of a run that was stopped at once."""
+    if found := last_checkpoint(Path(recipe.output) / CHECKPOINTS):
+        return f"stopped at once; {found} is kept: go on with --resume"
+    if (Path(recipe.output) / CONFIG_NAME).is_file():
+        return f"stopped before the adapter was evaluated; it is saved in {recipe.output}"
+    return "stopped at once; no checkpoint is kept: start again"
+
+
+def _prepared(recipe: Recipe, progress: Progress, *, resumes: bool) -> _Run:
     """Data first, since it is quick to be found wrong; then the base model with a new adapter."""
     task = recipe.definition
     training, held_out = _rows(recipe, task)
+    data = _fingerprints(task, training, held_out)
+    if resumes:
+        _check_unchanged(recipe, data)
     set_seed(recipe.seed)  # a new head is drawn when the base model is loaded
     base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
     model = PeftModel(base, recipe.config())
@@ -154,21 +183,46 @@ def _prepared(recipe: Recipe, progress: Progress) -> _Run:
         tokenizer=tokenizer,
         examples=each_row(training, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r))),
         held_out=held_out,
+        data=data,
         progress=progress,
     )
 
 
 def _rows(recipe: Recipe, task: Task) -> tuple[Dataset, Dataset | None]:
     """Training rows and, where there are any, evaluation rows."""
-    rows = load_records(recipe.train, split=recipe.train_split)
-    check_columns([*task.template.fields, task.label_column], rows.column_names)
+    rows = _labelled(task, recipe.train, recipe.train_split)
     held_out = None
     if recipe.evaluation is not None:
-        held_out = load_records(recipe.evaluation, split=recipe.evaluation_split)
-        check_columns([*task.template.fields, task.label_column], held_out.column_names)
+        held_out = _labelled(task, recipe.evaluation, recipe.evaluation_split)
     elif recipe.test_size:
         rows, held_out = split_records(rows, test_size=recipe.test_size, seed=recipe.seed)
     return rows if recipe.examples is None else _sample(recipe, rows, recipe.examples), held_out
+
+
+def _labelled(task: Task, source: str, split: str) -> Dataset:
+    """Records with texts and labels, checked while their rows still count as in the file."""
+    rows = load_records(source, split=split)
+    try:
+        each_row(rows, [*task.template.fields, task.label_column], task.check)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    return rows
+
+
+def _fingerprints(task: Task, training: Dataset, held_out: Dataset | None) -> dict[str, str]:
+    columns = [*task.template.fields, task.label_column]
+    parts = {"training": training, "evaluation": held_out}
+    return {name: fingerprint(rows, columns) for name, rows in parts.items() if rows is not None}
+
+
+def _check_unchanged(recipe: Recipe, data: dict[str, str]) -> None:
+    folder = Path(recipe.output) / CHECKPOINTS
+    then = storage.read_json(folder / START_NAME)["data"]
+    for name in data:
+        if data[name] != then[name]:
+            raise DataError(
+                f"the {name} data is not what the run was started with: restore it, or delete the folder {folder}"
+            )
 
 
 def _sample(recipe: Recipe, rows: Dataset, size: int) -> Dataset:
@@ -182,12 +236,13 @@ def _sample(recipe: Recipe, rows: Dataset, size: int) -> Dataset:
 def _begin(run: _Run, *, resumes: bool) -> dict[str, float]:
     """Metrics of the base model alone; noted beside the recipe, where a resumed run finds them."""
     if resumes:
-        return storage.read_json(run.checkpoints / BASELINE_NAME)
+        before: dict[str, float] = storage.read_json(run.checkpoints / START_NAME)["before"]
+        return before
     with run.model.disable_adapter():
         metrics, _ = _measured(run, "evaluating the base model")
     with storage.staged(run.checkpoints) as stage:
         run.recipe.save(stage / RECIPE_NAME)
-        storage.write_json(stage / BASELINE_NAME, metrics)
+        storage.write_json(stage / START_NAME, {"before": metrics, "data": run.data})
     return metrics
 
 
