@@ -11,10 +11,10 @@ demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
 
 test: $(VENV)/.library
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: $(VENV)/.models
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
 check: $(VENV)/.library
 	$(VENV)/bin/ruff format --check .

@@ -66,6 +66,7 @@ def test_autocast(family: str, task: str, method: str) -> None:
     assert all(g.dtype is torch.float32 and bool(g.isfinite().all()) for g in gradients.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 @pytest.mark.parametrize(("family", "task"), [("llama", CAUSAL_LM), ("bert", SEQ_CLS), ("bloom", CAUSAL_LM)])
 @pytest.mark.parametrize("method", ["prompt", "prefix", "bitfit_added"])
