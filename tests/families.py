@@ -670,6 +670,17 @@ def takes(family: str, method: str) -> bool:
     return method not in row.refused and (method != "bitfit" or row.has_biases)
 
 
+def refusals() -> list[tuple[str, str, str]]:
+    """Every family, a method that it cannot take, and what the refusal says to do instead."""
+    general = {"bitfit": "add_missing=True", "infix": "use placement='prefix'"}
+    return [
+        (family, method, row.refused.get(method) or general[method])
+        for family, row in FAMILIES.items()
+        for method in METHODS
+        if not takes(family, method)
+    ]
+
+
 def is_slow(family: str, task: str | None, method: str | None) -> bool:
     """Whether a case is left to the slow suite."""
     if family in THOROUGH and task != (SEQ_CLS if family in ("bloom", "t5") else None):

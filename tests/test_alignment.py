@@ -27,6 +27,7 @@ from tests.families import (
     texts,
 )
 
+pytestmark = pytest.mark.promise(3)
 ENCODER_METHODS = ("prompt", "prompt_suffix", "p_tuning_lstm", "prefix", "embedding_only", "bitfit")
 
 
@@ -137,6 +138,7 @@ def test_span_finder(family: str, task: str, method: str) -> None:
         torch.testing.assert_close(output.end_logits[i, : len(row)], alone.end_logits[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise(3, families=("modernbert",))
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_classifier_that_pools_by_itself(method: str, pooling: str) -> None:
@@ -154,6 +156,7 @@ def logits_of(model: PeftModel | PreTrainedModel, row: torch.Tensor, labels: lis
     return logits[: len(row)] if side == "right" else logits[2:]
 
 
+@pytest.mark.promise(3, families=("llama",))
 @pytest.mark.parametrize("method", ["prompt_suffix", "infix"])
 @pytest.mark.parametrize(
     ("labels", "column"),
@@ -175,6 +178,7 @@ def test_a_row_without_an_answer_does_not_move_the_others() -> None:
         torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise(3, methods=("prompt_suffix",))
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_labels_of_another_sequence_do_not_place_a_suffix(family: str) -> None:
     model, (row,) = adapted(family, SEQ_2_SEQ_LM, "prompt_suffix"), texts(family, SEQ_2_SEQ_LM, (4,))
@@ -186,6 +190,7 @@ def test_labels_of_another_sequence_do_not_place_a_suffix(family: str) -> None:
     )
 
 
+@pytest.mark.promise(3, families=("llama",))
 @pytest.mark.parametrize("method", PREFIX_METHODS)
 def test_the_cache_holds_the_text_alone(method: str) -> None:
     model, (row,) = adapted("llama", CAUSAL_LM, method), texts("llama", CAUSAL_LM, (4,))

@@ -17,7 +17,7 @@ from softtune import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from tests.families import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, adapted, base_model
+from tests.families import CAUSAL_LM, FAMILIES, SEQ_2_SEQ_LM, SEQ_CLS, adapted, base_model, cases
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -30,11 +30,12 @@ def test_the_same_base_model_at_another_precision(dtype: torch.dtype, tmp_path: 
     torch.testing.assert_close(rounded(ids).logits.float(), exact(ids).logits, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix", "bitfit"])
-def test_other_weights_of_the_same_shape(method: str, tmp_path: Path) -> None:
-    adapted("bert", SEQ_CLS, method).save_pretrained(tmp_path)
+@pytest.mark.promise(7)
+@pytest.mark.parametrize(("family", "task", "method"), [c for c in cases() if c[1] == FAMILIES[c[0]].tasks[0]])
+def test_other_weights_of_the_same_shape(family: str, task: str, method: str, tmp_path: Path) -> None:
+    adapted(family, task, method).save_pretrained(tmp_path)
     with pytest.raises(AdapterMismatchError, match="word embeddings"):
-        PeftModel.from_pretrained(base_model("bert", SEQ_CLS, seed=5), tmp_path)
+        PeftModel.from_pretrained(base_model(family, task, seed=5), tmp_path)
 
 
 def test_fields_of_softtune_stand_in_its_own_file(tmp_path: Path) -> None:
@@ -59,6 +60,7 @@ def test_model_card(family: str, task: str, pipeline: str | None, tmp_path: Path
     assert ModelCard.load(tmp_path / "README.md").text.count(f"- softtune {softtune.__version__}") == 1
 
 
+@pytest.mark.promise(4, families=("bert",))
 @pytest.mark.parametrize("method", ["prompt", "prefix", "prefix_last", "p_tuning_v2", "bitfit"])
 def test_a_state_dict_goes_round(method: str) -> None:
     source, target = adapted("bert", SEQ_CLS, method), adapted("bert", SEQ_CLS, method, seed=6)
@@ -69,6 +71,7 @@ def test_a_state_dict_goes_round(method: str) -> None:
     assert torch.equal(source(ids).logits, target(ids).logits)
 
 
+@pytest.mark.promise(4, families=("bert",))
 @pytest.mark.parametrize("method", ["p_tuning_mlp", "prefix", "bitfit"])
 def test_an_adapter_is_exported_from_a_state_dict(method: str) -> None:
     source, other = adapted("bert", SEQ_CLS, method), adapted("bert", SEQ_CLS, method, seed=6)

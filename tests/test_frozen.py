@@ -44,6 +44,7 @@ def loss_of(model: PeftModel, family: str, task: str) -> torch.Tensor:
     return model(**inputs, labels=labels_for(task, inputs)).loss
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize(("family", "task", "method"), cases())
 def test_training_changes_the_adapter_alone(family: str, task: str, method: str) -> None:
     model = adapted(family, task, method).train()
@@ -62,6 +63,7 @@ def test_training_changes_the_adapter_alone(family: str, task: str, method: str)
     assert any(not torch.equal(p, adapter[n]) for n, p in trained(model).items())
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize(("family", "task", "method"), [c for c in cases() if "bitfit" not in c[2]])
 def test_trained_parameters_by_name(family: str, task: str, method: str) -> None:
     own = {"embedding.weight"} | NAMES.get(method, set())
@@ -78,6 +80,7 @@ def test_bitfit_trains_every_bias_of_the_base_and_the_head() -> None:
     assert trained(model).keys() == expected | {f"heads.default.{n}" for n in head_names("bert", SEQ_CLS)}
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize(("family", "task", "method"), [c for c in cases() if "bitfit" not in c[2]])
 def test_every_trained_number_has_a_gradient(family: str, task: str, method: str) -> None:
     """No row, column or module is trained in vain."""
@@ -91,6 +94,7 @@ def test_every_trained_number_has_a_gradient(family: str, task: str, method: str
         assert dead < (1 if "head" in name else 0.1), f"{name}: {dead:.0%} of the numbers have no gradient"
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize(("family", "task", "method"), cases())
 def test_evaluation_between_steps_leaves_no_trace(family: str, task: str, method: str) -> None:
     gradients = []
@@ -154,6 +158,7 @@ def test_an_exception_while_generating_leaves_the_base_model_alone(family: str) 
     assert torch.equal(model.get_base_model().generate(row[None], max_new_tokens=4), expected)
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize(("family", "task", "method"), [c for c in cases() if FAMILIES[c[0]].checkpoints])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_gradient_checkpointing_is_exact(family: str, task: str, method: str, reentrant: bool) -> None:
@@ -173,6 +178,7 @@ def test_gradient_checkpointing_is_exact(family: str, task: str, method: str, re
         torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-6, atol=1e-6 * scale)
 
 
+@pytest.mark.promise(6, methods=("prefix",))
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_may_be_enabled_before_the_adapter_is_added(family: str, reentrant: bool) -> None:

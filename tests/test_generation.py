@@ -11,6 +11,7 @@ from torch import Tensor
 from softtune import AdapterError, PeftModel, UnsupportedModelError
 from tests.families import CAUSAL_LM, FAMILIES, KINDS, SEQ_2_SEQ_LM, P, adapted, base_model, batch, cases, takes, texts
 
+pytestmark = pytest.mark.promise(2)
 GENERATED = 5
 SETTINGS: dict[str, Any] = {
     "max_new_tokens": GENERATED,
@@ -131,6 +132,7 @@ def test_sequences_to_return(family: str, task: str, method: str) -> None:
     assert torch.equal(together, slow)
 
 
+@pytest.mark.promise(2, families=("llama",))
 @pytest.mark.parametrize("method", ["prompt", "prefix", "bitfit_added"])
 def test_a_cache_belongs_to_whom_it_was_computed_with(method: str) -> None:
     model, inputs = adapted("llama", CAUSAL_LM, method), batch(texts("llama", CAUSAL_LM), "left")
@@ -148,6 +150,7 @@ def test_a_cache_belongs_to_whom_it_was_computed_with(method: str) -> None:
             model.generate(inputs["input_ids"], past_key_values=unsigned, **SETTINGS)
 
 
+@pytest.mark.promise(2, methods=("p_tuning_mlp",))
 @pytest.mark.parametrize(
     "family", sorted({c[0] for c in DECODERS if takes(c[0], "p_tuning_mlp")} - {*REFUSED["guesses"]})
 )

@@ -44,6 +44,7 @@ def tuned(auto: Any, family: str, method: str, task: str | None) -> PeftModel:
     return scramble(get_peft_model(with_head(auto, family), METHODS[method](task_type=task))).eval()
 
 
+@pytest.mark.promise(2, 3)
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_choices_are_the_same_alone_and_padded(family: str, method: str) -> None:
     model = tuned(AutoModelForMultipleChoice, family, method, SEQ_CLS)
@@ -61,6 +62,7 @@ def test_choices_are_the_same_alone_and_padded(family: str, method: str) -> None
     }
 
 
+@pytest.mark.promise(2, 3)
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_words_at_a_mask(family: str, method: str) -> None:
     """A verbalizer's words are scored where the template has its mask: outputs must line up with it."""
@@ -75,6 +77,7 @@ def test_words_at_a_mask(family: str, method: str) -> None:
             torch.testing.assert_close(output[i, start + at, words], expected[i], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise(3, methods=("p_tuning_mlp",))
 @pytest.mark.parametrize("family", ENCODERS)
 def test_a_template_with_anchors_around_a_mask(family: str) -> None:
     base = with_head(AutoModelForMaskedLM, family)
@@ -87,6 +90,7 @@ def test_a_template_with_anchors_around_a_mask(family: str) -> None:
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise(2, 3)
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_features_line_up_with_the_words(family: str, method: str) -> None:
     model, rows = tuned(AutoModel, family, method, "FEATURE_EXTRACTION"), texts(family, SEQ_CLS, (6, 4, 3))
@@ -98,6 +102,7 @@ def test_features_line_up_with_the_words(family: str, method: str) -> None:
             torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise(2, 3)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
 @pytest.mark.parametrize("method", ["prompt", "prefix", "bitfit_added"])
 def test_features_of_decoders(family: str, method: str) -> None:
@@ -108,6 +113,7 @@ def test_features_of_decoders(family: str, method: str) -> None:
         torch.testing.assert_close(own[len(own) - len(row) :], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise(7, methods=("prefix",))
 @pytest.mark.parametrize(
     ("family", "task", "labels", "message"),
     [

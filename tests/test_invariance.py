@@ -23,6 +23,7 @@ from tests.families import (
     texts,
 )
 
+pytestmark = pytest.mark.promise(2)
 GENERATED = 5
 GENERATING = cases(KINDS, tasks=(CAUSAL_LM, SEQ_2_SEQ_LM))
 

@@ -44,6 +44,7 @@ def keys(path: Path) -> set[str]:
         return set(file.keys())
 
 
+@pytest.mark.promise(4, 5)
 @pytest.mark.parametrize(("family", "task", "method"), cases())
 def test_saved_and_loaded_is_the_same(family: str, task: str, method: str, tmp_path: Path) -> None:
     model = adapted(family, task, method)
@@ -58,6 +59,7 @@ def test_saved_and_loaded_is_the_same(family: str, task: str, method: str, tmp_p
     )
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize(("family", "task", "method"), [c for c in cases() if "bitfit" not in c[2]])
 def test_files_and_keys(family: str, task: str, method: str, tmp_path: Path) -> None:
     adapted(family, task, method).save_pretrained(tmp_path)
@@ -70,6 +72,7 @@ def test_files_and_keys(family: str, task: str, method: str, tmp_path: Path) -> 
     assert keys(tmp_path / "adapter_model.safetensors") == expected
 
 
+@pytest.mark.promise(4, methods=("bitfit",))
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_bitfit_keys_are_the_biases(family: str, tmp_path: Path) -> None:
     adapted(family, SEQ_CLS, "bitfit").save_pretrained(tmp_path)
@@ -92,6 +95,7 @@ def step(model: PeftModel, family: str, task: str) -> None:
     optimiser.zero_grad()
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize(("family", "task", "method"), cases())
 def test_training_goes_on_as_if_never_saved(family: str, task: str, method: str, tmp_path: Path) -> None:
     model = adapted(family, task, method)

@@ -83,6 +83,7 @@ def test_a_heavy_import_is_noticed() -> None:
     assert loaded_by("import typer") == ["typer"]
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize(("family", "task", "method"), cases())
 @torch.no_grad()  # torch chooses other kernels for a base model that is not frozen
 def test_disabled_is_the_base_model(family: str, task: str, method: str) -> None:

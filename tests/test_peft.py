@@ -101,6 +101,7 @@ def real_logits(model: torch.nn.Module, task: str, inputs: dict[str, Tensor]) ->
 
 
 # Of an encoder-decoder's prompt, PEFT runs the LSTM over 2P tokens and uses P.
+@pytest.mark.promise(6)
 @pytest.mark.parametrize(("family", "task", "method"), [c for c in CASES if c[1:] != (SEQ_2_SEQ_LM, "p_tuning_lstm")])
 def test_logits_and_gradients(family: str, task: str, method: str) -> None:
     theirs, ours = in_peft(family, task, method), in_softtune(family, task, method)
@@ -121,6 +122,7 @@ def test_logits_and_gradients(family: str, task: str, method: str) -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize(("family", "task", "method"), CASES)
 def test_peft_saves_softtune_loads(family: str, task: str, method: str, tmp_path: Path) -> None:
     theirs = in_peft(family, task, method)
@@ -130,6 +132,7 @@ def test_peft_saves_softtune_loads(family: str, task: str, method: str, tmp_path
     torch.testing.assert_close(real_logits(ours, task, inputs), real_logits(theirs, task, inputs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize(("family", "task", "method"), CASES)
 def test_softtune_saves_peft_loads(family: str, task: str, method: str, tmp_path: Path) -> None:
     ours = in_softtune(family, task, method)
@@ -139,6 +142,7 @@ def test_softtune_saves_peft_loads(family: str, task: str, method: str, tmp_path
     torch.testing.assert_close(real_logits(ours, task, inputs), real_logits(theirs, task, inputs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("method", ["prefix", "prefix_projection"])
 def test_encoder_decoder_prefix_of_peft(family: str, method: str, tmp_path: Path) -> None:
@@ -154,6 +158,7 @@ def test_encoder_decoder_prefix_of_peft(family: str, method: str, tmp_path: Path
     torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize(
     ("family", "task", "method"),
     [

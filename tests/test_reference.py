@@ -1,4 +1,4 @@
-"""Parity: outputs and gradients are those of slow, obvious implementations, on odd shapes and both paddings."""
+"""Promise 6: outputs and gradients are those of slow, obvious implementations, on odd shapes and both paddings."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from softtune import PeftModel
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
+    INPUT_METHODS,
     SEQ_2_SEQ_LM,
     SEQ_CLS,
     TOKEN_CLS,
@@ -26,7 +27,9 @@ from tests.families import (
     sides,
     texts,
 )
-from tests.reference import prefixes, virtual_tokens
+from tests.reference import encoders, prefixes, virtual_tokens
+
+pytestmark = pytest.mark.promise(6)
 
 
 def with_head(model: PeftModel, base: PreTrainedModel) -> PreTrainedModel:
@@ -36,17 +39,29 @@ def with_head(model: PeftModel, base: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
-def compare(model: PeftModel, ours: list[Tensor], theirs: list[Tensor], leaf: Tensor) -> None:
-    """The same logits, and the same gradient of the prompt for a random loss."""
+def prompt_of(model: PeftModel) -> tuple[Tensor, dict[str, Tensor]]:
+    """The adapter's virtual tokens, [P, D] or [P, W], as the reference computes them from a copy of what is trained."""
+    trained = model.prompt_encoder["default"].named_parameters()
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in trained}
+    return encoders.virtual_tokens(leaves), leaves
+
+
+def compare(model: PeftModel, ours: list[Tensor], theirs: list[Tensor], leaves: dict[str, Tensor]) -> None:
+    """The same logits, and the same gradients of all that makes the prompt, for a random loss."""
     weights = [torch.randn_like(x) for x in ours]
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
-    (parameter,) = model.prompt_encoder["default"].parameters()
-    (own_gradient,) = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, ours, strict=True)), parameter)
-    total = sum((w * x).sum() for w, x in zip(weights, theirs, strict=True))
-    (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True)
-    assert gradient.abs().max() > 1e-4
-    torch.testing.assert_close(own_gradient, gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+    own_total, total = (sum((w * x).sum() for w, x in zip(weights, form, strict=True)) for form in (ours, theirs))
+    parameters = dict(model.prompt_encoder["default"].named_parameters())
+    own_gradients = torch.autograd.grad(own_total, list(parameters.values()))
+    gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), retain_graph=True), strict=True))
+    assert parameters.keys() == gradients.keys()
+    assert gradients["embedding.weight"].abs().max() > 1e-4
+    for (name, gradient), own_gradient in zip(gradients.items(), own_gradients, strict=True):
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(
+            own_gradient, gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def rows_of(model: PeftModel, task: str, rows: list[Tensor], side: str, **kwargs: Tensor) -> list[Tensor]:
@@ -57,35 +72,36 @@ def rows_of(model: PeftModel, task: str, rows: list[Tensor], side: str, **kwargs
     return [x[: len(r)] if side == "right" else x[len(x) - len(r) :] for x, r in zip(logits, rows, strict=True)]
 
 
-@pytest.mark.parametrize(("family", "task", "method"), cases(("prompt", "prompt_suffix", "embedding_only")))
+@pytest.mark.parametrize(("family", "task", "method"), cases(INPUT_METHODS))
 def test_virtual_tokens(family: str, task: str, method: str) -> None:
     model, base = adapted(family, task, method), base_model(family, task)
     with_head(model, base)
     windowed = FAMILIES[family].window and is_decoder_only(family)
     rows = texts(family, task, (3, 2, 1) if windowed else (7, 4, 2))  # in sight of the first virtual token
     decoder = answers(task, len(rows))
-    leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
+    vectors, leaves = prompt_of(model)
     theirs = []
     for i, row in enumerate(rows):
         columns = [len(row) if method == "prompt_suffix" else 0] * P
         if task == CAUSAL_LM:
-            theirs.append(virtual_tokens.causal(base, row, leaf, columns))
+            theirs.append(virtual_tokens.causal(base, row, vectors, columns))
         else:
             ids = decoder["decoder_input_ids"][i] if decoder else None
             if FAMILIES[family].ends_with_eos and task == SEQ_CLS:
-                theirs.append(classes_behind_a_decoder(base, row, leaf, columns))
+                theirs.append(classes_behind_a_decoder(base, row, vectors, columns))
             else:
-                theirs.append(virtual_tokens.whole(base, row, leaf, columns, ids, FAMILIES[family].word_scale))
+                theirs.append(virtual_tokens.whole(base, row, vectors, columns, ids, FAMILIES[family].word_scale))
     for side in sides(family, task):
-        compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaf)
+        compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaves)
 
 
+@pytest.mark.promise(6, methods=("prompt",))
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
 def test_a_window_does_not_end_virtual_tokens_in_front(family: str) -> None:
     """They are a prefix, of the keys and values that the frozen model computes for them."""
     model, base = adapted(family, CAUSAL_LM, "prompt"), base_model(family, CAUSAL_LM)
-    leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
-    cache = base(inputs_embeds=leaf[None], use_cache=True).past_key_values
+    vectors, leaves = prompt_of(model)
+    cache = base(inputs_embeds=vectors[None], use_cache=True).past_key_values
     pairs = {f"layers.{i}.self_attn": (layer.keys[0], layer.values[0]) for i, layer in enumerate(cache.layers)}
     rows = texts(family, CAUSAL_LM, (14, 9, 2))
     with prefixes.naive_prefixes(base, pairs) as naive:
@@ -94,7 +110,7 @@ def test_a_window_does_not_end_virtual_tokens_in_front(family: str) -> None:
             naive(input_ids=row[None], position_ids=p, use_cache=False).logits[0]
             for row, p in zip(rows, positions, strict=True)
         ]
-        compare(model, rows_of(model, CAUSAL_LM, rows, "left"), theirs, leaf)
+        compare(model, rows_of(model, CAUSAL_LM, rows, "left"), theirs, leaves)
 
 
 def classes_behind_a_decoder(base: PreTrainedModel, row: Tensor, vectors: Tensor, columns: list[int]) -> Tensor:
@@ -121,24 +137,28 @@ def test_virtual_tokens_at_the_positions_of_a_template(family: str, task: str, m
 
 @pytest.mark.parametrize(
     ("family", "task", "method"),
-    [c for c in cases(("prefix",), tasks=(CAUSAL_LM,)) if FAMILIES[c[0]].plain_cache],
+    [
+        c
+        for c in cases(("prefix", "prefix_projection", "p_tuning_v2"), tasks=(CAUSAL_LM,))
+        if FAMILIES[c[0]].plain_cache
+    ],
 )
 def test_prefix_is_a_ready_cache(family: str, task: str, method: str) -> None:
     model, base = adapted(family, task, method), base_model(family, task)
     row = FAMILIES[family]
     rows = texts(family, task, (3, 2, 1) if row.window else (7, 4, 2))  # a plain cache lets a window end the prefix
-    leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
-    pairs = prefixes.split(leaf, [sizes for _, sizes in row.layers()])
+    flat, leaves = prompt_of(model)
+    pairs = prefixes.split(flat, [sizes for _, sizes in row.layers()])
     numbers = [n for a in row.attention["decoder"] for n in a.numbers]
     has_ids = row.positions == "ids"
     theirs = [prefixes.causal_by_cache(base, r, dict(zip(numbers, pairs, strict=True)), has_ids) for r in rows]
     for side in ("right", "left"):
-        compare(model, rows_of(model, task, rows, side), theirs, leaf)
+        compare(model, rows_of(model, task, rows, side), theirs, leaves)
 
 
 @pytest.mark.parametrize(
     ("family", "task", "method"),
-    [c for c in cases(("prefix", "prefix_last", "p_tuning_v2")) if FAMILIES[c[0]].reachable],
+    [c for c in cases(("prefix", "prefix_projection", "prefix_last", "p_tuning_v2")) if FAMILIES[c[0]].reachable],
 )
 def test_prefix_at_every_site(family: str, task: str, method: str) -> None:
     model, base = adapted(family, task, method), base_model(family, task)
@@ -146,11 +166,11 @@ def test_prefix_at_every_site(family: str, task: str, method: str) -> None:
     of = FAMILIES[family]
     rows = texts(family, task, (14, 9, 2) if of.window else (7, 4, 2))  # longer than the window
     decoder = answers(task, len(rows))
-    leaf = model.prompt_encoder["default"].embedding.weight.detach().clone().requires_grad_()
+    flat, leaves = prompt_of(model)
     names = of.layers()
     if method == "prefix_last":
         names = [of.layers(site)[-1] for site in of.attention]
-    pairs = dict(zip([n for n, _ in names], prefixes.split(leaf, [s for _, s in names]), strict=True))
+    pairs = dict(zip([n for n, _ in names], prefixes.split(flat, [s for _, s in names]), strict=True))
     theirs = []
     with prefixes.naive_prefixes(base, pairs) as naive, position_shift(family, naive):
         for i, row in enumerate(rows):
@@ -164,7 +184,7 @@ def test_prefix_at_every_site(family: str, task: str, method: str) -> None:
                 inputs["use_cache"] = False
             theirs.append(naive(**inputs).logits[0])
     for side in sides(family, task):
-        compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaf)
+        compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaves)
 
 
 def position_shift(family: str, model: PreTrainedModel) -> ExitStack:
@@ -187,18 +207,19 @@ def test_infix_is_seen_from_the_token_before_the_answer(family: str, task: str, 
     edges = [(0, width - len(r)) if side == "right" else (width - len(r), 0) for r in rows]
     padded = torch.stack([nn.functional.pad(x, e, value=-100) for x, e in zip(labels, edges, strict=True)])
     ours = rows_of(model, CAUSAL_LM, rows, side, labels=padded)
-    flat = model.get_prompt_embedding_to_save("default")
+    flat, leaves = prompt_of(model)
+    theirs = []
     names = FAMILIES[family].layers()
     pairs = dict(zip([n for n, _ in names], prefixes.split(flat, [s for _, s in names]), strict=True))
-    for own, row, begin in zip(ours, rows, begins, strict=True):
+    for row, begin in zip(rows, begins, strict=True):
         positions = torch.arange(len(row)) + P * (torch.arange(len(row)) >= begin)
         with prefixes.naive_prefixes(base, pairs, hidden_before=begin - 1) as naive:
             inputs = {
                 "input_ids": row[None],
                 "attention_mask": torch.ones_like(row[None]),
             }  # no mask would mean packed rows
-            expected = naive(**inputs, position_ids=positions[None], use_cache=False).logits[0]
-        torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
+            theirs.append(naive(**inputs, position_ids=positions[None], use_cache=False).logits[0])
+    compare(model, ours, theirs, leaves)
 
 
 @pytest.mark.parametrize(("family", "task", "method"), cases(("bitfit", "bitfit_added")))
@@ -255,6 +276,7 @@ def add_by_hand(module: nn.Module) -> None:
         module.register_forward_hook(lambda module, args, output: output + module.bias)
 
 
+@pytest.mark.promise(6, methods=("prefix_last",))
 @pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f].window])
 def test_the_window_does_not_end_the_prefix(family: str) -> None:
     """In the last layer alone, the last of many tokens sees a prefix in front of the first."""
@@ -267,6 +289,7 @@ def test_the_window_does_not_end_the_prefix(family: str) -> None:
     assert (model(input_ids=row[None]).logits[0, -1] - before).abs().max() > 0.01
 
 
+@pytest.mark.promise(6, methods=("prefix",))
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_equal_lengths_of_both_sequences_do_not_share_a_mask(family: str) -> None:
     """Without padding neither attention has a mask, and only one of the two is causal."""

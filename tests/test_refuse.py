@@ -42,6 +42,7 @@ from tests.families import (
     base_model,
     batch,
     cases,
+    refusals,
     scramble,
     texts,
 )
@@ -127,18 +128,12 @@ def test_a_method_that_the_model_cannot_take(family: str, config: PeftConfig) ->
         get_peft_model(base_model(family, task), config)
 
 
-@pytest.mark.parametrize(("family", "method"), [(f, m) for f, row in FAMILIES.items() for m in row.refused])
-def test_a_refusal_names_what_the_model_can_take(family: str, method: str) -> None:
-    row = FAMILIES[family]
-    with pytest.raises(UnsupportedModelError, match=row.refused[method]) as refusal:
-        get_peft_model(base_model(family, row.tasks[0]), METHODS[method]())
+@pytest.mark.promise(7)
+@pytest.mark.parametrize(("family", "method", "remedy"), refusals())
+def test_a_refusal_names_what_the_model_can_take(family: str, method: str, remedy: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=remedy) as refusal:
+        get_peft_model(base_model(family, FAMILIES[family].tasks[0]), METHODS[method]())
     assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("family", [f for f, row in FAMILIES.items() if not row.has_biases])
-def test_a_model_without_biases(family: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="add_missing=True"):
-        get_peft_model(base_model(family, FAMILIES[family].tasks[0]), BitFitConfig())
 
 
 def test_bloom_takes_a_prefix_at_all_layers_or_none() -> None:
@@ -153,6 +148,7 @@ def test_a_module_that_is_no_transformer() -> None:
         get_peft_model(nn.Linear(2, 2), PromptTuningConfig())
 
 
+@pytest.mark.promise(7, families=("gpt2",))
 @pytest.mark.parametrize("method", ["prompt", "p_tuning_lstm", "prefix", "p_tuning_v2"])
 @pytest.mark.parametrize("other", [{"n_embd": 24}, {"n_layer": 3}, {"n_head": 4}, {"seed": 7}])
 def test_an_adapter_of_another_base_model(method: str, other: dict[str, int], tmp_path: Path) -> None:
@@ -291,6 +287,7 @@ def test_names() -> None:
 # Running
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize(
     ("family", "task", "method"),
     [c for c in cases(("prompt", "prompt_suffix", "prefix", "infix")) if FAMILIES[c[0]].limit and c[1] != SEQ_CLS]
@@ -316,6 +313,7 @@ def test_an_infix_in_pieces() -> None:
         adapted("gpt2", CAUSAL_LM, "infix")(torch.tensor([[5, 6, 7]]), prompt_positions=torch.tensor([[0, 1, 1, 2, 2]]))
 
 
+@pytest.mark.promise(7, methods=("prefix",))
 @pytest.mark.parametrize("family", ["llama", "bart"])
 def test_another_attention_after_wrapping_does_not_drop_the_prefix(family: str) -> None:
     task = CAUSAL_LM if family == "llama" else SEQ_2_SEQ_LM
@@ -333,6 +331,7 @@ def test_t5s_stacks_do_not_hear_of_another_attention() -> None:
     torch.testing.assert_close(model(**inputs, labels=inputs["input_ids"]).logits, expected)
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 @pytest.mark.parametrize("masked", [False, True])

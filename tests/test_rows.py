@@ -34,9 +34,14 @@ CASES = [(f, task) for f, row in FAMILIES.items() for task in row.tasks if task 
 GENERATING = [(family, task) for family, task in CASES if task in (CAUSAL_LM, SEQ_2_SEQ_LM)]
 
 
+def kinds_of(family: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, ...]:
+    """The methods that a mixed batch of the family has."""
+    return tuple(kind for kind in kinds if takes(family, kind) and (family, kind) != NOT_BY_ROWS)
+
+
 def mixed(family: str, task: str, kinds: tuple[str, ...] = KINDS) -> tuple[PeftModel, list[str]]:
     """A model with an adapter of every kind, each of another length, and a row's adapter name for each and the base."""
-    kinds = tuple(kind for kind in kinds if takes(family, kind) and (family, kind) != NOT_BY_ROWS)
+    kinds = kinds_of(family, kinds)
     model = PeftModel(base_model(family, task))
     for number, kind in enumerate(kinds):
         config = METHODS[kind](task_type=task)
@@ -59,6 +64,7 @@ def own(logits: Tensor, row: Tensor, side: str, task: str) -> Tensor:
     return logits[: len(row)] if side == "right" else logits[len(logits) - len(row) :]
 
 
+@pytest.mark.promise(2, methods=kinds_of)
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_outputs_and_gradients_are_those_of_each_row_alone(family: str, task: str) -> None:
     model, names = mixed(family, task)
@@ -93,6 +99,7 @@ def gradients(trained: dict[str, Tensor], outputs: list[Tensor], weights: list[T
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)}
 
 
+@pytest.mark.promise(2, methods=kinds_of)
 @pytest.mark.parametrize(("family", "task"), GENERATING)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_is_that_of_each_row_alone(family: str, task: str, beams: int) -> None:
