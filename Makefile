@@ -3,9 +3,10 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
+MATRIX ?= docs/support.md
 SYSTEM_PYTHON ?= python3
 
-.PHONY: demo test test-all check bench setup clean
+.PHONY: demo test test-all matrix check bench setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -15,6 +16,10 @@ test: $(VENV)/.library
 
 test-all: $(VENV)/.models
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist worksteal
+
+# Those tests of test-all that say something of a family and a method, and what they say.
+matrix: $(VENV)/.library
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m promise -p tests.matrix --matrix $(MATRIX)
 
 check: $(VENV)/.library
 	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,173 @@
+"""The support matrix: which promise was tested for which family and method, and held.
+
+A pytest plugin: ``pytest -p tests.matrix --matrix docs/support.md``. A test says by ``pytest.mark.promise(2, 6)`` what
+it tests, and by its parameters ``family`` and ``method`` of what; the mark's ``families`` and ``methods`` (names, or a
+function from family to methods) say what a test runs over by itself. A promise is claimed where tests of it ran, and
+every one that was collected ran and passed.
+
+Knows nothing of what the tests do.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROMISES = {
+    1: "Frozen: training changes the adapter alone, and no tensor of the base model.",
+    2: "Invariance: a row's outputs are the same alone, padded on either side, in a batch and beside rows of other "
+    "adapters; cached generation is the uncached.",
+    3: "Alignment: logits, hidden states and loss line up with the caller's tokens and labels.",
+    4: "Lossless: what is saved and loaded has the same outputs to the last bit, and its training goes on as if never "
+    "interrupted; folders go to PEFT and come from it.",
+    5: "Baked equals trained: the form for inference, without MLP or LSTM, computes the same.",
+    6: "Parity: outputs and gradients are those of slow, obvious implementations, and PEFT's where PEFT is right.",
+    7: "Refuse: an adapter of another base model, or a text beyond the model's positions, is an error.",
+    8: "Evaluation leaves no trace: training after an evaluation has the same gradients.",
+}
+COLUMNS = {
+    "prompt": ("prompt",),
+    "suffix": ("prompt_suffix",),
+    "P-tuning": ("p_tuning_mlp", "p_tuning_lstm"),
+    "prefix": ("prefix",),
+    "projection": ("prefix_projection",),
+    "infix": ("infix",),
+    "embedding only": ("embedding_only",),
+    "chosen layers": ("prefix_last",),
+    "P-tuning v2": ("p_tuning_v2",),
+    "BitFit": ("bitfit",),
+    "BitFit, added": ("bitfit_added",),
+}
+REFUSED = "\N{EN DASH}"
+HEAD = """# What is tested
+
+Written by `make matrix` from a run of all contract tests with transformers {transformers}, torch {torch} and PEFT
+{peft}. The rows are the families of `tests/families.py`: tiny random models, each as a language model (causal or
+sequence to sequence) and as a classifier of texts, where the table of families names these tasks. Encoders tag tokens
+and find spans too.
+
+- **✓** every promise was tested, and all of its tests passed.
+- **digits** these promises were tested and held, the others were not tested, or not in full.
+- **✗ and digits** tests of these promises failed.
+- **{refused}** the family cannot take the method, and refuses it with an error that says what to do; that is tested.
+- **?** nothing was tested.
+
+The promises:
+
+{promises}
+
+The methods: prompt tuning with its virtual tokens in front of the text or as a suffix; P-tuning with an MLP and with an
+LSTM; prefix tuning plain, with its MLP (projection), as an infix, with embeddings only and in chosen layers; P-tuning
+v2; BitFit on the model's own biases, and with biases added where there are none. Batches of several adapters
+(promise 2) mix prompt, suffix, prefix, infix, chosen layers and BitFit with added biases.
+"""
+
+Cell = tuple[str, str, int]
+"""Family, method and promise."""
+
+
+class Matrix:
+    """Who tests what, and with which outcome."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tests: dict[Cell, list[str]] = defaultdict(list)
+        """Ids of the tests that were collected, before any were deselected."""
+        self.outcomes: dict[str, str] = {}
+        """By a test's id: passed, failed or skipped; nothing where it did not run."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            for cell in cells_of(item):
+                self.tests[cell].append(item.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        expected_failure = report.skipped and hasattr(report, "wasxfail")
+        if report.failed or expected_failure:
+            self.outcomes[report.nodeid] = "failed"
+        elif report.skipped or report.when == "call":
+            self.outcomes.setdefault(report.nodeid, report.outcome)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(self.page(), encoding="utf-8")
+
+    def outcome(self, cell: Cell) -> str | None:
+        """``held`` or ``failed``; None where a test of it did not run, or there is none."""
+        outcomes = {self.outcomes.get(test) for test in self.tests.get(cell, ())}
+        if "failed" in outcomes:
+            return "failed"
+        return "held" if outcomes == {"passed"} else None
+
+    def mark(self, family: str, methods: tuple[str, ...]) -> str:
+        """What the table says of a family and methods that share a column."""
+        from tests.families import takes
+
+        taken = [m for m in methods if takes(family, m)]
+        if not taken:
+            states = {self.outcome((family, m, 7)) for m in methods}
+            return "✗ 7" if "failed" in states else REFUSED if states == {"held"} else "?"
+        found = {n: {self.outcome((family, m, n)) for m in taken} for n in PROMISES}
+        if failed := [str(n) for n, states in found.items() if "failed" in states]:
+            return f"✗ {' '.join(failed)}"
+        held = [str(n) for n, states in found.items() if states == {"held"}]
+        return "✓" if len(held) == len(PROMISES) else " ".join(held) or "?"
+
+    def page(self) -> str:
+        from tests.families import FAMILIES
+
+        versions = {name: version(name).partition("+")[0] for name in ("transformers", "torch", "peft")}
+        promises = "\n".join(f"{n}. {text}" for n, text in PROMISES.items())
+        groups: dict[str, list[str]] = {}
+        for family in FAMILIES:
+            groups.setdefault(group(family), []).append(family)
+        tables = []
+        for title, families in groups.items():
+            rows = [[f"`{f}`", *(self.mark(f, methods) for methods in COLUMNS.values())] for f in families]
+            lines = [["family", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *rows]
+            tables.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        return "\n".join([HEAD.format(promises=promises, refused=REFUSED, **versions), *tables])
+
+
+def cells_of(item: pytest.Item) -> set[Cell]:
+    """What a test tests."""
+    from tests.families import FAMILIES, METHODS
+
+    values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    own = {"families": (values.get("family"),), "methods": (values.get("method"),)}
+    found: set[tuple[Any, Any, int]] = set()
+    for mark in item.iter_markers("promise"):
+        if not mark.args or not set(mark.args) <= set(PROMISES) or not set(mark.kwargs) <= set(own):
+            raise pytest.UsageError(f"{item.nodeid}: promise{mark.args}{mark.kwargs or ''} names no promise")
+        named = {**own, **mark.kwargs}
+        for family in named["families"]:
+            methods = named["methods"](family) if callable(named["methods"]) else named["methods"]
+            found |= {(family, m, n) for m in methods for n in mark.args}
+    return {(f, m, n) for f, m, n in found if f in FAMILIES and m in METHODS}
+
+
+def group(family: str) -> str:
+    from tests.families import FAMILIES, SEQ_2_SEQ_LM, is_decoder_only
+
+    row = FAMILIES[family]
+    if SEQ_2_SEQ_LM in row.tasks:
+        return "Encoder-decoders"
+    if not is_decoder_only(family):
+        return "Encoders"
+    hybrid = len(row.layers()) < row.sizes.get("num_hidden_layers", 0)
+    return "Hybrid and state-space decoders" if hybrid else "Decoders"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", type=Path, metavar="FILE", help="write the support matrix to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--matrix"):
+        config.pluginmanager.register(Matrix(Path(config.invocation_params.dir) / path), "softtune-matrix")
