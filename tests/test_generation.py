@@ -24,7 +24,7 @@ DECODERS = [c for c in CASES if c[1] == CAUSAL_LM]
 REFUSED = {
     "chunks": ("mpt", "mamba"),
     "guesses": ("mpt", "mamba", "qwen3_next", "granitemoehybrid"),
-    "returned": ("mamba",),
+    "returned": ("mpt", "mamba"),
 }
 """Families that transformers' own generate refuses to do so, with any model."""
 
