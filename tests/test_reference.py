@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -90,7 +90,10 @@ def test_virtual_tokens(family: str, task: str, method: str) -> None:
             if FAMILIES[family].ends_with_eos and task == SEQ_CLS:
                 theirs.append(classes_behind_a_decoder(base, row, vectors, columns))
             else:
-                theirs.append(virtual_tokens.whole(base, row, vectors, columns, ids, FAMILIES[family].word_scale))
+                local = FAMILIES[family].window and not is_decoder_only(family)
+                opened = tuple(range(columns[0], columns[0] + P)) if local else ()
+                with prefixes.naive_prefixes(base, {}, open_slots=opened) if opened else nullcontext():
+                    theirs.append(virtual_tokens.whole(base, row, vectors, columns, ids, FAMILIES[family].word_scale))
     for side in sides(family, task):
         compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaves)
 

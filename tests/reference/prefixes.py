@@ -51,6 +51,7 @@ def causal_by_cache(
 
 _prefixes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 _hidden_before: dict[nn.Module, int] = {}
+_open_slots: set[int] = set()
 
 
 def _naive(
@@ -84,6 +85,7 @@ def _naive(
                 scores = scores + torch.cat([_prefix_bias(module, t, length, n), position_bias[0, n, t]])
             if attention_mask is not None:
                 row = attention_mask[0, min(n, attention_mask.shape[1] - 1), min(t, attention_mask.shape[2] - 1)]
+                row = torch.tensor([0.0 if s in _open_slots else float(x) for s, x in enumerate(row)])
                 scores = scores + torch.cat([torch.zeros(length), row])
             if t < _hidden_before.get(module, 0):
                 scores = torch.cat([torch.full((length,), float("-inf")), scores[length:]])
@@ -110,9 +112,14 @@ AttentionMaskInterface.register("naive", eager_mask)
 
 @contextmanager
 def naive_prefixes(
-    model: PreTrainedModel, prefixes: dict[str, tuple[Tensor, Tensor]], hidden_before: int = 0
+    model: PreTrainedModel,
+    prefixes: dict[str, tuple[Tensor, Tensor]],
+    hidden_before: int = 0,
+    open_slots: tuple[int, ...] = (),
 ) -> Iterator[PreTrainedModel]:
-    """The model with a prefix before each named module's keys, which queries before ``hidden_before`` do not see."""
+    """The model with a prefix before each named module's keys, which queries before ``hidden_before`` do not see, and
+    with slots that all queries see."""
+    _open_slots.update(open_slots)
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = "naive"
@@ -127,6 +134,7 @@ def naive_prefixes(
     finally:
         _prefixes.clear()
         _hidden_before.clear()
+        _open_slots.clear()
         _bias_owners.clear()
 
 

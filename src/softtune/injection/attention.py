@@ -28,6 +28,7 @@ class PrefixAttention:
         biases: [B, heads, T, P] what is added to a module's scores of the prefix, in models with relative position
             biases.
         held: modules whose cache brings the prefix along already.
+        open_slots: [B, S] slots that every query sees, through windows too.
     """
 
     def __init__(
@@ -37,14 +38,17 @@ class PrefixAttention:
         visible: Mapping[nn.Module, Tensor],
         biases: Mapping[nn.Module, Tensor],
         held: Collection[nn.Module],
+        open_slots: Tensor | None = None,
     ) -> None:
         self.prefixes = prefixes
         self.visible = visible
         self.biases = biases
         self.held = held
+        self.open_slots = open_slots
         self.reached: set[nn.Module] = set()
         """Modules that have called: all of ``prefixes`` after a forward, or the prefix has been ignored somewhere."""
         self._masks: dict[tuple[int, int, bool, int], tuple[Tensor | None, Tensor | None]] = {}
+        self._open_masks: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(
         self,
@@ -56,6 +60,7 @@ class PrefixAttention:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        attention_mask = self._opened(attention_mask)
         prefix = self.prefixes.get(module)
         if prefix is None:
             return attend(module, query, key, value, attention_mask, **kwargs)
@@ -70,6 +75,16 @@ class PrefixAttention:
             kwargs["position_bias"] = self._with_bias(module, bias, length)
         output, weights = attend(module, query, key, value, mask, is_causal=False, **kwargs)
         return output, None if weights is None else weights[..., length:]
+
+    def _opened(self, mask: Tensor | None) -> Tensor | None:
+        """The layer's mask with the open slots visible to all; made once for all layers that share a mask."""
+        if mask is None or self.open_slots is None:
+            return mask
+        if id(mask) not in self._open_masks:
+            seen = self.open_slots[:, None, None, :]
+            opened = mask | seen if mask.dtype == torch.bool else mask.masked_fill(seen, 0.0)
+            self._open_masks[id(mask)] = (mask, opened)
+        return self._open_masks[id(mask)][1]
 
     def _widened(
         self, module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, length: int

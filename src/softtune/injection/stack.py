@@ -49,6 +49,7 @@ class StackInjection:
         text_ends: Tensor | None,
     ) -> None:
         self.stack = stack
+        self.has_interface = backbone.has_interface
         self.rows = rows
         self.columns = Columns(columns, text_ends)
         reads_input = stack is backbone.stacks[0]
@@ -103,7 +104,16 @@ class StackInjection:
         self._place(call, step, here)
         if self.layers:
             self._add_prefix(call, step, here)
+        elif self._open_slots(here) is not None:
+            slots = self._open_slots(here)
+            call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, held=(), open_slots=slots)
         return (), call
+
+    def _open_slots(self, here: RowPrompts) -> Tensor | None:
+        """[B, S] the slots of an encoder's virtual tokens, which windows would hide from words far away."""
+        if here.vectors is None or self.layout is None or self.stack.is_causal or not self.has_interface:
+            return None
+        return self.layout.merge(torch.zeros_like(self.layout.token_slots, dtype=torch.bool), here.is_vector)
 
     def _anchor(self, call: Call, here: RowPrompts) -> RowPrompts:
         """Let gradients come back through checkpointed layers that know nothing but their arguments."""
@@ -240,7 +250,8 @@ class StackInjection:
         in_cache = {a.module: prefixes[a.module] for a in self.layers if a.module is not None and a.is_cached}
         held = hold(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
         visible, biases = self._visible(step, here), self._biases(step, here)
-        call[WRAPPER] = PrefixAttention(prefixes, visible=visible, biases=biases, held=held)
+        slots = self._open_slots(here)
+        call[WRAPPER] = PrefixAttention(prefixes, visible=visible, biases=biases, held=held, open_slots=slots)
 
     def _add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Hand the prefix to layers that take a ready cache alone."""
