@@ -100,8 +100,9 @@ class Backbone:
 
     @property
     def has_plain_words(self) -> bool:
-        """Whether the layers see words as the embedding has them."""
-        return self.stacks[0].word_scale == 1.0
+        """Whether the layers see words as the embedding has them, and an encoder's see them from everywhere."""
+        is_local = not self.stacks[0].is_causal and getattr(self.text_config, "local_attention", None) is not None
+        return self.stacks[0].word_scale == 1.0 and not is_local
 
     @property
     def text_config(self) -> Any:

@@ -104,8 +104,7 @@ class StackInjection:
         self._place(call, step, here)
         if self.layers:
             self._add_prefix(call, step, here)
-        elif self._open_slots(here) is not None:
-            slots = self._open_slots(here)
+        elif (slots := self._open_slots(here)) is not None:
             call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, held=(), open_slots=slots)
         return (), call
 
@@ -236,8 +235,11 @@ class StackInjection:
         return nn.functional.embedding(further, module.weight)
 
     def _check_length(self, step: Step, here: RowPrompts) -> None:
-        limit, virtual = self.stack.table_size, int((here.shift + here.is_vector.sum(1)).max())
-        if limit is not None and step.width + virtual > limit:
+        limit = self.stack.table_size
+        if limit is None:
+            return
+        virtual = int((here.shift + here.is_vector.sum(1)).max())
+        if step.width + virtual > limit:
             raise DataError(
                 f"{step.width} tokens and {virtual} virtual ones exceed the model's {limit} positions: shorten the text"
             )
