@@ -9,13 +9,19 @@ import pytest
 import torch
 
 from softtune import (
+    AdapterError,
+    AdapterMismatchError,
     BitFitConfig,
     ConfigError,
+    DataError,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
+    PromptTuningConfig,
+    UnsupportedModelError,
     get_peft_model,
     get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from tests.families import CAUSAL_LM, SEQ_CLS, adapted, base_model, batch, scramble, texts
 
@@ -108,3 +114,54 @@ def test_options_of_other_libraries_calls(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, save_embedding_layers=True)
     with pytest.raises(ConfigError, match="autocast_adapter_dtype=False"):
         model.load_adapter(tmp_path, "other", autocast_adapter_dtype=False)
+
+
+def test_trained_modules_act_on_virtual_tokens_that_run_ahead() -> None:
+    config = PromptTuningConfig(num_virtual_tokens=3, modules_to_save=["ln_1"], task_type=CAUSAL_LM)
+    model = scramble(get_peft_model(base_model("gpt2", CAUSAL_LM), config)).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    among = model(ids, prompt_positions=torch.zeros(1, 3, dtype=torch.long)).logits
+    torch.testing.assert_close(model(ids).logits, among, atol=1e-5, rtol=1e-5)
+    whole = get_peft_model(base_model("gpt2", CAUSAL_LM), PrefixTuningConfig(modules_to_save=["attn"]))
+    with pytest.raises(UnsupportedModelError, match="modules_to_save"):
+        whole(ids)
+
+
+def test_a_refused_load_changes_nothing(tmp_path: Path) -> None:
+    model = adapted("bert", SEQ_CLS, "prefix")
+    inputs = batch(texts("bert", SEQ_CLS))
+    before = model(**inputs).logits
+    longer = get_peft_model(base_model("bert", SEQ_CLS), PrefixTuningConfig(num_virtual_tokens=9, task_type=SEQ_CLS))
+    longer.save_pretrained(tmp_path)
+    with pytest.raises(AdapterMismatchError, match="num_virtual_tokens = 9"):
+        model.load_adapter(tmp_path, "default")
+    with pytest.raises(AdapterMismatchError, match="shape"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(longer))
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def test_adapters_come_and_go_while_none_acts() -> None:
+    model, ids = adapted("gpt2", CAUSAL_LM, "prefix"), torch.tensor([[5, 6, 7]])
+    model.add_adapter("b", PrefixTuningConfig(num_virtual_tokens=2))
+    model.set_requires_grad("b")
+    with model.disable_adapter():
+        model.add_adapter("c", PrefixTuningConfig(num_virtual_tokens=2))
+        model.delete_adapter("default")
+    assert model.active_adapter == "b"
+    assert all(p.requires_grad for p in model.prompt_encoder["b"].parameters())
+    assert not any(p.requires_grad for p in model.prompt_encoder["c"].parameters())
+    model(ids)
+
+
+def test_places_out_of_order_are_refused() -> None:
+    model = get_peft_model(base_model("gpt2", CAUSAL_LM), PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(DataError, match="ascend"):
+        model(torch.tensor([[5, 6, 7]]), prompt_positions=torch.tensor([[3, 1]]))
+
+
+def test_a_cache_of_states_belongs_to_its_adapter() -> None:
+    model, ids = adapted("mamba", CAUSAL_LM, "prompt"), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        states = model(ids, use_cache=True).cache_params
+        with model.disable_adapter(), pytest.raises(AdapterError, match="computed with default"):
+            model(ids[:, :1], cache_params=states)

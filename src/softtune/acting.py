@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, is_checkpointing
+from softtune.backbone import Backbone, cache_of, cached_length, is_checkpointing
 from softtune.errors import AdapterError, UnsupportedModelError
 from softtune.injection import Injection
 from softtune.injection.ahead import run_ahead
@@ -69,9 +69,7 @@ class Acting:
         """
         self.stop()
         model, adapters = self.backbone.model, list(cast.adapters.values())
-        prompts = [Prompt() if a is None else a.module.prompt() for a in adapters]
-        if columns is None:
-            prompts = [run_ahead(self.backbone, prompt) for prompt in prompts]
+        prompts = [Prompt() if a is None else self._prompt(a, ahead=columns is None) for a in adapters]
         biases = [a.module.additions() if a and isinstance(a.module, BiasChanges) else [] for a in adapters]
         checkpoints = is_checkpointing(model) and torch.is_grad_enabled()
         if checkpoints and cast.rows is not None and any(biases):
@@ -89,6 +87,14 @@ class Acting:
             finally:
                 if not checkpoints:
                     self.stop()
+
+    def _prompt(self, adapter: Adapter, *, ahead: bool) -> Prompt:
+        """What an adapter contributes; its virtual tokens run ahead through its own trained modules."""
+        prompt: Prompt = adapter.module.prompt()
+        with ExitStack() as stack:
+            for handle in replace_modules(self.backbone.model, [adapter.heads]):
+                stack.callback(handle.remove)
+            return run_ahead(self.backbone, prompt) if ahead else prompt
 
     def stop(self) -> None:
         """Take out what a checkpointed call has left."""
@@ -140,22 +146,21 @@ def check_generation(backbone: Backbone, cast: Cast, columns: Tensor | None, opt
         )
 
 
-def sign(cache: Any, cast: Cast) -> None:
-    """Note in a cache whose keys and values it holds."""
-    if cache is not None:
+def sign(output: Any, cast: Cast) -> None:
+    """Note in the cache of an output whose keys and values it holds."""
+    if (cache := cache_of(output if isinstance(output, dict) else {})) is not None:
         cache.softtune_owners = cast.owners
 
 
-def check_owner(cache: Any, cast: Cast) -> None:
+def check_owner(options: Mapping[str, Any], cast: Cast) -> None:
     """Refuse to go on from what another adapter, or none, has computed.
 
     Raises:
-        AdapterError: the cache is not empty and belongs to others.
+        AdapterError: the cache among the options is not empty and belongs to others.
     """
-    if cache is None or cache.get_seq_length() == 0:
-        return
+    cache, is_begun = cache_of(options), cached_length(options)[1]
     owners: Sequence[str] = getattr(cache, "softtune_owners", (BASE,))
-    if len(set(owners) | set(cast.owners)) > 1 and owners != cast.owners:
+    if is_begun and len(set(owners) | set(cast.owners)) > 1 and owners != cast.owners:
         raise AdapterError(
             f"past_key_values were computed with {', '.join(dict.fromkeys(owners))}, not {', '.join(cast.adapters)}: "
             "leave them out"

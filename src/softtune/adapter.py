@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from softtune.backbone import Backbone
-from softtune.errors import ConfigError
+from softtune.errors import AdapterMismatchError, ConfigError
 from softtune.methods import PeftConfig
 
 PEFT_HEAD_NAMES = ("classifier", "score")
@@ -38,6 +38,23 @@ class Adapter:
         config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
         heads = {name: copy.deepcopy(model.get_submodule(name)).float() for name in _head_names(config, backbone)}
         return cls(config, config.build(backbone).to(model.device), heads)
+
+    def check_config(self, config: PeftConfig) -> None:
+        """Refuse the numbers of an adapter that was configured otherwise.
+
+        Raises:
+            AdapterMismatchError: the configs differ in more than where they came from and what they are for.
+        """
+        told = {"inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"}
+        told |= {"modules_to_save", "task_type"}
+        own, other = self.config.to_dict(), config.to_dict()
+        for name in own:
+            settled = own[name] is not None and other.get(name) is not None
+            if name not in told and settled and own[name] != other[name]:
+                raise AdapterMismatchError(
+                    f"the saved adapter has {name} = {other[name]!r}, the loaded one {own[name]!r}: "
+                    "load it under a name of its own"
+                )
 
     @property
     def is_reparameterised(self) -> bool:

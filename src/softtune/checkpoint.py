@@ -109,7 +109,8 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
         AdapterMismatchError: names or shapes do not fit.
         CheckpointError: the adapter has an encoder and there is no training state for it.
     """
-    _copy(adapter.head_state(), {k: v for k, v in state.items() if k.startswith("base_model.")})
+    heads = {k: v for k, v in state.items() if k.startswith("base_model.")}
+    _check(adapter.head_state(), heads)
     own = {k: v for k, v in state.items() if not k.startswith("base_model.")}
     if OWN_KEY in own:
         own[PROMPT_KEY] = own.pop(OWN_KEY)
@@ -124,6 +125,7 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
         raise CheckpointError(
             "these weights hold the baked prompt but not the encoder behind it: load them with is_trainable=False"
         )
+    _copy(adapter.head_state(), heads)
 
 
 def check_base_model(folder: str | os.PathLike[str], backbone: Backbone, **hub: Any) -> None:

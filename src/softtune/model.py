@@ -1,6 +1,7 @@
 """PeftModel: one base model and its adapters. One class for every task, since a task is data and a head.
 
-The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs.
+The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs, and under
+gradient checkpointing in the backward pass that follows.
 """
 
 from __future__ import annotations
@@ -128,8 +129,10 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         hub = check_options(options, HUB_OPTIONS)
         if adapter_name in self.peft_config:
+            present = self.adapter(adapter_name)
+            present.check_config(config or PeftConfig.from_pretrained(model_id, **hub))
             checkpoint.check_base_model(model_id, self.backbone, **hub)
-            checkpoint.load(model_id, self.adapter(adapter_name), **hub)
+            checkpoint.load(model_id, present, **hub)
             return
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub)
         config.inference_mode = not is_trainable
@@ -207,7 +210,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         try:
             yield
         finally:
-            self.active_adapter = active
+            self.active_adapter = active if active in self.peft_config else next(iter(self.peft_config), "")
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter by name. Raises AdapterError where there is none."""
@@ -297,10 +300,10 @@ class PeftModel(PushToHubMixin, nn.Module):
         if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
         cast = self._cast(adapter_names, text)
-        check_owner(kwargs.get("past_key_values"), cast)
+        check_owner(kwargs, cast)
         with self._acting(cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
             output = self.base_model(return_dict=True, **kwargs)
-        sign(getattr(output, "past_key_values", None), cast)
+        sign(output, cast)
         return output if return_dict is not False else output.to_tuple()
 
     def generate(
@@ -322,11 +325,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         text = next((x for x in given if x is not None), None)
         cast = self._cast(adapter_names, text)
         check_generation(self.backbone, cast, prompt_positions, kwargs)
-        check_owner(kwargs.get("past_key_values"), cast)
+        check_owner(kwargs, cast)
         with self._acting(cast, prompt_positions, text_ends(self.backbone, text, kwargs.get("attention_mask"))):
             generate: Any = self.base_model.generate
             generated = generate(*args, **kwargs)
-        sign(getattr(generated, "past_key_values", None), cast)
+        sign(generated, cast)
         return generated
 
     def _check_labels(self, labels: Tensor | None, text: Tensor | None) -> None:
@@ -437,7 +440,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.peft_config[name] = adapter.config
         self.prompt_encoder[name] = adapter.module
         self.heads[name] = nn.ModuleDict({n.replace(".", "/"): head for n, head in adapter.heads.items()})
-        self.set_adapter(name if len(self.peft_config) == 1 else self.active_adapter)
+        if len(self.peft_config) == 1:
+            self.set_adapter(name)
+        else:
+            self.prompt_encoder[name].requires_grad_(False)
+            self.heads[name].requires_grad_(False)
 
 
 def _blank() -> PeftModel:

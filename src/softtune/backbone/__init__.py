@@ -23,6 +23,7 @@ from softtune.backbone.stack import (
     Place,
     Site,
     Stack,
+    cache_of,
     cached_length,
     evaluating,
     is_causal,
@@ -30,7 +31,17 @@ from softtune.backbone.stack import (
 )
 from softtune.errors import UnsupportedModelError
 
-__all__ = ["AttentionLayer", "Backbone", "Place", "Site", "Stack", "cached_length", "evaluating", "is_checkpointing"]
+__all__ = [
+    "AttentionLayer",
+    "Backbone",
+    "Place",
+    "Site",
+    "Stack",
+    "cache_of",
+    "cached_length",
+    "evaluating",
+    "is_checkpointing",
+]
 
 
 class Backbone:

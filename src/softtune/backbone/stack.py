@@ -166,12 +166,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def cache_of(call: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, or an output's fields; None where there is none."""
+    return next((call[name] for name in _CACHES if call.get(name) is not None), None)
+
+
 def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
     """How many tokens the cache of a call to a stack counts, and whether there is any text before the call's.
 
     A cache of states alone counts none.
     """
-    cache: Any = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+    cache = cache_of(call)
     if cache is None:
         return 0, False
     try:

@@ -51,6 +51,8 @@ class Columns:
                 f"prompt_positions from {int(columns.min())} to {int(columns.max())} do not fit: "
                 f"give columns from 0 to {length}"
             )
+        if bool((columns.diff(dim=1) < 0).any()):
+            raise DataError("prompt_positions do not ascend: give each row's columns in ascending order")
         return columns
 
     def of_infix(self, step: Step, here: RowPrompts) -> Tensor:

@@ -80,6 +80,10 @@ def replace_modules(
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             for number, copy in enumerate(copies):
                 if copy is not None:
+                    if not isinstance(output, Tensor):
+                        raise UnsupportedModelError(
+                            f"modules_to_save: {type(module).__name__} returns more than one tensor, name one inside it"
+                        )
                     own = _in_fp32(copy, args, kwargs).to(output.dtype)
                     output = own if rows is None else _choose(multiplied(rows, len(output)) == number, own, output)
             return output
