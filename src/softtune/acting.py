@@ -91,10 +91,12 @@ class Acting:
     def _prompt(self, adapter: Adapter, *, ahead: bool) -> Prompt:
         """What an adapter contributes; its virtual tokens run ahead through its own trained modules."""
         prompt: Prompt = adapter.module.prompt()
+        if not ahead:
+            return prompt
         with ExitStack() as stack:
             for handle in replace_modules(self.backbone.model, [adapter.heads]):
                 stack.callback(handle.remove)
-            return run_ahead(self.backbone, prompt) if ahead else prompt
+            return run_ahead(self.backbone, prompt)
 
     def stop(self) -> None:
         """Take out what a checkpointed call has left."""
@@ -132,10 +134,12 @@ def check_generation(backbone: Backbone, cast: Cast, columns: Tensor | None, opt
         UnsupportedModelError: the text would be read in parts, each of which would be taken for the whole, or the cache
             of an earlier text would be gone on from, whose virtual tokens ``generate`` would count as words.
     """
+    size = options.get("prefill_chunk_size") or getattr(options.get("generation_config"), "prefill_chunk_size", None)
+    if not size and options.get("past_key_values") is None:
+        return
     prompts = [a.module.prompt() for a in cast.adapters.values() if a is not None]
     behind = columns is not None or any(p.after_text for p in prompts)
     among = any(p.vectors is not None and (behind or not backbone.runs_ahead) for p in prompts)
-    size = options.get("prefill_chunk_size") or getattr(options.get("generation_config"), "prefill_chunk_size", None)
     if size and (behind or among or backbone.is_encoder_decoder):
         raise UnsupportedModelError(
             "prefill_chunk_size is for decoders that take virtual tokens as a prefix in front of the text: leave it out"

@@ -184,9 +184,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.adapter(adapter_name)
         self.active_adapter = adapter_name
         for name, config in self.peft_config.items():
-            trained = name == adapter_name and not config.inference_mode
-            self.prompt_encoder[name].requires_grad_(trained)
-            self.heads[name].requires_grad_(trained)
+            self.set_requires_grad(name, name == adapter_name and not config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others becomes active.
@@ -443,8 +441,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         if len(self.peft_config) == 1:
             self.set_adapter(name)
         else:
-            self.prompt_encoder[name].requires_grad_(False)
-            self.heads[name].requires_grad_(False)
+            self.set_requires_grad(name, False)
 
 
 def _blank() -> PeftModel:

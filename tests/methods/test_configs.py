@@ -146,7 +146,7 @@ def test_a_field_without_use_is_refused_in_training_and_kept_in_a_saved_config(
 
 
 def test_fields_with_a_use_are_taken() -> None:
-    PrefixTuningConfig(encoder_hidden_size=9, prefix_projection=True)
+    assert PrefixTuningConfig(encoder_hidden_size=9, prefix_projection=True).encoder_hidden_size == 9
     PrefixTuningConfig(tokenizer_name_or_path="folder", init_text="some words")
     PrefixTuningConfig(encoder_hidden_size=768, token_dim=768)  # as PEFT's documentation and folders have it
     softtune.PromptEncoderConfig(

@@ -41,7 +41,7 @@ class Anchor:
 
     def hold(self, states: Tensor) -> Tensor:
         """The layers' input [B, S, D], through which the leaves' gradients come back."""
-        held: Tensor = _HandOn.apply(states, self._leaves, *self._tensors)  # type: ignore[no-untyped-call]
+        held: Tensor = _HandOn.apply(states, self._leaves, *self._tensors)  # type: ignore[no-untyped-call]  # torch has no types here
         return held if held.requires_grad else held.requires_grad_()
 
 

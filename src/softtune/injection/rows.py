@@ -62,7 +62,7 @@ class RowPrompts:
         """
         device = _device(prompts)
         counts = [len(p.vectors) if reads and p.vectors is not None else 0 for p in prompts]
-        own = [any((a.site, a.index) in p.prefixes for a in layers if a.site is stack.site) for p in prompts]
+        own = [any(a.place in p.prefixes for a in layers if a.site is stack.site) for p in prompts]
         shift = [p.num_virtual_tokens if o and p.shifts_positions else 0 for p, o in zip(prompts, own, strict=True)]
         lengths = {a.place: tuple(_length(p, a) for p in prompts) for a in layers}
         return cls(
