@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
-from softtune.acting import BASE, Acting, Cast, answer_columns, check_generation, check_owner, sign, text_ends
+from softtune.acting import BASE, Acting, Cast, answer_columns, check_owner, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, AdapterMismatchError, CheckpointError, DataError
+from softtune.injection.generation import generating
 from softtune.methods import PeftConfig
 from softtune.methods.initialization import PROMPT_KEY
 from softtune.options import check_options
@@ -322,10 +323,10 @@ class PeftModel(PushToHubMixin, nn.Module):
         given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         text = next((x for x in given if x is not None), None)
         cast = self._cast(adapter_names, text)
-        check_generation(self.backbone, cast, prompt_positions, kwargs)
         check_owner(kwargs, cast)
-        with self._acting(cast, prompt_positions, text_ends(self.backbone, text, kwargs.get("attention_mask"))):
-            generate: Any = self.base_model.generate
+        ends = text_ends(self.backbone, text, kwargs.get("attention_mask"))
+        generate: Any = self.base_model.generate
+        with self._acting(cast, prompt_positions, ends) as injection, generating(injection, kwargs):
             generated = generate(*args, **kwargs)
         sign(generated, cast)
         return generated
