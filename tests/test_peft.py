@@ -64,6 +64,8 @@ PEFT_CANNOT = {
     **dict.fromkeys(("falcon_multi_query", "deepseek_v3", "gemma4", "gemma4_small"), PREFIX),
     # It gives layers without attention a prefix too.
     **dict.fromkeys(("qwen3_next", "granitemoehybrid", "lfm2"), PREFIX),
+    # It hands a prefix to models with a cache alone.
+    "layoutlm": PREFIX,
     # Both: the embedding's size, and a prefix for layers that are one.
     "albert": tuple(CONFIGS),
 }

@@ -25,7 +25,7 @@ from softtune.injection.columns import Columns
 from softtune.injection.layout import Layout, row_starts
 from softtune.injection.reentrant import Anchor, is_reentrant
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
-from softtune.injection.step import Call, Step
+from softtune.injection.step import Call, Step, features_of
 from softtune.injection.trim import Trim
 from softtune.methods.base import Prompt
 
@@ -177,15 +177,16 @@ class StackInjection:
 
     def _lay_out(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put everything that comes with a token in its slot."""
-        self.layout = self._layout_of(step, here)
+        self.layout, features = self._layout_of(step, here), features_of(call)
         words = call["inputs_embeds"] if call.get("input_ids") is None else self.stack.embed(call["input_ids"])
         vectors = words[:, :0] if here.vectors is None else here.vectors
         call["inputs_embeds"] = self.layout.merge(words, vectors)
         call["input_ids"] = None
         if step.mask is not None or here.is_ragged:
             call["attention_mask"] = self.layout.merge(step.full_mask(), here.is_vector)
-        if call.get("token_type_ids") is not None:
-            call["token_type_ids"] = self.layout.merge(call["token_type_ids"], torch.zeros_like(here.is_vector))
+        for name in features:
+            zeros = call[name].new_zeros(*here.is_vector.shape, *call[name].shape[2:])
+            call[name] = self.layout.merge(call[name], zeros)
 
     def _place(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Count positions from each row's first real token, and past the virtual tokens in front of it."""
@@ -256,7 +257,7 @@ class StackInjection:
 
     def _lengths(self, call: Call, step: Step, here: RowPrompts) -> Tensor:
         """[B] positions that each row's text takes."""
-        given = call.get("position_ids")
+        given: Tensor | None = call.get("position_ids")
         if given is not None:
             real = step.full_mask()[:, -step.length :] != 0
             return (given - self.stack.first_position + 1).expand(step.rows, -1).where(real, 0).amax(1)
