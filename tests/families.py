@@ -38,6 +38,7 @@ from transformers import (
     GptOssConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
+    LayoutLMConfig,
     Lfm2Config,
     LlamaConfig,
     MambaConfig,
@@ -540,6 +541,14 @@ FAMILIES = {
         limit=64,
         attention={"encoder": [Attention("transformer.layer.{}.attention", (0, 1), 4, 8)]},
         dropout=("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
+    ),
+    "layoutlm": Family(
+        config=LayoutLMConfig,
+        sizes=BERT | {"max_2d_position_embeddings": 32},
+        tasks=(SEQ_CLS, TOKEN_CLS),
+        limit=64,
+        attention=BERT_ATTENTION,
+        dropout=BERT_DROPOUT,
     ),
     "albert": Family(  # all layers are one, and share a prefix
         config=AlbertConfig,

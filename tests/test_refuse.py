@@ -302,6 +302,44 @@ def test_more_tokens_than_positions(family: str, task: str, method: str) -> None
         model(input_ids=torch.full((1, limit + 1 - P), 5), **decoder)
 
 
+@pytest.mark.promise(2)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("family", "task", "method"),
+    [
+        c
+        for c in cases(("prompt", "prompt_suffix", "prefix", "infix"), tasks=(CAUSAL_LM, SEQ_CLS))
+        if FAMILIES[c[0]].limit and FAMILIES[c[0]].positions == "ids"
+    ],
+)
+def test_padding_takes_no_positions(family: str, task: str, method: str, side: str) -> None:
+    model, limit = adapted(family, task, method), FAMILIES[family].limit
+    assert limit is not None
+    rows = texts(family, task, (limit - P, 4))
+    padded = model(**batch(rows, side, width=limit + 3)).logits
+    for i, row in enumerate(rows):
+        own = padded[i] if task == SEQ_CLS else padded[i][batch(rows, side, width=limit + 3)["attention_mask"][i] == 1]
+        torch.testing.assert_close(own, model(input_ids=row[None]).logits[0], atol=1e-5, rtol=1e-5)
+    rows = texts(family, task, (limit + 1 - P, 4))
+    with pytest.raises(DataError, match=f"{limit + 1 - P} tokens and {P} virtual ones exceed"):
+        model(**batch(rows, side, width=limit + 3))
+
+
+def test_models_that_count_columns_by_themselves_count_padding() -> None:
+    model = adapted("bart", SEQ_2_SEQ_LM, "prefix")
+    with pytest.raises(DataError, match="60 tokens and 5 virtual ones exceed"):
+        model(**batch(texts("bart", SEQ_2_SEQ_LM), "left", width=60), **answers(SEQ_2_SEQ_LM, 3))
+
+
+def test_packed_texts_may_be_longer_than_the_positions() -> None:
+    model, row = adapted("gpt2", CAUSAL_LM, "prefix"), torch.full((1, 120), 5)
+    positions = torch.arange(40).repeat(3)[None]
+    logits = model(row, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits[:, 80:], model(row[:, :40]).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(DataError, match="60 tokens and 5 virtual ones exceed"):
+        model(row, position_ids=torch.arange(60).repeat(2)[None], use_cache=False)
+
+
 @pytest.mark.parametrize("positions", [[[0, 1]], [[0, 1, 2, 3, 5]], [[-1, 0, 0, 0, 0]], [[0] * P, [0] * P]])
 def test_positions_that_do_not_fit(positions: list[list[int]]) -> None:
     with pytest.raises(DataError, match="prompt_positions"):

@@ -42,14 +42,18 @@ class PeftModel(PushToHubMixin, nn.Module):
             along.
         peft_config: the first adapter's config; without one there is no adapter yet.
         adapter_name: the first adapter's name.
+        options: those of PEFT that have no effect here.
 
     Raises:
         UnsupportedModelError: the base model cannot take the method.
-        ConfigError: the config does not fit the base model.
+        ConfigError: the config does not fit the base model, or an unknown option.
     """
 
-    def __init__(self, model: Any, peft_config: PeftConfig | None = None, adapter_name: str = "default") -> None:
+    def __init__(
+        self, model: Any, peft_config: PeftConfig | None = None, adapter_name: str = "default", **options: Any
+    ) -> None:
         super().__init__()
+        check_options(options)
         if isinstance(model, PeftModel):
             raise AdapterError("the model has adapters already: add another with add_adapter")
         layered = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
@@ -103,14 +107,20 @@ class PeftModel(PushToHubMixin, nn.Module):
         loaded.load_adapter(model_id, adapter_name, is_trainable, config, **options)
         return loaded.train(is_trainable)
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **options: Any) -> None:
         """Add a new adapter, at the start that its config asks for. The first one becomes active.
+
+        Args:
+            adapter_name: the name to give it.
+            peft_config: its config, which is copied.
+            options: those of PEFT that have no effect here.
 
         Raises:
             AdapterError: there is an adapter of that name, or the name has a dot.
             UnsupportedModelError: the base model cannot take the method.
-            ConfigError: the config does not fit the base model.
+            ConfigError: the config does not fit the base model, or an unknown option.
         """
+        check_options(options)
         adapter = self._new_adapter(adapter_name, peft_config)
         adapter.config.initialize(adapter.module, self.backbone)
         self._register(adapter_name, adapter)
@@ -176,8 +186,8 @@ class PeftModel(PushToHubMixin, nn.Module):
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
                 checkpoint.save(folder, self.adapter(name), self.backbone)
 
-    def set_adapter(self, adapter_name: str) -> None:
-        """Let this adapter act, and train it unless it was loaded for inference.
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Let this adapter act, and train it unless it was loaded for inference, or ``inference_mode`` asks for that.
 
         Raises:
             AdapterError: no such adapter.
@@ -185,7 +195,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.adapter(adapter_name)
         self.active_adapter = adapter_name
         for name, config in self.peft_config.items():
-            self.set_requires_grad(name, name == adapter_name and not config.inference_mode)
+            self.set_requires_grad(name, name == adapter_name and not (inference_mode or config.inference_mode))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others becomes active.

@@ -261,10 +261,18 @@ class Backbone:
     def _module(self, slot: BiasSlot, parent: bool = False) -> nn.Module:
         return self.model.get_submodule(slot.module.rpartition(".")[0] if parent else slot.module)
 
-    def embedding_sample(self, size: int = 16) -> list[float]:
-        """A few numbers of the word embedding, by which an adapter knows its base model again at any precision."""
+    def embedding_sample(self, rows: int | None = None, size: int = 16) -> list[float]:
+        """A few numbers of the word embedding, by which an adapter knows its base model again at any precision.
+
+        Args:
+            rows: how many words the embedding had when the sample to compare with was taken: the picks are those that
+                were picked then, less those of words that are gone. By default as many as now.
+            size: how many numbers.
+        """
         weights = self.embedding.weight.detach().flatten()
-        picks = torch.linspace(0, weights.numel() - 1, size + 2, dtype=torch.float64).long()[1:-1]
+        numbers = weights.numel() if rows is None else rows * self.embedding.embedding_dim
+        picks = torch.linspace(0, numbers - 1, size + 2, dtype=torch.float64).long()[1:-1]
+        picks = picks[picks < weights.numel()]
         return [round(float(x), 6) for x in weights[picks.to(weights.device)]]
 
 
