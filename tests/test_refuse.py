@@ -27,6 +27,7 @@ from softtune import (
     UnsupportedModelError,
     get_peft_config,
     get_peft_model,
+    get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from tests.families import (
@@ -168,6 +169,26 @@ def test_weights_of_another_shape() -> None:
         set_peft_model_state_dict(model, {"prompt_embeddings": torch.zeros(P, 144), "more": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("lost", ["lacks", "shape"])
+def test_a_state_dict_that_does_not_fit(lost: str, tmp_path: Path) -> None:
+    model, other = (adapted("bert", SEQ_CLS, "prefix", seed=seed) for seed in (1, 2))
+    own, state = {n: x.clone() for n, x in model.state_dict().items()}, other.state_dict()
+    name = list(state)[-1]
+    state = {n: x for n, x in state.items() if n != name} | ({name: torch.zeros(7)} if lost == "shape" else {})
+    calls = (
+        lambda: model.load_state_dict(state),
+        lambda: get_peft_model_state_dict(model, state),
+        lambda: model.save_pretrained(tmp_path, state_dict=state),
+    )
+    for call in calls:
+        with pytest.raises(AdapterMismatchError, match=f"another '{name}'") as refusal:
+            call()
+        assert "\n" not in str(refusal.value)
+    torch.testing.assert_close(dict(model.state_dict()), own, rtol=0, atol=0)
+    with pytest.raises(AdapterMismatchError, match="another"):
+        get_peft_model_state_dict(model, {})
+
+
 # Folders
 
 
@@ -275,9 +296,10 @@ def test_names() -> None:
         with pytest.raises(AdapterError, match="nobody"):
             call()
     assert not Path("nowhere").exists()
-    for name in ("default", "", "a.b"):
-        with pytest.raises(AdapterError, match="loaded"):
+    for name in ("default", "", "a.b", "__base__", "training", "keys", "forward", "_modules", "pop"):
+        with pytest.raises(AdapterError, match=f"'{name}' is .*loaded"):
             model.add_adapter(name, PrefixTuningConfig(num_virtual_tokens=2))
+    assert list(model.peft_config) == ["default"]
     with pytest.raises(AdapterError, match="only"):
         model.delete_adapter("default")
     with pytest.raises(ConfigError, match="no_such_module"):

@@ -115,7 +115,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             options: those of PEFT that have no effect here.
 
         Raises:
-            AdapterError: there is an adapter of that name, or the name has a dot.
+            AdapterError: there is an adapter of that name, or it is no name: it has a dot, or modules have an
+                attribute of that name.
             UnsupportedModelError: the base model cannot take the method.
             ConfigError: the config does not fit the base model, or an unknown option.
         """
@@ -408,22 +409,29 @@ class PeftModel(PushToHubMixin, nn.Module):
         """Take over what ``state_dict`` returned.
 
         Raises:
-            AdapterMismatchError: ``strict``, and something is missing or unknown.
+            AdapterMismatchError: a tensor has another shape or, where it is ``strict``, is missing or unknown. The
+                model is left as it was.
         """
-        loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [name for name in loaded.missing_keys if name in self.state_dict()]
-        if strict and (odd := [*missing, *loaded.unexpected_keys]):
+        own, needed = super().state_dict(), self.state_dict()
+        missing, unexpected = [n for n in needed if n not in state_dict], [n for n in state_dict if n not in own]
+        misshapen = [n for n, tensor in state_dict.items() if n in own and tensor.shape != own[n].shape]
+        if odd := [*misshapen, *([*missing, *unexpected] if strict else ())]:
             raise AdapterMismatchError(f"the state has another {odd[0]!r} than the model: add the same adapters first")
-        return _IncompatibleKeys(missing, loaded.unexpected_keys)
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys(missing, unexpected)
 
     @contextmanager
     def numbers_of(self, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """The numbers of another ``state_dict`` in place of the model's own, for the length of the block."""
+        """The numbers of another ``state_dict`` in place of the model's own, for the length of the block.
+
+        Raises:
+            AdapterMismatchError: a tensor is missing, or has another shape.
+        """
         if state_dict is None:
             yield
             return
         own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        self.load_state_dict({name: state_dict[name] for name in own})
+        self.load_state_dict({name: state_dict[name] for name in own if name in state_dict})
         try:
             yield
         finally:
@@ -438,8 +446,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             return getattr(self.base_model, name)
 
     def _new_adapter(self, name: str, config: PeftConfig) -> Adapter:
-        if name in self.peft_config or not name or "." in name:
-            reason = "is loaded already" if name in self.peft_config else "is no name: use one without dots"
+        if name in self.peft_config or name in ("", BASE) or "." in name or hasattr(self.prompt_encoder, name):
+            reason = "is loaded already" if name in self.peft_config else "is no name: use another, without dots"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
         self._acting.stop()
         return Adapter.new(config, self.backbone)
