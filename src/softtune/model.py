@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
@@ -25,14 +24,14 @@ from softtune import checkpoint
 from softtune.acting import BASE, Acting, Cast, answer_columns, check_generation, check_owner, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
-from softtune.errors import AdapterError, AdapterMismatchError, CheckpointError, DataError
+from softtune.errors import AdapterError, CheckpointError, DataError
 from softtune.methods import PeftConfig
-from softtune.methods.initialization import PROMPT_KEY
 from softtune.options import check_options
+from softtune.state import AdapterState
 from softtune.storage import HUB_OPTIONS
 
 
-class PeftModel(PushToHubMixin, nn.Module):
+class PeftModel(PushToHubMixin, AdapterState):
     """A frozen base model with adapters. Attributes that it lacks are the base model's.
 
     Args:
@@ -51,18 +50,14 @@ class PeftModel(PushToHubMixin, nn.Module):
     def __init__(
         self, model: Any, peft_config: PeftConfig | None = None, adapter_name: str = "default", **options: Any
     ) -> None:
-        super().__init__()
         check_options(options)
         if isinstance(model, PeftModel):
             raise AdapterError("the model has adapters already: add another with add_adapter")
         layered = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
         base: PreTrainedModel = model.get_base_model() if layered else model
-        self.backbone = Backbone(base)
-        self.base_model = base if layered else base.requires_grad_(False)
-        self.prompt_encoder = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
-        self.peft_config: dict[str, PeftConfig] = {}
-        self.active_adapter = adapter_name
+        backbone = Backbone(base)
+        super().__init__(base if layered else base.requires_grad_(False), adapter_name)
+        self.backbone = backbone
         self._acting = Acting(self.backbone)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
@@ -75,7 +70,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (), self.__dict__
 
-    # Adapters: add, load, save, choose, remove
+    # Adapters: make, load, save, switch off
 
     @classmethod
     def from_pretrained(
@@ -186,31 +181,6 @@ class PeftModel(PushToHubMixin, nn.Module):
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
                 checkpoint.save(folder, self.adapter(name), self.backbone)
 
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Let this adapter act, and train it unless it was loaded for inference, or ``inference_mode`` asks for that.
-
-        Raises:
-            AdapterError: no such adapter.
-        """
-        self.adapter(adapter_name)
-        self.active_adapter = adapter_name
-        for name, config in self.peft_config.items():
-            self.set_requires_grad(name, name == adapter_name and not (inference_mode or config.inference_mode))
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the active one, the first of the others becomes active.
-
-        Raises:
-            AdapterError: no such adapter, or no other one.
-        """
-        self.adapter(adapter_name)
-        others = [name for name in self.peft_config if name != adapter_name]
-        if not others:
-            raise AdapterError(f"{adapter_name!r} is the only adapter: use get_base_model() to go on without one")
-        if self.active_adapter == adapter_name:
-            self.set_adapter(others[0])
-        del self.peft_config[adapter_name], self.prompt_encoder[adapter_name], self.heads[adapter_name]
-
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, to the last bit, for the length of the block."""
@@ -221,24 +191,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         finally:
             self.active_adapter = active if active in self.peft_config else next(iter(self.peft_config), "")
 
-    def adapter(self, adapter_name: str) -> Adapter:
-        """An adapter by name. Raises AdapterError where there is none."""
-        if adapter_name not in self.peft_config:
-            loaded = ", ".join(self.peft_config) or "none"
-            raise AdapterError(f"no adapter is named {adapter_name!r}: load it first (loaded: {loaded})")
-        own_heads = self.heads[adapter_name]
-        assert isinstance(own_heads, nn.ModuleDict)
-        heads = {name.replace("/", "."): head for name, head in own_heads.items()}
-        return Adapter(self.peft_config[adapter_name], self.prompt_encoder[adapter_name], heads)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [self.active_adapter] if self.active_adapter else []
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        return self.peft_config[self.active_adapter]
-
     @property
     def keeps_logits(self) -> bool:
         """Whether the base model can compute the logits of some tokens alone (``logits_to_keep``)."""
@@ -248,17 +200,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         """The base model, which works without adapters as it did before."""
         self._acting.stop()
         return self.base_model
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train these adapters too, or no longer: in a batch of several, each gets the gradients of its own rows.
-
-        Raises:
-            AdapterError: no such adapter.
-        """
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.adapter(name)
-            self.prompt_encoder[name].requires_grad_(requires_grad)
-            self.heads[name].requires_grad_(requires_grad)
 
     # Running
 
@@ -370,73 +311,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         names = list(adapters)
         return Cast(adapters, torch.tensor([names.index(n) for n in adapter_names]) if len(names) > 1 else None)
 
-    # Parameters
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The adapter's baked prompt on the CPU: [P, W] keys and values, or [P, D] vectors.
-
-        Raises:
-            AdapterError: no such adapter, or it has no virtual tokens.
-        """
-        state = self.adapter(adapter_name).baked_state()
-        if PROMPT_KEY not in state:
-            raise AdapterError(f"{adapter_name!r} has no virtual tokens: read get_peft_model_state_dict instead")
-        prompt: Tensor = state[PROMPT_KEY].cpu()
-        return prompt
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers that are trained, and all numbers."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
-
-    def print_trainable_parameters(self) -> None:
-        """Print both counts and the share, in PEFT's words."""
-        trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
-
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """What is trained: all adapters, and of the base model only what is not frozen (a LoRA trained along).
-
-        So checkpoints of any training loop hold the adapters and not the base model.
-        """
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        trained = {f"{prefix}{n}" for n, p in self.named_parameters() if p.requires_grad}
-        for name in [n for n in state if n.startswith(f"{prefix}base_model.") and n not in trained]:
-            del state[name]
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take over what ``state_dict`` returned.
-
-        Raises:
-            AdapterMismatchError: a tensor has another shape or, where it is ``strict``, is missing or unknown. The
-                model is left as it was.
-        """
-        own, needed = super().state_dict(), self.state_dict()
-        missing, unexpected = [n for n in needed if n not in state_dict], [n for n in state_dict if n not in own]
-        misshapen = [n for n, tensor in state_dict.items() if n in own and tensor.shape != own[n].shape]
-        if odd := [*misshapen, *([*missing, *unexpected] if strict else ())]:
-            raise AdapterMismatchError(f"the state has another {odd[0]!r} than the model: add the same adapters first")
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return _IncompatibleKeys(missing, unexpected)
-
-    @contextmanager
-    def numbers_of(self, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """The numbers of another ``state_dict`` in place of the model's own, for the length of the block.
-
-        Raises:
-            AdapterMismatchError: a tensor is missing, or has another shape.
-        """
-        if state_dict is None:
-            yield
-            return
-        own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        self.load_state_dict({name: state_dict[name] for name in own if name in state_dict})
-        try:
-            yield
-        finally:
-            self.load_state_dict(own)
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -451,15 +325,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
         self._acting.stop()
         return Adapter.new(config, self.backbone)
-
-    def _register(self, name: str, adapter: Adapter) -> None:
-        self.peft_config[name] = adapter.config
-        self.prompt_encoder[name] = adapter.module
-        self.heads[name] = nn.ModuleDict({n.replace(".", "/"): head for n, head in adapter.heads.items()})
-        if len(self.peft_config) == 1:
-            self.set_adapter(name)
-        else:
-            self.set_requires_grad(name, False)
 
 
 def _blank() -> PeftModel:
