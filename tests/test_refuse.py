@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import FSMTConfig, FSMTForConditionalGeneration
 
 import softtune.checkpoint
 from softtune import (
@@ -147,6 +148,27 @@ def test_bloom_takes_a_prefix_at_all_layers_or_none() -> None:
 def test_a_module_that_is_no_transformer() -> None:
     with pytest.raises(UnsupportedModelError, match="from_pretrained"):
         get_peft_model(nn.Linear(2, 2), PromptTuningConfig())
+
+
+def test_a_model_whose_stacks_are_no_models() -> None:
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = FSMTForConditionalGeneration(FSMTConfig(src_vocab_size=9, tgt_vocab_size=9, **sizes, **heads))
+    with pytest.raises(UnsupportedModelError, match=r"FSMTEncoder is no model of its own.*: use another base model"):
+        get_peft_model(model, PromptTuningConfig())
+
+
+def test_positions_that_no_prefix_can_move() -> None:
+    class Positions(nn.Module):
+        def forward(self, words: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(words.shape[1], 32)
+
+    model, inputs = adapted("bart", SEQ_2_SEQ_LM, "prefix"), batch(texts("bart", SEQ_2_SEQ_LM))
+    stay = get_peft_model(model.get_base_model(), PrefixTuningConfig(shift_positions=False))
+    model.get_base_model().get_encoder().embed_positions = Positions()
+    with pytest.raises(UnsupportedModelError, match=r"BartEncoder counts positions .*: set shift_positions=False"):
+        model(**inputs, **answers(SEQ_2_SEQ_LM, 3))
+    stay(**inputs, **answers(SEQ_2_SEQ_LM, 3))
 
 
 @pytest.mark.promise(7, families=("gpt2",))
