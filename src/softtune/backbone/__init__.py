@@ -51,7 +51,7 @@ class Backbone:
         model: a Hugging Face transformer, with or without a head.
 
     Raises:
-        UnsupportedModelError: the model is no ``PreTrainedModel``.
+        UnsupportedModelError: the model, or a stack of it, is no ``PreTrainedModel``.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -285,7 +285,11 @@ def _facts(module: nn.Module, key: Tensor, recorder: AttentionRecorder, cache: A
     return {"is_shared": shared, "is_cached": held is not None and held.shape == key.shape and not shared}
 
 
-def _below_head(stack: PreTrainedModel) -> PreTrainedModel:
+def _below_head(stack: nn.Module) -> PreTrainedModel:
     """The layers alone: an ``EncoderDecoderModel`` is made of models with heads of their own."""
+    if not isinstance(stack, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(stack).__name__} is no model of its own, so that no prompt reaches it: use another base model"
+        )
     base: Any = stack.base_model
     return stack if base is stack else _below_head(base)

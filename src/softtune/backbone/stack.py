@@ -102,21 +102,25 @@ class Stack:
 
     @cached_property
     def relative_bias(self) -> nn.Module | None:
-        """T5's attention module that owns the relative position bias of the whole stack."""
+        """T5's attention module that owns the relative position bias of the whole stack; the first of UMT5's."""
         return next((m for m in self.module.modules() if getattr(m, "has_relative_attention_bias", False)), None)
 
-    def prefix_bias(self, positions: Tensor, length: int) -> Tensor:
+    def bias_owner(self, layer: nn.Module) -> nn.Module | None:
+        """The attention module whose relative position bias a layer adds: its own in UMT5, the stack's in T5."""
+        return layer if getattr(layer, "has_relative_attention_bias", False) else self.relative_bias
+
+    def prefix_bias(self, owner: Any, positions: Tensor, length: int) -> Tensor:
         """[B, heads, T, P] T5's bias of queries at positions [B, T] for a prefix that stands right before position
         0."""
-        owner: Any = self.relative_bias
         distance = torch.arange(-length, 0, device=positions.device) - positions[..., None]
-        buckets = owner._relative_position_bucket(
-            distance,
-            bidirectional=not self.is_causal,
-            num_buckets=owner.relative_attention_num_buckets,
-            max_distance=owner.relative_attention_max_distance,
-        )
-        bias: Tensor = owner.relative_attention_bias(buckets)
+        settings = {
+            "bidirectional": not self.is_causal,
+            "num_buckets": owner.relative_attention_num_buckets,
+            "max_distance": owner.relative_attention_max_distance,
+        }
+        if "num_buckets" not in inspect.signature(owner._relative_position_bucket).parameters:
+            settings = {}  # UMT5's knows them
+        bias: Tensor = owner.relative_attention_bias(owner._relative_position_bucket(distance, **settings))
         return bias.permute(0, 3, 1, 2)
 
     @cached_property

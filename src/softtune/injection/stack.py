@@ -253,16 +253,22 @@ class StackInjection:
 
     def _shift_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
         """Look up again, further on, what BART's kin look up by themselves."""
-        if not isinstance(module, nn.Embedding):
+        signature, shift = inspect.signature(module.forward), self.shift[:, None].to(output.device)
+        if "past_key_values_length" not in signature.parameters:
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} counts positions in a way of its own: set shift_positions=False"
             )
-        call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        positions = call.get("position_ids")
+        call = signature.bind(*args, **kwargs).arguments
+        past, positions = call.get("past_key_values_length", 0), call.get("position_ids")
+        if not isinstance(module, nn.Embedding):  # M2M100's is no table, and gives padding no position
+            for length in self.shift.unique().tolist():
+                counted = {"past_key_values_length": past + length}
+                moved = counted if positions is None else {"position_ids": positions + length}
+                output = output.where(shift[..., None] != length, module.forward(**call | moved))
+            return output
         if positions is None:
-            positions = torch.arange(output.shape[-2], device=output.device) + call.get("past_key_values_length", 0)
-        further = positions + self.shift[:, None].to(output.device) + getattr(module, "offset", 0)
-        return nn.functional.embedding(further, module.weight)
+            positions = torch.arange(output.shape[-2], device=output.device) + past
+        return nn.functional.embedding(positions + shift + getattr(module, "offset", 0), module.weight)
 
     def _check_length(self, call: Call, step: Step, here: RowPrompts) -> None:
         limit = self.stack.table_size
@@ -340,9 +346,9 @@ class StackInjection:
             return {}
         positions = step.positions()
         positions = positions if self.layout is None else self.layout.merge_positions(positions)
-        sizes = {max(here.lengths[a.place]) for a in own}
-        biases = {size: self.stack.prefix_bias(positions, size) for size in sizes}
-        return {a.module: biases[max(here.lengths[a.place])] for a in own if a.module is not None}
+        kinds = {a.module: (self.stack.bias_owner(a.module), max(here.lengths[a.place])) for a in own if a.module}
+        biases = {kind: self.stack.prefix_bias(kind[0], positions, kind[1]) for kind in {*kinds.values()}}
+        return {module: biases[kind] for module, kind in kinds.items()}
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
         self.anchor = None
