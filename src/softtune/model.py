@@ -1,7 +1,7 @@
 """PeftModel: one base model and its adapters. One class for every task, since a task is data and a head.
 
-The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs, and under
-gradient checkpointing in the backward pass that follows.
+The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs, and in
+layers that gradient checkpointing runs again for that call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
-from softtune.acting import BASE, Acting, Cast, answer_columns, check_generation, check_owner, sign, text_ends
+from softtune.acting import BASE, Cast, acting, answer_columns, check_generation, check_owner, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, AdapterMismatchError, CheckpointError, DataError
@@ -59,7 +59,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.heads = nn.ModuleDict()
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapter = adapter_name
-        self._acting = Acting(self.backbone)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
@@ -204,7 +203,6 @@ class PeftModel(PushToHubMixin, nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, to the last bit, for the length of the block."""
         active, self.active_adapter = self.active_adapter, ""
-        self._acting.stop()
         try:
             yield
         finally:
@@ -235,7 +233,6 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def get_base_model(self) -> PreTrainedModel:
         """The base model, which works without adapters as it did before."""
-        self._acting.stop()
         return self.base_model
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -299,7 +296,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
         cast = self._cast(adapter_names, text)
         check_owner(kwargs, cast)
-        with self._acting(cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
+        with acting(self.backbone, cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
             output = self.base_model(return_dict=True, **kwargs)
         sign(output, cast)
         return output if return_dict is not False else output.to_tuple()
@@ -324,7 +321,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         cast = self._cast(adapter_names, text)
         check_generation(self.backbone, cast, prompt_positions, kwargs)
         check_owner(kwargs, cast)
-        with self._acting(cast, prompt_positions, text_ends(self.backbone, text, kwargs.get("attention_mask"))):
+        with acting(
+            self.backbone, cast, prompt_positions, text_ends(self.backbone, text, kwargs.get("attention_mask"))
+        ):
             generate: Any = self.base_model.generate
             generated = generate(*args, **kwargs)
         sign(generated, cast)
@@ -431,7 +430,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         if name in self.peft_config or not name or "." in name:
             reason = "is loaded already" if name in self.peft_config else "is no name: use one without dots"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
-        self._acting.stop()
         return Adapter.new(config, self.backbone)
 
     def _register(self, name: str, adapter: Adapter) -> None:
