@@ -1,7 +1,7 @@
 """PeftModel: one base model and its adapters. One class for every task, since a task is data and a head.
 
-The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs, and under
-gradient checkpointing in the backward pass that follows.
+The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs, and in
+layers that gradient checkpointing runs again for that call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
-from softtune.acting import BASE, Acting, Cast, answer_columns, check_owner, sign, text_ends
+from softtune.acting import BASE, Cast, acting, answer_columns, check_owner, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, CheckpointError, DataError
@@ -59,7 +59,6 @@ class PeftModel(PushToHubMixin, AdapterState):
         backbone = Backbone(base)
         super().__init__(base if layered else base.requires_grad_(False), adapter_name)
         self.backbone = backbone
-        self._acting = Acting(self.backbone)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
@@ -186,7 +185,6 @@ class PeftModel(PushToHubMixin, AdapterState):
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, to the last bit, for the length of the block."""
         active, self.active_adapter = self.active_adapter, ""
-        self._acting.stop()
         try:
             yield
         finally:
@@ -199,7 +197,6 @@ class PeftModel(PushToHubMixin, AdapterState):
 
     def get_base_model(self) -> PreTrainedModel:
         """The base model, which works without adapters as it did before."""
-        self._acting.stop()
         return self.base_model
 
     # Running
@@ -252,7 +249,7 @@ class PeftModel(PushToHubMixin, AdapterState):
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
         cast = self._cast(adapter_names, text)
         check_owner(kwargs, cast)
-        with self._acting(cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
+        with acting(self.backbone, cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
             output = self.base_model(return_dict=True, **kwargs)
         sign(output, cast)
         return output if return_dict is not False else output.to_tuple()
@@ -278,7 +275,7 @@ class PeftModel(PushToHubMixin, AdapterState):
         check_owner(kwargs, cast)
         ends = text_ends(self.backbone, text, kwargs.get("attention_mask"))
         generate: Any = self.base_model.generate
-        with self._acting(cast, prompt_positions, ends) as injection, generating(injection, kwargs):
+        with acting(self.backbone, cast, prompt_positions, ends) as injection, generating(injection, kwargs):
             generated = generate(*args, **kwargs)
         sign(generated, cast)
         return generated
@@ -324,7 +321,6 @@ class PeftModel(PushToHubMixin, AdapterState):
         if name in self.peft_config or name in ("", BASE) or "." in name or hasattr(self.prompt_encoder, name):
             reason = "is loaded already" if name in self.peft_config else "is no name: use another, without dots"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
-        self._acting.stop()
         return Adapter.new(config, self.backbone)
 
 

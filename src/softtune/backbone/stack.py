@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 _CACHES = {"past_key_values", "cache_params"}
 """The names that a stack gives to its cache; a model without attention has states in place of keys and values."""
@@ -188,12 +187,6 @@ def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
     except ValueError:
         return 0, bool(cache.has_previous_state())
     return length, length > 0
-
-
-def is_checkpointing(model: nn.Module) -> bool:
-    """Whether a model or stack runs its layers again during the backward pass."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return model.training and any(layer.gradient_checkpointing for layer in layers)
 
 
 def is_causal(stack: PreTrainedModel) -> bool:

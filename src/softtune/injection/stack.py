@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from softtune.backbone import Backbone, Site, Stack
+from softtune.backbone import Backbone, Site, Stack, is_reentrant
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention, widen
 from softtune.injection.cache import PrefixCache, as_long_as, hold, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
 from softtune.injection.layout import Layout, row_starts
-from softtune.injection.reentrant import Anchor, is_reentrant
+from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
 from softtune.injection.step import Call, Step, features_of
 from softtune.injection.trim import Trim
