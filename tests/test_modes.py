@@ -80,3 +80,15 @@ def test_compiled(family: str, task: str, method: str) -> None:
         logits, gradients = run(form, family, task)
         outputs.append([logits, *(gradients[n].clone() for n in gradients)])
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_layers_compiled_one_by_one(method: str) -> None:
+    torch.compiler.reset()
+    logits, gradients = run(adapted("llama", CAUSAL_LM, method), "llama", CAUSAL_LM)
+    model = adapted("llama", CAUSAL_LM, method)
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="aot_eager")
+    torch.testing.assert_close(run(model, "llama", CAUSAL_LM), (logits, gradients), atol=1e-5, rtol=1e-4)

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from softtune import AdapterError, DataError, PeftModel, PrefixTuningConfig, UnsupportedModelError, get_peft_model
 from tests.families import (
@@ -39,10 +40,12 @@ def kinds_of(family: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, ...]:
     return tuple(kind for kind in kinds if takes(family, kind) and (family, kind) != NOT_BY_ROWS)
 
 
-def mixed(family: str, task: str, kinds: tuple[str, ...] = KINDS) -> tuple[PeftModel, list[str]]:
+def mixed(
+    family: str, task: str, kinds: tuple[str, ...] = KINDS, base: PreTrainedModel | None = None
+) -> tuple[PeftModel, list[str]]:
     """A model with an adapter of every kind, each of another length, and a row's adapter name for each and the base."""
     kinds = kinds_of(family, kinds)
-    model = PeftModel(base_model(family, task))
+    model = PeftModel(base or base_model(family, task))
     for number, kind in enumerate(kinds):
         config = METHODS[kind](task_type=task)
         if hasattr(config, "num_virtual_tokens"):

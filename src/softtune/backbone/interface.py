@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,7 +27,30 @@ WRAPPER = "softtune_attention"
 
 _PREFIX = "softtune_"
 
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
+Function = Callable[..., tuple[Tensor, Tensor | None]]
+Mask = Tensor | BlockMask | None
+
+
+class MaskForm(Enum):
+    """How an attention function is told what its queries see."""
+
+    DENSE = "sdpa"
+    """Every query's keys [B, 1, T, S]; None for all of them, or those of a causal model."""
+    PADDING = "flash_attention_2"
+    """Which keys are no padding [B, S]; None for all of them. Causality and windows are arguments."""
+    BLOCKS = "flex_attention"
+    """A function of row, head, query and key."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A stock attention function."""
+
+    function: Function
+    form: MaskForm
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return self.function(*args, **kwargs)
 
 
 class AttentionWrapper(Protocol):
@@ -37,7 +63,7 @@ class AttentionWrapper(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Mask,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]: ...
 
@@ -57,23 +83,68 @@ def install(model: nn.Module) -> None:
 def _register(stock: str) -> str:
     name = _PREFIX + stock
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _wrapped(None if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]))
+        AttentionInterface.register(name, _wrapped(stock))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[stock])
     return name
 
 
-def _wrapped(stock: Attention | None) -> Attention:
+def _wrapped(stock: str) -> Function:
+    form = _form(stock)
+    function = None if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
+    if function is not None and form is MaskForm.PADDING:
+        function = _named(function, stock)
+
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         wrapper: AttentionWrapper | None = kwargs.pop(WRAPPER, None)
-        if wrapper and stock is not None and stock is not ALL_ATTENTION_FUNCTIONS["sdpa"]:
-            raise UnsupportedModelError(
-                "prefixes need the attention implementations sdpa or eager: call set_attn_implementation('sdpa') first"
-            )
         # Each model file has an eager function of its own, with the model's soft caps and sinks.
-        attend: Attention = stock or sys.modules[type(module).__module__].eager_attention_forward
-        return wrapper(attend, module, *args, **kwargs) if wrapper else attend(module, *args, **kwargs)
+        attend: Function = function or sys.modules[type(module).__module__].eager_attention_forward
+        if wrapper is None:
+            return attend(module, *args, **kwargs)
+        if form is None:
+            raise UnsupportedModelError(
+                f"no prefix goes with the attention implementation {stock}: load the model with "
+                "attn_implementation='sdpa'"
+            )
+        return wrapper(Attention(attend, form), module, *args, **kwargs)
 
     return attention
+
+
+def _named(flash: Function, stock: str) -> Function:
+    """Flash attention looks its kernels up by the name in the layer's config, which is softtune's there."""
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        config = _Instead(module.config, _attn_implementation=stock)
+        return flash(_Instead(module, config=config), *args, **kwargs)
+
+    return attention
+
+
+class _Instead:
+    """An object with other values in place of some of its attributes."""
+
+    def __init__(self, original: Any, **values: Any) -> None:
+        self.__dict__.update(values, _original=original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_original"], name)
+
+
+def _form(stock: str) -> MaskForm | None:
+    """Kernels from the hub have names of their own, and flash attention's function."""
+    if stock == "eager":
+        return MaskForm.DENSE
+    return next((f for f in MaskForm if ALL_ATTENTION_FUNCTIONS[stock] is ALL_ATTENTION_FUNCTIONS[f.value]), None)
+
+
+def takes_padding(config: Any) -> bool:
+    """Whether attention is told which keys are padding, and no more."""
+    return _form((config._attn_implementation or "eager").removeprefix(_PREFIX)) is MaskForm.PADDING
+
+
+def flash_refusal(reason: str) -> UnsupportedModelError:
+    """The error for what flash attention cannot express."""
+    return UnsupportedModelError(f"flash attention {reason}: load the model with attn_implementation='sdpa' or 'eager'")
 
 
 class AttentionRecorder:
@@ -90,7 +161,7 @@ class AttentionRecorder:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Mask,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         self.calls.append((module, key, value, query.shape[-2] != key.shape[-2]))

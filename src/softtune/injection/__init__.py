@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softtune.backbone import Backbone
+from softtune.backbone.interface import flash_refusal, takes_padding
 from softtune.errors import AdapterError, DataError
 from softtune.injection.stack import StackInjection, align_outputs
-from softtune.injection.step import Call
+from softtune.injection.step import Call, Step
 from softtune.methods.base import Prompt
 
 
@@ -89,7 +90,14 @@ class Injection:
         if kwargs.get("encoder_hidden_states") is None:
             return args, kwargs
         mask = encoder.widen(kwargs.get("encoder_attention_mask"), kwargs["encoder_hidden_states"])
+        if mask is not None and takes_padding(module.config):
+            self._check_padding(mask, self.stacks[-1].stack.arguments(args, kwargs))
         return args, {**kwargs, "encoder_attention_mask": mask}
+
+    def _check_padding(self, mask: Tensor, call: Call) -> None:
+        """Refuse what transformers computes wrongly with an encoder's mask [B, S], unless there is one query a row."""
+        if Step(call).length > 1 and not bool(mask.all()):
+            raise flash_refusal("takes the padding of the encoder's texts for that of the decoder's")
 
     def _align_encoder(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Take the virtual tokens out of what an encoder-decoder returns of its encoder."""

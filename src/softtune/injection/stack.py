@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from softtune.backbone import Backbone, Site, Stack, is_reentrant
-from softtune.backbone.interface import WRAPPER
+from softtune.backbone.interface import WRAPPER, flash_refusal, takes_padding
 from softtune.errors import DataError, UnsupportedModelError
-from softtune.injection.attention import PrefixAttention, widen
+from softtune.injection.attention import PrefixAttention
 from softtune.injection.cache import PrefixCache, as_long_as, hold, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
 from softtune.injection.layout import Layout, row_starts
+from softtune.injection.masks import PACKED, widen
 from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
 from softtune.injection.step import Call, Step, features_of
@@ -223,6 +224,8 @@ class StackInjection:
             raise UnsupportedModelError(
                 "several texts packed into one row have no place for virtual tokens among the words: pad them instead"
             )
+        if self.layers and takes_padding(self.stack.module.config) and step.has_restarts(positions):
+            raise flash_refusal(PACKED)
         shift = self._shift(call, step, here, positions)
         if self.layout is not None:
             in_slots = self.layout.merge(shift.expand_as(positions), torch.zeros_like(here.is_vector))
@@ -300,8 +303,11 @@ class StackInjection:
         in_cache = {a.module: prefixes[a.module] for a in self.layers if a.module is not None and a.is_cached}
         held = hold(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
         visible, biases = self._visible(step, here), self._biases(step, here)
+        crossing = {a.module for a in self.layers if a.module is not None and a.site is Site.CROSS}
         slots = self._open_slots(call, step, here)
-        call[WRAPPER] = PrefixAttention(prefixes, visible=visible, biases=biases, held=held, open_slots=slots)
+        call[WRAPPER] = PrefixAttention(
+            prefixes, visible=visible, biases=biases, held=held, crossing=crossing, open_slots=slots
+        )
 
     def _add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Hand the prefix to layers that take a ready cache alone."""
@@ -371,7 +377,7 @@ class StackInjection:
 
     def _check_reached(self, wrapper: PrefixAttention, call: Call) -> None:
         crossing = call.get("encoder_hidden_states") is not None
-        expected = {a.module for a in self.layers if a.site is not Site.CROSS or crossing}
+        expected = {id(a.module) for a in self.layers if a.site is not Site.CROSS or crossing}
         if expected - wrapper.reached:
             raise UnsupportedModelError(
                 "the prefix did not reach every layer: call set_attn_implementation before the adapter is added"
