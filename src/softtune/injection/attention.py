@@ -72,7 +72,7 @@ class PrefixAttention:
         text = self._text(module, query, key.shape[2] - (length if module in self.held else 0), kwargs)
         mask, arguments = self._opened(masks, attention_mask, text), masks.arguments(text)
         if prefix is None:
-            return attend(module, query, key, value, mask, **arguments)
+            return attend(module, query, key, value, mask, **{**arguments, "is_causal": text.is_causal})
         self.reached.add(id(module))
         if module not in self.held:
             key, value = prepend(prefix.key, key), prepend(prefix.value, value)
