@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
-from softtune.acting import BASE, Acting, Cast, answer_columns, check_generation, check_owner, sign, text_ends
+from softtune.acting import BASE, Acting, Cast, check_generation, check_owner, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, CheckpointError, DataError
@@ -251,7 +251,8 @@ class PeftModel(PushToHubMixin, AdapterState):
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
         cast = self._cast(adapter_names, text)
         check_owner(kwargs, cast)
-        with self._acting(cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
+        ends = text_ends(self.backbone, cast, text, attention_mask, labels)
+        with self._acting(cast, prompt_positions, ends):
             output = self.base_model(return_dict=True, **kwargs)
         sign(output, cast)
         return output if return_dict is not False else output.to_tuple()
@@ -276,7 +277,8 @@ class PeftModel(PushToHubMixin, AdapterState):
         cast = self._cast(adapter_names, text)
         check_generation(self.backbone, cast, prompt_positions, kwargs)
         check_owner(kwargs, cast)
-        with self._acting(cast, prompt_positions, text_ends(self.backbone, text, kwargs.get("attention_mask"))):
+        ends = text_ends(self.backbone, cast, text, kwargs.get("attention_mask"))
+        with self._acting(cast, prompt_positions, ends):
             generate: Any = self.base_model.generate
             generated = generate(*args, **kwargs)
         sign(generated, cast)
