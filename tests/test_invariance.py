@@ -188,7 +188,8 @@ def test_generation_at_the_positions_of_a_template(family: str, task: str, metho
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "method"), [c for c in cases(("prefix",), tasks=(CAUSAL_LM,)) if FAMILIES[c[0]].window]
+    ("family", "task", "method"),
+    [c for c in cases(("prefix", "prompt", "prompt_suffix"), tasks=(CAUSAL_LM,)) if FAMILIES[c[0]].window],
 )
 def test_generation_past_the_window(family: str, task: str, method: str) -> None:
     model, rows = adapted(family, task, method), texts(family, task, (20, 11))

@@ -76,24 +76,23 @@ def rows_of(model: PeftModel, task: str, rows: list[Tensor], side: str, **kwargs
 def test_virtual_tokens(family: str, task: str, method: str) -> None:
     model, base = adapted(family, task, method), base_model(family, task)
     with_head(model, base)
-    windowed = FAMILIES[family].window and is_decoder_only(family)
-    rows = texts(family, task, (3, 2, 1) if windowed else (7, 4, 2))  # in sight of the first virtual token
+    window = FAMILIES[family].window
+    ahead = window and is_decoder_only(family) and method == "prompt"
+    rows = texts(family, task, (3, 2, 1) if ahead else (14, 9, 2))  # in sight of the first virtual token
     decoder = answers(task, len(rows))
     vectors, leaves = prompt_of(model)
     theirs = []
     for i, row in enumerate(rows):
         columns = [len(row) if method == "prompt_suffix" else 0] * P
-        if task == CAUSAL_LM:
-            theirs.append(virtual_tokens.causal(base, row, vectors, columns))
-        else:
-            ids = decoder["decoder_input_ids"][i] if decoder else None
-            if FAMILIES[family].ends_with_eos and task == SEQ_CLS:
+        opened = tuple(range(columns[0], columns[0] + P)) if window and not ahead else ()
+        with prefixes.naive_prefixes(base, {}, open_slots=opened) if opened else nullcontext():
+            if task == CAUSAL_LM:
+                theirs.append(virtual_tokens.causal(base, row, vectors, columns))
+            elif FAMILIES[family].ends_with_eos and task == SEQ_CLS:
                 theirs.append(classes_behind_a_decoder(base, row, vectors, columns))
             else:
-                local = FAMILIES[family].window and not is_decoder_only(family)
-                opened = tuple(range(columns[0], columns[0] + P)) if local else ()
-                with prefixes.naive_prefixes(base, {}, open_slots=opened) if opened else nullcontext():
-                    theirs.append(virtual_tokens.whole(base, row, vectors, columns, ids, FAMILIES[family].word_scale))
+                ids = decoder["decoder_input_ids"][i] if decoder else None
+                theirs.append(virtual_tokens.whole(base, row, vectors, columns, ids, FAMILIES[family].word_scale))
     for side in sides(family, task):
         compare(model, rows_of(model, task, rows, side, **decoder), theirs, leaves)
 
@@ -135,7 +134,10 @@ def test_virtual_tokens_at_the_positions_of_a_template(family: str, task: str, m
     positions = torch.tensor([[c + o for c in row] for row, o in zip(columns, offsets, strict=True)])
     ours = rows_of(model, CAUSAL_LM, rows, side, prompt_positions=positions)
     for own, row, places in zip(ours, rows, columns, strict=True):
-        torch.testing.assert_close(own, virtual_tokens.causal(base, row, vectors, places), atol=1e-5, rtol=1e-5)
+        opened = tuple(column + number for number, column in enumerate(places)) if FAMILIES[family].window else ()
+        with prefixes.naive_prefixes(base, {}, open_slots=opened) if opened else nullcontext():
+            theirs = virtual_tokens.causal(base, row, vectors, places)
+        torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

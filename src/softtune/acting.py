@@ -59,8 +59,10 @@ class Acting:
         self._handles: list[RemovableHandle] = []
 
     @contextmanager
-    def __call__(self, cast: Cast, columns: Tensor | None = None, text_ends: Tensor | None = None) -> Iterator[None]:
-        """Let a cast act for the length of the block.
+    def __call__(
+        self, cast: Cast, columns: Tensor | None = None, text_ends: Tensor | None = None
+    ) -> Iterator[Injection | None]:
+        """Let a cast act for the length of the block, which gets its injection where anyone acts.
 
         Args:
             cast: who acts.
@@ -77,13 +79,14 @@ class Acting:
                 "gradient checkpointing loses which row has which biases: train rows with BitFit adapters without it"
             )
         with ExitStack() as stack:
+            injection = None
             if any(adapters):
                 injection = Injection(self.backbone, prompts, cast.rows, columns=columns, text_ends=text_ends)
                 stack.enter_context(injection)
             self._handles += add_biases(model, biases, cast.rows)
             self._handles += replace_modules(model, [a.heads if a else {} for a in adapters], cast.rows)
             try:
-                yield
+                yield injection
             finally:
                 if not checkpoints:
                     self.stop()
@@ -124,29 +127,6 @@ def text_ends(
 def _is_flat(mask: Any) -> bool:
     """Whether an attention mask is [B, T], rather than one for each query or layer."""
     return isinstance(mask, Tensor) and mask.dim() == 2
-
-
-def check_generation(backbone: Backbone, cast: Cast, columns: Tensor | None, options: Mapping[str, Any]) -> None:
-    """Refuse what ``generate`` cannot do with virtual tokens that stand behind or among the words.
-
-    Raises:
-        UnsupportedModelError: the text would be read in parts, each of which would be taken for the whole, or the cache
-            of an earlier text would be gone on from, whose virtual tokens ``generate`` would count as words.
-    """
-    size = options.get("prefill_chunk_size") or getattr(options.get("generation_config"), "prefill_chunk_size", None)
-    if not size and options.get("past_key_values") is None:
-        return
-    prompts = [a.module.prompt() for a in cast.adapters.values() if a is not None]
-    behind = columns is not None or any(p.after_text for p in prompts)
-    among = any(p.vectors is not None and (behind or not backbone.runs_ahead) for p in prompts)
-    if size and (behind or among or backbone.is_encoder_decoder):
-        raise UnsupportedModelError(
-            "prefill_chunk_size is for decoders that take virtual tokens as a prefix in front of the text: leave it out"
-        )
-    if among and options.get("past_key_values") is not None and backbone.is_decoder_only:
-        raise UnsupportedModelError(
-            "generate cannot go on from a cache that holds virtual tokens among the words: leave out past_key_values"
-        )
 
 
 def sign(output: Any, cast: Cast) -> None:

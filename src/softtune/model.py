@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
-from softtune.acting import BASE, Acting, Cast, check_generation, check_owner, sign, text_ends
+from softtune.acting import BASE, Acting, Cast, check_owner, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, CheckpointError, DataError
+from softtune.injection.generation import generating
 from softtune.methods import PeftConfig
 from softtune.options import check_options
 from softtune.state import AdapterState
@@ -275,11 +276,10 @@ class PeftModel(PushToHubMixin, AdapterState):
         given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         text = next((x for x in given if x is not None), None)
         cast = self._cast(adapter_names, text)
-        check_generation(self.backbone, cast, prompt_positions, kwargs)
         check_owner(kwargs, cast)
         ends = text_ends(self.backbone, cast, text, kwargs.get("attention_mask"))
-        with self._acting(cast, prompt_positions, ends):
-            generate: Any = self.base_model.generate
+        generate: Any = self.base_model.generate
+        with self._acting(cast, prompt_positions, ends) as injection, generating(injection, kwargs):
             generated = generate(*args, **kwargs)
         sign(generated, cast)
         return generated

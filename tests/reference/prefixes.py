@@ -85,7 +85,8 @@ def _naive(
                 scores = scores + torch.cat([_prefix_bias(module, t, length, n), position_bias[0, n, t]])
             if attention_mask is not None:
                 row = attention_mask[0, min(n, attention_mask.shape[1] - 1), min(t, attention_mask.shape[2] - 1)]
-                row = torch.tensor([0.0 if s in _open_slots else float(x) for s, x in enumerate(row)])
+                sees = range(t + 1 if getattr(module, "is_causal", False) else len(row))
+                row = torch.tensor([0.0 if s in _open_slots and s in sees else float(x) for s, x in enumerate(row)])
                 scores = scores + torch.cat([torch.zeros(length), row])
             if t < _hidden_before.get(module, 0):
                 scores = torch.cat([torch.full((length,), float("-inf")), scores[length:]])
@@ -118,7 +119,7 @@ def naive_prefixes(
     open_slots: tuple[int, ...] = (),
 ) -> Iterator[PreTrainedModel]:
     """The model with a prefix before each named module's keys, which queries before ``hidden_before`` do not see, and
-    with slots that all queries see."""
+    with slots that windows end for no query."""
     _open_slots.update(open_slots)
     for module in model.modules():
         if hasattr(module, "config"):

@@ -51,6 +51,18 @@ class Injection:
         self.stacks = [StackInjection(backbone, s, prompts, rows, columns, text_ends) for s in backbone.stacks]
         self._handles: list[RemovableHandle] = []
 
+    @property
+    def num_among(self) -> int:
+        """How many virtual tokens stand among the words of the input."""
+        vectors = self.stacks[0].prompts.vectors
+        return 0 if vectors is None else vectors.shape[1]
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether all is a prefix in front of a decoder's text, whose parts may then be read one after the other."""
+        first = self.stacks[0]
+        return self.backbone.is_decoder_only and first.prompts.vectors is None and not first.prompts.has_infix
+
     def __enter__(self) -> Injection:
         for stack in self.stacks:
             self._handles += stack.hooks()

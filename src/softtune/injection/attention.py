@@ -28,7 +28,7 @@ class PrefixAttention:
         biases: [B, heads, T, P] what is added to a module's scores of the prefix, in models with relative position
             biases.
         held: modules whose cache brings the prefix along already.
-        open_slots: [B, S] slots that every query sees, through windows too.
+        open_slots: [B, T or 1, S] slots that queries see through windows too.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PrefixAttention:
         if mask is None or self.open_slots is None:
             return mask
         if id(mask) not in self._open_masks:
-            seen = self.open_slots[:, None, None, :]
+            seen = F.pad(self.open_slots, (0, mask.shape[-1] - self.open_slots.shape[-1]))[:, None]
             opened = mask | seen if mask.dtype == torch.bool else mask.masked_fill(seen, 0.0)
             self._open_masks[id(mask)] = (mask, opened)
         return self._open_masks[id(mask)][1]

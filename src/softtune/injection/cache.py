@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from softtune.backbone import is_checkpointing
-from softtune.errors import AdapterError
+from softtune.errors import AdapterError, UnsupportedModelError
 from softtune.injection.layout import Layout
+from softtune.injection.rows import multiplied
 from softtune.injection.step import Call, Step
 from softtune.methods.base import KeyValue
 
@@ -118,6 +120,44 @@ def hold(prefixes: Mapping[Any, KeyValue], cache: Any, step: Step, dtype: torch.
         if not layer.holds(prefixes[module]):
             raise AdapterError("past_key_values were computed with another adapter: leave them out")
     return set(held)
+
+
+def make_room(cache: Any, is_virtual: Tensor) -> None:
+    """Let an empty cache take virtual tokens among the words, and keep them when the words leave a window.
+
+    Args:
+        cache: of a stack's words.
+        is_virtual: [B, S] which of the first slots are virtual tokens'.
+
+    Raises:
+        UnsupportedModelError: a static cache holds no more than the windows.
+    """
+    sizes = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[number] = DynamicLayer()
+        elif type(layer) in (StaticLayer, StaticSlidingWindowLayer):
+            if not sizes:
+                raise UnsupportedModelError(
+                    "virtual tokens among the words outlive a window, for which a static cache has no place: leave out "
+                    "cache_implementation"
+                )
+            cache.layers[number] = StaticLayer(max(sizes) + int(is_virtual.sum(dim=1).max()))
+    cache.softtune_virtual = is_virtual
+
+
+def virtual_slots(cache: Any, slots: int, rows: int) -> Tensor:
+    """[B, S] which slots of a cache, and of the step that goes on from it, are virtual tokens'."""
+    is_virtual = multiplied(cache.softtune_virtual, rows)
+    return F.pad(is_virtual, (0, slots - is_virtual.shape[1]))
+
+
+def as_long_as(cache: Cache | None, mask: Tensor) -> Tensor:
+    """[B, W] a mask filled up to the length of a static cache: Bloom makes linear biases of it for all keys."""
+    sizes = (
+        [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)] if cache is not None else []
+    )
+    return F.pad(mask, (0, sizes[0] - mask.shape[1])) if sizes else mask
 
 
 def own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:

@@ -20,7 +20,7 @@ from softtune.backbone import Backbone, Site, Stack
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention, widen
-from softtune.injection.cache import PrefixCache, hold, own_cache
+from softtune.injection.cache import PrefixCache, as_long_as, hold, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
 from softtune.injection.layout import Layout, row_starts
 from softtune.injection.reentrant import Anchor, is_reentrant
@@ -50,6 +50,7 @@ class StackInjection:
     ) -> None:
         self.stack = stack
         self.has_interface = backbone.has_interface
+        self.layers_attend = bool(backbone.attention_layers)
         self.rows = rows
         self.columns = Columns(columns, text_ends)
         reads_input = stack is backbone.stacks[0]
@@ -104,15 +105,26 @@ class StackInjection:
         self._place(call, step, here)
         if self.layers:
             self._add_prefix(call, step, here)
-        elif (slots := self._open_slots(here)) is not None:
+        elif (slots := self._open_slots(call, step, here)) is not None:
             call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, held=(), open_slots=slots)
         return (), call
 
-    def _open_slots(self, here: RowPrompts) -> Tensor | None:
-        """[B, S] the slots of an encoder's virtual tokens, which windows would hide from words far away."""
-        if here.vectors is None or self.layout is None or self.stack.is_causal or not self.has_interface:
+    def _open_slots(self, call: Call, step: Step, here: RowPrompts) -> Tensor | None:
+        """[B, S or 1, S] which slots' queries see which virtual tokens, that windows would hide from words far away."""
+        if here.vectors is None or not (self.has_interface and self.layers_attend):
             return None
-        return self.layout.merge(torch.zeros_like(self.layout.token_slots, dtype=torch.bool), here.is_vector)
+        if self.layout is None:
+            is_virtual = virtual_slots(call["past_key_values"], step.cached + step.length, step.rows)
+        else:
+            is_virtual = self._is_virtual(self.layout, here)
+        if not self.stack.is_causal:
+            return is_virtual[:, None, :]
+        slots = torch.arange(is_virtual.shape[1], device=step.device)
+        return is_virtual[:, None, :] & (slots <= slots[step.cached :, None])
+
+    def _is_virtual(self, layout: Layout, here: RowPrompts) -> Tensor:
+        """[B, S] which slots are virtual tokens'."""
+        return layout.merge(torch.zeros_like(layout.token_slots, dtype=torch.bool), here.is_vector)
 
     def _anchor(self, call: Call, here: RowPrompts) -> RowPrompts:
         """Let gradients come back through checkpointed layers that know nothing but their arguments."""
@@ -144,13 +156,13 @@ class StackInjection:
 
     def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
-        if step.has_ready_mask or step.has_fixed_cache:
+        if step.has_ready_mask:
             raise UnsupportedModelError(
-                "virtual tokens among the words need the 2-D attention mask [B, W] and a cache that grows: pass no 4-D "
-                "mask, and leave out cache_implementation"
+                "virtual tokens among the words need the 2-D attention mask [B, W]: pass no 4-D mask"
             )
         if not step.is_continued:
             self._lay_out(call, step, here)
+            self._make_room(call, here)
         elif step.mask is not None or (here.is_ragged and step.cached):
             mask = step.full_mask()
             if step.mask is None:
@@ -158,6 +170,15 @@ class StackInjection:
             columns = step.starts[:, None].expand(here.is_vector.shape)
             layout = Layout.of(step.starts, mask.shape[1], columns, here.is_vector, causal=True)
             call["attention_mask"] = layout.merge(mask, here.is_vector)
+        if not self.has_interface and call.get("attention_mask") is not None:
+            call["attention_mask"] = as_long_as(call.get("past_key_values"), call["attention_mask"])
+
+    def _make_room(self, call: Call, here: RowPrompts) -> None:
+        """Begin a decoder's cache."""
+        if self.stack.is_causal and self.layers_attend and self.layout is not None:
+            call["past_key_values"] = own_cache(self.stack.module, call)
+            if call["past_key_values"] is not None:
+                make_room(call["past_key_values"], self._is_virtual(self.layout, here))
 
     def widen(self, mask: Tensor | None, states: Tensor) -> Tensor | None:
         """[B, S] the attention mask [B, T] of an input together with its virtual tokens, whose outputs are ``states``
@@ -279,7 +300,7 @@ class StackInjection:
         in_cache = {a.module: prefixes[a.module] for a in self.layers if a.module is not None and a.is_cached}
         held = hold(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
         visible, biases = self._visible(step, here), self._biases(step, here)
-        slots = self._open_slots(here)
+        slots = self._open_slots(call, step, here)
         call[WRAPPER] = PrefixAttention(prefixes, visible=visible, biases=biases, held=held, open_slots=slots)
 
     def _add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:

@@ -46,7 +46,6 @@ class Step:
         self.mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.has_ready_mask = mask is not None and self.mask is None
         self.cached, self.is_continued = cached_length(call)
-        self.has_fixed_cache = bool(getattr(call.get("past_key_values"), "is_compileable", False))
         self.width = self.mask.shape[1] if self.mask is not None else self.cached + self.length
         self.starts = row_starts(self.mask, self.rows, self.device)
 
