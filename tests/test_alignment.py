@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+import softtune.acting
 from softtune import PeftModel
+from softtune.injection import layout
 from tests.families import (
     CAUSAL_LM,
     PAD,
@@ -176,6 +181,20 @@ def test_a_row_without_an_answer_does_not_move_the_others() -> None:
     for i, column in enumerate((2, 5)):
         alone = model(input_ids=rows[i][None], prompt_positions=torch.full((1, P), column)).logits[0]
         torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "bitfit", "prompt_suffix", "infix"])
+def test_only_a_suffix_or_infix_asks_where_the_answer_begins(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def row_starts(*args: Any) -> Tensor:
+        asked.append(args)
+        return layout.row_starts(*args)
+
+    monkeypatch.setattr(softtune.acting, "row_starts", row_starts)
+    inputs = batch(texts("gpt2", CAUSAL_LM))
+    adapted("gpt2", CAUSAL_LM, method)(**inputs, labels=inputs["input_ids"])
+    assert bool(asked) == (method in ("prompt_suffix", "infix"))
 
 
 @pytest.mark.promise(3, methods=("prompt_suffix",))

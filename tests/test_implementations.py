@@ -140,8 +140,6 @@ def refusal_of(implementation: str, family: str, method: str, option: str) -> st
     """What a kind of generation is refused for; None where it is not."""
     if method in ("prompt_suffix", "infix") and option == "chunks":
         return "prefill_chunk_size"
-    if method == "prompt_suffix" and option == "static":
-        return "cache_implementation"
     has_window = FAMILIES[family].window and implementation in FLASH and method != "prompt_suffix"
     return "window of 8 tokens" if has_window and option == "uncached" else None
 

@@ -79,22 +79,21 @@ def _prompt(backbone: Backbone, adapter: Adapter, *, ahead: bool) -> Prompt:
         return run_ahead(backbone, prompt)
 
 
-def answer_columns(backbone: Backbone, labels: Tensor | None, mask: Any) -> Tensor | None:
-    """[B] the column of each row's first label, or behind its text; None where labels are no tokens of the text."""
-    if labels is None or not backbone.continues_text:
+def text_ends(
+    backbone: Backbone, cast: Cast, text: Tensor | None, mask: Any, labels: Tensor | None = None
+) -> Tensor | None:
+    """[B] the column of each row's first label, or behind its text. None where nobody's virtual tokens stand there, or
+    the answer is another sequence."""
+    behind = any(adapter.is_behind_text for adapter in cast.adapters.values() if adapter is not None)
+    if text is None or not behind or not backbone.continues_text:
         return None
     mask = mask if _is_flat(mask) else None
+    ends = row_ends(mask, len(text), text.shape[1], text.device)
+    if labels is None:
+        return ends
     supervised = labels != -100
-    first = supervised.int().argmax(dim=1)
-    ends = row_ends(mask, len(labels), labels.shape[1], labels.device)
-    return torch.where(supervised.any(dim=1), first.maximum(row_starts(mask, len(labels), labels.device)), ends)
-
-
-def text_ends(backbone: Backbone, text: Tensor | None, mask: Any) -> Tensor | None:
-    """[B] the column behind each row's text, before anything is generated; None where that is another sequence."""
-    if text is None or not backbone.continues_text:
-        return None
-    return row_ends(mask if _is_flat(mask) else None, len(text), text.shape[1], text.device)
+    first = supervised.int().argmax(dim=1).maximum(row_starts(mask, len(text), text.device))
+    return torch.where(supervised.any(dim=1), first, ends)
 
 
 def _is_flat(mask: Any) -> bool:

@@ -61,6 +61,11 @@ class Adapter:
         """Whether the module trains more than inference needs of it."""
         return len(self.module.state_dict()) > len(self.baked_state())
 
+    @property
+    def is_behind_text(self) -> bool:
+        """Whether its virtual tokens stand behind the text unless the caller says where: a suffix or an infix."""
+        return getattr(self.config, "placement", "prefix") != "prefix"
+
     def baked_state(self) -> dict[str, Tensor]:
         """The module's tensors that inference needs, without the dropout of training."""
         training = self.module.training

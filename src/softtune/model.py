@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
-from softtune.acting import BASE, Cast, acting, answer_columns, check_owner, sign, text_ends
+from softtune.acting import BASE, Cast, acting, check_owner, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, CheckpointError, DataError
@@ -249,7 +249,8 @@ class PeftModel(PushToHubMixin, AdapterState):
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
         cast = self._cast(adapter_names, text)
         check_owner(kwargs, cast)
-        with acting(self.backbone, cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
+        ends = text_ends(self.backbone, cast, text, attention_mask, labels)
+        with acting(self.backbone, cast, prompt_positions, ends):
             output = self.base_model(return_dict=True, **kwargs)
         sign(output, cast)
         return output if return_dict is not False else output.to_tuple()
@@ -273,7 +274,7 @@ class PeftModel(PushToHubMixin, AdapterState):
         text = next((x for x in given if x is not None), None)
         cast = self._cast(adapter_names, text)
         check_owner(kwargs, cast)
-        ends = text_ends(self.backbone, text, kwargs.get("attention_mask"))
+        ends = text_ends(self.backbone, cast, text, kwargs.get("attention_mask"))
         generate: Any = self.base_model.generate
         with acting(self.backbone, cast, prompt_positions, ends) as injection, generating(injection, kwargs):
             generated = generate(*args, **kwargs)
