@@ -22,12 +22,16 @@ from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention, widen
 from softtune.injection.cache import PrefixCache, as_long_as, hold, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
-from softtune.injection.layout import Layout, row_starts
+from softtune.injection.layout import Layout, is_contiguous, row_starts
+from softtune.injection.pack import Pack, PackedAttention
 from softtune.injection.reentrant import Anchor, is_reentrant
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
 from softtune.injection.step import Call, Step
 from softtune.injection.trim import Trim
 from softtune.methods.base import Prompt
+
+PACKING = ("softtune_sdpa", "softtune_eager")
+"""Attention implementations that take any mask, and so any arrangement of a batch's tokens."""
 
 
 class StackInjection:
@@ -63,7 +67,10 @@ class StackInjection:
         self.starts = self.shift = torch.zeros(0, dtype=torch.long)
         self.layout: Layout | None = None
         self.trim: Trim | None = None
+        self.pack: Pack | None = None
         self.has_run = False
+        self.packs = backbone.runs_ahead and self.has_interface and stack.takes_position_ids
+        self.packs = self.packs and self.prompts.vectors is None and not self.prompts.has_infix
         self.shares_keys = is_reentrant(stack.module) and any(a.is_shared for a in backbone.attention_layers)
         self.anchor: Anchor | None = None
 
@@ -86,10 +93,12 @@ class StackInjection:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
         call = self.stack.arguments(args, kwargs)
-        self.layout, self.trim, self.columns.trim, self.has_run = None, None, None, True
+        self.layout, self.trim, self.columns.trim, self.pack, self.has_run = None, None, None, None, True
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
-        if not self.feeds_decoder:
+        if self._can_pack(call):
+            self.pack = self._packed(call)
+        elif not self.feeds_decoder:
             self._trim(call)
         step = Step(call)
         self.starts = step.starts + (self.trim.left if self.trim else 0)
@@ -103,7 +112,9 @@ class StackInjection:
             self._lay_out(call, step, here)
         self._check_length(step, here)
         self._place(call, step, here)
-        if self.layers:
+        if self.pack is not None:
+            self._pack(self.pack, call, step, here)
+        elif self.layers:
             self._add_prefix(call, step, here)
         elif (slots := self._open_slots(call, step, here)) is not None:
             call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, held=(), open_slots=slots)
@@ -153,6 +164,35 @@ class StackInjection:
         if isinstance(mask, Tensor) and mask.dim() == 2 and not (self.stack.is_causal and cached):
             self.trim = self.columns.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
             self.trim.cut(call)
+
+    def _can_pack(self, call: Call) -> bool:
+        """Whether only the layers' attention sees rows, so that their tokens may stand in any arrangement."""
+        mask, wanted = call.get("attention_mask"), ("past_key_values", "position_ids", "output_attentions")
+        is_whole = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and is_contiguous(mask))
+        return (
+            self.packs
+            and is_whole
+            and call.get("use_cache") is False
+            and not any(call.get(name) is not None and call[name] is not False for name in wanted)
+            and self.stack.module.config._attn_implementation in PACKING
+        )
+
+    def _packed(self, call: Call) -> Pack | None:
+        """The arrangement of a call's tokens; None where it would save nothing."""
+        ids = None if self.stack.is_random or call.get("token_type_ids") is not None else call.get("input_ids")
+        if ids is not None and self.rows is not None:
+            ids = ids + multiplied(self.rows, len(ids)).to(ids.device)[:, None] * (int(ids.max()) + 1)
+        pack = Pack(Step(call).full_mask(), ids)
+        return pack if 0 < len(pack.rows) < pack.mask.numel() else None
+
+    def _pack(self, pack: Pack, call: Call, step: Step, here: RowPrompts) -> None:
+        """Put the tokens into one row, and the rows' prefixes where their attention is."""
+        if call.get("position_ids") is None:
+            call["position_ids"] = step.positions() + self.stack.first_position
+        pack.fill(call)
+        call["attention_mask"] = self.stack.causal_masks(int(pack.lengths.max()))
+        prefixes = [self._attention(step, here.pick(group.rows)) if self.layers else None for group in pack.groups]
+        call[WRAPPER] = PackedAttention(pack, prefixes)
 
     def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
@@ -269,12 +309,15 @@ class StackInjection:
         if self.layers[0].module is None:
             self._add_cache(call, step, here)
             return
-        prefixes = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None}
-        in_cache = {a.module: prefixes[a.module] for a in self.layers if a.module is not None and a.is_cached}
+        in_cache = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None and a.is_cached}
         held = hold(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
+        call[WRAPPER] = self._attention(step, here, held=held, open_slots=self._open_slots(call, step, here))
+
+    def _attention(self, step: Step, here: RowPrompts, **options: Any) -> PrefixAttention:
+        """The wrapper that brings the prefixes of ``here``."""
+        prefixes = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None}
         visible, biases = self._visible(step, here), self._biases(step, here)
-        slots = self._open_slots(call, step, here)
-        call[WRAPPER] = PrefixAttention(prefixes, visible=visible, biases=biases, held=held, open_slots=slots)
+        return PrefixAttention(prefixes, visible=visible, biases=biases, **options)
 
     def _add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Hand the prefix to layers that take a ready cache alone."""
@@ -334,8 +377,8 @@ class StackInjection:
         first = output.last_hidden_state[:, :1] if self.shows_first_slot else None
         if self.layout is not None and not (self.feeds_decoder and self.prompts.vectors is not None):
             align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
-        if self.trim is not None:
-            self.trim.restore(output)
+        if (shortened := self.trim or self.pack) is not None:
+            shortened.restore(output)
         if first is not None:  # heads read the first column, be it padding, or the text's first
             columns = torch.arange(output.last_hidden_state.shape[1], device=first.device)
             read = (columns == 0) | (columns == self.starts[:, None])
