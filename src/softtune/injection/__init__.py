@@ -71,6 +71,8 @@ class Injection:
             self._handles.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
             if self.stacks[0].prompts.vectors is not None:
                 self._handles.append(model.register_forward_hook(self._align_encoder))
+        if (head := self.backbone.model.get_output_embeddings()) is not None:
+            self._handles.append(head.register_forward_pre_hook(_lay_together))
         self._keep_cache_under_checkpointing(True)
         return self
 
@@ -106,6 +108,11 @@ class Injection:
             for module in self.backbone.model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module._can_checkpoint_with_cache = keep
+
+
+def _lay_together(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """States of the rows' ends lie apart in memory, for which a language head would be read once for every row."""
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
 def _check_columns(columns: Tensor, prompts: Sequence[Prompt]) -> None:
