@@ -72,7 +72,8 @@ def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pa
         labels = labels[:, -keep + 1 :]
         logits = _forward(model, batch, keep=keep).logits[:, -keep:-1]
     found = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
-    return (found * (labels != -100)).sum(-1).view(len(rows), -1).cpu()
+    scores: Tensor = (found * (labels != -100)).sum(-1).view(len(rows), -1).cpu()
+    return scores
 
 
 def score_head(

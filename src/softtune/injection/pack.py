@@ -18,9 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softtune.backbone import Stack
 from softtune.backbone.interface import Attention
 from softtune.injection.attention import PrefixAttention
+from softtune.injection.layout import is_contiguous
+from softtune.injection.rows import multiplied
+from softtune.injection.step import Call, Step
 from softtune.injection.trim import PER_TOKEN, each_state
+
+IMPLEMENTATIONS = ("softtune_sdpa", "softtune_eager")
+"""Those of attention that take any mask, and so any arrangement of a batch's tokens."""
+
+
+def can_pack(stack: Stack, call: Call) -> bool:
+    """Whether tokens may stand in any arrangement: nothing but states is asked for, and there is no cache."""
+    mask, config = call.get("attention_mask"), stack.module.config
+    is_whole = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and is_contiguous(mask))
+    asks = any(
+        getattr(config, name, False) if call.get(name) is None else call[name]
+        for name in ("output_attentions", "output_router_logits")
+    )
+    has_places = call.get("past_key_values") is not None or call.get("position_ids") is not None
+    is_free = call.get("use_cache") is False and not has_places and not asks
+    return is_free and is_whole and config._attn_implementation in IMPLEMENTATIONS
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,21 @@ class Pack:
         self._by_column = self.places.gather(
             1, (torch.arange(mask.shape[1], device=mask.device) - starts) % len(numbers)
         )
+
+    @classmethod
+    def of(cls, stack: Stack, call: Call, rows: Tensor | None) -> Pack | None:
+        """The places of a call's tokens; None where that would save nothing.
+
+        Args:
+            stack: the stack that is called.
+            call: its arguments.
+            rows: [B] which adapter each row has; None where there is only one.
+        """
+        ids = None if stack.is_random or call.get("token_type_ids") is not None else call.get("input_ids")
+        if ids is not None and rows is not None:
+            ids = ids + multiplied(rows, len(ids)).to(ids.device)[:, None] * (int(ids.max()) + 1)
+        pack = cls(Step(call).full_mask(), ids)
+        return pack if 0 < len(pack.rows) < pack.mask.numel() else None
 
     @property
     def order(self) -> Tensor:

@@ -22,16 +22,13 @@ from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention, widen
 from softtune.injection.cache import PrefixCache, as_long_as, hold, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
-from softtune.injection.layout import Layout, is_contiguous, row_starts
-from softtune.injection.pack import Pack, PackedAttention
+from softtune.injection.layout import Layout, row_starts
+from softtune.injection.pack import Pack, PackedAttention, can_pack
 from softtune.injection.reentrant import Anchor, is_reentrant
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
 from softtune.injection.step import Call, Step
 from softtune.injection.trim import Trim
 from softtune.methods.base import Prompt
-
-PACKING = ("softtune_sdpa", "softtune_eager")
-"""Attention implementations that take any mask, and so any arrangement of a batch's tokens."""
 
 
 class StackInjection:
@@ -96,8 +93,8 @@ class StackInjection:
         self.layout, self.trim, self.columns.trim, self.pack, self.has_run = None, None, None, None, True
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
-        if self._can_pack(call):
-            self.pack = self._packed(call)
+        if self.packs and can_pack(self.stack, call):
+            self.pack = Pack.of(self.stack, call, self.rows)
         elif not self.feeds_decoder:
             self._trim(call)
         step = Step(call)
@@ -164,26 +161,6 @@ class StackInjection:
         if isinstance(mask, Tensor) and mask.dim() == 2 and not (self.stack.is_causal and cached):
             self.trim = self.columns.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
             self.trim.cut(call)
-
-    def _can_pack(self, call: Call) -> bool:
-        """Whether only the layers' attention sees rows, so that their tokens may stand in any arrangement."""
-        mask, wanted = call.get("attention_mask"), ("past_key_values", "position_ids", "output_attentions")
-        is_whole = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and is_contiguous(mask))
-        return (
-            self.packs
-            and is_whole
-            and call.get("use_cache") is False
-            and not any(call.get(name) is not None and call[name] is not False for name in wanted)
-            and self.stack.module.config._attn_implementation in PACKING
-        )
-
-    def _packed(self, call: Call) -> Pack | None:
-        """The arrangement of a call's tokens; None where it would save nothing."""
-        ids = None if self.stack.is_random or call.get("token_type_ids") is not None else call.get("input_ids")
-        if ids is not None and self.rows is not None:
-            ids = ids + multiplied(self.rows, len(ids)).to(ids.device)[:, None] * (int(ids.max()) + 1)
-        pack = Pack(Step(call).full_mask(), ids)
-        return pack if 0 < len(pack.rows) < pack.mask.numel() else None
 
     def _pack(self, pack: Pack, call: Call, step: Step, here: RowPrompts) -> None:
         """Put the tokens into one row, and the rows' prefixes where their attention is."""
