@@ -38,8 +38,10 @@ from transformers import (
     GptOssConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
+    LayoutLMConfig,
     Lfm2Config,
     LlamaConfig,
+    M2M100Config,
     MambaConfig,
     MarianConfig,
     MBartConfig,
@@ -58,6 +60,7 @@ from transformers import (
     RobertaConfig,
     SmolLM3Config,
     T5Config,
+    UMT5Config,
 )
 
 from softtune import (
@@ -240,6 +243,22 @@ BART_ATTENTION = {
 }
 BART_TABLES = ("encoder.embed_positions", "decoder.embed_positions")
 BART_DROPOUT = ("dropout", "attention_dropout", "activation_dropout")
+T5 = {
+    "d_model": 32,
+    "d_kv": 12,
+    "num_heads": 4,
+    "d_ff": 40,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": PAD,
+}
+T5_ATTENTION = {
+    "encoder": [Attention("encoder.block.{}.layer.0.SelfAttention", (0, 1, 2), 4, 12)],
+    "decoder": [Attention("decoder.block.{}.layer.0.SelfAttention", (0, 1), 4, 12)],
+    "cross": [Attention("decoder.block.{}.layer.1.EncDecAttention", (0, 1), 4, 12)],
+}
 DECODER_TASKS = (CAUSAL_LM, SEQ_CLS)
 ENCODER_TASKS = (SEQ_CLS, TOKEN_CLS, QUESTION_ANS)
 # Cached keys and values are the only way in, and they come for all layers and in front of the text.
@@ -285,23 +304,9 @@ FAMILIES = {
     ),
     "t5": Family(
         config=T5Config,
-        sizes={
-            "d_model": 32,
-            "d_kv": 12,
-            "num_heads": 4,
-            "d_ff": 40,
-            "num_layers": 3,
-            "num_decoder_layers": 2,
-            "relative_attention_num_buckets": 8,
-            "relative_attention_max_distance": 16,
-            "decoder_start_token_id": PAD,
-        },
+        sizes=T5,
         tasks=(SEQ_2_SEQ_LM, SEQ_CLS),
-        attention={
-            "encoder": [Attention("encoder.block.{}.layer.0.SelfAttention", (0, 1, 2), 4, 12)],
-            "decoder": [Attention("decoder.block.{}.layer.0.SelfAttention", (0, 1), 4, 12)],
-            "cross": [Attention("decoder.block.{}.layer.1.EncDecAttention", (0, 1), 4, 12)],
-        },
+        attention=T5_ATTENTION,
         has_biases=False,
         dropout=("dropout_rate", "classifier_dropout"),
         positions="none",
@@ -541,6 +546,14 @@ FAMILIES = {
         attention={"encoder": [Attention("transformer.layer.{}.attention", (0, 1), 4, 8)]},
         dropout=("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
     ),
+    "layoutlm": Family(
+        config=LayoutLMConfig,
+        sizes=BERT | {"max_2d_position_embeddings": 32},
+        tasks=(SEQ_CLS, TOKEN_CLS),
+        limit=64,
+        attention=BERT_ATTENTION,
+        dropout=BERT_DROPOUT,
+    ),
     "albert": Family(  # all layers are one, and share a prefix
         config=AlbertConfig,
         sizes=BERT | {"embedding_size": 16, "num_hidden_layers": 3},
@@ -609,6 +622,28 @@ FAMILIES = {
         dropout=BART_DROPOUT,
         positions="table",
         table=BART_TABLES,
+    ),
+    "m2m_100": Family(  # and NLLB; computes its positions, of words alone
+        config=M2M100Config,
+        sizes=BART | {"scale_embedding": True, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+        tasks=(SEQ_2_SEQ_LM,),
+        attention=BART_ATTENTION,
+        dropout=BART_DROPOUT,
+        positions="table",
+        first_position=PAD + 1,
+        table=BART_TABLES,
+    ),
+    "umt5": Family(  # every layer has a relative bias of its own
+        config=UMT5Config,
+        sizes=T5,
+        tasks=(SEQ_2_SEQ_LM, SEQ_CLS),
+        attention=T5_ATTENTION,
+        has_biases=False,
+        dropout=("dropout_rate", "classifier_dropout"),
+        positions="none",
+        pads={SEQ_CLS: ("right",)},  # as in T5
+        ends_with_eos=True,
+        takes_vectors=False,
     ),
     "encoder_decoder": Family(
         config=encoder_decoder,

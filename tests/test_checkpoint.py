@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
 
 import softtune
 from softtune import (
     AdapterMismatchError,
     CheckpointError,
     PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from tests.families import CAUSAL_LM, FAMILIES, SEQ_2_SEQ_LM, SEQ_CLS, adapted, base_model, cases
+from tests.families import CAUSAL_LM, FAMILIES, SEQ_2_SEQ_LM, SEQ_CLS, VOCABULARY, adapted, base_model, cases
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -38,6 +42,19 @@ def test_other_weights_of_the_same_shape(family: str, task: str, method: str, tm
         PeftModel.from_pretrained(base_model(family, task, seed=5), tmp_path)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (3, 0), (40, 0), (0, 40), (-10, 0)])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_words_added_or_cut_are_not_compared(before: int, after: int, seed: int, tmp_path: Path) -> None:
+    def resized(more: int, seed: int = 0) -> PreTrainedModel:
+        model = base_model("gpt2", CAUSAL_LM, seed=seed)
+        model.resize_token_embeddings(VOCABULARY + more, mean_resizing=False)
+        return model
+
+    get_peft_model(resized(before), PrefixTuningConfig(task_type=CAUSAL_LM)).save_pretrained(tmp_path)
+    with nullcontext() if seed == 0 else pytest.raises(AdapterMismatchError, match="word embeddings"):
+        PeftModel.from_pretrained(resized(after, seed), tmp_path)
+
+
 def test_fields_of_softtune_stand_in_its_own_file(tmp_path: Path) -> None:
     adapted("gpt2", CAUSAL_LM, "prefix_last").save_pretrained(tmp_path)
     theirs = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -46,6 +63,7 @@ def test_fields_of_softtune_stand_in_its_own_file(tmp_path: Path) -> None:
     assert theirs["inference_mode"] is True
     assert ours["config"] == {"layers": "last:1"}
     assert len(ours["embedding_sample"]) == 16
+    assert ours["embedding_rows"] == VOCABULARY
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,14 @@ def test_an_adapter_for_inference_is_not_trained_when_chosen(tmp_path: pytest.Te
     assert trained(model).keys() == {"prompt_encoder.default.embedding.weight"}
 
 
+def test_an_adapter_may_be_chosen_without_training_it() -> None:
+    model = adapted("gpt2", CAUSAL_LM, "prefix")
+    model.set_adapter("default", inference_mode=True)
+    assert not trained(model)
+    model.set_adapter("default")
+    assert trained(model)
+
+
 def test_deleting_another_adapter_keeps_the_active_one() -> None:
     model = adapted("gpt2", CAUSAL_LM, "bitfit")
     model.add_adapter("other", PrefixTuningConfig(num_virtual_tokens=2))

@@ -5,7 +5,9 @@ PEFT returns logits of the virtual tokens too; softtune's begin at the caller's 
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 import softtune
-from softtune import PeftModel, PromptTuningConfig, get_peft_model
+from softtune import ConfigError, PeftModel, PromptTuningConfig, get_peft_model
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -64,6 +66,8 @@ PEFT_CANNOT = {
     **dict.fromkeys(("falcon_multi_query", "deepseek_v3", "gemma4", "gemma4_small"), PREFIX),
     # It gives layers without attention a prefix too.
     **dict.fromkeys(("qwen3_next", "granitemoehybrid", "lfm2"), PREFIX),
+    # It hands a prefix to models with a cache alone.
+    "layoutlm": PREFIX,
     # Both: the embedding's size, and a prefix for layers that are one.
     "albert": tuple(CONFIGS),
 }
@@ -207,6 +211,46 @@ def test_a_script_for_peft_runs_under_softtune(tmp_path: Path) -> None:
         )
         loaded.set_adapter("default")
         loaded.delete_adapter("other")
+
+
+def test_options_of_pefts_calls(tmp_path: Path) -> None:
+    """PEFT's own defaults may be written out; what a soft prompt has no use for is refused."""
+    config = softtune.PrefixTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=P)
+    model = softtune.get_peft_model(
+        base_model("gpt2", CAUSAL_LM), config, **defaults(peft.get_peft_model) | {"revision": "main"}
+    )
+    assert model.peft_config["default"].revision == "main"
+    assert config.revision is None
+    assert softtune.PeftModel(model.get_base_model(), config, **defaults(peft.PeftModel.__init__)).active_adapter
+    model.add_adapter("other", config, **defaults(peft.PeftModel.add_adapter))
+    model.set_adapter("other", **defaults(peft.PeftModel.set_adapter))
+    state = softtune.get_peft_model_state_dict(model, **defaults(peft.get_peft_model_state_dict))
+    softtune.set_peft_model_state_dict(model, state, **defaults(peft.set_peft_model_state_dict))
+    model.save_pretrained(tmp_path, **defaults(peft.PeftModel.save_pretrained))
+    model.load_adapter(tmp_path, "third", **defaults(peft.PeftModel.load_adapter))
+    softtune.PeftModel.from_pretrained(model.get_base_model(), tmp_path, **defaults(peft.PeftModel.from_pretrained))
+    calls: list[tuple[str, Any]] = [
+        ("mixed=True", lambda: softtune.get_peft_model(model.get_base_model(), config, mixed=True)),
+        ("autocast_adapter_dtype=False", lambda: model.add_adapter("fourth", config, autocast_adapter_dtype=False)),
+        ("size=1", lambda: model.add_adapter("fourth", config, size=1)),
+        (
+            "ignore_mismatched_sizes=True",
+            lambda: softtune.set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True),
+        ),
+    ]
+    for option, call in calls:
+        with pytest.raises(ConfigError, match=f"{option}.*: (leave it out|use one of)") as refusal:
+            call()
+        assert "\n" not in str(refusal.value)
+
+
+def defaults(call: Any) -> dict[str, Any]:
+    """The keyword options of a call, as they are by default."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(call).parameters.items()
+        if parameter.default is not parameter.empty
+    }
 
 
 def test_loss_leaves_out_the_first_token() -> None:

@@ -196,9 +196,11 @@ def position_shift(family: str, model: PreTrainedModel) -> ExitStack:
     """The position tables of BART's kin count for themselves: move them by P."""
     stack, first = ExitStack(), FAMILIES[family].first_position
     for table in map(model.base_model.get_submodule, FAMILIES[family].table):
-        weight = table.weight.detach()
-        stack.callback(setattr, table, "weight", table.weight)
-        table.weight = nn.Parameter(torch.cat([weight[:first], weight[first + P :]]), requires_grad=False)
+        name = "weight" if isinstance(table, nn.Embedding) else "weights"
+        weight = getattr(table, name)
+        moved = torch.cat([weight[:first], weight[first + P :]]).detach()
+        stack.callback(setattr, table, name, weight)
+        setattr(table, name, nn.Parameter(moved, requires_grad=False) if name == "weight" else moved)
     return stack
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import FSMTConfig, FSMTForConditionalGeneration
 
 import softtune.checkpoint
 from softtune import (
@@ -27,6 +28,7 @@ from softtune import (
     UnsupportedModelError,
     get_peft_config,
     get_peft_model,
+    get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from tests.families import (
@@ -148,6 +150,27 @@ def test_a_module_that_is_no_transformer() -> None:
         get_peft_model(nn.Linear(2, 2), PromptTuningConfig())
 
 
+def test_a_model_whose_stacks_are_no_models() -> None:
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = FSMTForConditionalGeneration(FSMTConfig(src_vocab_size=9, tgt_vocab_size=9, **sizes, **heads))
+    with pytest.raises(UnsupportedModelError, match=r"FSMTEncoder is no model of its own.*: use another base model"):
+        get_peft_model(model, PromptTuningConfig())
+
+
+def test_positions_that_no_prefix_can_move() -> None:
+    class Positions(nn.Module):
+        def forward(self, words: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(words.shape[1], 32)
+
+    model, inputs = adapted("bart", SEQ_2_SEQ_LM, "prefix"), batch(texts("bart", SEQ_2_SEQ_LM))
+    stay = get_peft_model(model.get_base_model(), PrefixTuningConfig(shift_positions=False))
+    model.get_base_model().get_encoder().embed_positions = Positions()
+    with pytest.raises(UnsupportedModelError, match=r"BartEncoder counts positions .*: set shift_positions=False"):
+        model(**inputs, **answers(SEQ_2_SEQ_LM, 3))
+    stay(**inputs, **answers(SEQ_2_SEQ_LM, 3))
+
+
 @pytest.mark.promise(7, families=("gpt2",))
 @pytest.mark.parametrize("method", ["prompt", "p_tuning_lstm", "prefix", "p_tuning_v2"])
 @pytest.mark.parametrize("other", [{"n_embd": 24}, {"n_layer": 3}, {"n_head": 4}, {"seed": 7}])
@@ -166,6 +189,26 @@ def test_weights_of_another_shape() -> None:
         set_peft_model_state_dict(model, {})
     with pytest.raises(AdapterMismatchError, match="also has"):
         set_peft_model_state_dict(model, {"prompt_embeddings": torch.zeros(P, 144), "more": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("lost", ["lacks", "shape"])
+def test_a_state_dict_that_does_not_fit(lost: str, tmp_path: Path) -> None:
+    model, other = (adapted("bert", SEQ_CLS, "prefix", seed=seed) for seed in (1, 2))
+    own, state = {n: x.clone() for n, x in model.state_dict().items()}, other.state_dict()
+    name = list(state)[-1]
+    state = {n: x for n, x in state.items() if n != name} | ({name: torch.zeros(7)} if lost == "shape" else {})
+    calls = (
+        lambda: model.load_state_dict(state),
+        lambda: get_peft_model_state_dict(model, state),
+        lambda: model.save_pretrained(tmp_path, state_dict=state),
+    )
+    for call in calls:
+        with pytest.raises(AdapterMismatchError, match=f"another '{name}'") as refusal:
+            call()
+        assert "\n" not in str(refusal.value)
+    torch.testing.assert_close(dict(model.state_dict()), own, rtol=0, atol=0)
+    with pytest.raises(AdapterMismatchError, match="another"):
+        get_peft_model_state_dict(model, {})
 
 
 # Folders
@@ -275,9 +318,10 @@ def test_names() -> None:
         with pytest.raises(AdapterError, match="nobody"):
             call()
     assert not Path("nowhere").exists()
-    for name in ("default", "", "a.b"):
-        with pytest.raises(AdapterError, match="loaded"):
+    for name in ("default", "", "a.b", "__base__", "training", "keys", "forward", "_modules", "pop"):
+        with pytest.raises(AdapterError, match=f"'{name}' is .*loaded"):
             model.add_adapter(name, PrefixTuningConfig(num_virtual_tokens=2))
+    assert list(model.peft_config) == ["default"]
     with pytest.raises(AdapterError, match="only"):
         model.delete_adapter("default")
     with pytest.raises(ConfigError, match="no_such_module"):
@@ -300,6 +344,44 @@ def test_more_tokens_than_positions(family: str, task: str, method: str) -> None
     model(input_ids=torch.full((1, limit - P), 5), **decoder)
     with pytest.raises(DataError, match=f"{limit} positions"):
         model(input_ids=torch.full((1, limit + 1 - P), 5), **decoder)
+
+
+@pytest.mark.promise(2)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("family", "task", "method"),
+    [
+        c
+        for c in cases(("prompt", "prompt_suffix", "prefix", "infix"), tasks=(CAUSAL_LM, SEQ_CLS))
+        if FAMILIES[c[0]].limit and FAMILIES[c[0]].positions == "ids"
+    ],
+)
+def test_padding_takes_no_positions(family: str, task: str, method: str, side: str) -> None:
+    model, limit = adapted(family, task, method), FAMILIES[family].limit
+    assert limit is not None
+    rows = texts(family, task, (limit - P, 4))
+    padded = model(**batch(rows, side, width=limit + 3)).logits
+    for i, row in enumerate(rows):
+        own = padded[i] if task == SEQ_CLS else padded[i][batch(rows, side, width=limit + 3)["attention_mask"][i] == 1]
+        torch.testing.assert_close(own, model(input_ids=row[None]).logits[0], atol=1e-5, rtol=1e-5)
+    rows = texts(family, task, (limit + 1 - P, 4))
+    with pytest.raises(DataError, match=f"{limit + 1 - P} tokens and {P} virtual ones exceed"):
+        model(**batch(rows, side, width=limit + 3))
+
+
+def test_models_that_count_columns_by_themselves_count_padding() -> None:
+    model = adapted("bart", SEQ_2_SEQ_LM, "prefix")
+    with pytest.raises(DataError, match="60 tokens and 5 virtual ones exceed"):
+        model(**batch(texts("bart", SEQ_2_SEQ_LM), "left", width=60), **answers(SEQ_2_SEQ_LM, 3))
+
+
+def test_packed_texts_may_be_longer_than_the_positions() -> None:
+    model, row = adapted("gpt2", CAUSAL_LM, "prefix"), torch.full((1, 120), 5)
+    positions = torch.arange(40).repeat(3)[None]
+    logits = model(row, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits[:, 80:], model(row[:, :40]).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(DataError, match="60 tokens and 5 virtual ones exceed"):
+        model(row, position_ids=torch.arange(60).repeat(2)[None], use_cache=False)
 
 
 @pytest.mark.parametrize("positions", [[[0, 1]], [[0, 1, 2, 3, 5]], [[-1, 0, 0, 0, 0]], [[0] * P, [0] * P]])

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, cache_of, cached_length, is_checkpointing
-from softtune.errors import AdapterError, UnsupportedModelError
+from softtune.backbone import Backbone, cache_of, cached_length
+from softtune.errors import AdapterError
 from softtune.injection import Injection
 from softtune.injection.ahead import run_ahead
 from softtune.injection.layout import row_ends, row_starts
-from softtune.injection.modules import add_biases, replace_modules
+from softtune.injection.modules import ModuleChanges
 from softtune.methods.base import Prompt
 from softtune.methods.bitfit import BiasChanges
 
@@ -44,67 +43,41 @@ class Cast:
         return tuple(names) if self.rows is None else tuple(names[i] for i in self.rows.tolist())
 
 
-class Acting:
-    """Puts adapters into a base model, and takes them out again.
+@contextmanager
+def acting(
+    backbone: Backbone, cast: Cast, columns: Tensor | None = None, text_ends: Tensor | None = None
+) -> Iterator[Injection | None]:
+    """Let a cast act in a base model for the length of the block, which gets its injection where anyone acts.
 
-    Under gradient checkpointing the layers run again in the backward pass, when the call is over: biases and heads then
-    stay until the next call, or ``stop``.
+    Layers that run again in the backward pass, under gradient checkpointing, see what acted when they first ran.
 
     Args:
         backbone: the base model.
+        cast: who acts.
+        columns: [B, N] the column before which each virtual token stands.
+        text_ends: [B] the column where each text ends.
     """
+    adapters = list(cast.adapters.values())
+    prompts = [Prompt() if a is None else _prompt(backbone, a, ahead=columns is None) for a in adapters]
+    biases = [a.module.additions() if a and isinstance(a.module, BiasChanges) else [] for a in adapters]
+    changes = ModuleChanges(backbone, biases, [a.heads if a else {} for a in adapters], cast.rows)
+    with ExitStack() as stack:
+        injection = None
+        if any(adapters):
+            packs = not changes.tell_rows(backbone.stacks[0].module)
+            injection = Injection(backbone, prompts, cast.rows, columns=columns, text_ends=text_ends, packs=packs)
+            stack.enter_context(injection)
+        stack.enter_context(changes.acting())
+        yield injection
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-        self._handles: list[RemovableHandle] = []
 
-    @contextmanager
-    def __call__(
-        self, cast: Cast, columns: Tensor | None = None, text_ends: Tensor | None = None
-    ) -> Iterator[Injection | None]:
-        """Let a cast act for the length of the block, which gets its injection where anyone acts.
-
-        Args:
-            cast: who acts.
-            columns: [B, N] the column before which each virtual token stands.
-            text_ends: [B] the column where each text ends.
-        """
-        self.stop()
-        model, adapters = self.backbone.model, list(cast.adapters.values())
-        prompts = [Prompt() if a is None else self._prompt(a, ahead=columns is None) for a in adapters]
-        biases = [a.module.additions() if a and isinstance(a.module, BiasChanges) else [] for a in adapters]
-        checkpoints = is_checkpointing(model) and torch.is_grad_enabled()
-        if checkpoints and cast.rows is not None and any(biases):
-            raise UnsupportedModelError(
-                "gradient checkpointing loses which row has which biases: train rows with BitFit adapters without it"
-            )
-        with ExitStack() as stack:
-            injection = None
-            if any(adapters):
-                injection = Injection(self.backbone, prompts, cast.rows, columns=columns, text_ends=text_ends)
-                stack.enter_context(injection)
-            self._handles += add_biases(model, biases, cast.rows)
-            self._handles += replace_modules(model, [a.heads if a else {} for a in adapters], cast.rows)
-            try:
-                yield injection
-            finally:
-                if not checkpoints:
-                    self.stop()
-
-    def _prompt(self, adapter: Adapter, *, ahead: bool) -> Prompt:
-        """What an adapter contributes; its virtual tokens run ahead through its own trained modules."""
-        prompt: Prompt = adapter.module.prompt()
-        if not ahead:
-            return prompt
-        with ExitStack() as stack:
-            for handle in replace_modules(self.backbone.model, [adapter.heads]):
-                stack.callback(handle.remove)
-            return run_ahead(self.backbone, prompt)
-
-    def stop(self) -> None:
-        """Take out what a checkpointed call has left."""
-        while self._handles:
-            self._handles.pop().remove()
+def _prompt(backbone: Backbone, adapter: Adapter, *, ahead: bool) -> Prompt:
+    """What an adapter contributes; its virtual tokens run ahead through its own trained modules."""
+    prompt: Prompt = adapter.module.prompt()
+    if not ahead:
+        return prompt
+    with ModuleChanges(backbone, [], [adapter.heads]).acting():
+        return run_ahead(backbone, prompt)
 
 
 def answer_columns(backbone: Backbone, labels: Tensor | None, mask: Any) -> Tensor | None:

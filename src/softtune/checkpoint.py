@@ -33,6 +33,8 @@ STATE_NAME = "training_state.safetensors"
 CARD_NAME = "README.md"
 PICKLED_NAME = "adapter_model.bin"
 SAMPLE_KEY = "embedding_sample"
+ROWS_KEY = "embedding_rows"
+"""How many words the sampled embedding had: those that were added or cut since are not compared."""
 SAMPLE_TOLERANCE = 0.05
 """How far, relative to its largest number, a base model's embedding may drift (precision, quantisation) and be the
 same."""
@@ -54,7 +56,8 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -
         if adapter.is_reparameterised:
             _write(stage / STATE_NAME, adapter.module.state_dict())
         _card(Path(folder) / CARD_NAME, config).save(stage / CARD_NAME)
-        config.write(stage, {SAMPLE_KEY: backbone.embedding_sample()})
+        rows = backbone.embedding.num_embeddings
+        config.write(stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows})
     if not adapter.is_reparameterised:
         Path(folder, STATE_NAME).unlink(missing_ok=True)  # of another adapter that was here before
 
@@ -133,17 +136,17 @@ def check_base_model(folder: str | os.PathLike[str], backbone: Backbone, **hub: 
 
     Raises:
         CheckpointError: weights that only softtune reads came without its config, or there are none.
-        AdapterMismatchError: the word embeddings differ.
+        AdapterMismatchError: the word embeddings differ, in words that both have.
     """
     path = storage.locate(folder, OWN_CONFIG_NAME, **hub)
     if path is None and OWN_KEY in weights(folder, **hub):
         raise CheckpointError(f"{folder} has no {OWN_CONFIG_NAME}, and its prompt needs it: copy the whole folder")
-    saved = storage.read_json(path).get(SAMPLE_KEY) if path else None
-    if saved is None:
+    notes = storage.read_json(path) if path else {}
+    if (saved := notes.get(SAMPLE_KEY)) is None:
         return
-    own = backbone.embedding_sample()
+    own = backbone.embedding_sample(notes.get(ROWS_KEY))
     drift = max((abs(a - b) for a, b in zip(saved, own, strict=False)), default=0.0)
-    if len(saved) != len(own) or drift > SAMPLE_TOLERANCE * max(abs(x) for x in saved):
+    if not own or drift > SAMPLE_TOLERANCE * max(abs(x) for x in saved):
         raise AdapterMismatchError(
             f"the adapter in {folder} was trained on another base model, with other word embeddings: load that one"
         )

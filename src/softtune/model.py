@@ -1,7 +1,7 @@
 """PeftModel: one base model and its adapters. One class for every task, since a task is data and a head.
 
-The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs, and under
-gradient checkpointing in the backward pass that follows.
+The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs, and in
+layers that gradient checkpointing runs again for that call.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
-from softtune.acting import BASE, Acting, Cast, answer_columns, check_owner, sign, text_ends
+from softtune.acting import BASE, Cast, acting, answer_columns, check_owner, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
-from softtune.errors import AdapterError, AdapterMismatchError, CheckpointError, DataError
+from softtune.errors import AdapterError, CheckpointError, DataError
 from softtune.injection.generation import generating
 from softtune.methods import PeftConfig
-from softtune.methods.initialization import PROMPT_KEY
 from softtune.options import check_options
+from softtune.state import AdapterState
 from softtune.storage import HUB_OPTIONS
 
 
-class PeftModel(PushToHubMixin, nn.Module):
+class PeftModel(PushToHubMixin, AdapterState):
     """A frozen base model with adapters. Attributes that it lacks are the base model's.
 
     Args:
@@ -42,25 +41,24 @@ class PeftModel(PushToHubMixin, nn.Module):
             along.
         peft_config: the first adapter's config; without one there is no adapter yet.
         adapter_name: the first adapter's name.
+        options: those of PEFT that have no effect here.
 
     Raises:
         UnsupportedModelError: the base model cannot take the method.
-        ConfigError: the config does not fit the base model.
+        ConfigError: the config does not fit the base model, or an unknown option.
     """
 
-    def __init__(self, model: Any, peft_config: PeftConfig | None = None, adapter_name: str = "default") -> None:
-        super().__init__()
+    def __init__(
+        self, model: Any, peft_config: PeftConfig | None = None, adapter_name: str = "default", **options: Any
+    ) -> None:
+        check_options(options)
         if isinstance(model, PeftModel):
             raise AdapterError("the model has adapters already: add another with add_adapter")
         layered = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
         base: PreTrainedModel = model.get_base_model() if layered else model
-        self.backbone = Backbone(base)
-        self.base_model = base if layered else base.requires_grad_(False)
-        self.prompt_encoder = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
-        self.peft_config: dict[str, PeftConfig] = {}
-        self.active_adapter = adapter_name
-        self._acting = Acting(self.backbone)
+        backbone = Backbone(base)
+        super().__init__(base if layered else base.requires_grad_(False), adapter_name)
+        self.backbone = backbone
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
@@ -72,7 +70,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (), self.__dict__
 
-    # Adapters: add, load, save, choose, remove
+    # Adapters: make, load, save, switch off
 
     @classmethod
     def from_pretrained(
@@ -103,14 +101,21 @@ class PeftModel(PushToHubMixin, nn.Module):
         loaded.load_adapter(model_id, adapter_name, is_trainable, config, **options)
         return loaded.train(is_trainable)
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **options: Any) -> None:
         """Add a new adapter, at the start that its config asks for. The first one becomes active.
 
+        Args:
+            adapter_name: the name to give it.
+            peft_config: its config, which is copied.
+            options: those of PEFT that have no effect here.
+
         Raises:
-            AdapterError: there is an adapter of that name, or the name has a dot.
+            AdapterError: there is an adapter of that name, or it is no name: it has a dot, or modules have an
+                attribute of that name.
             UnsupportedModelError: the base model cannot take the method.
-            ConfigError: the config does not fit the base model.
+            ConfigError: the config does not fit the base model, or an unknown option.
         """
+        check_options(options)
         adapter = self._new_adapter(adapter_name, peft_config)
         adapter.config.initialize(adapter.module, self.backbone)
         self._register(adapter_name, adapter)
@@ -176,58 +181,14 @@ class PeftModel(PushToHubMixin, nn.Module):
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
                 checkpoint.save(folder, self.adapter(name), self.backbone)
 
-    def set_adapter(self, adapter_name: str) -> None:
-        """Let this adapter act, and train it unless it was loaded for inference.
-
-        Raises:
-            AdapterError: no such adapter.
-        """
-        self.adapter(adapter_name)
-        self.active_adapter = adapter_name
-        for name, config in self.peft_config.items():
-            self.set_requires_grad(name, name == adapter_name and not config.inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the active one, the first of the others becomes active.
-
-        Raises:
-            AdapterError: no such adapter, or no other one.
-        """
-        self.adapter(adapter_name)
-        others = [name for name in self.peft_config if name != adapter_name]
-        if not others:
-            raise AdapterError(f"{adapter_name!r} is the only adapter: use get_base_model() to go on without one")
-        if self.active_adapter == adapter_name:
-            self.set_adapter(others[0])
-        del self.peft_config[adapter_name], self.prompt_encoder[adapter_name], self.heads[adapter_name]
-
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, to the last bit, for the length of the block."""
         active, self.active_adapter = self.active_adapter, ""
-        self._acting.stop()
         try:
             yield
         finally:
             self.active_adapter = active if active in self.peft_config else next(iter(self.peft_config), "")
-
-    def adapter(self, adapter_name: str) -> Adapter:
-        """An adapter by name. Raises AdapterError where there is none."""
-        if adapter_name not in self.peft_config:
-            loaded = ", ".join(self.peft_config) or "none"
-            raise AdapterError(f"no adapter is named {adapter_name!r}: load it first (loaded: {loaded})")
-        own_heads = self.heads[adapter_name]
-        assert isinstance(own_heads, nn.ModuleDict)
-        heads = {name.replace("/", "."): head for name, head in own_heads.items()}
-        return Adapter(self.peft_config[adapter_name], self.prompt_encoder[adapter_name], heads)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [self.active_adapter] if self.active_adapter else []
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        return self.peft_config[self.active_adapter]
 
     @property
     def keeps_logits(self) -> bool:
@@ -236,19 +197,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def get_base_model(self) -> PreTrainedModel:
         """The base model, which works without adapters as it did before."""
-        self._acting.stop()
         return self.base_model
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train these adapters too, or no longer: in a batch of several, each gets the gradients of its own rows.
-
-        Raises:
-            AdapterError: no such adapter.
-        """
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.adapter(name)
-            self.prompt_encoder[name].requires_grad_(requires_grad)
-            self.heads[name].requires_grad_(requires_grad)
 
     # Running
 
@@ -300,7 +249,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
         cast = self._cast(adapter_names, text)
         check_owner(kwargs, cast)
-        with self._acting(cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
+        with acting(self.backbone, cast, prompt_positions, answer_columns(self.backbone, labels, attention_mask)):
             output = self.base_model(return_dict=True, **kwargs)
         sign(output, cast)
         return output if return_dict is not False else output.to_tuple()
@@ -326,7 +275,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         check_owner(kwargs, cast)
         ends = text_ends(self.backbone, text, kwargs.get("attention_mask"))
         generate: Any = self.base_model.generate
-        with self._acting(cast, prompt_positions, ends) as injection, generating(injection, kwargs):
+        with acting(self.backbone, cast, prompt_positions, ends) as injection, generating(injection, kwargs):
             generated = generate(*args, **kwargs)
         sign(generated, cast)
         return generated
@@ -360,66 +309,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         names = list(adapters)
         return Cast(adapters, torch.tensor([names.index(n) for n in adapter_names]) if len(names) > 1 else None)
 
-    # Parameters
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The adapter's baked prompt on the CPU: [P, W] keys and values, or [P, D] vectors.
-
-        Raises:
-            AdapterError: no such adapter, or it has no virtual tokens.
-        """
-        state = self.adapter(adapter_name).baked_state()
-        if PROMPT_KEY not in state:
-            raise AdapterError(f"{adapter_name!r} has no virtual tokens: read get_peft_model_state_dict instead")
-        prompt: Tensor = state[PROMPT_KEY].cpu()
-        return prompt
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers that are trained, and all numbers."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
-
-    def print_trainable_parameters(self) -> None:
-        """Print both counts and the share, in PEFT's words."""
-        trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
-
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """What is trained: all adapters, and of the base model only what is not frozen (a LoRA trained along).
-
-        So checkpoints of any training loop hold the adapters and not the base model.
-        """
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        trained = {f"{prefix}{n}" for n, p in self.named_parameters() if p.requires_grad}
-        for name in [n for n in state if n.startswith(f"{prefix}base_model.") and n not in trained]:
-            del state[name]
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take over what ``state_dict`` returned.
-
-        Raises:
-            AdapterMismatchError: ``strict``, and something is missing or unknown.
-        """
-        loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [name for name in loaded.missing_keys if name in self.state_dict()]
-        if strict and (odd := [*missing, *loaded.unexpected_keys]):
-            raise AdapterMismatchError(f"the state has another {odd[0]!r} than the model: add the same adapters first")
-        return _IncompatibleKeys(missing, loaded.unexpected_keys)
-
-    @contextmanager
-    def numbers_of(self, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """The numbers of another ``state_dict`` in place of the model's own, for the length of the block."""
-        if state_dict is None:
-            yield
-            return
-        own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        self.load_state_dict({name: state_dict[name] for name in own})
-        try:
-            yield
-        finally:
-            self.load_state_dict(own)
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -429,20 +318,10 @@ class PeftModel(PushToHubMixin, nn.Module):
             return getattr(self.base_model, name)
 
     def _new_adapter(self, name: str, config: PeftConfig) -> Adapter:
-        if name in self.peft_config or not name or "." in name:
-            reason = "is loaded already" if name in self.peft_config else "is no name: use one without dots"
+        if name in self.peft_config or name in ("", BASE) or "." in name or hasattr(self.prompt_encoder, name):
+            reason = "is loaded already" if name in self.peft_config else "is no name: use another, without dots"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
-        self._acting.stop()
         return Adapter.new(config, self.backbone)
-
-    def _register(self, name: str, adapter: Adapter) -> None:
-        self.peft_config[name] = adapter.config
-        self.prompt_encoder[name] = adapter.module
-        self.heads[name] = nn.ModuleDict({n.replace(".", "/"): head for n, head in adapter.heads.items()})
-        if len(self.peft_config) == 1:
-            self.set_adapter(name)
-        else:
-            self.set_requires_grad(name, False)
 
 
 def _blank() -> PeftModel:

@@ -70,6 +70,25 @@ def test_vocabulary_sample_is_of_common_words() -> None:
     assert len(set(ids.tolist())) == 4000
 
 
+@pytest.mark.parametrize("start", ["SAMPLE_VOCAB", "LABELS"])
+def test_a_vocabulary_sample_has_no_special_and_unused_entries(start: str, tmp_path: Path) -> None:
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[unused0]": 2, "[unused17]": 3, "<unused_2>": 4, "great": 5, "unused": 6}
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")),
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        extra_special_tokens=["[MORE]"],
+    )
+    words.save_pretrained(tmp_path)
+    labels = {"prompt_tuning_init_labels": ["great"]} if start == "LABELS" else {}
+    prompt = prompt_of(
+        "gpt2", num_virtual_tokens=9, prompt_tuning_init=start, tokenizer_name_or_path=str(tmp_path), **labels
+    )
+    expected = words_of("gpt2", [5, 6])
+    assert all((expected == row).all(1).any() for row in prompt)
+    assert all((prompt == row).all(1).any() for row in expected)
+
+
 def test_more_virtual_tokens_than_words() -> None:
     ids = init.vocabulary_ids(Backbone(base_model("gpt2", CAUSAL_LM)), 2 * VOCABULARY)
     assert sorted(ids.tolist()) == sorted(2 * list(range(VOCABULARY)))

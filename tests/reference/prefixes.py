@@ -140,7 +140,10 @@ def naive_prefixes(
 
 
 def _owner(model: PreTrainedModel, module: nn.Module) -> nn.Module | None:
-    """The self-attention of the first block of T5's stack that ``module`` is in; None for cross-attention."""
+    """The self-attention of the first block of T5's stack that ``module`` is in, or the block's own in UMT5; None for
+    cross-attention."""
+    if getattr(module, "has_relative_attention_bias", False):
+        return module
     if type(module).__name__ != "T5Attention":
         return None
     for stack in (model.base_model.encoder, model.base_model.decoder):

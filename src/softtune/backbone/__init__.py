@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softtune.backbone.checkpointing import around_runs, is_checkpointing, is_reentrant
 from softtune.backbone.interface import WRAPPER, AttentionRecorder, install
+from softtune.backbone.outputs import Outputs, observing, with_rows
 from softtune.backbone.roles import BiasSlot, bias_slots
 from softtune.backbone.stack import (
     AttentionLayer,
@@ -27,7 +29,6 @@ from softtune.backbone.stack import (
     cached_length,
     evaluating,
     is_causal,
-    is_checkpointing,
 )
 from softtune.errors import UnsupportedModelError
 
@@ -37,10 +38,12 @@ __all__ = [
     "Place",
     "Site",
     "Stack",
+    "around_runs",
     "cache_of",
     "cached_length",
     "evaluating",
     "is_checkpointing",
+    "is_reentrant",
 ]
 
 
@@ -51,7 +54,7 @@ class Backbone:
         model: a Hugging Face transformer, with or without a head.
 
     Raises:
-        UnsupportedModelError: the model is no ``PreTrainedModel``.
+        UnsupportedModelError: the model, or a stack of it, is no ``PreTrainedModel``.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -239,32 +242,42 @@ class Backbone:
     def _that_fit(self, slots: list[BiasSlot]) -> list[BiasSlot]:
         """Less the modules that cannot take a change at their output: those that return no row of features for each
         token, and those that the module around them reads the weights of instead of calling them."""
-        outputs: dict[nn.Module, Any] = {}
-        modules = {m for s in slots for m in (self._module(s), self._module(s, parent=True))}
-        handles = [m.register_forward_hook(lambda m, args, output: outputs.update({m: output})) for m in modules]
-        try:
-            with evaluating(self.model):
-                self._run({"input_ids": torch.zeros(1, 3, dtype=torch.long, device=self.model.device)})
-        finally:
-            for handle in handles:
-                handle.remove()
 
         def fits(slot: BiasSlot) -> bool:
-            module = self._module(slot)
-            if module not in outputs:
-                return self._module(slot, parent=True) not in outputs
-            output = outputs[module]
-            return isinstance(output, Tensor) and (slot.index is not None or output.shape[-1] == slot.width)
+            if (calls := self._outputs.get(slot.module)) is None:
+                return slot.module.rpartition(".")[0] not in self._outputs
+            return all(c.width is not None and (slot.index is not None or c.width == slot.width) for c in calls)
 
         return [slot for slot in slots if fits(slot)]
 
-    def _module(self, slot: BiasSlot, parent: bool = False) -> nn.Module:
-        return self.model.get_submodule(slot.module.rpartition(".")[0] if parent else slot.module)
+    @cached_property
+    def row_modules(self) -> frozenset[str]:
+        """Names of the modules whose outputs have the rows of a batch one after another, as [B, ...] or [B·T, ...]:
+        those below the head that were seen to, and the head's."""
+        below = set(self.model.base_model.modules())
+        above = {name for name, module in self.model.named_modules() if module not in below}
+        return with_rows(self.model, self._outputs) | above
 
-    def embedding_sample(self, size: int = 16) -> list[float]:
-        """A few numbers of the word embedding, by which an adapter knows its base model again at any precision."""
+    @cached_property
+    def _outputs(self) -> Outputs:
+        ids = torch.arange(14, device=self.model.device).view(2, 7)  # so many that no expert gets all by chance
+        embeddings = [stack.module.get_input_embeddings() for stack in self.stacks]
+        with evaluating(self.model), observing(self.model, embeddings) as outputs:
+            self._run({"input_ids": ids})
+        return outputs
+
+    def embedding_sample(self, rows: int | None = None, size: int = 16) -> list[float]:
+        """A few numbers of the word embedding, by which an adapter knows its base model again at any precision.
+
+        Args:
+            rows: how many words the embedding had when the sample to compare with was taken: the picks are those that
+                were picked then, less those of words that are gone. By default as many as now.
+            size: how many numbers.
+        """
         weights = self.embedding.weight.detach().flatten()
-        picks = torch.linspace(0, weights.numel() - 1, size + 2, dtype=torch.float64).long()[1:-1]
+        numbers = weights.numel() if rows is None else rows * self.embedding.embedding_dim
+        picks = torch.linspace(0, numbers - 1, size + 2, dtype=torch.float64).long()[1:-1]
+        picks = picks[picks < weights.numel()]
         return [round(float(x), 6) for x in weights[picks.to(weights.device)]]
 
 
@@ -277,7 +290,11 @@ def _facts(module: nn.Module, key: Tensor, recorder: AttentionRecorder, cache: A
     return {"is_shared": shared, "is_cached": held is not None and held.shape == key.shape and not shared}
 
 
-def _below_head(stack: PreTrainedModel) -> PreTrainedModel:
+def _below_head(stack: nn.Module) -> PreTrainedModel:
     """The layers alone: an ``EncoderDecoderModel`` is made of models with heads of their own."""
+    if not isinstance(stack, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(stack).__name__} is no model of its own, so that no prompt reaches it: use another base model"
+        )
     base: Any = stack.base_model
     return stack if base is stack else _below_head(base)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 _CACHES = {"past_key_values", "cache_params"}
 """The names that a stack gives to its cache; a model without attention has states in place of keys and values."""
@@ -124,21 +123,25 @@ class Stack:
 
     @cached_property
     def relative_bias(self) -> nn.Module | None:
-        """T5's attention module that owns the relative position bias of the whole stack."""
+        """T5's attention module that owns the relative position bias of the whole stack; the first of UMT5's."""
         return next((m for m in self.module.modules() if getattr(m, "has_relative_attention_bias", False)), None)
 
-    def prefix_bias(self, positions: Tensor, length: int) -> Tensor:
+    def bias_owner(self, layer: nn.Module) -> nn.Module | None:
+        """The attention module whose relative position bias a layer adds: its own in UMT5, the stack's in T5."""
+        return layer if getattr(layer, "has_relative_attention_bias", False) else self.relative_bias
+
+    def prefix_bias(self, owner: Any, positions: Tensor, length: int) -> Tensor:
         """[B, heads, T, P] T5's bias of queries at positions [B, T] for a prefix that stands right before position
         0."""
-        owner: Any = self.relative_bias
         distance = torch.arange(-length, 0, device=positions.device) - positions[..., None]
-        buckets = owner._relative_position_bucket(
-            distance,
-            bidirectional=not self.is_causal,
-            num_buckets=owner.relative_attention_num_buckets,
-            max_distance=owner.relative_attention_max_distance,
-        )
-        bias: Tensor = owner.relative_attention_bias(buckets)
+        settings = {
+            "bidirectional": not self.is_causal,
+            "num_buckets": owner.relative_attention_num_buckets,
+            "max_distance": owner.relative_attention_max_distance,
+        }
+        if "num_buckets" not in inspect.signature(owner._relative_position_bucket).parameters:
+            settings = {}  # UMT5's knows them
+        bias: Tensor = owner.relative_attention_bias(owner._relative_position_bucket(distance, **settings))
         return bias.permute(0, 3, 1, 2)
 
     @cached_property
@@ -206,12 +209,6 @@ def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
     except ValueError:
         return 0, bool(cache.has_previous_state())
     return length, length > 0
-
-
-def is_checkpointing(model: nn.Module) -> bool:
-    """Whether a model or stack runs its layers again during the backward pass."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return model.training and any(layer.gradient_checkpointing for layer in layers)
 
 
 def is_causal(stack: PreTrainedModel) -> bool:

@@ -30,6 +30,7 @@ class Injection:
         columns: [B, N] the column of the input before which each virtual token stands; by default in front of the text,
             or at its end where the prompt says so.
         text_ends: [B] the column where each text ends; by default behind its last token.
+        packs: whether a decoder's layers may see tokens in any arrangement, since only attention tells rows apart.
 
     Raises:
         DataError: there are columns, but no virtual tokens that stand among the words, or another number of them.
@@ -43,12 +44,13 @@ class Injection:
         *,
         columns: Tensor | None = None,
         text_ends: Tensor | None = None,
+        packs: bool = True,
     ) -> None:
         if columns is not None:
             _check_columns(columns, prompts)
         self.backbone = backbone
         self.prompts = prompts
-        self.stacks = [StackInjection(backbone, s, prompts, rows, columns, text_ends) for s in backbone.stacks]
+        self.stacks = [StackInjection(backbone, s, prompts, rows, columns, text_ends, packs) for s in backbone.stacks]
         self._handles: list[RemovableHandle] = []
 
     @property

@@ -5,13 +5,15 @@ Each adapter of a batch may have its own. Letters: R adapters, B rows, N feature
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from softtune.backbone import Backbone, around_runs
 from softtune.backbone.roles import BiasSlot
 from softtune.errors import UnsupportedModelError
 from softtune.injection.rows import multiplied
@@ -20,78 +22,115 @@ Additions = Sequence[tuple[BiasSlot, Tensor]]
 """Every place where an adapter adds to an output, and what [width] it adds there."""
 
 
-def add_biases(model: nn.Module, adapters: Sequence[Additions], rows: Tensor | None = None) -> list[RemovableHandle]:
-    """Add each adapter's changes to the outputs of its rows until the handles are removed.
-
-    The handles outlive a forward, since gradient checkpointing runs the layers again during the backward pass.
+class ModuleChanges:
+    """What the adapters of a batch do to the outputs of single modules.
 
     Args:
-        model: the base model.
-        adapters: R of them.
+        backbone: the base model.
+        biases: R times what is added.
+        heads: R times the copies that answer in place of modules, by the names of the modules.
         rows: [B] which adapter each row has; None where there is only one.
     """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        biases: Sequence[Additions],
+        heads: Sequence[Mapping[str, nn.Module]],
+        rows: Tensor | None = None,
+    ) -> None:
+        self._model = backbone.model
+        self._hooks: dict[nn.Module, list[Any]] = {}
+        self._is_acting = False
+        self._is_by_row = rows is not None
+        for name, hook in [*_adders(biases, rows), *_answers(heads, rows)]:
+            hook = hook if rows is None or name in backbone.row_modules else partial(_refuse, name)
+            self._hooks.setdefault(self._model.get_submodule(name), []).append(hook)
+
+    def tell_rows(self, part: nn.Module) -> bool:
+        """Whether rows differ in what changes within a part of the model."""
+        return self._is_by_row and any(module in self._hooks for module in part.modules())
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Change outputs for the length of the block, and whenever a layer that it checkpoints runs again."""
+        if not self._hooks:
+            yield
+            return
+        with self._inside(self._model), around_runs(self._model, self._inside):
+            yield
+
+    @contextmanager
+    def _inside(self, part: nn.Module) -> Iterator[None]:
+        """Change the outputs of a part of the model, unless that of the whole is being changed."""
+        if self._is_acting:
+            yield
+            return
+        with ExitStack() as stack:
+            for module in part.modules():
+                for hook in self._hooks.get(module, ()):
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            self._is_acting = True
+            try:
+                yield
+            finally:
+                self._is_acting = False
+
+
+def _refuse(name: str, *_: Any) -> None:
+    raise UnsupportedModelError(
+        f"{name} does not compute row by row: run rows of adapters that change it in batches of their own"
+    )
+
+
+def _adders(adapters: Sequence[Additions], rows: Tensor | None) -> list[tuple[str, Any]]:
+    """Names of modules, and the hooks that add each adapter's changes to their outputs."""
     changes: dict[str, list[Tensor | None]] = {}
     slots: dict[str, BiasSlot] = {}
     for number, additions in enumerate(adapters):
         for slot, change in additions:
             slots[slot.name] = slot
             changes.setdefault(slot.name, [None] * len(adapters))[number] = change
-    return [
-        model.get_submodule(slot.module).register_forward_hook(_adder(slot, changes[name], rows))
-        for name, slot in slots.items()
-    ]
+    return [(slot.module, _adder(slot, changes[name], rows)) for name, slot in slots.items()]
 
 
 def _adder(slot: BiasSlot, changes: Sequence[Tensor | None], rows: Tensor | None) -> Any:
     some = next(change for change in changes if change is not None)
 
-    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def add(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         added = torch.stack([torch.zeros_like(some) if c is None else c for c in changes]).to(output.dtype)
         if slot.index is not None:
             index = slot.index.to(added.device)
             added = added.new_zeros(len(added), output.shape[-1]).index_copy(1, index, added)
-        return output + (added[0] if rows is None else _per_row(added, rows, output, args, slot))
+        return output + (added[0] if rows is None else _per_row(added, rows, output))
 
     return add
 
 
-def _per_row(added: Tensor, rows: Tensor, output: Tensor, args: Any, slot: BiasSlot) -> Tensor:
+def _per_row(added: Tensor, rows: Tensor, output: Tensor) -> Tensor:
     """[B, 1, ..., N] each row's addition [N]; an output of B·T tokens in one dimension counts as B rows of T."""
-    if isinstance(args[0], nn.Parameter) or len(output) % len(rows):
-        raise UnsupportedModelError(
-            f"{slot.module} computes one thing for all rows: run rows with BitFit adapters in batches of their own"
-        )
     return added[multiplied(rows, len(output))].view(len(output), *[1] * (output.dim() - 2), -1)
 
 
-def replace_modules(
-    model: nn.Module, adapters: Sequence[Mapping[str, nn.Module]], rows: Tensor | None = None
-) -> list[RemovableHandle]:
-    """Let each adapter's copies answer for its rows, in place of the modules of these names, until the handles are
-    removed.
-
-    Args:
-        model: the base model.
-        adapters: R times the copies, by the names of the modules.
-        rows: [B] which adapter each row has; None where there is only one.
-    """
-
-    def answer(copies: Sequence[nn.Module | None]) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            for number, copy in enumerate(copies):
-                if copy is not None:
-                    if not isinstance(output, Tensor):
-                        raise UnsupportedModelError(
-                            f"modules_to_save: {type(module).__name__} returns more than one tensor, name one inside it"
-                        )
-                    own = _in_fp32(copy, args, kwargs).to(output.dtype)
-                    output = own if rows is None else _choose(multiplied(rows, len(output)) == number, own, output)
-            return output
-
-        return hook
-
+def _answers(adapters: Sequence[Mapping[str, nn.Module]], rows: Tensor | None) -> list[tuple[str, Any]]:
+    """Names of modules, and the hooks that let each adapter's copies answer for its rows in place of them."""
     names = {name: [copies.get(name) for copies in adapters] for own in adapters for name in own}
-    return [model.get_submodule(n).register_forward_hook(answer(c), with_kwargs=True) for n, c in names.items()]
+    return [(name, _answer(copies, rows)) for name, copies in names.items()]
+
+
+def _answer(copies: Sequence[nn.Module | None], rows: Tensor | None) -> Any:
+    def answer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        for number, copy in enumerate(copies):
+            if copy is not None:
+                if not isinstance(output, Tensor):
+                    raise UnsupportedModelError(
+                        f"modules_to_save: {type(module).__name__} returns more than one tensor, name one inside it"
+                    )
+                own = _in_fp32(copy, args, kwargs).to(output.dtype)
+                output = own if rows is None else _choose(multiplied(rows, len(output)) == number, own, output)
+        return output
+
+    return answer
 
 
 def _in_fp32(head: nn.Module, args: Any, kwargs: Any) -> Tensor:

@@ -23,8 +23,8 @@ from softtune.backbone.interface import Attention
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.layout import is_contiguous
 from softtune.injection.rows import multiplied
-from softtune.injection.step import Call, Step
-from softtune.injection.trim import PER_TOKEN, each_state
+from softtune.injection.step import TEXT, Call, Step, features_of
+from softtune.injection.trim import each_state
 
 IMPLEMENTATIONS = ("softtune_sdpa", "softtune_eager")
 """Those of attention that take any mask, and so any arrangement of a batch's tokens."""
@@ -100,7 +100,7 @@ class Pack:
             call: its arguments.
             rows: [B] which adapter each row has; None where there is only one.
         """
-        ids = None if stack.is_random or call.get("token_type_ids") is not None else call.get("input_ids")
+        ids = None if stack.is_random or features_of(call) else call.get("input_ids")
         if ids is not None and rows is not None:
             ids = ids + multiplied(rows, len(ids)).to(ids.device)[:, None] * (int(ids.max()) + 1)
         pack = cls(Step(call).full_mask(), ids)
@@ -128,7 +128,7 @@ class Pack:
 
     def fill(self, call: dict[str, Any]) -> None:
         """Put the tokens [1, N] of a call in place of its rows [B, T]."""
-        for name in PER_TOKEN:
+        for name in (*TEXT, *features_of(call)):
             if call.get(name) is not None and name != "attention_mask":
                 call[name] = call[name].expand(len(self.mask), -1, *call[name].shape[2:])[self.rows, self.columns][None]
 

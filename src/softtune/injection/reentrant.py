@@ -11,19 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from softtune.backbone import Place, is_checkpointing
+from softtune.backbone import Place
 from softtune.methods.base import KeyValue
-
-
-def is_reentrant(stack: nn.Module) -> bool:
-    """Whether a stack's layers are checkpointed in the reentrant way in this call."""
-    if not (torch.is_grad_enabled() and is_checkpointing(stack)):
-        return False
-    functions: list[Any] = [getattr(m, "_gradient_checkpointing_func", None) for m in stack.modules()]
-    return any(f is not None and f.keywords.get("use_reentrant", True) for f in functions)
 
 
 class Anchor:

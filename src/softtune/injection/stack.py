@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from softtune.backbone import Backbone, Site, Stack
+from softtune.backbone import Backbone, Site, Stack, is_reentrant
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.attention import PrefixAttention, widen
@@ -24,9 +24,9 @@ from softtune.injection.cache import PrefixCache, as_long_as, hold, make_room, o
 from softtune.injection.columns import Columns
 from softtune.injection.layout import Layout, row_starts
 from softtune.injection.pack import Pack, PackedAttention, can_pack
-from softtune.injection.reentrant import Anchor, is_reentrant
+from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
-from softtune.injection.step import Call, Step
+from softtune.injection.step import Call, Step, features_of
 from softtune.injection.trim import Trim
 from softtune.methods.base import Prompt
 
@@ -48,6 +48,7 @@ class StackInjection:
         rows: Tensor | None,
         columns: Tensor | None,
         text_ends: Tensor | None,
+        packs: bool,
     ) -> None:
         self.stack = stack
         self.has_interface = backbone.has_interface
@@ -66,7 +67,7 @@ class StackInjection:
         self.trim: Trim | None = None
         self.pack: Pack | None = None
         self.has_run = False
-        self.packs = backbone.runs_ahead and self.has_interface and stack.takes_position_ids
+        self.packs = packs and backbone.runs_ahead and self.has_interface and stack.takes_position_ids
         self.packs = self.packs and self.prompts.vectors is None and not self.prompts.has_infix
         self.shares_keys = is_reentrant(stack.module) and any(a.is_shared for a in backbone.attention_layers)
         self.anchor: Anchor | None = None
@@ -107,7 +108,7 @@ class StackInjection:
             self._add_vectors(call, step, here)
         elif not self.stack.is_causal and bool(step.starts.any()):
             self._lay_out(call, step, here)
-        self._check_length(step, here)
+        self._check_length(call, step, here)
         self._place(call, step, here)
         if self.pack is not None:
             self._pack(self.pack, call, step, here)
@@ -215,15 +216,16 @@ class StackInjection:
 
     def _lay_out(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put everything that comes with a token in its slot."""
-        self.layout = self._layout_of(step, here)
+        self.layout, features = self._layout_of(step, here), features_of(call)
         words = call["inputs_embeds"] if call.get("input_ids") is None else self.stack.embed(call["input_ids"])
         vectors = words[:, :0] if here.vectors is None else here.vectors
         call["inputs_embeds"] = self.layout.merge(words, vectors)
         call["input_ids"] = None
         if step.mask is not None or here.is_ragged:
             call["attention_mask"] = self.layout.merge(step.full_mask(), here.is_vector)
-        if call.get("token_type_ids") is not None:
-            call["token_type_ids"] = self.layout.merge(call["token_type_ids"], torch.zeros_like(here.is_vector))
+        for name in features:
+            zeros = call[name].new_zeros(*here.is_vector.shape, *call[name].shape[2:])
+            call[name] = self.layout.merge(call[name], zeros)
 
     def _place(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Count positions from each row's first real token, and past the virtual tokens in front of it."""
@@ -231,8 +233,8 @@ class StackInjection:
             return
         positions = call.get("position_ids")
         if positions is None:
-            if not here.shifts and not (self.stack.is_causal and (step.mask is not None or here.is_ragged)):
-                return  # the model's own count is right
+            if self._counts_itself(step, here):
+                return
             positions = step.positions() + self.stack.first_position
         positions = positions.expand(step.rows, -1)
         if here.vectors is not None and step.has_restarts(positions):
@@ -242,9 +244,17 @@ class StackInjection:
         shift = self._shift(call, step, here, positions)
         if self.layout is not None:
             in_slots = self.layout.merge(shift.expand_as(positions), torch.zeros_like(here.is_vector))
-            call["position_ids"] = self.layout.merge_positions(positions) + in_slots
+            positions = self.layout.merge_positions(positions) + in_slots
         else:
-            call["position_ids"] = positions + shift
+            positions = positions + shift
+        if (limit := self.stack.table_size) is not None:  # beyond it is padding alone
+            positions = positions.clamp(max=self.stack.first_position + limit - 1)
+        call["position_ids"] = positions
+
+    def _counts_itself(self, step: Step, here: RowPrompts) -> bool:
+        """Whether the model's own count, which is that of the columns, is right."""
+        needs_count = self.stack.is_causal and (step.mask is not None or here.is_ragged)
+        return not self.stack.takes_position_ids or not (here.shifts or needs_count)
 
     def _shift(self, call: Call, step: Step, here: RowPrompts, positions: Tensor) -> Tensor:
         """[B, T] or [B, 1] how far virtual tokens that have no slot in this call move the tokens' positions [B, T]."""
@@ -261,26 +271,44 @@ class StackInjection:
 
     def _shift_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
         """Look up again, further on, what BART's kin look up by themselves."""
-        if not isinstance(module, nn.Embedding):
+        signature, shift = inspect.signature(module.forward), self.shift[:, None].to(output.device)
+        if "past_key_values_length" not in signature.parameters:
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} counts positions in a way of its own: set shift_positions=False"
             )
-        call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        positions = call.get("position_ids")
+        call = signature.bind(*args, **kwargs).arguments
+        past, positions = call.get("past_key_values_length", 0), call.get("position_ids")
+        if not isinstance(module, nn.Embedding):  # M2M100's is no table, and gives padding no position
+            for length in self.shift.unique().tolist():
+                counted = {"past_key_values_length": past + length}
+                moved = counted if positions is None else {"position_ids": positions + length}
+                output = output.where(shift[..., None] != length, module.forward(**call | moved))
+            return output
         if positions is None:
-            positions = torch.arange(output.shape[-2], device=output.device) + call.get("past_key_values_length", 0)
-        further = positions + self.shift[:, None].to(output.device) + getattr(module, "offset", 0)
-        return nn.functional.embedding(further, module.weight)
+            positions = torch.arange(output.shape[-2], device=output.device) + past
+        return nn.functional.embedding(positions + shift + getattr(module, "offset", 0), module.weight)
 
-    def _check_length(self, step: Step, here: RowPrompts) -> None:
+    def _check_length(self, call: Call, step: Step, here: RowPrompts) -> None:
         limit = self.stack.table_size
         if limit is None:
             return
-        virtual = int((here.shift + here.is_vector.sum(1)).max())
-        if step.width + virtual > limit:
+        tokens, virtual = self._lengths(call, step, here), (here.shift + here.is_vector.sum(1)).to(step.device)
+        row = int((tokens + virtual).argmax())
+        if int(tokens[row] + virtual[row]) > limit:
             raise DataError(
-                f"{step.width} tokens and {virtual} virtual ones exceed the model's {limit} positions: shorten the text"
+                f"{int(tokens[row])} tokens and {int(virtual[row])} virtual ones exceed the model's {limit} positions: "
+                "shorten the text"
             )
+
+    def _lengths(self, call: Call, step: Step, here: RowPrompts) -> Tensor:
+        """[B] positions that each row's text takes."""
+        given: Tensor | None = call.get("position_ids")
+        if given is not None:
+            real = step.full_mask()[:, -step.length :] != 0
+            return (given - self.stack.first_position + 1).expand(step.rows, -1).where(real, 0).amax(1)
+        if self._counts_itself(step, here):
+            return torch.full_like(step.starts, step.width)
+        return step.ends - step.starts
 
     def _add_prefix(self, call: Call, step: Step, here: RowPrompts) -> None:
         if self.layers[0].module is None:
@@ -339,9 +367,9 @@ class StackInjection:
             return {}
         positions = step.positions()
         positions = positions if self.layout is None else self.layout.merge_positions(positions)
-        sizes = {max(here.lengths[a.place]) for a in own}
-        biases = {size: self.stack.prefix_bias(positions, size) for size in sizes}
-        return {a.module: biases[max(here.lengths[a.place])] for a in own if a.module is not None}
+        kinds = {a.module: (self.stack.bias_owner(a.module), max(here.lengths[a.place])) for a in own if a.module}
+        biases = {kind: self.stack.prefix_bias(kind[0], positions, kind[1]) for kind in {*kinds.values()}}
+        return {module: biases[kind] for module, kind in kinds.items()}
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
         self.anchor = None

@@ -15,13 +15,31 @@ from softtune.injection.layout import row_ends, row_starts
 
 Call = dict[str, Any]
 """A stack's arguments by name."""
+TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+"""Arguments of every stack that have a column for each token."""
+_OF_OTHERS = ("encoder_", "entity_")
+"""How arguments begin whose columns are another sequence's, which may be as long by chance."""
+
+
+def features_of(call: Call) -> list[str]:
+    """Names of the arguments that tell more of each token, [B, T, ...]: its type, or its box on a page. A virtual token
+    has zeros there."""
+    shape = _tokens(call).shape[:2]
+    further = {name: x for name, x in call.items() if name not in TEXT and not name.startswith(_OF_OTHERS)}
+    return [name for name, x in further.items() if isinstance(x, Tensor) and x.dim() > 1 and x.shape[:2] == shape]
+
+
+def _tokens(call: Call) -> Tensor:
+    """[B, T] ids or [B, T, D] vectors."""
+    tokens: Tensor = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+    return tokens
 
 
 class Step:
     """What a call says about its rows."""
 
     def __init__(self, call: Call) -> None:
-        tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+        tokens = _tokens(call)
         mask = call.get("attention_mask")
         self.device = tokens.device
         self.rows, self.length = tokens.shape[:2]

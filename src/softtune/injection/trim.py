@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softtune.injection.layout import row_ends, row_starts
-
-PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
-"""Arguments of a stack's call that have a column for each token."""
+from softtune.injection.step import TEXT, Call, features_of
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,9 @@ class Trim:
         left = 0 if keep_left else int(row_starts(mask, len(mask), mask.device).min())
         return cls(left, mask.shape[1] - int(row_ends(mask, len(mask), mask.shape[1], mask.device).max()))
 
-    def cut(self, call: dict[str, Any]) -> None:
+    def cut(self, call: Call) -> None:
         """Take the columns out of a call's arguments."""
-        for name in PER_TOKEN:
+        for name in (*TEXT, *features_of(call)):
             if call.get(name) is not None:
                 call[name] = call[name][:, self.left : call[name].shape[1] - self.right]
 

@@ -7,6 +7,7 @@ Real words beat random numbers, words of the task beat unrelated ones, above all
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from softtune import storage
 from softtune.backbone import Backbone
@@ -25,6 +27,8 @@ OWN_KEY = "softtune.prompt_embeddings"
 """The prompt's key in a file that PEFT would misread: it stops at the missing name instead."""
 COMMON_WORDS = 5000
 """Vocabulary entries to sample from: the first ones, which tokenizers give to the most common words."""
+_UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
+"""What BERT and Gemma call entries that no text has."""
 
 
 def uniform(size: int, dim: int) -> Tensor:
@@ -32,33 +36,49 @@ def uniform(size: int, dim: int) -> Tensor:
     return torch.rand(size, dim) - 0.5
 
 
-def vocabulary_ids(backbone: Backbone, size: int) -> Tensor:
-    """[size] distinct ids drawn from the most common vocabulary entries; repeated where there are too few."""
-    entries = torch.randperm(min(COMMON_WORDS, backbone.embedding.num_embeddings))
-    return fill(entries.tolist(), size)
+def vocabulary_ids(backbone: Backbone, size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
+    """[size] distinct ids drawn from the most common vocabulary entries; repeated where there are too few.
+
+    Only a tokenizer knows which entries are no words: special and unused ones are then left out.
+    """
+    entries = range(backbone.embedding.num_embeddings)
+    known = entries if tokenizer is None else _word_ids(tokenizer)
+    common = [i for i in known if i in entries][:COMMON_WORDS]
+    return fill([common[i] for i in torch.randperm(len(common)).tolist()], size)
 
 
-def text_ids(
-    text: str | Sequence[str], tokenizer_name: str | None, tokenizer_kwargs: dict[str, Any] | None
-) -> list[list[int]]:
-    """Token ids of one text, or of several, without padding.
+def _word_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the entries that can stand in a text, ascending."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    return sorted(i for token, i in tokenizer.get_vocab().items() if i not in special and not _UNUSED.fullmatch(token))
+
+
+def load_tokenizer(name: str | None, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer by folder or hub name.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded, or a text has no tokens.
+        ConfigError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    options = tokenizer_kwargs or {}
+    options = options or {}
     if options.get("trust_remote_code"):
         raise ConfigError(
             "tokenizer_kwargs has trust_remote_code, which would let a downloaded config run code: leave it out"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or "", **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name or "", **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer at {tokenizer_name!r}: set tokenizer_name_or_path to a folder or hub name"
-        ) from error
+        raise ConfigError(f"no tokenizer at {name!r}: set tokenizer_name_or_path to a folder or hub name") from error
+    return tokenizer
+
+
+def text_ids(text: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of one text, or of several, without padding.
+
+    Raises:
+        ConfigError: a text has no tokens.
+    """
     texts = [text] if isinstance(text, str) else list(text)
     # Labels are words in a text; a text of its own comes with the tokenizer's special tokens, as in PEFT.
     ids: list[list[int]] = [tokenizer(t, add_special_tokens=isinstance(text, str))["input_ids"] for t in texts]
@@ -80,10 +100,15 @@ def word_vectors(backbone: Backbone, ids: Tensor) -> Tensor:
         return backbone.stacks[0].embed(ids.to(backbone.model.device)).float().clone()
 
 
-def label_vectors(backbone: Backbone, labels: Sequence[Sequence[int]], size: int) -> Tensor:
-    """[size, D]: the mean of each label's sub-tokens, then vocabulary samples for the rest."""
-    means = torch.stack([word_vectors(backbone, torch.tensor(ids)).mean(0) for ids in labels])[:size]
-    rest = word_vectors(backbone, vocabulary_ids(backbone, size))[: size - len(means)]
+def label_vectors(backbone: Backbone, labels: Sequence[str], size: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """[size, D]: the mean of each label's sub-tokens, then vocabulary samples for the rest.
+
+    Raises:
+        ConfigError: a label has no tokens.
+    """
+    ids_of_labels = text_ids(labels, tokenizer)
+    means = torch.stack([word_vectors(backbone, torch.tensor(ids)).mean(0) for ids in ids_of_labels])[:size]
+    rest = word_vectors(backbone, vocabulary_ids(backbone, size, tokenizer))[: size - len(means)]
     return torch.cat([means, rest.to(means.device)])
 
 

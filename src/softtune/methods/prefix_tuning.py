@@ -104,8 +104,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         """[P] token ids to start from: those of ``init_text``, or common words."""
         if self.init_text is None:
             return init.vocabulary_ids(backbone, self.num_virtual_tokens)
-        tokenizer = self.tokenizer_name_or_path or backbone.model.name_or_path
-        return init.fill(init.text_ids(self.init_text, tokenizer, None)[0], self.num_virtual_tokens)
+        tokenizer = init.load_tokenizer(self.tokenizer_name_or_path or backbone.model.name_or_path)
+        return init.fill(init.text_ids(self.init_text, tokenizer)[0], self.num_virtual_tokens)
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
         plain = self.placement == "prefix" and not self.embedding_only and self.shift_positions

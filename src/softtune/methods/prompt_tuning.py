@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError, UnsupportedModelError
@@ -25,7 +26,9 @@ class PromptTuningInit(str, Enum):
     TEXT = "TEXT"
     """The words of ``prompt_tuning_init_text``."""
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
-    """A sample of the 5000 most common vocabulary entries."""
+    """A sample of the 5000 most common vocabulary entries: the first ones. Special and unused entries among them, such
+    as BERT's first thousand, are left out where ``tokenizer_name_or_path`` names a tokenizer, which alone knows
+    them."""
     RANDOM = "RANDOM"
     """Uniform in ±0.5."""
     LABELS = "LABELS"
@@ -59,7 +62,7 @@ class PromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init_file: str | None = field(default=None, metadata=OURS)
     """The adapter folder or safetensors file of FILE."""
     tokenizer_name_or_path: str | None = None
-    """Tokenizer of the text or labels; by default the base model's."""
+    """Tokenizer of the text or labels, by default the base model's; of a vocabulary sample, by default none."""
     tokenizer_kwargs: dict[str, Any] | None = None
     """Arguments for ``AutoTokenizer.from_pretrained``."""
     placement: Placement = field(default="prefix", metadata=OURS)
@@ -87,20 +90,23 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def _start(self, backbone: Backbone) -> Tensor:
         size, dim = self.num_virtual_tokens, backbone.embedding.embedding_dim
-        tokenizer = self.tokenizer_name_or_path or backbone.model.name_or_path
         match self.prompt_tuning_init:
             case PromptTuningInit.RANDOM:
                 return init.uniform(size, dim)
             case PromptTuningInit.SAMPLE_VOCAB:
-                return init.word_vectors(backbone, init.vocabulary_ids(backbone, size))
+                tokenizer = self._tokenizer(backbone) if self.tokenizer_name_or_path else None
+                return init.word_vectors(backbone, init.vocabulary_ids(backbone, size, tokenizer))
             case PromptTuningInit.TEXT:
-                (ids,) = init.text_ids(self.prompt_tuning_init_text or "", tokenizer, self.tokenizer_kwargs)
+                (ids,) = init.text_ids(self.prompt_tuning_init_text or "", self._tokenizer(backbone))
                 return init.word_vectors(backbone, init.fill(ids, size))
             case PromptTuningInit.LABELS:
-                labels = init.text_ids(self.prompt_tuning_init_labels or [], tokenizer, self.tokenizer_kwargs)
-                return init.label_vectors(backbone, labels, size)
+                labels = self.prompt_tuning_init_labels or []
+                return init.label_vectors(backbone, labels, size, self._tokenizer(backbone))
             case PromptTuningInit.FILE:
                 return init.from_file(self.prompt_tuning_init_file or "", (size, dim))
+
+    def _tokenizer(self, backbone: Backbone) -> PreTrainedTokenizerBase:
+        return init.load_tokenizer(self.tokenizer_name_or_path or backbone.model.name_or_path, self.tokenizer_kwargs)
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
         return self.placement == "prefix" and backbone.has_plain_words

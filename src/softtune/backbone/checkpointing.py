@@ -1,0 +1,65 @@
+"""Gradient checkpointing: layers run again in the backward pass, when the call is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_FUNCTION = "_gradient_checkpointing_func"
+"""Where transformers keeps what runs a layer: torch's ``checkpoint``, with its settings once it is enabled."""
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether a model or stack runs its layers again during the backward pass."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return model.training and any(layer.gradient_checkpointing for layer in layers)
+
+
+def is_reentrant(stack: nn.Module) -> bool:
+    """Whether a stack's layers are checkpointed in the reentrant way in this call."""
+    if not (torch.is_grad_enabled() and is_checkpointing(stack)):
+        return False
+    return any(partial(f).keywords.get("use_reentrant", True) for f in _functions(stack).values())
+
+
+@contextmanager
+def around_runs(model: nn.Module, context: Callable[[nn.Module], AbstractContextManager[None]]) -> Iterator[None]:
+    """Let each checkpointed layer that is called in the block run within its context: there, and in the backward pass.
+
+    Args:
+        model: the model.
+        context: makes a layer's context, once for each run.
+    """
+    plain = _functions(model)
+    for layer, function in plain.items():
+        given = partial(function)
+        setattr(layer, _FUNCTION, partial(_run_within, partial(context, layer), given.func, **given.keywords))
+    try:
+        yield
+    finally:
+        for layer, function in plain.items():
+            setattr(layer, _FUNCTION, function)
+
+
+def _functions(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    return {m: vars(m)[_FUNCTION] for m in model.modules() if _FUNCTION in vars(m)}
+
+
+def _run_within(
+    context: Callable[[], AbstractContextManager[None]],
+    checkpoint: Callable[..., Any],
+    layer: Callable[..., Any],
+    *args: Any,
+    **settings: Any,
+) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return layer(*args, **kwargs)
+
+    return checkpoint(run, *args, **settings)
