@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -259,19 +261,37 @@ def test_padding_of_every_row_leaves_training_alone(family: str, task: str, meth
         torch.testing.assert_close(a, b, atol=1e-6 * max(float(a.abs().max()), 1.0), rtol=1e-4)
 
 
-def test_layers_do_not_work_on_padding_of_every_row() -> None:
-    model, rows = adapted("llama", CAUSAL_LM, "prefix"), texts("llama", CAUSAL_LM)
-    lengths = []
+def tokens_seen(model: PeftModel, **inputs: Any) -> tuple[int, Any]:
+    """How many tokens the first layer works on, and the outputs."""
+    seen: list[int] = []
     layer = model.base_model.model.layers[0]
-    handle = layer.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
-    longest = max(len(row) for row in rows)
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2].numel()))
     try:
-        output = model(**batch(rows, "left", width=20), use_cache=False, output_hidden_states=True)
+        output = model(**inputs, use_cache=False, output_hidden_states=True)
     finally:
         handle.remove()
-    assert lengths == [longest]
+    return sum(seen), output
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_layers_do_not_work_on_padding(side: str) -> None:
+    model, rows = adapted("llama", CAUSAL_LM, "prefix"), texts("llama", CAUSAL_LM)
+    inputs = batch(rows, side, width=20)
+    seen, output = tokens_seen(model, **inputs)
+    assert seen == sum(len(row) for row in rows)
     assert {h.shape[1] for h in output.hidden_states} == {20} == {output.logits.shape[1]}
-    assert (output.hidden_states[-1][:, : 20 - longest] == 0).all()
+    assert (output.hidden_states[-1][inputs["attention_mask"] == 0] == 0).all()
+
+
+def test_rows_that_begin_alike_share_the_beginning() -> None:
+    model, (one, other) = adapted("llama", CAUSAL_LM, "prefix"), texts("llama", CAUSAL_LM, (6, 4))
+    rows = [one, torch.cat([one[:4], other]), one[:3], other, torch.cat([one[:4], other[:2]])]
+    for side in ("left", "right"):
+        seen, output = tokens_seen(model, **batch(rows, side))
+        assert seen == 6 + 4 + 0 + 4 + 0
+        for row, logits in zip(rows, output.logits, strict=True):
+            own = logits[: len(row)] if side == "right" else logits[-len(row) :]
+            torch.testing.assert_close(own, model(row[None]).logits[0], atol=1e-5, rtol=1e-5)
 
 
 def test_a_decoding_cache_holds_the_prefix_once_and_counts_the_text() -> None:

@@ -102,6 +102,20 @@ def gradients(trained: dict[str, Tensor], outputs: list[Tensor], weights: list[T
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), found, strict=True)}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize("kinds", [("prefix", "prompt", "p_tuning_v2"), ("prefix", "bitfit_added")])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_of_one_text_without_a_cache(family: str, kinds: tuple[str, ...], side: str) -> None:
+    """Where rows share what they have in common, those of another adapter have nothing in common."""
+    model, names = mixed(family, CAUSAL_LM, kinds)
+    (text,) = texts(family, CAUSAL_LM, (6,))
+    names, rows = [*names, *names], [*[text] * len(names), *[text[:4]] * len(names)]
+    together = model(**batch(rows, side), adapter_names=names, use_cache=False).logits
+    for name, row, logits in zip(names, rows, together, strict=True):
+        alone = model(row[None], adapter_names=[name]).logits[0]
+        torch.testing.assert_close(own(logits, row, side, CAUSAL_LM), alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.promise(2, methods=kinds_of)
 @pytest.mark.parametrize(("family", "task"), GENERATING)
 @pytest.mark.parametrize("beams", [1, 3])

@@ -64,7 +64,8 @@ def acting(
     with ExitStack() as stack:
         injection = None
         if any(adapters):
-            injection = Injection(backbone, prompts, cast.rows, columns=columns, text_ends=text_ends)
+            packs = not changes.tell_rows(backbone.stacks[0].module)
+            injection = Injection(backbone, prompts, cast.rows, columns=columns, text_ends=text_ends, packs=packs)
             stack.enter_context(injection)
         stack.enter_context(changes.acting())
         yield injection

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 _CACHES = {"past_key_values", "cache_params"}
 """The names that a stack gives to its cache; a model without attention has states in place of keys and values."""
@@ -98,6 +99,27 @@ class Stack:
         names = [n for n, _ in (*modules, *self.module.named_buffers())]  # GPT-J keeps its sines in a buffer
         has_table = any(n.endswith(("position_embeddings", "wpe", "embed_positions")) for n in names)
         return limit - self.first_position if limit and has_table else None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether dropout makes equal tokens differ in this mode."""
+        shares = (
+            getattr(m, name, 0.0) for m in self.module.modules() for name in ("p", "dropout", "attention_dropout")
+        )
+        return self.module.training and any(isinstance(share, float) and share > 0 for share in shares)
+
+    def causal_masks(self, length: int) -> Any:
+        """A mask [1, 1, T, T] of a text without padding, or one for each kind of layer by its name, as the model's own
+        layers want them."""
+        config, words = (
+            self.module.config,
+            torch.empty(1, length, 0, dtype=self.module.dtype, device=self.module.device),
+        )
+        masks = create_masks_for_generate(config, words, attention_mask=None, past_key_values=None)
+        plain = torch.ones(1, 1, length, length, dtype=torch.bool, device=words.device).tril()
+        if isinstance(masks, dict):
+            return {name: plain if mask is None else mask for name, mask in masks.items()}
+        return plain if masks is None else masks
 
     @cached_property
     def relative_bias(self) -> nn.Module | None:

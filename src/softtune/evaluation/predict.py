@@ -38,12 +38,15 @@ def score_words(
         model: a language model with its adapter.
         rows: for each record one example per label, encoded with that label's words as its answer.
         pad_token_id: what fills up shorter rows.
-        batch_size: records of one forward.
+        batch_size: rows of one forward.
         advance: told of every batch.
     """
     is_one_token = all(sum(x != -100 for x in example.labels) == 1 for row in rows for example in row)
-    score = _score_next_token if is_one_token and not model.backbone.is_encoder_decoder else _score_whole_answers
     scores = torch.zeros(len(rows), len(rows[0]) if rows else 0)
+    if is_one_token and not model.backbone.is_encoder_decoder:
+        score = _score_next_token
+    else:
+        score, batch_size = _score_whole_answers, max(1, batch_size // max(1, scores.shape[1]))
     for batch in _batches([len(row[0].input_ids) for row in rows], batch_size, advance):
         with torch.no_grad():
             scores[batch] = score(model, [rows[i] for i in batch], pad_token_id)
@@ -59,20 +62,18 @@ def _score_next_token(model: PeftModel, rows: Sequence[Sequence[Example]], pad_t
 
 
 def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int) -> Tensor:
-    """A forward for each label: the sum over its tokens."""
-    columns = []
-    for examples in zip(*rows, strict=True):
-        batch = _collate(examples, pad_token_id)
-        labels = batch["labels"].to(model.device)
-        if model.backbone.is_encoder_decoder:
-            logits = _forward(model, batch).logits.float().log_softmax(-1)
-        else:
-            keep = answer_width(labels)
-            labels = labels[:, -keep + 1 :]
-            logits = _forward(model, batch, keep=keep).logits[:, -keep:-1].float().log_softmax(-1)
-        found = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-        columns.append((found * (labels != -100)).sum(-1).cpu())
-    return torch.stack(columns, dim=1)
+    """All labels of all records in one forward: a decoder reads the text that they follow once."""
+    batch = _collate([example for row in rows for example in row], pad_token_id)
+    labels = batch["labels"].to(model.device)
+    if model.backbone.is_encoder_decoder:
+        logits = _forward(model, batch).logits
+    else:
+        keep = answer_width(labels)
+        labels = labels[:, -keep + 1 :]
+        logits = _forward(model, batch, keep=keep).logits[:, -keep:-1]
+    found = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    scores: Tensor = (found * (labels != -100)).sum(-1).view(len(rows), -1).cpu()
+    return scores
 
 
 def score_head(
@@ -139,5 +140,7 @@ def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor
 
 def _forward(model: PeftModel, batch: dict[str, Tensor], keep: int | None = None) -> Any:
     """Outputs of a batch; logits of the last ``keep`` tokens alone, where the model can leave out the others."""
-    options = {"logits_to_keep": keep} if keep and model.keeps_logits else {}
+    options: dict[str, Any] = {"logits_to_keep": keep} if keep and model.keeps_logits else {}
+    if model.backbone.is_decoder_only:
+        options["use_cache"] = False
     return model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)

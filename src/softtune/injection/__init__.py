@@ -31,6 +31,7 @@ class Injection:
         columns: [B, N] the column of the input before which each virtual token stands; by default in front of the text,
             or at its end where the prompt says so.
         text_ends: [B] the column where each text ends; by default behind its last token.
+        packs: whether a decoder's layers may see tokens in any arrangement, since only attention tells rows apart.
 
     Raises:
         DataError: there are columns, but no virtual tokens that stand among the words, or another number of them.
@@ -44,12 +45,13 @@ class Injection:
         *,
         columns: Tensor | None = None,
         text_ends: Tensor | None = None,
+        packs: bool = True,
     ) -> None:
         if columns is not None:
             _check_columns(columns, prompts)
         self.backbone = backbone
         self.prompts = prompts
-        self.stacks = [StackInjection(backbone, s, prompts, rows, columns, text_ends) for s in backbone.stacks]
+        self.stacks = [StackInjection(backbone, s, prompts, rows, columns, text_ends, packs) for s in backbone.stacks]
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -72,6 +74,8 @@ class Injection:
             self._handles.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
             if self.stacks[0].prompts.vectors is not None:
                 self._handles.append(model.register_forward_hook(self._align_encoder))
+        if (head := self.backbone.model.get_output_embeddings()) is not None:
+            self._handles.append(head.register_forward_pre_hook(_lay_together))
         self._keep_cache_under_checkpointing(True)
         return self
 
@@ -114,6 +118,11 @@ class Injection:
             for module in self.backbone.model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module._can_checkpoint_with_cache = keep
+
+
+def _lay_together(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """States of the rows' ends lie apart in memory, for which a language head would be read once for every row."""
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
 def _check_columns(columns: Tensor, prompts: Sequence[Prompt]) -> None:

@@ -38,7 +38,7 @@ class PrefixAttention:
         *,
         visible: Mapping[nn.Module, Tensor],
         biases: Mapping[nn.Module, Tensor],
-        held: Collection[nn.Module],
+        held: Collection[nn.Module] = (),
         crossing: Collection[nn.Module] = (),
         open_slots: Tensor | None = None,
     ) -> None:

@@ -96,6 +96,13 @@ def row_ends(mask: Tensor | None, rows: int, length: int, device: torch.device) 
     return length - (mask != 0).flip(1).int().argmax(dim=1)
 
 
+def is_contiguous(mask: Tensor) -> bool:
+    """Whether each row's real tokens stand next to one another, by the attention mask [B, T]."""
+    rows, length = mask.shape
+    tokens = row_ends(mask, rows, length, mask.device) - row_starts(mask, rows, mask.device)
+    return bool((tokens == (mask != 0).sum(dim=1)).all())
+
+
 def _pick(x: Tensor, slots: Tensor) -> Tensor:
     """[B, N, ...] out of [B, S, ...] by slots [B, N]."""
     index = slots.reshape(*slots.shape, *[1] * (x.dim() - 2)).expand(*slots.shape, *x.shape[2:])

@@ -83,7 +83,7 @@ class RowPrompts:
         """Each row's own prompt; ``rows`` [B] says which. Views, where all rows have the same one."""
 
         def one(x: Tensor) -> Tensor:
-            return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x[rows]
+            return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x.index_select(0, rows.to(x.device))
 
         return replace(
             self,

@@ -24,6 +24,7 @@ from softtune.injection.cache import PrefixCache, as_long_as, hold, make_room, o
 from softtune.injection.columns import Columns
 from softtune.injection.layout import Layout, row_starts
 from softtune.injection.masks import PACKED, widen
+from softtune.injection.pack import Pack, PackedAttention, can_pack
 from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import Lengths, RowPrompts, multiplied
 from softtune.injection.step import Call, Step, features_of
@@ -48,6 +49,7 @@ class StackInjection:
         rows: Tensor | None,
         columns: Tensor | None,
         text_ends: Tensor | None,
+        packs: bool,
     ) -> None:
         self.stack = stack
         self.has_interface = backbone.has_interface
@@ -64,7 +66,10 @@ class StackInjection:
         self.starts = self.shift = torch.zeros(0, dtype=torch.long)
         self.layout: Layout | None = None
         self.trim: Trim | None = None
+        self.pack: Pack | None = None
         self.has_run = False
+        self.packs = packs and backbone.runs_ahead and self.has_interface and stack.takes_position_ids
+        self.packs = self.packs and self.prompts.vectors is None and not self.prompts.has_infix
         self.shares_keys = is_reentrant(stack.module) and any(a.is_shared for a in backbone.attention_layers)
         self.anchor: Anchor | None = None
 
@@ -87,10 +92,12 @@ class StackInjection:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
         call = self.stack.arguments(args, kwargs)
-        self.layout, self.trim, self.columns.trim, self.has_run = None, None, None, True
+        self.layout, self.trim, self.columns.trim, self.pack, self.has_run = None, None, None, None, True
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
-        if not self.feeds_decoder:
+        if self.packs and can_pack(self.stack, call):
+            self.pack = Pack.of(self.stack, call, self.rows)
+        elif not self.feeds_decoder:
             self._trim(call)
         step = Step(call)
         self.starts = step.starts + (self.trim.left if self.trim else 0)
@@ -104,7 +111,9 @@ class StackInjection:
             self._lay_out(call, step, here)
         self._check_length(call, step, here)
         self._place(call, step, here)
-        if self.layers:
+        if self.pack is not None:
+            self._pack(self.pack, call, step, here)
+        elif self.layers:
             self._add_prefix(call, step, here)
         elif (slots := self._open_slots(call, step, here)) is not None:
             call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, held=(), open_slots=slots)
@@ -154,6 +163,15 @@ class StackInjection:
         if isinstance(mask, Tensor) and mask.dim() == 2 and not (self.stack.is_causal and cached):
             self.trim = self.columns.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
             self.trim.cut(call)
+
+    def _pack(self, pack: Pack, call: Call, step: Step, here: RowPrompts) -> None:
+        """Put the tokens into one row, and the rows' prefixes where their attention is."""
+        if call.get("position_ids") is None:
+            call["position_ids"] = step.positions() + self.stack.first_position
+        pack.fill(call)
+        call["attention_mask"] = self.stack.causal_masks(int(pack.lengths.max()))
+        prefixes = [self._attention(step, here.pick(group.rows)) if self.layers else None for group in pack.groups]
+        call[WRAPPER] = PackedAttention(pack, prefixes)
 
     def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
@@ -299,15 +317,16 @@ class StackInjection:
         if self.layers[0].module is None:
             self._add_cache(call, step, here)
             return
-        prefixes = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None}
-        in_cache = {a.module: prefixes[a.module] for a in self.layers if a.module is not None and a.is_cached}
+        in_cache = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None and a.is_cached}
         held = hold(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
+        call[WRAPPER] = self._attention(step, here, held=held, open_slots=self._open_slots(call, step, here))
+
+    def _attention(self, step: Step, here: RowPrompts, **options: Any) -> PrefixAttention:
+        """The wrapper that brings the prefixes of ``here``."""
+        prefixes = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None}
         visible, biases = self._visible(step, here), self._biases(step, here)
         crossing = {a.module for a in self.layers if a.module is not None and a.site is Site.CROSS}
-        slots = self._open_slots(call, step, here)
-        call[WRAPPER] = PrefixAttention(
-            prefixes, visible=visible, biases=biases, held=held, crossing=crossing, open_slots=slots
-        )
+        return PrefixAttention(prefixes, visible=visible, biases=biases, crossing=crossing, **options)
 
     def _add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Hand the prefix to layers that take a ready cache alone."""
@@ -367,8 +386,8 @@ class StackInjection:
         first = output.last_hidden_state[:, :1] if self.shows_first_slot else None
         if self.layout is not None and not (self.feeds_decoder and self.prompts.vectors is not None):
             align_outputs(output, self.layout, "last_hidden_state", "hidden_states", "attentions")
-        if self.trim is not None:
-            self.trim.restore(output)
+        if (shortened := self.trim or self.pack) is not None:
+            shortened.restore(output)
         if first is not None:  # heads read the first column, be it padding, or the text's first
             columns = torch.arange(output.last_hidden_state.shape[1], device=first.device)
             read = (columns == 0) | (columns == self.starts[:, None])

@@ -5,6 +5,7 @@ Letters: B rows, T columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,7 @@ class Trim:
 
     def restore(self, output: Any) -> None:
         """Put columns of zeros where the outputs lack one."""
-        if output.last_hidden_state is not None:
-            output.last_hidden_state = self._pad(output.last_hidden_state)
-        if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(self._pad(states) for states in output.hidden_states)
+        each_state(output, self._pad)
         if getattr(output, "attentions", None) is not None:
             output.attentions = tuple(a if a is None else self._pad(a, both=True) for a in output.attentions)
         if getattr(output, "cross_attentions", None) is not None:
@@ -49,3 +47,11 @@ class Trim:
         """Pad the last dimension but one, or the last two."""
         sides = (self.left, self.right)
         return F.pad(states, (*(sides if both else (0, 0)), *sides))
+
+
+def each_state(output: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Change an output's hidden states."""
+    if output.last_hidden_state is not None:
+        output.last_hidden_state = change(output.last_hidden_state)
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(change(states) for states in output.hidden_states)
