@@ -214,8 +214,8 @@ class PeftModel(PushToHubMixin, AdapterState):
     ) -> Any:
         """The base model's forward with the active adapter. Outputs line up with the caller's tokens.
 
-        In training there is no cache unless ``use_cache=True`` asks for one. Without a cache, padding is left out of the
-        layers' work where the model allows it; its hidden states are zero.
+        In training there is no cache unless ``use_cache=True`` asks for one. Without a cache, padding is left out of
+        the layers' work where the model allows it; its hidden states are zero.
 
         Args:
             input_ids: [B, T], without virtual tokens.

@@ -7,7 +7,6 @@ tokens of this call, P virtual tokens, W columns of the whole attention mask, S 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,16 +16,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from softtune.backbone import Backbone, Site, Stack, is_reentrant
-from softtune.backbone.interface import WRAPPER, flash_refusal, takes_padding
-from softtune.errors import DataError, UnsupportedModelError
+from softtune.backbone.interface import WRAPPER
+from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.cache import PrefixCache, as_long_as, hold, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
-from softtune.injection.layout import Layout, row_starts
-from softtune.injection.masks import PACKED, widen
+from softtune.injection.layout import Layout
 from softtune.injection.pack import Pack, PackedAttention, can_pack
+from softtune.injection.positions import Positions
+from softtune.injection.prefixes import Prefixes
 from softtune.injection.reentrant import Anchor
-from softtune.injection.rows import Lengths, RowPrompts, multiplied
+from softtune.injection.rows import RowPrompts, multiplied
 from softtune.injection.step import Call, Step, features_of
 from softtune.injection.trim import Trim
 from softtune.methods.base import Prompt
@@ -63,7 +63,9 @@ class StackInjection:
         places = {place for prompt in prompts for place in prompt.prefixes if place[0] in sites}
         self.layers = [a for a in backbone.attention_layers if a.place in places] if places else []
         self.prompts = RowPrompts.of(prompts, self.layers, stack, reads=reads_input)
-        self.starts = self.shift = torch.zeros(0, dtype=torch.long)
+        self.prefixes = Prefixes(stack, self.layers, self.columns)
+        self.positions = Positions(stack, self.columns, has_prefix=bool(self.layers))
+        self.starts = torch.zeros(0, dtype=torch.long)
         self.layout: Layout | None = None
         self.trim: Trim | None = None
         self.pack: Pack | None = None
@@ -87,7 +89,7 @@ class StackInjection:
             module.get_input_embeddings().register_forward_hook(self._hold),
         ]
         if self.prompts.shifts and table is not None:
-            handles.append(table.register_forward_hook(self._shift_table, with_kwargs=True))
+            handles.append(table.register_forward_hook(self.positions.move_table, with_kwargs=True))
         return handles
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
@@ -102,15 +104,15 @@ class StackInjection:
         step = Step(call)
         self.starts = step.starts + (self.trim.left if self.trim else 0)
         here = self._prompts_of(step)
-        self.shift = here.shift
+        self.positions.shift = here.shift
         if is_reentrant(module):
             here = self._anchor(call, here)
         if here.vectors is not None:
             self._add_vectors(call, step, here)
         elif not self.stack.is_causal and bool(step.starts.any()):
             self._lay_out(call, step, here)
-        self._check_length(call, step, here)
-        self._place(call, step, here)
+        self.positions.check(call, step, here)
+        self.positions.place(call, step, here, self.layout)
         if self.pack is not None:
             self._pack(self.pack, call, step, here)
         elif self.layers:
@@ -170,7 +172,9 @@ class StackInjection:
             call["position_ids"] = step.positions() + self.stack.first_position
         pack.fill(call)
         call["attention_mask"] = self.stack.causal_masks(int(pack.lengths.max()))
-        prefixes = [self._attention(step, here.pick(group.rows)) if self.layers else None for group in pack.groups]
+        prefixes = [
+            self.prefixes.attention(step, here.pick(group.rows), None) if self.layers else None for group in pack.groups
+        ]
         call[WRAPPER] = PackedAttention(pack, prefixes)
 
     def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
@@ -228,157 +232,20 @@ class StackInjection:
             zeros = call[name].new_zeros(*here.is_vector.shape, *call[name].shape[2:])
             call[name] = self.layout.merge(call[name], zeros)
 
-    def _place(self, call: Call, step: Step, here: RowPrompts) -> None:
-        """Count positions from each row's first real token, and past the virtual tokens in front of it."""
-        if not self.stack.takes_position_ids:
-            return
-        positions = call.get("position_ids")
-        if positions is None:
-            if self._counts_itself(step, here):
-                return
-            positions = step.positions() + self.stack.first_position
-        positions = positions.expand(step.rows, -1)
-        if here.vectors is not None and step.has_restarts(positions):
-            raise UnsupportedModelError(
-                "several texts packed into one row have no place for virtual tokens among the words: pad them instead"
-            )
-        if self.layers and takes_padding(self.stack.module.config) and step.has_restarts(positions):
-            raise flash_refusal(PACKED)
-        shift = self._shift(call, step, here, positions)
-        if self.layout is not None:
-            in_slots = self.layout.merge(shift.expand_as(positions), torch.zeros_like(here.is_vector))
-            positions = self.layout.merge_positions(positions) + in_slots
-        else:
-            positions = positions + shift
-        if (limit := self.stack.table_size) is not None:  # beyond it is padding alone
-            positions = positions.clamp(max=self.stack.first_position + limit - 1)
-        call["position_ids"] = positions
-
-    def _counts_itself(self, step: Step, here: RowPrompts) -> bool:
-        """Whether the model's own count, which is that of the columns, is right."""
-        needs_count = self.stack.is_causal and (step.mask is not None or here.is_ragged)
-        return not self.stack.takes_position_ids or not (here.shifts or needs_count)
-
-    def _shift(self, call: Call, step: Step, here: RowPrompts, positions: Tensor) -> Tensor:
-        """[B, T] or [B, 1] how far virtual tokens that have no slot in this call move the tokens' positions [B, T]."""
-        shift = here.shift[:, None].to(step.device)
-        if here.vectors is not None and step.is_continued:
-            return shift + here.is_vector.sum(dim=1, keepdim=True)
-        if not (here.has_infix and here.shifts) or step.is_continued:
-            return shift
-        if call.get("attention_mask") is None and bool((positions.diff(dim=1) == 1).all()):
-            # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
-            call["attention_mask"] = step.full_mask()
-        behind = step.is_from(self.columns.of_infix(step, here)) | ~here.after_text[:, None]
-        return shift * behind
-
-    def _shift_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
-        """Look up again, further on, what BART's kin look up by themselves."""
-        signature, shift = inspect.signature(module.forward), self.shift[:, None].to(output.device)
-        if "past_key_values_length" not in signature.parameters:
-            raise UnsupportedModelError(
-                f"{type(self.stack.module).__name__} counts positions in a way of its own: set shift_positions=False"
-            )
-        call = signature.bind(*args, **kwargs).arguments
-        past, positions = call.get("past_key_values_length", 0), call.get("position_ids")
-        if not isinstance(module, nn.Embedding):  # M2M100's is no table, and gives padding no position
-            for length in self.shift.unique().tolist():
-                counted = {"past_key_values_length": past + length}
-                moved = counted if positions is None else {"position_ids": positions + length}
-                output = output.where(shift[..., None] != length, module.forward(**call | moved))
-            return output
-        if positions is None:
-            positions = torch.arange(output.shape[-2], device=output.device) + past
-        return nn.functional.embedding(positions + shift + getattr(module, "offset", 0), module.weight)
-
-    def _check_length(self, call: Call, step: Step, here: RowPrompts) -> None:
-        limit = self.stack.table_size
-        if limit is None:
-            return
-        tokens, virtual = self._lengths(call, step, here), (here.shift + here.is_vector.sum(1)).to(step.device)
-        row = int((tokens + virtual).argmax())
-        if int(tokens[row] + virtual[row]) > limit:
-            raise DataError(
-                f"{int(tokens[row])} tokens and {int(virtual[row])} virtual ones exceed the model's {limit} positions: "
-                "shorten the text"
-            )
-
-    def _lengths(self, call: Call, step: Step, here: RowPrompts) -> Tensor:
-        """[B] positions that each row's text takes."""
-        given: Tensor | None = call.get("position_ids")
-        if given is not None:
-            real = step.full_mask()[:, -step.length :] != 0
-            return (given - self.stack.first_position + 1).expand(step.rows, -1).where(real, 0).amax(1)
-        if self._counts_itself(step, here):
-            return torch.full_like(step.starts, step.width)
-        return step.ends - step.starts
-
     def _add_prefix(self, call: Call, step: Step, here: RowPrompts) -> None:
         if self.layers[0].module is None:
-            self._add_cache(call, step, here)
+            self.prefixes.add_cache(call, step, here)
             return
         in_cache = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None and a.is_cached}
         held = hold(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
-        call[WRAPPER] = self._attention(step, here, held=held, open_slots=self._open_slots(call, step, here))
-
-    def _attention(self, step: Step, here: RowPrompts, **options: Any) -> PrefixAttention:
-        """The wrapper that brings the prefixes of ``here``."""
-        prefixes = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None}
-        visible, biases = self._visible(step, here), self._biases(step, here)
-        crossing = {a.module for a in self.layers if a.module is not None and a.site is Site.CROSS}
-        return PrefixAttention(prefixes, visible=visible, biases=biases, crossing=crossing, **options)
-
-    def _add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
-        """Hand the prefix to layers that take a ready cache alone."""
-        prefixes = [here.prefixes[a.place] for a in self.layers]
-        is_prefix = here.is_prefix.get(here.lengths[self.layers[0].place])
-        mask, layout = call.get("attention_mask"), None
-        if mask is None and is_prefix is not None:
-            mask = step.full_mask()
-        if step.has_ready_mask and mask is not None:
-            visible = None if is_prefix is None else is_prefix[:, None]
-            call["attention_mask"] = widen(mask, visible, prefixes[0].key.shape[2])
-        elif mask is not None:
-            starts = row_starts(mask, step.rows, step.device)
-            columns = starts[:, None].expand(-1, prefixes[0].key.shape[2])
-            is_prefix = torch.ones_like(columns, dtype=torch.bool) if is_prefix is None else is_prefix
-            beside = Layout.of(starts, mask.shape[1], columns, is_prefix, causal=True)
-            call["attention_mask"] = beside.merge(mask, is_prefix)
-            layout = beside if bool(starts.any()) else None
-        call["past_key_values"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
-
-    def _visible(self, step: Step, here: RowPrompts) -> dict[nn.Module, Tensor]:
-        """[B or 1, T or 1, P] which tokens see a module's prefix; nothing where all see all of it."""
-        queries = None
-        if here.has_infix and not step.is_continued:
-            # The token that the answer is predicted from is the first to see an infix.
-            queries = step.is_from(self.columns.of_infix(step, here) - 1) | ~here.after_text[:, None]
-            queries = queries if self.layout is None else self.layout.merge(queries, here.is_vector)
-        by_lengths: dict[Lengths, Tensor] = {}
-        for lengths in {*here.lengths.values()}:
-            keys = here.is_prefix.get(lengths)
-            if keys is None and queries is not None:
-                keys = torch.ones(1, max(lengths), dtype=torch.bool, device=step.device)
-            if keys is not None:
-                by_lengths[lengths] = keys[:, None, :] if queries is None else queries[:, :, None] & keys[:, None, :]
-        pairs = [(a.module, by_lengths.get(here.lengths[a.place])) for a in self.layers]
-        return {module: seen for module, seen in pairs if module is not None and seen is not None}
-
-    def _biases(self, step: Step, here: RowPrompts) -> dict[nn.Module, Tensor]:
-        """[B, heads, T, P] T5's biases of the prefix, by the stack's own attention modules."""
-        own = [a for a in self.layers if a.site is self.stack.site and a.module is not None]
-        if not own or self.stack.relative_bias is None:
-            return {}
-        positions = step.positions()
-        positions = positions if self.layout is None else self.layout.merge_positions(positions)
-        kinds = {a.module: (self.stack.bias_owner(a.module), max(here.lengths[a.place])) for a in own if a.module}
-        biases = {kind: self.stack.prefix_bias(kind[0], positions, kind[1]) for kind in {*kinds.values()}}
-        return {module: biases[kind] for module, kind in kinds.items()}
+        call[WRAPPER] = self.prefixes.attention(
+            step, here, self.layout, held=held, open_slots=self._open_slots(call, step, here)
+        )
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
         self.anchor = None
         if (wrapper := kwargs.get(WRAPPER)) is not None:
-            self._check_reached(wrapper, kwargs)
+            self.prefixes.check_reached(wrapper, kwargs)
         if isinstance(cache := kwargs.get("past_key_values"), PrefixCache):
             output.past_key_values = cache.inner
             if output.attentions is not None:
@@ -393,14 +260,6 @@ class StackInjection:
             read = (columns == 0) | (columns == self.starts[:, None])
             output.last_hidden_state = torch.where(read[..., None], first, output.last_hidden_state)
         return output
-
-    def _check_reached(self, wrapper: PrefixAttention, call: Call) -> None:
-        crossing = call.get("encoder_hidden_states") is not None
-        expected = {id(a.module) for a in self.layers if a.site is not Site.CROSS or crossing}
-        if expected - wrapper.reached:
-            raise UnsupportedModelError(
-                "the prefix did not reach every layer: call set_attn_implementation before the adapter is added"
-            )
 
 
 def align_outputs(output: Any, layout: Layout, states: str, all_states: str, attentions: str) -> None:

@@ -1,0 +1,125 @@
+"""Where a batch's tokens stand, in the numbers that the model's positions have, and whether it has so many.
+
+Positions count from each row's first real token, and go on where a prefix or virtual tokens among the words end.
+Letters: B rows, T tokens of this call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtune.backbone import Stack
+from softtune.backbone.interface import flash_refusal, takes_padding
+from softtune.errors import DataError, UnsupportedModelError
+from softtune.injection.columns import Columns
+from softtune.injection.layout import Layout
+from softtune.injection.masks import PACKED
+from softtune.injection.rows import RowPrompts
+from softtune.injection.step import Call, Step
+
+
+class Positions:
+    """The positions of one stack's calls.
+
+    Args:
+        stack: the stack.
+        columns: where virtual tokens stand.
+        has_prefix: whether any layer gets a prefix.
+    """
+
+    def __init__(self, stack: Stack, columns: Columns, *, has_prefix: bool) -> None:
+        self.stack = stack
+        self.columns = columns
+        self.has_prefix = has_prefix
+        self.shift = torch.zeros(0, dtype=torch.long)
+        """[B] positions that each row's prefix takes in the present call."""
+
+    def check(self, call: Call, step: Step, here: RowPrompts) -> None:
+        """Raise DataError where a row needs more positions than the model has."""
+        limit = self.stack.table_size
+        if limit is None:
+            return
+        tokens, virtual = self._lengths(call, step, here), (here.shift + here.is_vector.sum(1)).to(step.device)
+        row = int((tokens + virtual).argmax())
+        if int(tokens[row] + virtual[row]) > limit:
+            raise DataError(
+                f"{int(tokens[row])} tokens and {int(virtual[row])} virtual ones exceed the model's {limit} positions: "
+                "shorten the text"
+            )
+
+    def place(self, call: Call, step: Step, here: RowPrompts, layout: Layout | None) -> None:
+        """Count positions from each row's first real token, and past the virtual tokens in front of it."""
+        if not self.stack.takes_position_ids:
+            return
+        positions = call.get("position_ids")
+        if positions is None:
+            if self._counts_itself(step, here):
+                return
+            positions = step.positions() + self.stack.first_position
+        positions = positions.expand(step.rows, -1)
+        if here.vectors is not None and step.has_restarts(positions):
+            raise UnsupportedModelError(
+                "several texts packed into one row have no place for virtual tokens among the words: pad them instead"
+            )
+        if self.has_prefix and takes_padding(self.stack.module.config) and step.has_restarts(positions):
+            raise flash_refusal(PACKED)
+        shift = self._shift(call, step, here, positions)
+        if layout is not None:
+            in_slots = layout.merge(shift.expand_as(positions), torch.zeros_like(here.is_vector))
+            positions = layout.merge_positions(positions) + in_slots
+        else:
+            positions = positions + shift
+        if (limit := self.stack.table_size) is not None:  # beyond it is padding alone
+            positions = positions.clamp(max=self.stack.first_position + limit - 1)
+        call["position_ids"] = positions
+
+    def move_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
+        """Look up again, further on, what BART's kin look up by themselves."""
+        signature, shift = inspect.signature(module.forward), self.shift[:, None].to(output.device)
+        if "past_key_values_length" not in signature.parameters:
+            raise UnsupportedModelError(
+                f"{type(self.stack.module).__name__} counts positions in a way of its own: set shift_positions=False"
+            )
+        call = signature.bind(*args, **kwargs).arguments
+        past, positions = call.get("past_key_values_length", 0), call.get("position_ids")
+        if not isinstance(module, nn.Embedding):  # M2M100's is no table, and gives padding no position
+            for length in self.shift.unique().tolist():
+                counted = {"past_key_values_length": past + length}
+                moved = counted if positions is None else {"position_ids": positions + length}
+                output = output.where(shift[..., None] != length, module.forward(**call | moved))
+            return output
+        if positions is None:
+            positions = torch.arange(output.shape[-2], device=output.device) + past
+        return nn.functional.embedding(positions + shift + getattr(module, "offset", 0), module.weight)
+
+    def _shift(self, call: Call, step: Step, here: RowPrompts, positions: Tensor) -> Tensor:
+        """[B, T] or [B, 1] how far virtual tokens that have no slot in this call move the tokens' positions [B, T]."""
+        shift = here.shift[:, None].to(step.device)
+        if here.vectors is not None and step.is_continued:
+            return shift + here.is_vector.sum(dim=1, keepdim=True)
+        if not (here.has_infix and here.shifts) or step.is_continued:
+            return shift
+        if call.get("attention_mask") is None and bool((positions.diff(dim=1) == 1).all()):
+            # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
+            call["attention_mask"] = step.full_mask()
+        behind = step.is_from(self.columns.of_infix(step, here)) | ~here.after_text[:, None]
+        return shift * behind
+
+    def _counts_itself(self, step: Step, here: RowPrompts) -> bool:
+        """Whether the model's own count, which is that of the columns, is right."""
+        needs_count = self.stack.is_causal and (step.mask is not None or here.is_ragged)
+        return not self.stack.takes_position_ids or not (here.shifts or needs_count)
+
+    def _lengths(self, call: Call, step: Step, here: RowPrompts) -> Tensor:
+        """[B] positions that each row's text takes."""
+        given: Tensor | None = call.get("position_ids")
+        if given is not None:
+            real = step.full_mask()[:, -step.length :] != 0
+            return (given - self.stack.first_position + 1).expand(step.rows, -1).where(real, 0).amax(1)
+        if self._counts_itself(step, here):
+            return torch.full_like(step.starts, step.width)
+        return step.ends - step.starts

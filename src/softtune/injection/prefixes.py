@@ -1,0 +1,101 @@
+"""Brings prefixes to a stack's attention layers: by the attention interface, or as a cache where there is none.
+
+Letters: B rows, T queries, P virtual tokens of a prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtune.backbone import AttentionLayer, Site, Stack
+from softtune.errors import UnsupportedModelError
+from softtune.injection.attention import PrefixAttention
+from softtune.injection.cache import PrefixCache, own_cache
+from softtune.injection.columns import Columns
+from softtune.injection.layout import Layout, row_starts
+from softtune.injection.masks import widen
+from softtune.injection.pack import PackedAttention
+from softtune.injection.rows import Lengths, RowPrompts
+from softtune.injection.step import Call, Step
+
+
+class Prefixes:
+    """The prefixes of one stack's calls.
+
+    Args:
+        stack: the stack.
+        layers: its attention layers that get a prefix.
+        columns: where virtual tokens stand.
+    """
+
+    def __init__(self, stack: Stack, layers: Sequence[AttentionLayer], columns: Columns) -> None:
+        self.stack = stack
+        self.layers = layers
+        self.columns = columns
+
+    def attention(self, step: Step, here: RowPrompts, layout: Layout | None, **options: Any) -> PrefixAttention:
+        """The wrapper that brings the prefixes of ``here``."""
+        prefixes = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None}
+        visible, biases = self._visible(step, here, layout), self._biases(step, here, layout)
+        crossing = {a.module for a in self.layers if a.module is not None and a.site is Site.CROSS}
+        return PrefixAttention(prefixes, visible=visible, biases=biases, crossing=crossing, **options)
+
+    def add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
+        """Hand the prefix to layers that take a ready cache alone."""
+        prefixes = [here.prefixes[a.place] for a in self.layers]
+        is_prefix = here.is_prefix.get(here.lengths[self.layers[0].place])
+        mask, layout = call.get("attention_mask"), None
+        if mask is None and is_prefix is not None:
+            mask = step.full_mask()
+        if step.has_ready_mask and mask is not None:
+            visible = None if is_prefix is None else is_prefix[:, None]
+            call["attention_mask"] = widen(mask, visible, prefixes[0].key.shape[2])
+        elif mask is not None:
+            starts = row_starts(mask, step.rows, step.device)
+            columns = starts[:, None].expand(-1, prefixes[0].key.shape[2])
+            is_prefix = torch.ones_like(columns, dtype=torch.bool) if is_prefix is None else is_prefix
+            beside = Layout.of(starts, mask.shape[1], columns, is_prefix, causal=True)
+            call["attention_mask"] = beside.merge(mask, is_prefix)
+            layout = beside if bool(starts.any()) else None
+        call["past_key_values"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
+
+    def check_reached(self, wrapper: PrefixAttention | PackedAttention, call: Call) -> None:
+        """Raise UnsupportedModelError where a layer has not called the wrapper."""
+        crossing = call.get("encoder_hidden_states") is not None
+        expected = {id(a.module) for a in self.layers if a.site is not Site.CROSS or crossing}
+        if expected - wrapper.reached:
+            raise UnsupportedModelError(
+                "the prefix did not reach every layer: call set_attn_implementation before the adapter is added"
+            )
+
+    def _visible(self, step: Step, here: RowPrompts, layout: Layout | None) -> dict[nn.Module, Tensor]:
+        """[B or 1, T or 1, P] which tokens see a module's prefix; nothing where all see all of it."""
+        queries = None
+        if here.has_infix and not step.is_continued:
+            # The token that the answer is predicted from is the first to see an infix.
+            queries = step.is_from(self.columns.of_infix(step, here) - 1) | ~here.after_text[:, None]
+            queries = queries if layout is None else layout.merge(queries, here.is_vector)
+        by_lengths: dict[Lengths, Tensor] = {}
+        for lengths in {*here.lengths.values()}:
+            keys = here.is_prefix.get(lengths)
+            if keys is None and queries is not None:
+                keys = torch.ones(1, max(lengths), dtype=torch.bool, device=step.device)
+            if keys is not None:
+                by_lengths[lengths] = keys[:, None, :] if queries is None else queries[:, :, None] & keys[:, None, :]
+        pairs = [(a.module, by_lengths.get(here.lengths[a.place])) for a in self.layers]
+        return {module: seen for module, seen in pairs if module is not None and seen is not None}
+
+    def _biases(self, step: Step, here: RowPrompts, layout: Layout | None) -> dict[nn.Module, Tensor]:
+        """[B, heads, T, P] T5's biases of the prefix, by the stack's own attention modules."""
+        own = [a for a in self.layers if a.site is self.stack.site and a.module is not None]
+        if not own or self.stack.relative_bias is None:
+            return {}
+        positions = step.positions()
+        positions = positions if layout is None else layout.merge_positions(positions)
+        kinds = {a.module: (self.stack.bias_owner(a.module), max(here.lengths[a.place])) for a in own if a.module}
+        biases = {kind: self.stack.prefix_bias(kind[0], positions, kind[1]) for kind in {*kinds.values()}}
+        return {module: biases[kind] for module, kind in kinds.items()}
