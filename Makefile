@@ -31,7 +31,8 @@ check: $(VENV)/.library
 	$(VENV)/bin/lint-imports --no-cache
 
 bench: $(VENV)/.models
-	$(PYTHON) benchmarks/run.py
+	$(PYTHON) benchmarks/core.py
+	$(PYTHON) benchmarks/training.py
 
 setup: $(VENV)/.models
 

@@ -31,16 +31,19 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, value: float, must: float | None) -> dict[str, Any]:
-    """One line of the results: what was measured, what it came to, and whether it is at most what it must be."""
-    return {"measure": name, "value": round(value, 3), "must": must, "holds": None if must is None else value <= must}
+def measure(name: str, value: float, must: float | None, *, at_least: bool = False) -> dict[str, Any]:
+    """One line of the results: what was measured, what it came to, and whether it is at most (or at least) what it must
+    be."""
+    holds = None if must is None else value >= must if at_least else value <= must
+    limit = None if must is None else f"{'>=' if at_least else '<='} {must}"
+    return {"measure": name, "value": round(value, 3), "must": limit, "holds": holds}
 
 
 def report(name: str, measures: Sequence[dict[str, Any]]) -> None:
     """Show the results and write them to ``results/<name>.json``."""
-    table = Table("measure", "value", "must be at most", "holds", title=name, title_justify="left")
+    table = Table("measure", "value", "must be", "holds", title=name, title_justify="left")
     for m in measures:
-        must, holds = ("", "") if m["must"] is None else (str(m["must"]), "yes" if m["holds"] else "NO")
+        must, holds = ("", "") if m["must"] is None else (m["must"], "yes" if m["holds"] else "NO")
         table.add_row(m["measure"], f"{m['value']:.3f}", must, holds)
     Console().print(table)
     content = {"hardware": _hardware(), "commit": _commit(), "measures": list(measures)}

@@ -1,0 +1,204 @@
+"""Training steps and label scoring against PEFT's, and a step against its own matrix products.
+
+SmolLM2-135M in fp32, eight rows of 16 to 48 real tokens. Run alone on an idle machine: ``make bench``.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from core import ANSWER, ROUNDS, padded_batch, training_step
+from timing import measure, ratio, report
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BloomConfig, BloomForCausalLM
+
+import softtune
+from softtune.data import Example, answer_width
+from softtune.evaluation.predict import score_words
+from softtune.pretrained import load_base_model
+
+PREFIX = ("PrefixTuningConfig", 30)
+PROMPT = ("PromptTuningConfig", 100)
+SHORT_PROMPT = ("PromptTuningConfig", 30)
+SIDES = {"softtune": softtune, "peft": peft}
+RECORDS = 32
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+
+Batch = dict[str, Any]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    base, tokenizer = load_base_model("smollm2-135m")
+    batch = padded_batch(tokenizer.pad_token_id)
+    own = at_answers(batch)
+    measures = []
+    for method, (padded, dynamic) in {PREFIX: (0.50, 0.72), PROMPT: (0.33, 0.38)}.items():
+        ours, theirs = (training_step(adapted(side, base, method), b) for side, b in ((softtune, own), (peft, batch)))
+        trimmed = training_step(adapted(peft, base, method), without_shared_padding(batch))
+        name = f"{method[0]} P={method[1]}: step / peft's"
+        measures += [
+            measure(f"{name}, padded to {batch['input_ids'].shape[1]}", ratio(ours, theirs, rounds=ROUNDS)[0], padded),
+            measure(f"{name}, padded to the longest row", ratio(ours, trimmed, rounds=ROUNDS)[0], dynamic),
+        ]
+    step = training_step(adapted(softtune, base, PREFIX), own)
+    share, seconds, products = ratio(step, matrix_products(step), rounds=ROUNDS)
+    measures += [
+        measure("PrefixTuningConfig P=30: step / its matrix products alone", share, 1.25),
+        measure("seconds of that step", seconds, None),
+        measure("seconds of its matrix products", products, None),
+    ]
+    for method, must in {PREFIX: 1.0, SHORT_PROMPT: 0.75}.items():
+        ours, theirs = (call(adapted(side, base, method), batch) for side in (softtune, peft))
+        name = f"{method[0]} P={method[1]}: model(**padded_batch) with labels and backward / peft's"
+        measures.append(measure(name, ratio(ours, theirs, rounds=ROUNDS)[0], must))
+    for model, must in {"smollm2-135m": 0.5, "bloom": 0.1}.items():
+        ours, theirs = (peak_apart(side, model) for side in SIDES)
+        name = f"PrefixTuningConfig P=30, {model}: peak memory above the model / peft's"
+        measures += [
+            measure(name, ours / theirs, must),
+            measure(f"{model}: MB of softtune's", ours / 1e6, None),
+            measure(f"{model}: MB of peft's", theirs / 1e6, None),
+        ]
+    speed = ratio(
+        scoring_by_peft(adapted(peft, base, PREFIX).eval(), tokenizer.pad_token_id),
+        scoring(adapted(softtune, base, PREFIX).eval(), tokenizer.pad_token_id),
+        rounds=ROUNDS,
+    )
+    measures.append(measure("scoring two labels: examples/s / peft's", speed[0], 3.0, at_least=True))
+    report("training", measures)
+
+
+def adapted(side: Any, base: nn.Module, method: tuple[str, int]) -> Any:
+    """A copy of the base model with an adapter of this library."""
+    config = getattr(side, method[0])(task_type="CAUSAL_LM", num_virtual_tokens=method[1])
+    return side.get_peft_model(copy.deepcopy(base), config).train()
+
+
+def at_answers(batch: Batch) -> Batch:
+    """As softtune's Trainer calls the model: logits where the answers are."""
+    return {**batch, "logits_to_keep": answer_width(batch["labels"])}
+
+
+def without_shared_padding(batch: Batch) -> Batch:
+    """As a collator pads that looks for the longest row."""
+    first = int((batch["attention_mask"] != 0).any(dim=0).int().argmax())
+    return {name: x[:, first:] for name, x in batch.items()}
+
+
+def call(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """Forward and backward, without an optimiser."""
+
+    def run() -> None:
+        model(**batch).loss.backward()
+
+    return run
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps every matrix product with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._schema.name.removeprefix("aten::") in PRODUCTS:
+            self.products.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def matrix_products(step: Callable[[], None]) -> Callable[[], None]:
+    """The matrix products of a step again, with their own arguments, and nothing else of it."""
+    with _Recorder() as recorder:
+        step()
+
+    def run() -> None:
+        with torch.no_grad():
+            for function, args, kwargs in recorder.products:
+                function(*args, **kwargs)
+
+    return run
+
+
+def peak_apart(side: str, model: str) -> float:
+    """Bytes that training steps need above the model, in a process of their own."""
+    found = subprocess.run([sys.executable, __file__, side, model], capture_output=True, text=True, check=True)
+    return float(found.stdout.split()[-1])
+
+
+def peak(side: str, model: str) -> float:
+    """Most bytes resident during two training steps, less those before."""
+    if model == "bloom":
+        config = BloomConfig(vocab_size=250_880, hidden_size=64, n_layer=2, n_head=4, pad_token_id=3)
+        base: nn.Module = BloomForCausalLM(config)
+        pad = 3
+    else:
+        base, tokenizer = load_base_model(model)
+        pad = tokenizer.pad_token_id
+    base.requires_grad_(False)
+    batch = padded_batch(pad)
+    tuned = (
+        SIDES[side]
+        .get_peft_model(base, getattr(SIDES[side], PREFIX[0])(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX[1]))
+        .train()
+    )
+    with torch.no_grad():
+        tuned(batch["input_ids"][:1, -2:])  # touches the weights, which are read from disk when they are needed
+    step = training_step(tuned, at_answers(batch) if side == "softtune" else batch)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = _status("VmRSS")
+    step(), step()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def records() -> tuple[list[list[int]], list[list[int]]]:
+    """Texts of 16 to 48 tokens, and two answers of two tokens each."""
+    lengths = torch.linspace(16, 48, RECORDS).int().tolist()
+    return [torch.randint(100, 40_000, (n,)).tolist() for n in lengths], [[500, 600], [700, 800]]
+
+
+def scoring(model: Any, pad: int) -> Callable[[], Tensor]:
+    texts, labels = records()
+    rows = [[Example(input_ids=t + a, labels=[-100] * len(t) + a) for a in labels] for t in texts]
+    return lambda: score_words(model, rows, pad)
+
+
+def scoring_by_peft(model: Any, pad: int) -> Callable[[], Tensor]:
+    """As scripts for PEFT do: texts padded left, a forward for each label, log-probabilities of its tokens."""
+    texts, labels = records()
+
+    def run() -> Tensor:
+        scores = []
+        for start in range(0, len(texts), 16):
+            for answer in labels:
+                rows = [t + answer for t in texts[start : start + 16]]
+                width = max(map(len, rows))
+                ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
+                mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+                with torch.no_grad():
+                    logits = model(input_ids=ids, attention_mask=mask).logits[:, -ANSWER - 1 : -1].log_softmax(-1)
+                scores.append(logits.gather(2, ids[:, -ANSWER:, None]).sum((1, 2)))
+        return torch.cat(scores)
+
+    return run
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(peak(*sys.argv[1:]))
+    else:
+        main()
