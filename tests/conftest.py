@@ -1,4 +1,4 @@
-"""What every test gets: no network, one thread, a fixed seed."""
+"""What every test gets: no network, one thread, a fixed seed, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import transformers
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 transformers.logging.set_verbosity_error()
 
 

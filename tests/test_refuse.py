@@ -158,6 +158,16 @@ def test_a_model_whose_stacks_are_no_models() -> None:
         get_peft_model(model, PromptTuningConfig())
 
 
+def test_a_decoder_that_sees_later_words() -> None:
+    """UMT5's in transformers 5.17."""
+    model = base_model("t5", SEQ_2_SEQ_LM)
+    for module in model.get_decoder().modules():
+        if hasattr(module, "has_relative_attention_bias"):
+            module.is_causal = False
+    with pytest.raises(UnsupportedModelError, match=r"T5.*'s decoder sees later words .*: install 5\.18 or newer"):
+        get_peft_model(model, PromptTuningConfig())
+
+
 def test_positions_that_no_prefix_can_move() -> None:
     class Positions(nn.Module):
         def forward(self, words: torch.Tensor) -> torch.Tensor:

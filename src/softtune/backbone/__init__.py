@@ -54,7 +54,7 @@ class Backbone:
         model: a Hugging Face transformer, with or without a head.
 
     Raises:
-        UnsupportedModelError: the model, or a stack of it, is no ``PreTrainedModel``.
+        UnsupportedModelError: the model, or a stack of it, is no ``PreTrainedModel``, or its decoder sees later words.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -66,6 +66,10 @@ class Backbone:
         if model.config.is_encoder_decoder:
             encoder, decoder = _below_head(model.get_encoder()), _below_head(model.get_decoder())
             self.stacks = [Stack(encoder, Site.ENCODER), Stack(decoder, Site.DECODER)]
+            if self.stacks[1].sees_later_words:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}'s decoder sees later words in this transformers: install 5.18 or newer"
+                )
         else:
             decoder = model.get_decoder()  # of masked words a matrix may have that name
             stack = _below_head(decoder if isinstance(decoder, PreTrainedModel) else model)

@@ -126,6 +126,11 @@ class Stack:
         """T5's attention module that owns the relative position bias of the whole stack; the first of UMT5's."""
         return next((m for m in self.module.modules() if getattr(m, "has_relative_attention_bias", False)), None)
 
+    @property
+    def sees_later_words(self) -> bool:
+        """Whether a decoder's attention is told that it is none, as UMT5's is in transformers 5.17."""
+        return self.is_causal and getattr(self.relative_bias, "is_causal", True) is False
+
     def bias_owner(self, layer: nn.Module) -> nn.Module | None:
         """The attention module whose relative position bias a layer adds: its own in UMT5, the stack's in T5."""
         return layer if getattr(layer, "has_relative_attention_bias", False) else self.relative_bias
