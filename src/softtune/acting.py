@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, cache_of, cached_length
-from softtune.errors import AdapterError
+from softtune.backbone import Backbone, cache_of, cached_length, evaluating
+from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
 from softtune.injection import Injection
 from softtune.injection.ahead import run_ahead
 from softtune.injection.layout import row_ends, row_starts
 from softtune.injection.modules import ModuleChanges
+from softtune.injection.trunk import Trunk, untouched
 from softtune.methods.base import Prompt
 from softtune.methods.bitfit import BiasChanges
 
@@ -45,7 +46,11 @@ class Cast:
 
 @contextmanager
 def acting(
-    backbone: Backbone, cast: Cast, columns: Tensor | None = None, text_ends: Tensor | None = None
+    backbone: Backbone,
+    cast: Cast,
+    columns: Tensor | None = None,
+    text_ends: Tensor | None = None,
+    trunk: Trunk | None = None,
 ) -> Iterator[Injection | None]:
     """Let a cast act in a base model for the length of the block, which gets its injection where anyone acts.
 
@@ -56,16 +61,24 @@ def acting(
         cast: who acts.
         columns: [B, N] the column before which each virtual token stands.
         text_ends: [B] the column where each text ends.
+        trunk: keeps what layers below prefixes compute; None where the call runs all layers.
     """
     adapters = list(cast.adapters.values())
     prompts = [Prompt() if a is None else _prompt(backbone, a, ahead=columns is None) for a in adapters]
-    biases = [a.module.additions() if a and isinstance(a.module, BiasChanges) else [] for a in adapters]
-    changes = ModuleChanges(backbone, biases, [a.heads if a else {} for a in adapters], cast.rows)
+    changes = _changes(backbone, adapters, cast.rows)
     with ExitStack() as stack:
         injection = None
         if any(adapters):
-            packs = not changes.tell_rows(backbone.stacks[0].module)
-            injection = Injection(backbone, prompts, cast.rows, columns=columns, text_ends=text_ends, packs=packs)
+            changes_layers = changes.reach(backbone.stacks[0].module)
+            injection = Injection(
+                backbone,
+                prompts,
+                cast.rows,
+                columns=columns,
+                text_ends=text_ends,
+                packs=cast.rows is None or not changes_layers,
+                trunk=None if changes_layers else trunk,
+            )
             stack.enter_context(injection)
         stack.enter_context(changes.acting())
         yield injection
@@ -78,6 +91,42 @@ def _prompt(backbone: Backbone, adapter: Adapter, *, ahead: bool) -> Prompt:
         return prompt
     with ModuleChanges(backbone, [], [adapter.heads]).acting():
         return run_ahead(backbone, prompt)
+
+
+def _changes(backbone: Backbone, adapters: Sequence[Adapter | None], rows: Tensor | None = None) -> ModuleChanges:
+    """What adapters do to the outputs of single modules."""
+    biases = [a.module.additions() if a and isinstance(a.module, BiasChanges) else [] for a in adapters]
+    return ModuleChanges(backbone, biases, [a.heads if a else {} for a in adapters], rows)
+
+
+def check_trunk(trunk: Trunk, adapters: Sequence[Adapter]) -> None:
+    """Refuse to cache what no call with these adapters could use.
+
+    Raises:
+        UnsupportedModelError: the base model cannot leave its first layers out, or has dropout.
+        ConfigError: every adapter acts in the first layer already.
+    """
+    depths = {_untouched(trunk.backbone, adapter) for adapter in adapters} - {0}
+    if trunk.backbone.packs and not depths:
+        raise ConfigError(
+            "the trunk cache keeps layers below a prefix, and every adapter here acts from the first layer on: "
+            "set layers, such as 'last:10', or leave it out"
+        )
+    for depth in depths or {0}:
+        trunk.check(depth)
+    if trunk.backbone.stacks[0].has_dropout:
+        raise UnsupportedModelError(
+            "the base model has dropout, with which a text's layers are never the same twice: "
+            "load it with dropout 0 or leave the trunk cache out"
+        )
+
+
+def _untouched(backbone: Backbone, adapter: Adapter) -> int:
+    """How many first layers an adapter leaves alone; asks for its prompt without drawing random numbers."""
+    if _changes(backbone, [adapter]).reach(backbone.stacks[0].module):
+        return 0
+    with evaluating(adapter.module):
+        return untouched([adapter.module.prompt()])
 
 
 def text_ends(

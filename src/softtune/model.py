@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
-from softtune.acting import BASE, Cast, acting, check_owner, sign, text_ends
+from softtune.acting import BASE, Cast, acting, check_owner, check_trunk, sign, text_ends
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, CheckpointError, DataError
 from softtune.injection.generation import generating
+from softtune.injection.store import Store
+from softtune.injection.trunk import Trunk
 from softtune.methods import PeftConfig
 from softtune.options import check_options
 from softtune.state import AdapterState
@@ -59,6 +61,7 @@ class PeftModel(PushToHubMixin, AdapterState):
         backbone = Backbone(base)
         super().__init__(base if layered else base.requires_grad_(False), adapter_name)
         self.backbone = backbone
+        self._trunk: Trunk | None = None
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
@@ -250,7 +253,7 @@ class PeftModel(PushToHubMixin, AdapterState):
         cast = self._cast(adapter_names, text)
         check_owner(kwargs, cast)
         ends = text_ends(self.backbone, cast, text, attention_mask, labels)
-        with acting(self.backbone, cast, prompt_positions, ends):
+        with acting(self.backbone, cast, prompt_positions, ends, self._trunk):
             output = self.base_model(return_dict=True, **kwargs)
         sign(output, cast)
         return output if return_dict is not False else output.to_tuple()
@@ -280,6 +283,49 @@ class PeftModel(PushToHubMixin, AdapterState):
             generated = generate(*args, **kwargs)
         sign(generated, cast)
         return generated
+
+    def trunk_cache(
+        self, memory: float = 1024, disk: float = 0, folder: str | os.PathLike[str] | None = None
+    ) -> AbstractContextManager[Trunk]:
+        """Compute the layers below the lowest prefix once for each text, for the length of a ``with`` block.
+
+            model = get_peft_model(base, PrefixTuningConfig(layers="last:10"))
+            with model.trunk_cache(memory=512):
+                ...  # epochs of any training loop
+
+        No prompt reaches these layers, so that a text's states [T, D] there are the same in every epoch: later epochs
+        begin above them. Losses and gradients are those without. Rows of several adapters begin below the lowest prefix
+        of all. Calls without gradients run all layers, and so do those with BitFit adapters, vectors instead of words,
+        positions, token types or a cache of their own, and those that ask for every layer's output. Leave the block
+        before the base model's own numbers change.
+
+        Args:
+            memory: megabytes (10⁶ bytes) of states to keep in memory; a text of T tokens takes T · D · 4 bytes in fp32.
+            disk: megabytes to keep in a temporary file when that is full. Texts beyond both bounds, or beyond what the
+                disk takes, are computed every time.
+            folder: where that file is; by default where the system has its temporary files.
+
+        Returns:
+            What ``with`` enters once; ``hits`` and ``misses`` of what it then gives count rows.
+
+        Raises:
+            ConfigError: a size is negative or both are 0, there is no such folder, or every adapter acts from the
+                first layer on.
+            UnsupportedModelError: the base model is no decoder that can leave layers out, has dropout, or is trained
+                in these layers.
+        """
+        trunk = Trunk(self.backbone, Store(memory, disk, folder))
+        check_trunk(trunk, [self.adapter(name) for name in self.peft_config])
+        return self._keeping(trunk)
+
+    @contextmanager
+    def _keeping(self, trunk: Trunk) -> Iterator[Trunk]:
+        before, self._trunk = self._trunk, trunk
+        try:
+            yield trunk
+        finally:
+            self._trunk = before
+            trunk.store.close()
 
     def _check_labels(self, labels: Tensor | None, text: Tensor | None) -> None:
         if labels is None or text is None:

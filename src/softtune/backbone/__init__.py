@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softtune.backbone.checkpointing import around_runs, is_checkpointing, is_reentrant
+from softtune.backbone.checkpointing import around_runs, is_checkpointing, is_reentrant, unchecked
 from softtune.backbone.interface import WRAPPER, AttentionRecorder, install
 from softtune.backbone.outputs import Outputs, observing, with_rows
 from softtune.backbone.roles import BiasSlot, bias_slots
@@ -29,6 +29,7 @@ from softtune.backbone.stack import (
     cached_length,
     evaluating,
     is_causal,
+    skipped,
 )
 from softtune.errors import UnsupportedModelError
 
@@ -44,6 +45,7 @@ __all__ = [
     "evaluating",
     "is_checkpointing",
     "is_reentrant",
+    "skipped",
 ]
 
 
@@ -152,19 +154,26 @@ class Backbone:
         layer attends."""
         return self.is_decoder_only and len(self.attention_layers) == self.text_config.num_hidden_layers
 
+    @property
+    def packs(self) -> bool:
+        """Whether its layers' attention alone sees rows, and can be given others than those of the layers' input."""
+        return self.runs_ahead and self.has_interface and self.stacks[0].takes_position_ids
+
+    def starts_at(self, depth: int) -> bool:
+        """Whether the layers from ``depth`` on can run without those below, by the hidden states that these return."""
+        if not self.packs or len(self.attention_layers) != len(self.stacks[0].layers):
+            return False
+        pairs = zip(self.attention_layers, self.stacks[0].layers, strict=True)
+        are_apart = all(a.module in {*layer.modules()} and not a.is_shared for a, layer in pairs)
+        return are_apart and self.stacks[0].starts_at(depth)
+
     def run_ahead(self, vectors: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
         """Keys [H, P, K] and values of virtual tokens [P, D] in front of a text, with gradients.
 
         The mode is the model's own; no layer is checkpointed, since nothing would recompute what is kept here.
         """
-        checkpointed: list[Any] = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
-        for module in checkpointed:
-            module.gradient_checkpointing = False
-        try:
+        with unchecked(self.model):
             observed = self._observe(inputs_embeds=vectors[None].to(self.model.dtype))
-        finally:
-            for module in checkpointed:
-                module.gradient_checkpointing = True
         return {layer.place: (key, value) for layer, key, value in observed}
 
     def _observe(self, **inputs: Tensor) -> list[tuple[AttentionLayer, Tensor, Tensor]]:

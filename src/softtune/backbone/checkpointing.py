@@ -47,6 +47,19 @@ def around_runs(model: nn.Module, context: Callable[[nn.Module], AbstractContext
             setattr(layer, _FUNCTION, function)
 
 
+@contextmanager
+def unchecked(model: nn.Module) -> Iterator[None]:
+    """No gradient checkpointing, for the length of the block: nothing would recompute what is kept in it."""
+    checkpointed: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+
+
 def _functions(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
     return {m: vars(m)[_FUNCTION] for m in model.modules() if _FUNCTION in vars(m)}
 

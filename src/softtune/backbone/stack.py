@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
+
+from softtune.backbone.checkpointing import unchecked
 
 _CACHES = {"past_key_values", "cache_params"}
 """The names that a stack gives to its cache; a model without attention has states in place of keys and values."""
@@ -101,12 +103,47 @@ class Stack:
         return limit - self.first_position if limit and has_table else None
 
     @property
-    def is_random(self) -> bool:
-        """Whether dropout makes equal tokens differ in this mode."""
+    def has_dropout(self) -> bool:
+        """Whether dropout makes equal tokens differ in training mode."""
         shares = (
             getattr(m, name, 0.0) for m in self.module.modules() for name in ("p", "dropout", "attention_dropout")
         )
-        return self.module.training and any(isinstance(share, float) and share > 0 for share in shares)
+        return any(isinstance(share, float) and share > 0 for share in shares)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether dropout makes equal tokens differ in this mode."""
+        return self.module.training and self.has_dropout
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The layers in the order in which they run; empty where they are no list of modules."""
+        count = self.module.config.num_hidden_layers
+        lists = (m for m in self.module.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+        return list(next(lists, ()))
+
+    def run_below(self, depth: int, **inputs: Any) -> Tensor:
+        """Hidden states [B, T, D] that reach layer ``depth``, without gradients; layers from there on don't run."""
+        reached: list[Tensor] = []
+
+        def note(states: Tensor) -> Tensor:
+            reached.append(states)
+            return states
+
+        with torch.no_grad(), unchecked(self.module), skipped(self.layers[depth:], note):
+            # Not the module itself, whose hooks would see one more call.
+            self.module.forward(**inputs, use_cache=False)
+        return reached[0]
+
+    def starts_at(self, depth: int) -> bool:
+        """Whether layers from ``depth`` on take nothing from those below but hidden states [B, T, D]: seen on a text of
+        three tokens, whose outputs are the same where the layers below are handed their own."""
+        ids = torch.arange(3, device=self.module.device)[None]
+        with evaluating(self.module):
+            expected, states = self._states(input_ids=ids), self.run_below(depth, input_ids=ids)
+            with skipped(self.layers[:depth], lambda _: states):
+                found = self._states(input_ids=ids)
+        return states.dim() == 3 and torch.allclose(found, expected, atol=1e-3)
 
     def causal_masks(self, length: int) -> Any:
         """A mask [1, 1, T, T] of a text without padding, or one for each kind of layer by its name, as the model's own
@@ -181,6 +218,26 @@ class Stack:
         bound = self.signature.bind(*args, **kwargs).arguments
         rest = bound.pop("kwargs", {})
         return {**bound, **rest}
+
+
+@contextmanager
+def skipped(layers: Sequence[nn.Module], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let layers do nothing but ``change`` the hidden states that reach them, for the length of the block."""
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return change(hidden_states)
+
+    instead = {"forward": forward, "gradient_checkpointing": False}
+    own = [{name: vars(layer)[name] for name in instead if name in vars(layer)} for layer in layers]
+    try:
+        for layer in layers:
+            vars(layer).update(instead)
+        yield
+    finally:
+        for layer, before in zip(layers, own, strict=True):
+            for name in instead:
+                vars(layer).pop(name, None)
+            vars(layer).update(before)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from softtune.backbone.interface import flash_refusal, takes_padding
 from softtune.errors import AdapterError, DataError
 from softtune.injection.stack import StackInjection, align_outputs
 from softtune.injection.step import Call, Step
+from softtune.injection.trunk import Trunk
 from softtune.methods.base import Prompt
 
 
@@ -32,6 +33,7 @@ class Injection:
             or at its end where the prompt says so.
         text_ends: [B] the column where each text ends; by default behind its last token.
         packs: whether a decoder's layers may see tokens in any arrangement, since only attention tells rows apart.
+        trunk: the layers below the prompts, kept from call to call; None where every call runs all layers.
 
     Raises:
         DataError: there are columns, but no virtual tokens that stand among the words, or another number of them.
@@ -46,12 +48,15 @@ class Injection:
         columns: Tensor | None = None,
         text_ends: Tensor | None = None,
         packs: bool = True,
+        trunk: Trunk | None = None,
     ) -> None:
         if columns is not None:
             _check_columns(columns, prompts)
         self.backbone = backbone
         self.prompts = prompts
-        self.stacks = [StackInjection(backbone, s, prompts, rows, columns, text_ends, packs) for s in backbone.stacks]
+        self.stacks = [
+            StackInjection(backbone, s, prompts, rows, columns, text_ends, packs, trunk) for s in backbone.stacks
+        ]
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -84,6 +89,8 @@ class Injection:
     ) -> None:
         while self._handles:
             self._handles.pop().remove()
+        for stack in self.stacks:
+            stack.stop_skipping()
         self._keep_cache_under_checkpointing(False)
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:

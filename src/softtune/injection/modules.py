@@ -42,14 +42,13 @@ class ModuleChanges:
         self._model = backbone.model
         self._hooks: dict[nn.Module, list[Any]] = {}
         self._is_acting = False
-        self._is_by_row = rows is not None
         for name, hook in [*_adders(biases, rows), *_answers(heads, rows)]:
             hook = hook if rows is None or name in backbone.row_modules else partial(_refuse, name)
             self._hooks.setdefault(self._model.get_submodule(name), []).append(hook)
 
-    def tell_rows(self, part: nn.Module) -> bool:
-        """Whether rows differ in what changes within a part of the model."""
-        return self._is_by_row and any(module in self._hooks for module in part.modules())
+    def reach(self, part: nn.Module) -> bool:
+        """Whether anything changes within a part of the model."""
+        return any(module in self._hooks for module in part.modules())
 
     @contextmanager
     def acting(self) -> Iterator[None]:

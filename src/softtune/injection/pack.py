@@ -80,9 +80,12 @@ class Pack:
         columns = (starts + numbers).clamp(max=mask.shape[1] - 1)
         is_token = numbers < self.lengths[:, None]
         common, owners = _common(alike.gather(1, columns), is_token) if alike is not None else _nothing(self.lengths)
+        self.common = common
+        """[B] how many first tokens each row has from a row before it."""
         self.rows, own = (is_token & (numbers >= common[:, None])).nonzero(as_tuple=True)
         self.columns = columns[self.rows, own]
         self.places = torch.zeros_like(columns)
+        """[B, L] where in the pack each row's tokens are."""
         self.places[self.rows, own] = torch.arange(len(own), device=mask.device)
         for row in common.nonzero().flatten().tolist():
             self.places[row, : common[row]] = self.places[owners[row], : common[row]]
@@ -92,19 +95,20 @@ class Pack:
         )
 
     @classmethod
-    def of(cls, stack: Stack, call: Call, rows: Tensor | None) -> Pack | None:
+    def of(cls, stack: Stack, call: Call, rows: Tensor | None, *, always: bool) -> Pack | None:
         """The places of a call's tokens; None where that would save nothing.
 
         Args:
             stack: the stack that is called.
             call: its arguments.
             rows: [B] which adapter each row has; None where there is only one.
+            always: also where it saves nothing.
         """
         ids = None if stack.is_random or features_of(call) else call.get("input_ids")
         if ids is not None and rows is not None:
             ids = ids + multiplied(rows, len(ids)).to(ids.device)[:, None] * (int(ids.max()) + 1)
         pack = cls(Step(call).full_mask(), ids)
-        return pack if 0 < len(pack.rows) < pack.mask.numel() else None
+        return pack if always or 0 < len(pack.rows) < pack.mask.numel() else None
 
     @property
     def order(self) -> Tensor:

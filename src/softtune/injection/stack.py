@@ -8,6 +8,7 @@ tokens of this call, P virtual tokens, W columns of the whole attention mask, S 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from softtune.backbone import Backbone, Site, Stack, is_reentrant
+from softtune.backbone import Backbone, Site, Stack, is_reentrant, skipped
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
@@ -29,6 +30,7 @@ from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import RowPrompts, multiplied
 from softtune.injection.step import Call, Step, features_of
 from softtune.injection.trim import Trim
+from softtune.injection.trunk import Trunk
 from softtune.methods.base import Prompt
 
 
@@ -50,8 +52,10 @@ class StackInjection:
         columns: Tensor | None,
         text_ends: Tensor | None,
         packs: bool,
+        trunk: Trunk | None,
     ) -> None:
         self.stack = stack
+        self.adapter_prompts, self.trunk = prompts, trunk
         self.has_interface = backbone.has_interface
         self.layers_attend = bool(backbone.attention_layers)
         self.rows = rows
@@ -70,8 +74,9 @@ class StackInjection:
         self.trim: Trim | None = None
         self.pack: Pack | None = None
         self.has_run = False
-        self.packs = packs and backbone.runs_ahead and self.has_interface and stack.takes_position_ids
-        self.packs = self.packs and self.prompts.vectors is None and not self.prompts.has_infix
+        self.packs = packs and backbone.packs and self.prompts.vectors is None and not self.prompts.has_infix
+        self.depth = 0
+        self._skipping = ExitStack()
         self.shares_keys = is_reentrant(stack.module) and any(a.is_shared for a in backbone.attention_layers)
         self.anchor: Anchor | None = None
 
@@ -95,10 +100,12 @@ class StackInjection:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
         call = self.stack.arguments(args, kwargs)
         self.layout, self.trim, self.columns.trim, self.pack, self.has_run = None, None, None, None, True
+        self.stop_skipping()
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
         if self.packs and can_pack(self.stack, call):
-            self.pack = Pack.of(self.stack, call, self.rows)
+            self.depth = 0 if self.trunk is None else self.trunk.depth(call, self.adapter_prompts)
+            self.pack = Pack.of(self.stack, call, self.rows, always=self.depth > 0)
         elif not self.feeds_decoder:
             self._trim(call)
         step = Step(call)
@@ -150,7 +157,7 @@ class StackInjection:
         return replace(here, prefixes=self.anchor.prefixes)
 
     def _hold(self, module: nn.Module, args: Any, words: Tensor) -> Tensor:
-        return words if self.anchor is None else self.anchor.hold(words)
+        return words if self.anchor is None or not torch.is_grad_enabled() else self.anchor.hold(words)
 
     def _prompts_of(self, step: Step) -> RowPrompts:
         """Each row's prompt. Beams and sequences to return multiply the rows."""
@@ -170,12 +177,23 @@ class StackInjection:
         """Put the tokens into one row, and the rows' prefixes where their attention is."""
         if call.get("position_ids") is None:
             call["position_ids"] = step.positions() + self.stack.first_position
+        if self.trunk is not None and self.depth:
+            self._skip(self.trunk.states(call, pack, self.depth))
         pack.fill(call)
         call["attention_mask"] = self.stack.causal_masks(int(pack.lengths.max()))
         prefixes = [
             self.prefixes.attention(step, here.pick(group.rows), None) if self.layers else None for group in pack.groups
         ]
         call[WRAPPER] = PackedAttention(pack, prefixes)
+
+    def _skip(self, states: Tensor) -> None:
+        """Hand states [1, N, D] to the first layer that a prompt reaches; those below don't run."""
+        held = states if self.anchor is None else self.anchor.hold(states)
+        self._skipping.enter_context(skipped(self.stack.layers[: self.depth], lambda _: held))
+
+    def stop_skipping(self) -> None:
+        """Let all layers run again."""
+        self._skipping.close()
 
     def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
@@ -244,6 +262,7 @@ class StackInjection:
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
         self.anchor = None
+        self.stop_skipping()
         if (wrapper := kwargs.get(WRAPPER)) is not None:
             self.prefixes.check_reached(wrapper, kwargs)
         if isinstance(cache := kwargs.get("past_key_values"), PrefixCache):

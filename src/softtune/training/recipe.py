@@ -94,6 +94,11 @@ class Recipe(BaseModel):
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
+    trunk_cache: Annotated[float, Field(ge=0)] = 0
+    """Megabytes of memory to keep in what the layers below the prefix make of each text, so that later epochs begin
+    above them; needs options with layers, such as last:10. 0 for none."""
+    trunk_cache_disk: Annotated[float, Field(ge=0)] = 0
+    """Megabytes of a temporary file beside the checkpoints for the same, when memory is full."""
     seed: int = 0
     """Seed of the sample, the held-out rows, the start and the order."""
     save_steps: Annotated[int, Field(ge=1)] = 50

@@ -175,6 +175,8 @@ def _prepared(recipe: Recipe, progress: Progress, *, resumes: bool) -> _Run:
     set_seed(recipe.seed)  # a new head is drawn when the base model is loaded
     base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
     model = PeftModel(base, recipe.config())
+    if recipe.trunk_cache or recipe.trunk_cache_disk:  # refused before the base model is evaluated
+        model.trunk_cache(recipe.trunk_cache, recipe.trunk_cache_disk)
     task = fitted(task, model)
     return _Run(
         recipe=recipe,
@@ -253,6 +255,8 @@ def _fit(run: _Run, start: str | None) -> tuple[TrainerState, float]:
         args=_arguments(run.recipe, run.checkpoints),
         train_dataset=run.examples,
         data_collator=Collator(int(run.tokenizer.pad_token_id), padding_side="left"),
+        trunk_cache=run.recipe.trunk_cache,
+        trunk_cache_disk=run.recipe.trunk_cache_disk,
         callbacks=[interrupt := InterruptSaver(), ProgressReporter(lambda *step: run.progress("training", *step))],
     )
     clock = time.perf_counter()

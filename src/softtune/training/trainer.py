@@ -29,19 +29,40 @@ STATE_FILE = "trainer_state.json"
 
 
 class AdapterTrainer(Trainer):
-    """Trains the active adapter of a ``PeftModel``. Arguments are the Trainer's.
+    """Trains the active adapter of a ``PeftModel``.
+
+    Args:
+        model: the base model with its adapter.
+        trunk_cache: megabytes of memory for what layers below the prefix make of each text, and
+        trunk_cache_disk: megabytes of a temporary file beside the checkpoints, when that is full; see
+            ``PeftModel.trunk_cache``. By default both are 0: every step runs all layers.
+        kwargs: the Trainer's.
 
     Raises:
+        ConfigError, UnsupportedModelError: there can be no such cache, of this size or with this model and adapter.
         TrainingError: from ``train``, when the loss is not a number; the adapter is then what it was at the last loss
             that was one.
     """
 
-    def __init__(self, model: PeftModel, **kwargs: Any) -> None:
+    def __init__(self, model: PeftModel, *, trunk_cache: float = 0, trunk_cache_disk: float = 0, **kwargs: Any) -> None:
+        self._trunk_cache = (trunk_cache, trunk_cache_disk)
+        if any(self._trunk_cache):
+            model.trunk_cache(*self._trunk_cache)  # refused at once, not in ``train``
         super().__init__(model=model, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self._last_good: dict[str, Tensor] = {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with the trunk cache."""
+        if not any(self._trunk_cache):
+            return super().train(*args, **kwargs)
+        assert isinstance(self.model, PeftModel)
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.model.trunk_cache(*self._trunk_cache, folder):
+            return super().train(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss, from the logits of the rows' ends alone where the answers stand there."""
