@@ -76,6 +76,15 @@ class PeftModel(PushToHubMixin, AdapterState):
     # Adapters: make, load, save, switch off
 
     @classmethod
+    def of(cls, model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> PeftModel:
+        """A base model with adapters that other models over it have too: all of them train the same numbers."""
+        shared = cls(model)
+        for name, adapter in adapters.items():
+            shared._register(name, adapter)
+        shared.set_requires_grad(list(adapters))
+        return shared
+
+    @classmethod
     def from_pretrained(
         cls,
         model: PreTrainedModel,

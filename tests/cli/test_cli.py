@@ -91,6 +91,56 @@ def test_train_shows_what_the_run_came_to(
     assert Recipe.of_adapter(tmp_path / "adapter").learning_rate == 0.03
 
 
+def test_recipes_at_once_show_a_table_each(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["one", "other"]
+    recipes = [write_recipe(tmp_path / f"{name}.yaml", models["llama"], tmp_path / name) for name in names]
+    assert run("train", *recipes, "--epochs", "2") == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("6 steps") == 2
+    for name in names:
+        assert str(tmp_path / name) in shown.out
+        assert Recipe.of_adapter(tmp_path / name).epochs == 2
+
+
+def test_of_several_runs_the_failed_ones_are_named(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write_recipe(tmp_path / "good.yaml", models["llama"], tmp_path / "good")
+    wild = {"learning_rate": 1e38, "max_grad_norm": 1e9}
+    bad = write_recipe(tmp_path / "bad.yaml", models["llama"], tmp_path / "bad", **wild)
+    assert run("train", good, bad) == 2
+    shown = capsys.readouterr()
+    assert "accuracy" in shown.out
+    assert shown.err.splitlines()[-1].startswith(f"softtune: {tmp_path / 'bad'}: the loss is ")
+
+
+def test_an_ensemble_answers_together(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, adapter = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "a", ensemble=3), tmp_path / "a"
+    assert run("train", recipe) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("accuracy by vote", "accuracy of one", "% on average"))
+    found = {}
+    for options in ((), ("--vote",)):
+        assert run("predict", str(adapter), str(tmp_path / "r.csv"), *options, "--output", str(tmp_path / "o.csv")) == 0
+        rows = csv.DictReader((tmp_path / "o.csv").read_text().splitlines())
+        found[options] = [float(row["probability"]) for row in rows]
+    assert {round(3 * p, 4) for p in found[("--vote",)]} <= {2.0, 3.0}
+    assert found[()] != found[("--vote",)]
+    capsys.readouterr()
+    for command in (("generate", str(adapter), "--text", "red"), ("inspect", str(adapter))):
+        assert run(*command) == 2
+        assert f"has 3 adapters: name the folder of one, such as {adapter / '1'}" in capsys.readouterr().err
+    assert run("inspect", str(adapter / "1")) == 0
+    assert run("predict", str(adapter / "1"), "--text", "red") == 0
+    capsys.readouterr()
+    assert run("predict", str(adapter / "1"), "--text", "red", "--vote") == 2
+    assert "has one adapter, which has no one to vote with" in capsys.readouterr().err
+
+
 def test_every_field_of_the_recipe_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--help") == 0
     shown = capsys.readouterr().out

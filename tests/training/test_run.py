@@ -220,7 +220,7 @@ def test_a_sample_is_no_larger_than_the_data(fields: dict[str, Any], shares: dic
 def test_long_texts_are_cut_and_counted(fields: dict[str, Any]) -> None:
     report = train(Recipe.of({**fields, "max_length": 12, "epochs": 1}))
     assert report.truncated > 0
-    assert report.evaluation_truncated > 0
+    assert report.evaluation.truncated > 0
 
 
 def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_mistake(fields: dict[str, Any]) -> None:
@@ -272,7 +272,7 @@ def test_a_file_in_the_way_of_the_output(fields: dict[str, Any], tmp_path: Path,
 def test_labels_are_checked_by_their_rows_in_the_file_before_any_work(
     fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluates: bool
 ) -> None:
-    monkeypatch.setattr("softtune.training.run.load_base_model", None)
+    monkeypatch.setattr("softtune.training.setup.load_base_model", None)
     bad = Path(write_rows(tmp_path / "bad.csv", 20))
     lines = bad.read_text().splitlines()
     lines[13] = "blue sky,tepid"

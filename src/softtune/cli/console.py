@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from softtune.training.run import Progress as Reporting
+    from softtune.training.setup import Progress as Reporting
 
 console = Console()
 

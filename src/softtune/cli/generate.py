@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from softtune.cli.console import console, counting, quiet
-from softtune.cli.loading import load_trained, read_records
+from softtune.cli.loading import check_single, load_trained, read_records
 from softtune.data import each_row
 from softtune.errors import ConfigError
 from softtune.evaluation.predict import write_texts
@@ -29,6 +29,7 @@ def command(
 ) -> None:
     """Write the text that follows each record, one a line."""
     quiet()
+    check_single(adapter)
     trained = load_trained(adapter, model)
     if trained.task.has_head:
         raise ConfigError("this adapter has a classification head and writes no text: use softtune predict")

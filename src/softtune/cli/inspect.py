@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from softtune import checkpoint
 from softtune.backbone import Backbone, Site
 from softtune.cli.console import console, in_units, quiet, show_pairs
-from softtune.cli.loading import load_adapter
+from softtune.cli.loading import check_single, load_adapter
 from softtune.evaluation.inspection import bias_changes, nearest_words, prefix_norms
 from softtune.methods import PeftConfig
 from softtune.methods.base import KeyValue
@@ -32,6 +32,7 @@ def command(
     """Show an adapter's config and sizes, and the words nearest to its virtual tokens, or its norms by layer."""
     quiet()
     check_finished(adapter)
+    check_single(adapter)
     config = PeftConfig.from_pretrained(adapter)
     weights = checkpoint.weights(adapter)
     loaded, tokenizer = load_adapter(adapter, model, config)

@@ -19,19 +19,32 @@ from softtune.training.recipe import RECIPE_NAME, Recipe
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter at work."""
+    """An adapter at work, or an ensemble."""
 
     task: Task
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def names(self) -> list[str]:
+        """The adapters by name: one, or the members of an ensemble."""
+        return list(self.model.peft_config)
+
 
 def load_trained(adapter: Path, model: str | None) -> Trained:
-    """The adapter that a recipe made, on its base model or on the one named instead."""
+    """What a recipe made, on its base model or on the one named instead."""
     recipe = Recipe.of_adapter(adapter)
     base, tokenizer = load_base_model(model or recipe.model, recipe.task, num_labels=recipe.num_labels)
-    loaded = PeftModel.from_pretrained(base, adapter)
+    loaded = PeftModel(base).eval()
+    for name in recipe.adapter_names:
+        loaded.load_adapter(adapter if name == "default" else adapter / name, name)
     return Trained(fitted(recipe.definition, loaded), loaded, tokenizer)
+
+
+def check_single(adapter: Path) -> None:
+    """Raise ConfigError where a recipe made an ensemble."""
+    if (adapter / RECIPE_NAME).is_file() and (names := Recipe.of_adapter(adapter).adapter_names) != ["default"]:
+        raise ConfigError(f"{adapter} has {len(names)} adapters: name the folder of one, such as {adapter / names[0]}")
 
 
 def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:

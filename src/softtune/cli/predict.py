@@ -12,10 +12,11 @@ from rich.table import Table
 
 from softtune import storage
 from softtune.cli.console import console, counting, quiet, show_pairs
-from softtune.cli.loading import load_trained, read_records
+from softtune.cli.loading import Trained, load_trained, read_records
 from softtune.data import Task, each_row
 from softtune.errors import ConfigError, DataError
-from softtune.evaluation.answers import Answers, answer, measure
+from softtune.evaluation.answers import Answers, measure
+from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
 from softtune.training.recipe import Recipe
 
 SHOWN = 20
@@ -28,9 +29,15 @@ def command(
     text: Annotated[list[str] | None, typer.Option(help="A text to answer instead; may be repeated.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write all answers to this CSV file.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    vote: Annotated[
+        bool, typer.Option("--vote", help="Of an ensemble, take the label that most members answer.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
 ) -> None:
-    """Answer records with a trained adapter; measure the answers where the records have labels."""
+    """Answer records with a trained adapter; measure the answers where the records have labels.
+
+    The members of an ensemble answer together, by the mean of their probabilities.
+    """
     quiet()
     if output is not None:
         _check_output(output)
@@ -38,8 +45,9 @@ def command(
     records = read_records(task, data, text or [], split)
     _check_records(task, records)
     trained = load_trained(adapter, model)
-    with counting("predicting", len(records)) as advance:
-        answers = answer(trained.model, trained.tokenizer, trained.task, records, advance=advance)
+    if vote and len(trained.names) == 1:
+        raise ConfigError(f"{adapter} has one adapter, which has no one to vote with: leave out --vote")
+    answers = _answers(trained, records, vote=vote)
     answered = _with_answers(records, answers)
     if output is not None:
         with storage.staged(output.parent) as stage:
@@ -69,6 +77,16 @@ def _check_records(task: Task, records: Dataset) -> None:
             raise DataError(
                 f"{error}; or leave out the column {task.label_column!r}, and nothing is measured"
             ) from error
+
+
+def _answers(trained: Trained, records: Dataset, *, vote: bool) -> Answers:
+    """What the adapter answers, or an ensemble's members together."""
+    names = trained.names
+    with counting("predicting", len(names) * len(records)) as advance:
+        members = answer_each(trained.model, trained.tokenizer, trained.task, records, names=names, advance=advance)
+    if len(members) == 1:
+        return members[0]
+    return (by_vote if vote or members[0].scores is None else by_mean)(trained.task, members)
 
 
 def _with_answers(records: Dataset, answers: Answers) -> Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -13,45 +14,74 @@ import yaml
 from rich.markup import escape
 
 from softtune.cli.console import console, in_units, progress_bars, quiet, show_pairs
-from softtune.errors import ConfigError
+from softtune.errors import ConfigError, TrainingError
 from softtune.methods import TaskType
 from softtune.pretrained import MODEL_CLASSES
 from softtune.training.recipe import Recipe
-from softtune.training.run import Report, train
+from softtune.training.run import Report, train_all
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
-def command(recipe: str, resume: bool, **flags: str | None) -> None:
-    """Train an adapter by a recipe, and show what it came to. Ctrl-C saves the run for --resume."""
+def command(recipes: list[str], resume: bool, **flags: str | None) -> None:
+    """Train an adapter by a recipe, or those of several recipes at once, and show what came of it.
+
+    Recipes that share a base model take less time and memory together than one after the other; a flag goes for all of
+    them. Ctrl-C saves the runs for --resume.
+    """
     quiet()
     overrides = {name: _value(name, text) for name, text in flags.items() if text is not None}
-    chosen = Recipe.load(recipe, overrides)
+    chosen = [Recipe.load(recipe, overrides) for recipe in recipes]
     with progress_bars() as progress:
-        report = train(chosen, resume=resume, progress=progress)
-    if not report.finished:
+        results = train_all(chosen, resume=resume, progress=progress)
+    reports = [result for result in results if isinstance(result, Report)]
+    if unfinished := [report for report in reports if not report.finished]:
         again = [part for name, text in flags.items() if text is not None for part in (_flag(name), text)]
-        words = shlex.join(["softtune", "train", recipe, *again, "--resume"])
-        console.print(f"Stopped after step {report.steps}. Go on with: {escape(words)}", soft_wrap=True)
+        words = shlex.join(["softtune", "train", *recipes, *again, "--resume"])
+        steps = max(report.steps for report in unfinished)
+        console.print(f"Stopped after step {steps}. Go on with: {escape(words)}", soft_wrap=True)
         sys.exit(INTERRUPTED)
-    show_report(report)
+    for report in reports:
+        show_report(report, title=escape(str(report.folder)) if len(results) > 1 else "")
+    _raise_failures(chosen, results)
 
 
-def show_report(report: Report) -> None:
-    """The table at the end of a run."""
-    percent = {name: name.replace("_", " ") for name in report.after}
-    pairs = [
-        (label, f"{report.before[name]:.1%} before, {report.after[name]:.1%} after") for name, label in percent.items()
+def _raise_failures(recipes: Sequence[Recipe], results: Sequence[Report | TrainingError]) -> None:
+    """Raise TrainingError where a run failed; of several, it says which."""
+    failed = [
+        (recipe, result) for recipe, result in zip(recipes, results, strict=True) if not isinstance(result, Report)
     ]
+    if failed and len(results) == 1:
+        raise failed[0][1]
+    if failed:
+        raise TrainingError("; ".join(f"{recipe.output}: {error}" for recipe, error in failed))
+
+
+def show_report(report: Report, title: str = "") -> None:
+    """The table at the end of a run."""
+    pairs = [pair for name in report.after for pair in _quality(report, name)]
     pairs += [
         ("trained on", f"{_rows(report.training_rows, report.truncated)}, {report.steps} steps"),
-        ("evaluated on", _rows(report.evaluation_rows, report.evaluation_truncated)),
+        ("evaluated on", _rows(report.evaluation_rows, report.evaluation.truncated)),
         ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
         ("adapter", f"{report.folder} ({in_units(report.size)})"),
         ("training", f"{report.seconds:.0f} s"),
     ]
-    show_pairs("", pairs)
+    show_pairs(title, pairs)
+
+
+def _quality(report: Report, metric: str) -> Iterator[tuple[str, str]]:
+    """A metric's lines in the table: before and after and, of an ensemble, the vote's and its members'."""
+    label, found = metric.replace("_", " "), report.evaluation
+    yield label, f"{report.before[metric]:.1%} before, {report.after[metric]:.1%} after"
+    if found.members:
+        members = [member[metric] for member in found.members]
+        yield f"{label} by vote", f"{found.vote[metric]:.1%}"
+        yield (
+            f"{label} of one",
+            f"{min(members):.1%} to {max(members):.1%}, {sum(members) / len(members):.1%} on average",
+        )
 
 
 def _rows(count: int, truncated: int) -> str:
@@ -83,10 +113,10 @@ def _choices(annotation: Any) -> list[str]:
 
 def _signature() -> Signature:
     """``command``'s parameters with a flag for every field of the recipe, as typer reads them."""
-    recipe = Annotated[str, typer.Argument(help="The recipe, a YAML file.")]
+    recipes = Annotated[list[str], typer.Argument(help="The recipe, a YAML file; or several that share a base model.")]
     resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
     parameters = [
-        Parameter("recipe", Parameter.POSITIONAL_OR_KEYWORD, annotation=recipe),
+        Parameter("recipes", Parameter.POSITIONAL_OR_KEYWORD, annotation=recipes),
         Parameter("resume", Parameter.KEYWORD_ONLY, annotation=resume, default=False),
     ]
     for name, field in Recipe.model_fields.items():

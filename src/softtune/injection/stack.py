@@ -67,6 +67,8 @@ class StackInjection:
         places = {place for prompt in prompts for place in prompt.prefixes if place[0] in sites}
         self.layers = [a for a in backbone.attention_layers if a.place in places] if places else []
         self.prompts = RowPrompts.of(prompts, self.layers, stack, reads=reads_input)
+        if self.prompts.vectors is not None:
+            _ = stack.word_scale  # found out by calls that must not meet what else acts
         self.prefixes = Prefixes(stack, self.layers, self.columns)
         self.positions = Positions(stack, self.columns, has_prefix=bool(self.layers))
         self.starts = torch.zeros(0, dtype=torch.long)

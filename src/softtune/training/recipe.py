@@ -94,6 +94,8 @@ class Recipe(BaseModel):
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
+    ensemble: Annotated[int, Field(ge=1)] = 1
+    """Adapters to train for the task at once, from the seeds seed, seed + 1 and so on; they answer together."""
     trunk_cache: Annotated[float, Field(ge=0)] = 0
     """Megabytes of memory to keep in what the layers below the prefix make of each text, so that later epochs begin
     above them; needs options with layers, such as last:10. 0 for none."""
@@ -191,6 +193,16 @@ class Recipe(BaseModel):
         own, others = self.model_dump(mode="json"), other.model_dump(mode="json")
         return {name: (own[name], others[name]) for name in own if own[name] != others[name]}
 
+    @property
+    def adapter_names(self) -> list[str]:
+        """What the adapters are called: an ensemble's are numbered from 1, and are in folders of these names."""
+        return ["default"] if self.ensemble == 1 else [str(i + 1) for i in range(self.ensemble)]
+
+    def checkpoints(self, adapter_name: str = "default") -> Path:
+        """The folder where an unfinished run keeps its state, or that of an ensemble's member."""
+        folder = Path(self.output) / CHECKPOINTS
+        return folder if adapter_name == "default" else folder / adapter_name
+
     def config(self) -> PeftConfig:
         """The method's config. Raises ConfigError where ``options`` has an unknown key or a value out of range."""
         places = Template(self.template).num_virtual_tokens
@@ -214,11 +226,16 @@ class Recipe(BaseModel):
         )
 
 
+def holds_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is an adapter in a folder, or an ensemble."""
+    return any((Path(folder) / name).is_file() for name in (CONFIG_NAME, RECIPE_NAME))
+
+
 def check_finished(folder: str | os.PathLike[str]) -> None:
     """Raise CheckpointError where there is no such folder, or only an unfinished run in it."""
     if not Path(folder).is_dir():
         raise CheckpointError(f"there is no folder {folder}: check the path")
-    if (Path(folder) / CHECKPOINTS).is_dir() and not (Path(folder) / CONFIG_NAME).is_file():
+    if (Path(folder) / CHECKPOINTS).is_dir() and not holds_adapter(folder):
         raise CheckpointError(f"the run in {folder} is unfinished: go on with softtune train --resume, or train anew")
 
 

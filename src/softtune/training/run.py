@@ -1,39 +1,49 @@
-"""Runs a recipe: data, base model, adapter, training, evaluation before and after, and the adapter's folder."""
+"""Runs recipes: training, evaluation before and after, and the adapters' folders.
+
+Recipes that share a base model run at once, and so do the members of an ensemble.
+"""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
 from softtune import storage
-from softtune.data import Collator, Example, Task, each_row, load_records, sample_balanced, split_records
-from softtune.data.sources import fingerprint
+from softtune.acting import BASE
 from softtune.errors import ConfigError, DataError, TrainingError
-from softtune.evaluation.answers import answer, fitted, measure
-from softtune.methods.base import CONFIG_NAME
-from softtune.model import PeftModel
-from softtune.pretrained import load_base_model
-from softtune.training.recipe import CHECKPOINTS, RECIPE_NAME, Recipe
-from softtune.training.trainer import (
-    AdapterTrainer,
-    InterruptSaver,
-    ProgressReporter,
-    last_checkpoint,
-    training_arguments,
-)
+from softtune.evaluation.answers import Answers, measure
+from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
+from softtune.training.recipe import RECIPE_NAME, Recipe, holds_adapter
+from softtune.training.setup import BaseModels, Progress, Rows, Setup
+from softtune.training.together import train_together
+from softtune.training.trainer import AdapterTrainer, InterruptSaver, last_checkpoint
 
 START_NAME = "start.json"
 """What a run began with: the metrics of the base model alone, and fingerprints of the data."""
 
-Progress = Callable[[str, int, int, float | None], None]
-"""Told what is being done, how much of it is done, out of how much, and the latest loss."""
+SHARED = ("model", "task", "num_labels")
+"""What recipes that run at once have in common."""
+
+Starts = dict[str, str | None]
+"""The checkpoint that each of a recipe's adapters goes on from, by its name; None where it begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Metrics of an adapter, or an ensemble of them, on the rows held out; empty without such rows."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """An ensemble's are those of its members' mean probability, or of their vote where they write texts."""
+    members: list[dict[str, float]] = field(default_factory=list)
+    """Those of each adapter of an ensemble; empty where there is only one."""
+    vote: dict[str, float] = field(default_factory=dict)
+    """Those of the majority of an ensemble's members; empty where there is only one."""
+    truncated: int = 0
+    """Rows that were cut to fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +55,8 @@ class Report:
     steps: int
     before: dict[str, float]
     """Metrics of the base model alone on the evaluation rows; empty without such rows."""
-    after: dict[str, float]
-    """The same with the adapter; empty after an interrupt."""
+    evaluation: Evaluation
+    """The same with what was trained; empty after an interrupt."""
     trained: int
     """Numbers that are trained."""
     total: int
@@ -55,11 +65,14 @@ class Report:
     evaluation_rows: int
     truncated: int
     """Training rows that were cut to fit."""
-    evaluation_truncated: int
-    """Evaluation rows that were cut to fit; 0 after an interrupt."""
     folder: Path
     seconds: float
-    """Of training alone."""
+    """Of training alone, with all that ran at once."""
+
+    @property
+    def after(self) -> dict[str, float]:
+        """Metrics with what was trained."""
+        return self.evaluation.metrics
 
     @property
     def size(self) -> int:
@@ -82,69 +95,84 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *
         TrainingError: the loss is not a number; the adapter is saved as it was before.
         KeyboardInterrupt: Ctrl-C outside of training, or a second one; it says what is kept.
     """
-    start = _checkpoint(recipe, resume)
+    [result] = train_all([recipe], resume=resume, progress=progress)
+    if isinstance(result, TrainingError):
+        raise result
+    return result
+
+
+def train_all(
+    recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress = lambda *_: None
+) -> list[Report | TrainingError]:
+    """Run recipes that share a base model at once; each comes out as it would alone.
+
+    Args:
+        recipes: what to do.
+        resume: go on from the last checkpoints of an interrupted run of the same recipes.
+        progress: told of every step of each run.
+
+    Returns:
+        For each recipe what it came to, or why it failed while the others went on.
+
+    Raises:
+        ConfigError: as from ``train``, or two recipes differ in base model, task or classes, or have one output.
+        CheckpointError, DataError, KeyboardInterrupt: as from ``train``.
+    """
+    _check_company(recipes)
+    starts = [_starts(recipe, resume) for recipe in recipes]
     try:
-        return _train(recipe, start, progress)
+        return _train(recipes, starts, progress)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_kept(recipe)) from None
+        raise KeyboardInterrupt("; ".join(map(_kept, recipes))) from None
 
 
-def _train(recipe: Recipe, start: str | None, progress: Progress) -> Report:
-    run = _prepared(recipe, progress, resumes=start is not None)
-    before = _begin(run, resumes=start is not None)
-    state, seconds = _fit(run, start)
-    finished = state.global_step >= state.max_steps
-    after, evaluation_truncated = _finish(run) if finished else ({}, 0)
-    trained, total = run.model.get_nb_trainable_parameters()
-    return Report(
-        finished=finished,
-        steps=state.global_step,
-        before=before,
-        after=after,
-        trained=trained,
-        total=total,
-        training_rows=len(run.examples),
-        evaluation_rows=len(run.held_out or ()),
-        truncated=sum(example.truncated > 0 for example in run.examples),
-        evaluation_truncated=evaluation_truncated,
-        folder=Path(recipe.output),
-        seconds=seconds,
-    )
+def _train(recipes: Sequence[Recipe], starts: Sequence[Starts], progress: Progress) -> list[Report | TrainingError]:
+    """Data first, since it is quick to be found wrong."""
+    rows = [Rows.of(recipe) for recipe in recipes]
+    for recipe, own, start in zip(recipes, rows, starts, strict=True):
+        if any(start.values()):
+            _check_unchanged(recipe, own)
+    bases, several = BaseModels(), len(recipes) > 1
+    setups = [
+        Setup.of(recipe, own, bases, _of_recipe(progress, recipe) if several else progress)
+        for recipe, own in zip(recipes, rows, strict=True)
+    ]
+    befores = [_begin(setup, resumes=any(start.values())) for setup, start in zip(setups, starts, strict=True)]
+    fits = _fit(setups, starts)
+    return [_result(setup, before, fit) for setup, before, fit in zip(setups, befores, fits, strict=True)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What a recipe names, loaded."""
-
-    recipe: Recipe
-    task: Task
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    examples: list[Example]
-    """To train on."""
-    held_out: Dataset | None
-    """Rows to evaluate on."""
-    data: dict[str, str]
-    """Fingerprints of the rows to train and to evaluate on."""
-    progress: Progress
-
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.recipe.output) / CHECKPOINTS
+def _of_recipe(progress: Progress, recipe: Recipe) -> Progress:
+    """One of several recipes' progress."""
+    return lambda phase, *step: progress(f"{Path(recipe.output).name}: {phase}", *step)
 
 
-def _checkpoint(recipe: Recipe, resume: bool) -> str | None:
-    """The checkpoint to start from; an adapter is not overwritten, nor an unfinished run, or resumed by another
+def _check_company(recipes: Sequence[Recipe]) -> None:
+    """Refuse recipes that cannot run at once."""
+    outputs = Counter(str(Path(recipe.output).resolve()) for recipe in recipes)
+    if twice := [output for output, count in outputs.items() if count > 1]:
+        raise ConfigError(f"{twice[0]} is the output of {outputs[twice[0]]} recipes: give each one its own")
+    for recipe in recipes:
+        for name in SHARED:
+            if (own := getattr(recipe, name)) != (other := getattr(recipes[0], name)):
+                raise ConfigError(
+                    f"{name} is {other!r} for {recipes[0].output} and {own!r} for {recipe.output}: recipes that run "
+                    "at once share it, run these one after the other"
+                )
+
+
+def _starts(recipe: Recipe, resume: bool) -> Starts:
+    """The checkpoints to start from; an adapter is not overwritten, nor an unfinished run, or resumed by another
     recipe."""
     storage.check_no_file(recipe.output)
-    folder = Path(recipe.output) / CHECKPOINTS
-    found = last_checkpoint(folder)
-    if found is None:
-        if (Path(recipe.output) / CONFIG_NAME).is_file():
+    folder = recipe.checkpoints()
+    starts = {name: last_checkpoint(recipe.checkpoints(name)) for name in recipe.adapter_names}
+    if not any(starts.values()):
+        if holds_adapter(recipe.output):
             raise ConfigError(f"{recipe.output} has a finished adapter: choose another output or delete it")
         if resume:
             raise ConfigError(f"{recipe.output} has no unfinished run: leave out --resume")
-        return None
+        return starts
     if not resume:
         raise ConfigError(
             f"{recipe.output} has an unfinished run: add --resume to go on, or delete the folder {folder}"
@@ -153,159 +181,150 @@ def _checkpoint(recipe: Recipe, resume: bool) -> str | None:
         raise ConfigError(
             f"{name} is {now!r}, and {then!r} in the unfinished run: resume it with the recipe it was started with"
         )
-    return found
+    return starts
 
 
 def _kept(recipe: Recipe) -> str:
     """What there is of a run that was stopped at once."""
-    if found := last_checkpoint(Path(recipe.output) / CHECKPOINTS):
+    checkpoints = (last_checkpoint(recipe.checkpoints(name)) for name in recipe.adapter_names)
+    if found := next(filter(None, checkpoints), None):
         return f"stopped at once; {found} is kept: go on with --resume"
-    if (Path(recipe.output) / CONFIG_NAME).is_file():
+    if holds_adapter(recipe.output):
         return f"stopped before the adapter was evaluated; it is saved in {recipe.output}"
     return "stopped at once; no checkpoint is kept: start again"
 
 
-def _prepared(recipe: Recipe, progress: Progress, *, resumes: bool) -> _Run:
-    """Data first, since it is quick to be found wrong; then the base model with a new adapter."""
-    task = recipe.definition
-    training, held_out = _rows(recipe, task)
-    data = _fingerprints(task, training, held_out)
-    if resumes:
-        _check_unchanged(recipe, data)
-    set_seed(recipe.seed)  # a new head is drawn when the base model is loaded
-    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
-    model = PeftModel(base, recipe.config())
-    if recipe.trunk_cache or recipe.trunk_cache_disk:  # refused before the base model is evaluated
-        model.trunk_cache(recipe.trunk_cache, recipe.trunk_cache_disk)
-    task = fitted(task, model)
-    return _Run(
-        recipe=recipe,
-        task=task,
-        model=model,
-        tokenizer=tokenizer,
-        examples=each_row(training, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r))),
-        held_out=held_out,
-        data=data,
-        progress=progress,
-    )
-
-
-def _rows(recipe: Recipe, task: Task) -> tuple[Dataset, Dataset | None]:
-    """Training rows and, where there are any, evaluation rows."""
-    rows = _labelled(task, recipe.train, recipe.train_split)
-    held_out = None
-    if recipe.evaluation is not None:
-        held_out = _labelled(task, recipe.evaluation, recipe.evaluation_split)
-    elif recipe.test_size:
-        rows, held_out = split_records(rows, test_size=recipe.test_size, seed=recipe.seed)
-    return rows if recipe.examples is None else _sample(recipe, rows, recipe.examples), held_out
-
-
-def _labelled(task: Task, source: str, split: str) -> Dataset:
-    """Records with texts and labels, checked while their rows still count as in the file."""
-    rows = load_records(source, split=split)
-    try:
-        each_row(rows, [*task.template.fields, task.label_column], task.check)
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
-    return rows
-
-
-def _fingerprints(task: Task, training: Dataset, held_out: Dataset | None) -> dict[str, str]:
-    columns = [*task.template.fields, task.label_column]
-    parts = {"training": training, "evaluation": held_out}
-    return {name: fingerprint(rows, columns) for name, rows in parts.items() if rows is not None}
-
-
-def _check_unchanged(recipe: Recipe, data: dict[str, str]) -> None:
-    folder = Path(recipe.output) / CHECKPOINTS
-    then = storage.read_json(folder / START_NAME)["data"]
-    for name in data:
-        if data[name] != then[name]:
+def _check_unchanged(recipe: Recipe, rows: Rows) -> None:
+    then = storage.read_json(recipe.checkpoints() / START_NAME)["data"]
+    for name, fingerprint in rows.fingerprints.items():
+        if fingerprint != then[name]:
             raise DataError(
-                f"the {name} data is not what the run was started with: restore it, or delete the folder {folder}"
+                f"the {name} data is not what the run was started with: restore it, or delete the folder "
+                f"{recipe.checkpoints()}"
             )
 
 
-def _sample(recipe: Recipe, rows: Dataset, size: int) -> Dataset:
-    if size > len(rows):
-        raise DataError(f"examples is {size} and there are {len(rows)} rows to train on: lower it or leave it out")
-    if recipe.shares is None:
-        return rows.shuffle(seed=recipe.seed).select(range(size))
-    return sample_balanced(rows, column=recipe.label_column, size=size, seed=recipe.seed, shares=recipe.shares)
-
-
-def _begin(run: _Run, *, resumes: bool) -> dict[str, float]:
+def _begin(setup: Setup, *, resumes: bool) -> dict[str, float]:
     """Metrics of the base model alone; noted beside the recipe, where a resumed run finds them."""
+    recipe = setup.recipe
     if resumes:
-        before: dict[str, float] = storage.read_json(run.checkpoints / START_NAME)["before"]
+        before: dict[str, float] = storage.read_json(recipe.checkpoints() / START_NAME)["before"]
         return before
-    with run.model.disable_adapter():
-        metrics, _ = _measured(run, "evaluating the base model")
-    with storage.staged(run.checkpoints) as stage:
-        run.recipe.save(stage / RECIPE_NAME)
-        storage.write_json(stage / START_NAME, {"before": metrics, "data": run.data})
+    metrics: dict[str, float] = {}
+    if setup.rows.evaluation:
+        [answers] = _answers(setup, "evaluating the base model", [BASE])
+        metrics = _measured(setup, answers)
+    with storage.staged(recipe.checkpoints()) as stage:
+        recipe.save(stage / RECIPE_NAME)
+        storage.write_json(stage / START_NAME, {"before": metrics, "data": setup.rows.fingerprints})
     return metrics
 
 
-def _fit(run: _Run, start: str | None) -> tuple[TrainerState, float]:
-    """Train; where the run ended, and the seconds that it took. A run that has to stop leaves the adapter's folder."""
-    trainer = AdapterTrainer(
-        run.model,
-        args=_arguments(run.recipe, run.checkpoints),
-        train_dataset=run.examples,
-        data_collator=Collator(int(run.tokenizer.pad_token_id), padding_side="left"),
-        trunk_cache=run.recipe.trunk_cache,
-        trunk_cache_disk=run.recipe.trunk_cache_disk,
-        callbacks=[interrupt := InterruptSaver(), ProgressReporter(lambda *step: run.progress("training", *step))],
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """How a recipe's training ended."""
+
+    steps: int
+    interrupted: bool
+    error: TrainingError | None
+    seconds: float
+
+
+def _fit(setups: Sequence[Setup], starts: Sequence[Starts]) -> list[_Fit]:
+    """Train all adapters of all recipes."""
+    interrupt = InterruptSaver()
+    own = [setup.trainers(interrupt) for setup in setups]
+    trainers = [trainer for each in own for trainer in each]
     clock = time.perf_counter()
+    with interrupt:
+        errors = _errors(trainers, [start for each in starts for start in each.values()])
+    seconds = time.perf_counter() - clock
+    failed = dict(zip(trainers, errors, strict=True))
+    ends = [trainer.state.global_step >= trainer.state.max_steps for trainer in trainers if not failed[trainer]]
+    return [
+        _Fit(
+            steps=max(trainer.state.global_step for trainer in each),
+            interrupted=interrupt.interrupted and not all(ends),
+            error=next((failed[trainer] for trainer in each if failed[trainer]), None),
+            seconds=seconds,
+        )
+        for each in own
+    ]
+
+
+def _errors(trainers: Sequence[AdapterTrainer], starts: Sequence[str | None]) -> list[TrainingError | None]:
+    if len(trainers) > 1:
+        return train_together(trainers, starts)
     try:
-        trainer.train(resume_from_checkpoint=start)
-    except TrainingError:
-        _save(run)
-        raise
-    finally:
-        interrupt.restore()
-    return trainer.state, time.perf_counter() - clock
+        trainers[0].train(resume_from_checkpoint=starts[0])
+    except TrainingError as error:
+        return [error]
+    return [None]
 
 
-def _finish(run: _Run) -> tuple[dict[str, float], int]:
-    """Save the adapter and evaluate it; see ``_measured``."""
-    _save(run)
-    return _measured(run, "evaluating")
-
-
-def _save(run: _Run) -> None:
-    """Write the adapter's folder, and remove what an unfinished run had kept."""
-    run.model.save_pretrained(run.recipe.output)
-    with storage.staged(run.recipe.output) as stage:
-        run.recipe.save(stage / RECIPE_NAME)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-
-
-def _measured(run: _Run, phase: str) -> tuple[dict[str, float], int]:
-    """Metrics of the answers to the rows held out, and how many of these were cut to fit."""
-    rows = run.held_out
-    if not rows:
-        return {}, 0
-    run.progress(phase, 0, len(rows), None)
-    answers = answer(
-        run.model, run.tokenizer, run.task, rows, advance=lambda done: run.progress(phase, done, len(rows), None)
+def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Report | TrainingError:
+    """Save and evaluate what was trained, unless it is still to go on. A run that had to stop leaves its folder too."""
+    if fit.error is not None or not fit.interrupted:
+        _save(setup)
+    if fit.error is not None:
+        return fit.error
+    trained, total = setup.model.get_nb_trainable_parameters()
+    return Report(
+        finished=not fit.interrupted,
+        steps=fit.steps,
+        before=before,
+        evaluation=Evaluation() if fit.interrupted else _evaluated(setup),
+        trained=trained,
+        total=total,
+        training_rows=len(setup.examples),
+        evaluation_rows=len(setup.rows.evaluation or ()),
+        truncated=sum(example.truncated > 0 for example in setup.examples),
+        folder=Path(setup.recipe.output),
+        seconds=fit.seconds,
     )
-    return measure(run.task, rows, answers), answers.truncated
 
 
-def _arguments(recipe: Recipe, folder: Path) -> Any:
-    return training_arguments(
-        folder,
-        learning_rate=recipe.peak_learning_rate,
-        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
-        warmup_steps=recipe.warmup_steps,
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        save_steps=recipe.save_steps,
-        seed=recipe.seed,
+def _save(setup: Setup) -> None:
+    """Write the adapter's folder, and those of an ensemble's members in it, and remove what an unfinished run had
+    kept."""
+    recipe = setup.recipe
+    setup.model.save_pretrained(recipe.output)
+    members = {str(Path(recipe.output, name)): 1 for name in recipe.adapter_names if recipe.ensemble > 1}
+    for folder, size in {**members, recipe.output: recipe.ensemble}.items():
+        with storage.staged(folder) as stage:
+            recipe.model_copy(update={"output": folder, "ensemble": size}).save(stage / RECIPE_NAME)
+    shutil.rmtree(recipe.checkpoints(), ignore_errors=True)
+
+
+def _evaluated(setup: Setup) -> Evaluation:
+    """Metrics of each adapter, and of an ensemble of them."""
+    if not setup.rows.evaluation:
+        return Evaluation()
+    members = _answers(setup, "evaluating", setup.recipe.adapter_names)
+    truncated = members[0].truncated
+    if len(members) == 1:
+        return Evaluation(metrics=_measured(setup, members[0]), truncated=truncated)
+    vote = _measured(setup, by_vote(setup.task, members))
+    metrics = vote if members[0].scores is None else _measured(setup, by_mean(setup.task, members))
+    return Evaluation(metrics=metrics, members=[_measured(setup, m) for m in members], vote=vote, truncated=truncated)
+
+
+def _answers(setup: Setup, phase: str, names: Sequence[str]) -> list[Answers]:
+    """What each of these adapters answers to the rows held out."""
+    rows = setup.rows.evaluation
+    assert rows is not None
+    total = len(names) * len(rows)
+    setup.progress(phase, 0, total, None)
+    return answer_each(
+        setup.model,
+        setup.tokenizer,
+        setup.task,
+        rows,
+        names=names,
+        advance=lambda done: setup.progress(phase, done, total, None),
     )
+
+
+def _measured(setup: Setup, answers: Answers) -> dict[str, float]:
+    assert setup.rows.evaluation is not None
+    return measure(setup.task, setup.rows.evaluation, answers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,8 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from softtune import checkpoint
-from softtune.data import answer_width
-from softtune.errors import TrainingError
+from softtune.data import IGNORED, answer_width
+from softtune.errors import DataError, TrainingError
 from softtune.model import PeftModel
 
 STATE_FILE = "trainer_state.json"
@@ -45,9 +45,11 @@ class AdapterTrainer(Trainer):
     """
 
     def __init__(self, model: PeftModel, *, trunk_cache: float = 0, trunk_cache_disk: float = 0, **kwargs: Any) -> None:
-        self._trunk_cache = (trunk_cache, trunk_cache_disk)
-        if any(self._trunk_cache):
-            model.trunk_cache(*self._trunk_cache)  # refused at once, not in ``train``
+        self.trunk_cache = (trunk_cache, trunk_cache_disk)
+        self.gradients: Callable[[dict[str, Tensor]], Tensor] | None = None
+        """Computes a batch's loss and gradients in place of the Trainer; None where that does it."""
+        if any(self.trunk_cache):
+            model.trunk_cache(*self.trunk_cache)  # refused at once, not in ``train``
         super().__init__(model=model, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         self.remove_callback(PrinterCallback)
@@ -56,26 +58,33 @@ class AdapterTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the trunk cache."""
-        if not any(self._trunk_cache):
+        if self.gradients is not None or not any(self.trunk_cache):
             return super().train(*args, **kwargs)
         assert isinstance(self.model, PeftModel)
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        with self.model.trunk_cache(*self._trunk_cache, folder):
+        with self.model.trunk_cache(*self.trunk_cache, folder):
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss, from the logits of the rows' ends alone where the answers stand there."""
-        labels = inputs.get("labels")
         assert isinstance(self.model, PeftModel)
-        if self.model.keeps_logits and labels is not None and labels.shape == inputs["input_ids"].shape:
-            inputs = {**inputs, "logits_to_keep": answer_width(labels)}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, {**inputs, **kept_logits(self.model, inputs)}, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One step. Raises TrainingError where its loss is not a number."""
+        """One step.
+
+        Raises:
+            DataError: the batch has no label to learn from.
+            TrainingError: the loss is not a number.
+        """
+        if isinstance(labels := inputs.get("labels"), Tensor) and bool((labels == IGNORED).all()):
+            raise DataError(f"no label in the batch of step {self.state.global_step + 1}: drop rows without an answer")
         state = {name: p.detach().clone() for name, p in self._trained()}
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if self.gradients is None:
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        else:
+            loss = self.gradients(self._prepare_inputs(inputs))
         if torch.isfinite(loss):
             self._last_good = state
             return loss
@@ -104,28 +113,35 @@ class AdapterTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
+def kept_logits(model: PeftModel, batch: Mapping[str, Any]) -> dict[str, int]:
+    """How many logits at the rows' ends the loss of a batch needs, as an option of ``forward``; none where it needs all
+    of them."""
+    labels, text = batch.get("labels"), batch.get("input_ids")
+    if not model.keeps_logits or labels is None or text is None or labels.shape != text.shape:
+        return {}
+    return {"logits_to_keep": answer_width(labels)}
+
+
 class InterruptSaver(TrainerCallback):
-    """Lets Ctrl-C end the training after the running step, with a checkpoint. A second Ctrl-C ends it at once."""
+    """Lets Ctrl-C within its block end trainings after the running step, with a checkpoint. A second one ends them at
+    once."""
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._previous: Any = signal.getsignal(signal.SIGINT)
+        self._previous: Any = None
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def __enter__(self) -> InterruptSaver:
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.interrupted:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Give Ctrl-C back its meaning; also after a training that failed."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._previous)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True

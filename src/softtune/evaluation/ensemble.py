@@ -1,0 +1,85 @@
+"""One answer from several adapters for one task: Lester et al., 2021, The Power of Scale for Parameter-Efficient Prompt
+Tuning, section 6, which takes a majority vote.
+
+Letters: B records, N labels, M members.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softtune.acting import BASE
+from softtune.data import Task
+from softtune.evaluation.answers import Answers, answer
+from softtune.evaluation.predict import Advance, unwatched
+from softtune.model import PeftModel
+
+
+def answer_each(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    records: Dataset,
+    *,
+    names: Sequence[str],
+    advance: Advance = unwatched,
+) -> list[Answers]:
+    """What each of several adapters answers to every record.
+
+    Args:
+        model: the model; the adapter that is active stays so.
+        tokenizer: its tokenizer.
+        task: how the records read.
+        records: B rows with the template's columns.
+        names: M adapters, or ``"__base__"`` for the base model alone.
+        advance: told how many of the M · B answers there are.
+
+    Raises:
+        DataError: a column is missing, or a row does not fit.
+    """
+    found = []
+    with model.disable_adapter():
+        for number, name in enumerate(names):
+            model.active_adapter = "" if name == BASE else name
+            found.append(answer(model, tokenizer, task, records, advance=_after(number * len(records), advance)))
+    return found
+
+
+def by_mean(task: Task, members: Sequence[Answers]) -> Answers:
+    """Each record's label of the highest mean probability, by M answers with scores."""
+    probabilities = _probabilities(members).mean(dim=0)
+    return _labelled(task, probabilities, probabilities.log(), members)
+
+
+def by_vote(task: Task, members: Sequence[Answers]) -> Answers:
+    """Each record's label, or text, that most of M members answer; scores are logarithms of the shares of votes.
+
+    Between labels with as many votes the mean probability decides, between texts the earliest member.
+    """
+    if members[0].scores is None:
+        columns = zip(*(member.texts for member in members), strict=True)
+        return Answers([Counter(texts).most_common(1)[0][0] for texts in columns], None, members[0].truncated)
+    probabilities = _probabilities(members)
+    votes = torch.nn.functional.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).sum(dim=0)
+    return _labelled(task, votes + probabilities.mean(dim=0) / 2, (votes / len(members)).log(), members)
+
+
+def _after(done: int, advance: Advance) -> Advance:
+    return lambda more: advance(done + more)
+
+
+def _probabilities(members: Sequence[Answers]) -> Tensor:
+    """[M, B, N]."""
+    return torch.stack([member.scores for member in members if member.scores is not None]).softmax(-1)
+
+
+def _labelled(task: Task, ranks: Tensor, scores: Tensor, members: Sequence[Answers]) -> Answers:
+    """The labels with the highest ranks [B, N]."""
+    assert task.verbalizer is not None
+    return Answers([task.verbalizer.labels[i] for i in ranks.argmax(1)], scores, members[0].truncated)

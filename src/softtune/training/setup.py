@@ -1,0 +1,139 @@
+"""What a recipe names, loaded: rows, base model, adapters, and a Trainer for each of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from softtune.adapter import Adapter
+from softtune.data import Collator, Example, Task, each_row
+from softtune.evaluation.answers import fitted
+from softtune.model import PeftModel
+from softtune.pretrained import load_base_model
+from softtune.training.recipe import Recipe
+from softtune.training.rows import fingerprints, training_and_evaluation_rows
+from softtune.training.trainer import AdapterTrainer, InterruptSaver, ProgressReporter, training_arguments
+
+Progress = Callable[[str, int, int, float | None], None]
+"""Told what is being done, how much of it is done, out of how much, and the latest loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a recipe trains and evaluates on."""
+
+    training: Dataset
+    evaluation: Dataset | None
+    fingerprints: dict[str, str]
+    """What tells whether they are those of an earlier run."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Rows:
+        """Load them. Raises DataError where a file or a row does not fit."""
+        training, evaluation = training_and_evaluation_rows(recipe, recipe.definition)
+        prints = fingerprints(recipe.definition, training, evaluation)
+        return cls(training=training, evaluation=evaluation, fingerprints=prints)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a recipe names, loaded."""
+
+    recipe: Recipe
+    task: Task
+    model: PeftModel
+    """The base model with the recipe's adapters, all of them trained."""
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    examples: list[Example]
+    """The training rows, encoded."""
+    progress: Progress
+
+    @classmethod
+    def of(cls, recipe: Recipe, rows: Rows, bases: BaseModels, progress: Progress) -> Setup:
+        """Load the base model, make its adapters, and encode the rows.
+
+        Raises:
+            ConfigError, UnsupportedModelError: the base model cannot do what the recipe asks for.
+            DataError: a row does not fit the model.
+        """
+        model, tokenizer = bases.adapted(recipe)
+        if recipe.trunk_cache or recipe.trunk_cache_disk:  # refused before the base model is evaluated
+            model.trunk_cache(recipe.trunk_cache, recipe.trunk_cache_disk)
+        task = fitted(recipe.definition, model)
+        examples = each_row(
+            rows.training, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r))
+        )
+        return cls(
+            recipe=recipe,
+            task=task,
+            model=model,
+            tokenizer=tokenizer,
+            rows=rows,
+            examples=examples,
+            progress=progress,
+        )
+
+    def trainers(self, interrupt: InterruptSaver) -> list[AdapterTrainer]:
+        """A Trainer for each adapter."""
+        return [self._trainer(number, name, interrupt) for number, name in enumerate(self.recipe.adapter_names)]
+
+    def _trainer(self, number: int, name: str, interrupt: InterruptSaver) -> AdapterTrainer:
+        recipe = self.recipe
+        phase = "training" if recipe.ensemble == 1 else f"training {name}"
+        return AdapterTrainer(
+            PeftModel.of(self.model.base_model, {name: self.model.adapter(name)}),
+            args=_arguments(recipe, recipe.checkpoints(name), recipe.seed + number),
+            train_dataset=self.examples,
+            data_collator=Collator(int(self.tokenizer.pad_token_id), padding_side="left"),
+            trunk_cache=recipe.trunk_cache,
+            trunk_cache_disk=recipe.trunk_cache_disk,
+            callbacks=[interrupt, ProgressReporter(lambda *step: self.progress(phase, *step))],
+        )
+
+
+class BaseModels:
+    """The base model of recipes that run at once, loaded once."""
+
+    def __init__(self) -> None:
+        self._first: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def adapted(self, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """The base model with new adapters, each of which depends on nothing but its seed."""
+        adapters: dict[str, Adapter] = {}
+        for number, name in enumerate(recipe.adapter_names):
+            set_seed(recipe.seed + number)
+            base, _ = self._load(recipe)
+            set_seed(recipe.seed + number)
+            adapters[name] = PeftModel(base, recipe.config(), name).adapter(name)
+        assert self._first is not None
+        base, tokenizer = self._first
+        return PeftModel.of(base, adapters), tokenizer
+
+    def _load(self, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base model; a new one where a head is drawn with it, a copy of which the adapter keeps."""
+        if self._first is not None and recipe.num_labels is None:
+            return self._first
+        loaded = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+        self._first = self._first or loaded
+        return loaded
+
+
+def _arguments(recipe: Recipe, folder: Path, seed: int) -> Any:
+    return training_arguments(
+        folder,
+        learning_rate=recipe.peak_learning_rate,
+        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
+        warmup_steps=recipe.warmup_steps,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        save_steps=recipe.save_steps,
+        seed=seed,
+    )

@@ -1,0 +1,207 @@
+"""Several adapters trained at once over one frozen base model: a step is one forward and backward for all of them.
+
+Every run is a Trainer's own loop, with its own optimiser, schedule, order of rows, random numbers and checkpoints. It
+hands over its batch where it would compute gradients, and waits for its loss until all others have done the same: a
+greenlet each, so that nothing runs at the same time. A row has the adapter of the run that it comes from, and gives
+gradients to no other.
+
+Letters: B rows of a run's batch, T tokens, P virtual tokens, V words or classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from accelerate.state import GradientState
+from greenlet import getcurrent, greenlet
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import set_seed
+
+from softtune.data import IGNORED
+from softtune.errors import ConfigError, DataError, TrainingError
+from softtune.methods import TaskType
+from softtune.model import PeftModel
+from softtune.training.trainer import AdapterTrainer, kept_logits
+
+Batch = Mapping[str, Tensor]
+
+TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+"""Those whose loss is a mean over labels, one for each text or token."""
+
+
+def train_together(
+    trainers: Sequence[AdapterTrainer], checkpoints: Sequence[str | None] | None = None
+) -> list[TrainingError | None]:
+    """Train several adapters over one base model at once. Each comes out as ``trainer.train()`` alone would train it.
+
+    Only dropout draws other random numbers than it would alone. A run that fails leaves the others alone, and one that
+    has fewer steps ends before them.
+
+    Args:
+        trainers: one a run. Their models share the base model and its task; batches, steps, seeds, settings of the
+            optimiser, methods and data are each one's own.
+        checkpoints: the folder that each run goes on from, or None where it begins.
+
+    Returns:
+        For each run the error that ended it, or None.
+
+    Raises:
+        ConfigError: the runs do not share a base model, a task or a precision, or the loss is not the task's own.
+    """
+    _check(trainers)
+    starts = checkpoints if checkpoints is not None else [None] * len(trainers)
+    runs = [_Run(f"run-{i}", *each) for i, each in enumerate(zip(trainers, starts, strict=True))]
+    model = PeftModel.of(runs[0].model.base_model, {run.name: run.adapter for run in runs})
+    with ExitStack() as stack:
+        memory, disk = (sum(sizes) for sizes in zip(*(t.trunk_cache for t in trainers), strict=True))
+        if memory or disk:
+            stack.enter_context(model.trunk_cache(memory, disk, trainers[0].args.output_dir))
+        waiting = [run for run in runs if run.begin()]
+        while waiting:
+            losses = _step(model, waiting)
+            waiting = [run for run, loss in zip(waiting, losses, strict=True) if run.go_on(loss)]
+    return [run.error for run in runs]
+
+
+class _Run:
+    """A Trainer's loop, which stops wherever it needs gradients."""
+
+    def __init__(self, name: str, trainer: AdapterTrainer, start: str | None) -> None:
+        assert isinstance(trainer.model, PeftModel)
+        self.name = name
+        self.trainer = trainer
+        self.model = trainer.model
+        self.adapter = self.model.adapter(self.model.active_adapter)
+        self.batch: Batch = {}
+        self.error: TrainingError | None = None
+        self._start = start
+        self._driver = getcurrent()
+        self._loop = greenlet(self._train)
+        self._random = torch.get_rng_state()
+        self._accumulation = dict(vars(GradientState()))
+
+    @property
+    def rows(self) -> int:
+        return len(self.batch["labels"])
+
+    def begin(self) -> bool:
+        """Run until the first batch; False where there is none."""
+        return self._run(None)
+
+    def go_on(self, loss: Tensor) -> bool:
+        """Run with the loss of its batch, whose gradients are there, until the next; False where there is none."""
+        return self._run(loss)
+
+    def _run(self, loss: Tensor | None) -> bool:
+        shared = vars(GradientState())  # accelerate has one for all trainers of a process
+        others = dict(shared)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random)
+            shared.update(self._accumulation)
+            self._loop.switch(loss)
+            self._random, self._accumulation = torch.get_rng_state(), dict(shared)
+            shared.update(others)
+        return not self._loop.dead
+
+    def _train(self, _: None) -> None:
+        set_seed(self.trainer.args.seed)
+        self.trainer.gradients = self._wait
+        try:
+            self.trainer.train(resume_from_checkpoint=self._start)
+        except TrainingError as error:
+            self.error = error
+        finally:
+            self.trainer.gradients = None
+
+    def _wait(self, batch: Batch) -> Tensor:
+        text = batch.get("input_ids", batch.get("inputs_embeds"))
+        assert text is not None
+        self.batch = {"attention_mask": torch.ones(text.shape[:2], dtype=torch.long, device=text.device), **batch}
+        loss: Tensor = self._driver.switch()
+        return loss
+
+
+def _check(trainers: Sequence[AdapterTrainer]) -> None:
+    models: list[Any] = [trainer.model for trainer in trainers]
+    if any(model.base_model is not models[0].base_model for model in models):
+        raise ConfigError("runs that train together need the same base model: load it once, and wrap it for each")
+    tasks = {model.active_peft_config.task_type for model in models}
+    if len(tasks) > 1 or not tasks <= {*TASKS}:
+        raise ConfigError(f"runs that train together need one task of {', '.join(TASKS)}: train them apart")
+    for trainer in trainers:
+        if trainer.args.world_size > 1 or trainer.args.n_gpu > 1:
+            raise ConfigError("runs train together in one process on one device: train them apart on several")
+        if trainer.accelerator.scaler is not None or trainer.args.bf16 != trainers[0].args.bf16:
+            raise ConfigError("runs that train together need the same precision, bf16 or none: set it in all")
+        if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+            raise ConfigError("runs that train together need the task's own loss: train those with another one apart")
+
+
+def _step(model: PeftModel, runs: Sequence[_Run]) -> list[Tensor]:
+    """Each run's loss; gradients are added up where its optimiser looks for them."""
+    losses: dict[_Run, Tensor] = {}
+    for group in _alike(runs):
+        found = _losses(model, group)
+        torch.stack(found).sum().backward()
+        losses |= dict(zip(group, (loss.detach() for loss in found), strict=True))
+    return [losses[run] for run in runs]
+
+
+def _alike(runs: Sequence[_Run]) -> list[list[_Run]]:
+    """Runs whose batches fit into one: with the same inputs, and as many places for virtual tokens."""
+    groups: dict[Any, list[_Run]] = {}
+    for run in runs:
+        places = run.batch.get("prompt_positions")
+        groups.setdefault((*sorted(run.batch), None if places is None else places.shape[1]), []).append(run)
+    return list(groups.values())
+
+
+def _losses(model: PeftModel, runs: Sequence[_Run]) -> list[Tensor]:
+    """Each run's mean loss over its labels, over the number of batches that its step has."""
+    batch = _joined([run.batch for run in runs], model)
+    names = [run.name for run in runs for _ in range(run.rows)]
+    with runs[0].trainer.accelerator.autocast():
+        logits = model.train()(**batch, **kept_logits(model, batch), adapter_names=names).logits
+    labels = batch["labels"]
+    if model.backbone.continues_text:
+        logits, labels = logits[:, :-1], labels[:, -logits.shape[1] :][:, 1:]
+    sizes = [run.rows for run in runs]
+    found = (_mean_loss(*part) for part in zip(logits.split(sizes), labels.split(sizes), strict=True))
+    return [loss / run.trainer.current_gradient_accumulation_steps for run, loss in zip(runs, found, strict=True)]
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Over logits [B, T, V] and labels [B, T], or [B, V] and [B] or [B, 1]."""
+    labels = labels.reshape(-1) if logits.dim() == 2 else labels
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        raise DataError("runs that train together need one class for each label: train them apart")
+    is_label = labels != IGNORED
+    return F.cross_entropy(logits[is_label].float(), labels[is_label])
+
+
+def _joined(batches: Sequence[Batch], model: PeftModel) -> dict[str, Tensor]:
+    """The rows of all batches, padded on the left to one width; what a decoder reads beside the text on the right."""
+    text = "input_ids" if "input_ids" in batches[0] else "inputs_embeds"
+    widths = [batch[text].shape[1] for batch in batches]
+    apart = {"labels", "decoder_input_ids", "decoder_attention_mask"} if model.backbone.is_encoder_decoder else set()
+    joined: dict[str, Tensor] = {}
+    for name in batches[0]:
+        parts = [batch[name] for batch in batches]
+        if name == "prompt_positions":
+            parts = [part + max(widths) - width for part, width in zip(parts, widths, strict=True)]
+        elif parts[0].dim() > 1:
+            parts = _padded(parts, IGNORED if name == "labels" else 0, left=name not in apart)
+        joined[name] = torch.cat(parts)
+    return joined
+
+
+def _padded(parts: Sequence[Tensor], fill: int, *, left: bool) -> list[Tensor]:
+    """Tensors [B, T, ...] filled up to one T."""
+    width = max(part.shape[1] for part in parts)
+    missing = [width - part.shape[1] for part in parts]
+    sides = [(n, 0) if left else (0, n) for n in missing]
+    return [F.pad(x, (0, 0) * (x.dim() - 2) + side, value=fill) for x, side in zip(parts, sides, strict=True)]

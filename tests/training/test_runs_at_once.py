@@ -1,0 +1,189 @@
+"""Several recipes, and ensembles, from one command: each adapter as if alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
+from tests.training.test_run import interrupt_at, no_work, tensors
+
+from softtune import CheckpointError, ConfigError, TaskType, TrainingError
+from softtune.data import Task, Template, Verbalizer
+from softtune.evaluation.answers import Answers
+from softtune.evaluation.ensemble import by_mean, by_vote
+from softtune.training.recipe import Recipe
+from softtune.training.run import Report, train, train_all
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Without dropout, which draws other numbers in company."""
+    folder = tmp_path_factory.mktemp("models")
+    for config in [Path(path, "config.json") for path in save_models(folder).values()]:
+        fields = json.loads(config.read_text())
+        none = {name: 0.0 for name in fields if "dropout" in name}
+        config.write_text(json.dumps(fields | none | {"classifier_dropout": 0.0}))
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+@pytest.fixture
+def fields(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": models["llama"],
+        "train": write_rows(tmp_path / "rows.csv", 24),
+        "test_size": 6,
+        "template": TEMPLATE,
+        "label_column": "label",
+        "labels": list(LABELS),
+        "max_length": 24,
+        "batch_size": 4,
+        "save_steps": 4,
+        "learning_rate": 0.02,
+        "output": str(tmp_path / "adapter"),
+        "options": {"num_virtual_tokens": 3},
+    }
+
+
+def recipes(fields: dict[str, Any], folder: Path, *changes: dict[str, Any]) -> list[Recipe]:
+    return [Recipe.of({**fields, "output": str(folder / str(i)), **more}) for i, more in enumerate(changes)]
+
+
+def assert_same_adapter(found: str | Path, expected: str | Path) -> None:
+    ours, theirs = tensors(str(found)), tensors(str(expected))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=2e-3)
+
+
+DIFFERENT: list[dict[str, Any]] = [
+    {"method": "PROMPT_TUNING", "epochs": 2},
+    {"seed": 3, "learning_rate": 0.01, "batch_size": 3},
+    {"options": {"num_virtual_tokens": 5}, "examples": 8, "schedule": "constant"},
+]
+
+
+def test_recipes_at_once_come_out_as_each_alone(fields: dict[str, Any], tmp_path: Path) -> None:
+    found = train_all(recipes(fields, tmp_path / "at once", *DIFFERENT))
+    for i, recipe in enumerate(recipes(fields, tmp_path / "alone", *DIFFERENT)):
+        expected, result = train(recipe), found[i]
+        assert isinstance(result, Report)
+        assert (result.before, result.after, result.steps) == (expected.before, expected.after, expected.steps)
+        assert_same_adapter(tmp_path / "at once" / str(i), expected.folder)
+
+
+def test_heads_are_drawn_by_each_ones_seed(fields: dict[str, Any], models: dict[str, str], tmp_path: Path) -> None:
+    classifier = fields | {"task": "SEQ_CLS", "model": models["bert"]}
+    train_all(recipes(classifier, tmp_path / "at once", {"seed": 1}, {"seed": 2}))
+    for i, recipe in enumerate(recipes(classifier, tmp_path / "alone", {"seed": 1}, {"seed": 2})):
+        assert_same_adapter(tmp_path / "at once" / str(i), train(recipe).folder)
+
+
+def test_an_encoder_decoder(fields: dict[str, Any], models: dict[str, str], tmp_path: Path) -> None:
+    writer = fields | {"task": "SEQ_2_SEQ_LM", "model": models["t5"]}
+    changes: list[dict[str, Any]] = [{}, {"method": "P_TUNING_V2"}]
+    train_all(recipes(writer, tmp_path / "at once", *changes))
+    for i, recipe in enumerate(recipes(writer, tmp_path / "alone", *changes)):
+        assert_same_adapter(tmp_path / "at once" / str(i), train(recipe).folder)
+
+
+def test_an_interrupt_keeps_all_and_none_is_lost(fields: dict[str, Any], tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [{"epochs": 2}, {"seed": 1, "epochs": 0.4}]
+    whole, broken = (recipes(fields, tmp_path / name, *changes) for name in ("whole", "broken"))
+    train_all(whole)
+
+    def progress(phase: str, *step: Any) -> None:
+        interrupt_at(5)(phase.removeprefix("0: "), *step)
+
+    first = train_all(broken, progress=progress)
+    assert [report.finished for report in first if isinstance(report, Report)] == [False, False]
+    with pytest.raises(ConfigError, match="has an unfinished run: add --resume"):
+        train_all(broken, progress=no_work)
+    second = train_all(broken, resume=True)
+    assert all(report.finished for report in second if isinstance(report, Report))
+    for own, other in zip(broken, whole, strict=True):
+        assert_same_adapter(own.output, other.output)
+
+
+def test_a_run_that_fails_leaves_the_others_alone(fields: dict[str, Any], tmp_path: Path) -> None:
+    wild = {"learning_rate": 1e38, "max_grad_norm": 1e9}
+    found = train_all(recipes(fields, tmp_path, {}, wild))
+    assert isinstance(found[0], Report)
+    assert isinstance(found[1], TrainingError)
+    assert Recipe.of_adapter(tmp_path / "1").learning_rate == 1e38
+
+
+def test_recipes_that_cannot_run_at_once(fields: dict[str, Any], models: dict[str, str], tmp_path: Path) -> None:
+    one, other = recipes(fields, tmp_path, {}, {"model": models["t5"], "task": "SEQ_2_SEQ_LM"})
+    with pytest.raises(ConfigError, match=r"model is '.*llama' for .*0 and '.*t5' for .*1: recipes that run at once"):
+        train_all([one, other], progress=no_work)
+    with pytest.raises(ConfigError, match="is the output of 2 recipes: give each one its own"):
+        train_all([one, one], progress=no_work)
+
+
+def test_an_ensemble(fields: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.of({**fields, "ensemble": 3, "epochs": 2})
+    report = train(recipe)
+    assert len(report.evaluation.members) == 3
+    assert report.after.keys() == report.evaluation.vote.keys() == report.before.keys()
+    assert Recipe.of_adapter(recipe.output) == recipe
+    [single] = recipes(fields, tmp_path / "alone", {"epochs": 2})
+    alone = train(single)
+    assert_same_adapter(tmp_path / "adapter" / "1", alone.folder)
+    assert report.evaluation.members[0] == alone.after
+    assert report.trained == 3 * alone.trained
+    first, second = (tensors(str(tmp_path / "adapter" / name)) for name in "12")
+    assert all(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_ensemble_goes_on_after_an_interrupt(fields: dict[str, Any], tmp_path: Path) -> None:
+    whole, broken = recipes(fields, tmp_path, {"ensemble": 2, "epochs": 2}, {"ensemble": 2, "epochs": 2})
+    train(whole)
+
+    def progress(phase: str, *step: Any) -> None:
+        interrupt_at(6)("training" if phase == "training 1" else phase, *step)
+
+    assert not train(broken, progress=progress).finished
+    with pytest.raises(CheckpointError, match="is unfinished: go on with softtune train --resume"):
+        Recipe.of_adapter(broken.output)
+    assert train(broken, resume=True).finished
+    for name in "12":
+        assert_same_adapter(Path(broken.output, name), Path(whole.output, name))
+
+
+TASK = Task(
+    kind=TaskType.CAUSAL_LM,
+    template=Template("{text}"),
+    label_column="label",
+    verbalizer=Verbalizer.from_labels(["a", "b", "c"]),
+    max_length=9,
+    max_new_tokens=1,
+)
+
+
+def answers(*probabilities: list[float]) -> Answers:
+    scores = torch.tensor(probabilities).log() + 3.0  # words' probabilities need not add up to one
+    return Answers(["abc"[i] for i in scores.argmax(1)], scores, truncated=1)
+
+
+def test_the_mean_of_probabilities_and_the_vote_differ() -> None:
+    members = [answers([0.4, 0.6, 0.0]), answers([0.4, 0.6, 0.0]), answers([0.9, 0.05, 0.05])]
+    mean, vote = by_mean(TASK, members), by_vote(TASK, members)
+    assert (mean.texts, vote.texts) == (["a"], ["b"])
+    assert mean.scores is not None
+    assert vote.scores is not None
+    torch.testing.assert_close(mean.scores.softmax(1), torch.tensor([[1.7, 1.25, 0.05]]) / 3)
+    torch.testing.assert_close(vote.scores.softmax(1), torch.tensor([[1 / 3, 2 / 3, 0.0]]))
+
+
+def test_the_mean_decides_between_labels_with_as_many_votes() -> None:
+    assert by_vote(TASK, [answers([0.5, 0.1, 0.4]), answers([0.1, 0.8, 0.1])]).texts == ["b"]
+    assert by_vote(TASK, [answers([0.9, 0.1, 0.0]), answers([0.1, 0.8, 0.1])]).texts == ["a"]
+
+
+def test_texts_are_voted_on_whole() -> None:
+    members = [Answers(list(texts), None, 0) for texts in ("xy", "zy", "zw")]
+    assert by_vote(TASK, members).texts == ["z", "y"]
