@@ -30,9 +30,10 @@ check: $(VENV)/.library
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 
+# One thread, whose times repeat; on a machine that does nothing else.
 bench: $(VENV)/.models
-	$(PYTHON) benchmarks/core.py
-	$(PYTHON) benchmarks/training.py
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/core.py
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py
 
 setup: $(VENV)/.models
 

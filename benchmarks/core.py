@@ -19,7 +19,7 @@ from softtune.pretrained import load_base_model
 
 ROWS, LENGTH, ANSWER = 8, 64, 2
 VIRTUAL_TOKENS = 30
-ROUNDS = 7
+ROUNDS = 5
 
 
 def main() -> None:

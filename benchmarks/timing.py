@@ -46,7 +46,12 @@ def report(name: str, measures: Sequence[dict[str, Any]]) -> None:
         must, holds = ("", "") if m["must"] is None else (m["must"], "yes" if m["holds"] else "NO")
         table.add_row(m["measure"], f"{m['value']:.3f}", must, holds)
     Console().print(table)
-    content = {"hardware": _hardware(), "commit": _commit(), "measures": list(measures)}
+    save(name, {"measures": list(measures)})
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    """Write results to ``results/<name>.json``, with hardware and commit."""
+    content = {"hardware": _hardware(), "commit": _commit(), **results}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

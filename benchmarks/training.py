@@ -9,28 +9,29 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import epochs
+import growth
 import peft
 import torch
 from core import ANSWER, ROUNDS, padded_batch, training_step
+from memory import resident
 from timing import measure, ratio, report
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM
 
 import softtune
 from softtune.data import Example, answer_width
 from softtune.evaluation.predict import score_words
 from softtune.pretrained import load_base_model
+from softtune.training.profile import ProductRecorder
 
 PREFIX = ("PrefixTuningConfig", 30)
 PROMPT = ("PromptTuningConfig", 100)
 SHORT_PROMPT = ("PromptTuningConfig", 30)
 SIDES = {"softtune": softtune, "peft": peft}
 RECORDS = 32
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
 Batch = dict[str, Any]
 
@@ -74,6 +75,7 @@ def main() -> None:
         rounds=ROUNDS,
     )
     measures.append(measure("scoring two labels: examples/s / peft's", speed[0], 3.0, at_least=True))
+    measures += epochs.measures(base, tokenizer.pad_token_id) + growth.measures(base)
     report("training", measures)
 
 
@@ -103,30 +105,11 @@ def call(model: nn.Module, batch: Batch) -> Callable[[], None]:
     return run
 
 
-class _Recorder(TorchDispatchMode):
-    """Keeps every matrix product with its arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products: list[tuple[Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function._schema.name.removeprefix("aten::") in PRODUCTS:
-            self.products.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
 def matrix_products(step: Callable[[], None]) -> Callable[[], None]:
     """The matrix products of a step again, with their own arguments, and nothing else of it."""
-    with _Recorder() as recorder:
+    with (recorder := ProductRecorder()):
         step()
-
-    def run() -> None:
-        with torch.no_grad():
-            for function, args, kwargs in recorder.products:
-                function(*args, **kwargs)
-
-    return run
+    return recorder.replay
 
 
 def peak_apart(side: str, model: str) -> float:
@@ -154,15 +137,8 @@ def peak(side: str, model: str) -> float:
     with torch.no_grad():
         tuned(batch["input_ids"][:1, -2:])  # touches the weights, which are read from disk when they are needed
     step = training_step(tuned, at_answers(batch) if side == "softtune" else batch)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = _status("VmRSS")
-    step(), step()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    before, most = resident(lambda: (step(), step()))
+    return most - before
 
 
 def records() -> tuple[list[list[int]], list[list[int]]]:

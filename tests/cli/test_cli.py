@@ -104,6 +104,18 @@ def test_recipes_at_once_show_a_table_each(
         assert Recipe.of_adapter(tmp_path / name).epochs == 2
 
 
+def test_profile_shows_where_a_step_goes(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter")
+    assert run("train", recipe, "--profile") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("matrix products alone", "reading the weights", "tokens/s"))
+    assert not (tmp_path / "adapter").exists()
+    assert run("train", recipe, recipe, "--profile") == 2
+    assert "one recipe is profiled at a time" in capsys.readouterr().err
+
+
 def test_of_several_runs_the_failed_ones_are_named(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

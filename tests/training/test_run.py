@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
 from transformers import AutoModelForCausalLM
 
 from softtune import CheckpointError, ConfigError, DataError, PeftModel, TrainingError
+from softtune.training.profile import ProductRecorder
 from softtune.training.recipe import Recipe
-from softtune.training.run import train
+from softtune.training.run import profile_recipe, train
 
 METHODS: dict[str, dict[str, Any]] = {
     "prefix with projection": {
@@ -60,7 +62,7 @@ def fields(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
 def interrupt_at(step: int) -> Any:
     """A progress function that presses Ctrl-C during a step."""
 
-    def progress(phase: str, done: int, total: int, loss: float | None) -> None:
+    def progress(phase: str, done: int, total: int, notes: str) -> None:
         if phase == "training" and done == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -179,8 +181,8 @@ def test_a_head_on_an_encoder(fields: dict[str, Any], models: dict[str, str], tm
 def test_an_encoder_decoder_writes_the_label(fields: dict[str, Any], models: dict[str, str]) -> None:
     losses: list[float] = []
 
-    def listen(phase: str, done: int, total: int, loss: float | None) -> None:
-        losses.extend([] if loss is None else [loss])
+    def listen(phase: str, done: int, total: int, notes: str) -> None:
+        losses.extend(float(loss) for loss in re.findall(r"loss ([\d.]+), \d+ tokens/s", notes))
 
     changes = {"model": models["t5"], "task": "SEQ_2_SEQ_LM", "epochs": 20, "learning_rate": 0.1}
     report = train(Recipe.of({**fields, **changes}), progress=listen)
@@ -224,7 +226,7 @@ def test_long_texts_are_cut_and_counted(fields: dict[str, Any]) -> None:
 
 
 def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_mistake(fields: dict[str, Any]) -> None:
-    def die(phase: str, done: int, total: int, loss: float | None) -> None:
+    def die(phase: str, done: int, total: int, notes: str) -> None:
         if phase == "training":
             raise RuntimeError
 
@@ -296,7 +298,7 @@ def test_labels_are_checked_by_their_rows_in_the_file_before_any_work(
 def test_a_run_that_is_stopped_at_once_says_what_is_kept(
     fields: dict[str, Any], phase: str, save_steps: int, kept: str
 ) -> None:
-    def stop(now: str, done: int, total: int, loss: float | None) -> None:
+    def stop(now: str, done: int, total: int, notes: str) -> None:
         if now == phase and (phase != "training" or done == 5):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
@@ -311,3 +313,39 @@ def test_a_run_that_is_stopped_at_once_says_what_is_kept(
         with pytest.raises(CheckpointError, match="is unfinished: go on with softtune train --resume, or train anew"):
             Recipe.of_adapter(recipe.output)
     assert train(recipe, resume="kept: go" in kept).finished
+
+
+def test_tensorboard_logs_beside_the_adapter(fields: dict[str, Any]) -> None:
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    report = train(Recipe.of({**fields, "report_to": ["tensorboard"]}))
+    logged = loading.EventAccumulator(str(report.folder / "logs")).Reload()
+    assert len(logged.Scalars("train/loss")) == report.steps
+    assert {"train/learning_rate", "train/num_input_tokens_seen"} <= set(logged.Tags()["scalars"])
+
+
+def test_a_tracker_that_is_not_installed(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtune.training.recipe.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="report_to needs the package wandb: pip install wandb"):
+        Recipe.of({**fields, "report_to": ["wandb"]})
+
+
+def test_a_profile_adds_up_and_leaves_nothing(fields: dict[str, Any]) -> None:
+    recipe = Recipe.of(fields)
+    found = profile_recipe(recipe)
+    assert not Path(recipe.output).exists()
+    assert found.tokens <= 4 * 24
+    assert sum(found.shares.values()) == pytest.approx(1.0, abs=0.3)  # profiled steps are not the timed ones
+    assert {"matrix products", "attention", "between operations"} <= found.shares.keys()
+    assert 0 < found.products < found.seconds
+    assert 0 < found.weights < found.seconds
+    with pytest.raises(ConfigError, match="one adapter's step is profiled: set ensemble to 1"):
+        profile_recipe(Recipe.of({**fields, "ensemble": 2}))
+
+
+def test_the_profiler_finds_every_product(fields: dict[str, Any]) -> None:
+    a, b = torch.ones(3, 4, requires_grad=True), torch.ones(4, 5, requires_grad=True)
+    with (recorder := ProductRecorder()):
+        (a @ b).sum().backward()
+    with (again := ProductRecorder()):
+        recorder.replay()
+    assert len(recorder._products) == len(again._products) == 3  # one forward, one for each gradient

@@ -27,18 +27,16 @@ def progress_bars() -> Iterator[Reporting]:
         TextColumn("{task.description:<26}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[notes]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
 
-        def report(phase: str, done: int, total: int, loss: float | None) -> None:
+        def report(phase: str, done: int, total: int, notes: str) -> None:
             if phase not in bars:
-                bars[phase] = progress.add_task(phase, total=total, loss="")
-            progress.update(bars[phase], completed=done, total=total)
-            if loss is not None:
-                progress.update(bars[phase], loss=f"loss {loss:.3f}")
+                bars[phase] = progress.add_task(phase, total=total, notes="")
+            progress.update(bars[phase], completed=done, total=total, notes=notes)
 
         yield report
 
@@ -47,7 +45,7 @@ def progress_bars() -> Iterator[Reporting]:
 def counting(phase: str, total: int) -> Iterator[Callable[[int], None]]:
     """A function to tell how many are done, and a bar for it, for the length of the block."""
     with progress_bars() as report:
-        yield lambda done: report(phase, done, total, None)
+        yield lambda done: report(phase, done, total, "")
 
 
 def show_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:

@@ -12,19 +12,21 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 import yaml
 from rich.markup import escape
+from rich.table import Table
 
 from softtune.cli.console import console, in_units, progress_bars, quiet, show_pairs
 from softtune.errors import ConfigError, TrainingError
 from softtune.methods import TaskType
 from softtune.pretrained import MODEL_CLASSES
+from softtune.training.profile import Profile
 from softtune.training.recipe import Recipe
-from softtune.training.run import Report, train_all
+from softtune.training.run import Report, profile_recipe, train_all
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
-def command(recipes: list[str], resume: bool, **flags: str | None) -> None:
+def command(recipes: list[str], resume: bool, profile: bool, **flags: str | None) -> None:
     """Train an adapter by a recipe, or those of several recipes at once, and show what came of it.
 
     Recipes that share a base model take less time and memory together than one after the other; a flag goes for all of
@@ -33,6 +35,13 @@ def command(recipes: list[str], resume: bool, **flags: str | None) -> None:
     quiet()
     overrides = {name: _value(name, text) for name, text in flags.items() if text is not None}
     chosen = [Recipe.load(recipe, overrides) for recipe in recipes]
+    if profile:
+        if len(chosen) > 1:
+            raise ConfigError("one recipe is profiled at a time: name one")
+        with console.status("profiling"):
+            measured = profile_recipe(chosen[0])
+        show_profile(measured)
+        return
     with progress_bars() as progress:
         results = train_all(chosen, resume=resume, progress=progress)
     reports = [result for result in results if isinstance(result, Report)]
@@ -69,6 +78,25 @@ def show_report(report: Report, title: str = "") -> None:
         ("training", f"{report.seconds:.0f} s"),
     ]
     show_pairs(title, pairs)
+
+
+def show_profile(profile: Profile) -> None:
+    """Where a step's time goes, and what it could not go below."""
+    table = Table("", "ms", "of a step", title="A training step", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row(f"all of it, {profile.tokens} tokens", f"{1000 * profile.seconds:.1f}", "100%", end_section=True)
+    for kind, share in sorted(profile.shares.items(), key=lambda pair: -pair[1]):
+        table.add_row(kind, f"{1000 * share * profile.seconds:.1f}", f"{share:.0%}")
+    table.add_section()
+    limits = {"its matrix products alone": profile.products, "reading the weights twice": profile.weights}
+    for name, seconds in limits.items():
+        table.add_row(name, f"{1000 * seconds:.1f}", f"{seconds / profile.seconds:.0%}")
+    console.print(table)
+    console.print(
+        f"{profile.tokens / profile.seconds:.0f} tokens/s, "
+        f"{profile.seconds / max(limits.values()):.2f} times the higher limit."
+    )
 
 
 def _quality(report: Report, metric: str) -> Iterator[tuple[str, str]]:
@@ -115,9 +143,11 @@ def _signature() -> Signature:
     """``command``'s parameters with a flag for every field of the recipe, as typer reads them."""
     recipes = Annotated[list[str], typer.Argument(help="The recipe, a YAML file; or several that share a base model.")]
     resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+    profile = Annotated[bool, typer.Option("--profile", help="Measure where a step's time goes, and train nothing.")]
     parameters = [
         Parameter("recipes", Parameter.POSITIONAL_OR_KEYWORD, annotation=recipes),
         Parameter("resume", Parameter.KEYWORD_ONLY, annotation=resume, default=False),
+        Parameter("profile", Parameter.KEYWORD_ONLY, annotation=profile, default=False),
     ]
     for name, field in Recipe.model_fields.items():
         choices = _choices(field.annotation)

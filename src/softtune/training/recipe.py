@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,6 +106,9 @@ class Recipe(BaseModel):
     """Seed of the sample, the held-out rows, the start and the order."""
     save_steps: Annotated[int, Field(ge=1)] = 50
     """Steps between checkpoints; an interrupt writes one too."""
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    """Where losses, learning rates and speeds go while training: TensorBoard's in the folder logs of the output, W&B's
+    where its own settings say."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     """Tokens to write at most, where there are no labels."""
     output: str
@@ -129,6 +133,10 @@ class Recipe(BaseModel):
             raise ValueError("test_size holds rows out where there is no evaluation data: drop one of the two")
         if self.evaluation is None and self.evaluation_split != "train":
             raise ValueError("evaluation_split needs evaluation: name the data set there too")
+        if missing := [name for name in self.report_to if find_spec(name) is None]:
+            raise ValueError(f"report_to needs the package {missing[0]}: pip install {missing[0]}")
+        if self.ensemble > 1 and "wandb" in self.report_to:
+            raise ValueError("wandb takes one run of a process: report an ensemble to tensorboard")
         self.config()
         _ = self.definition
         if places and self.method not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):

@@ -6,6 +6,7 @@ Recipes that share a base model run at once, and so do the members of an ensembl
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from softtune.acting import BASE
 from softtune.errors import ConfigError, DataError, TrainingError
 from softtune.evaluation.answers import Answers, measure
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
+from softtune.training.profile import Profile, profile
 from softtune.training.recipe import RECIPE_NAME, Recipe, holds_adapter
 from softtune.training.setup import BaseModels, Progress, Rows, Setup
 from softtune.training.together import train_together
@@ -126,6 +128,21 @@ def train_all(
         raise KeyboardInterrupt("; ".join(map(_kept, recipes))) from None
 
 
+def profile_recipe(recipe: Recipe) -> Profile:
+    """Measure steps of a recipe's training, and leave nothing behind.
+
+    Raises:
+        ConfigError, DataError: as from ``train``; or the recipe trains an ensemble.
+    """
+    if recipe.ensemble > 1:
+        raise ConfigError("one adapter's step is profiled: set ensemble to 1")
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe.model_copy(update={"output": folder, "report_to": []})
+        setup = Setup.of(recipe, Rows.of(recipe), BaseModels(), lambda *_: None)
+        [trainer] = setup.trainers(InterruptSaver())
+        return profile(trainer)
+
+
 def _train(recipes: Sequence[Recipe], starts: Sequence[Starts], progress: Progress) -> list[Report | TrainingError]:
     """Data first, since it is quick to be found wrong."""
     rows = [Rows.of(recipe) for recipe in recipes]
@@ -137,7 +154,10 @@ def _train(recipes: Sequence[Recipe], starts: Sequence[Starts], progress: Progre
         Setup.of(recipe, own, bases, _of_recipe(progress, recipe) if several else progress)
         for recipe, own in zip(recipes, rows, strict=True)
     ]
-    befores = [_begin(setup, resumes=any(start.values())) for setup, start in zip(setups, starts, strict=True)]
+    befores: list[dict[str, float]] = []
+    for setup, start in zip(setups, starts, strict=True):
+        alike = (b for s, b in zip(setups, befores, strict=False) if s.asks_as(setup))
+        befores.append(_begin(setup, next(alike, None), resumes=any(start.values())))
     fits = _fit(setups, starts)
     return [_result(setup, before, fit) for setup, before, fit in zip(setups, befores, fits, strict=True)]
 
@@ -149,6 +169,8 @@ def _of_recipe(progress: Progress, recipe: Recipe) -> Progress:
 
 def _check_company(recipes: Sequence[Recipe]) -> None:
     """Refuse recipes that cannot run at once."""
+    if len(recipes) > 1 and any("wandb" in recipe.report_to for recipe in recipes):
+        raise ConfigError("wandb takes one run of a process: report several to tensorboard")
     outputs = Counter(str(Path(recipe.output).resolve()) for recipe in recipes)
     if twice := [output for output, count in outputs.items() if count > 1]:
         raise ConfigError(f"{twice[0]} is the output of {outputs[twice[0]]} recipes: give each one its own")
@@ -204,14 +226,15 @@ def _check_unchanged(recipe: Recipe, rows: Rows) -> None:
             )
 
 
-def _begin(setup: Setup, *, resumes: bool) -> dict[str, float]:
-    """Metrics of the base model alone; noted beside the recipe, where a resumed run finds them."""
+def _begin(setup: Setup, known: dict[str, float] | None, *, resumes: bool) -> dict[str, float]:
+    """Metrics of the base model alone, unless they are known; noted beside the recipe, where a resumed run finds
+    them."""
     recipe = setup.recipe
     if resumes:
         before: dict[str, float] = storage.read_json(recipe.checkpoints() / START_NAME)["before"]
         return before
-    metrics: dict[str, float] = {}
-    if setup.rows.evaluation:
+    metrics = known or {}
+    if setup.rows.evaluation and not known:
         [answers] = _answers(setup, "evaluating the base model", [BASE])
         metrics = _measured(setup, answers)
     with storage.staged(recipe.checkpoints()) as stage:
@@ -314,14 +337,14 @@ def _answers(setup: Setup, phase: str, names: Sequence[str]) -> list[Answers]:
     rows = setup.rows.evaluation
     assert rows is not None
     total = len(names) * len(rows)
-    setup.progress(phase, 0, total, None)
+    setup.progress(phase, 0, total, "")
     return answer_each(
         setup.model,
         setup.tokenizer,
         setup.task,
         rows,
         names=names,
-        advance=lambda done: setup.progress(phase, done, total, None),
+        advance=lambda done: setup.progress(phase, done, total, ""),
     )
 
 

@@ -17,10 +17,10 @@ from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.recipe import Recipe
 from softtune.training.rows import fingerprints, training_and_evaluation_rows
-from softtune.training.trainer import AdapterTrainer, InterruptSaver, ProgressReporter, training_arguments
+from softtune.training.trainer import AdapterTrainer, InterruptSaver, ProgressReporter, trackers, training_arguments
 
-Progress = Callable[[str, int, int, float | None], None]
-"""Told what is being done, how much of it is done, out of how much, and the latest loss."""
+Progress = Callable[[str, int, int, str], None]
+"""Told what is being done, how much of it is done, out of how much, and how it goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,11 @@ class Setup:
             progress=progress,
         )
 
+    def asks_as(self, other: Setup) -> bool:
+        """Whether the base model alone is asked the same as for another recipe."""
+        own, others = self.rows.fingerprints.get("evaluation"), other.rows.fingerprints.get("evaluation")
+        return self.task == other.task and own == others and not self.task.has_head
+
     def trainers(self, interrupt: InterruptSaver) -> list[AdapterTrainer]:
         """A Trainer for each adapter."""
         return [self._trainer(number, name, interrupt) for number, name in enumerate(self.recipe.adapter_names)]
@@ -93,7 +98,11 @@ class Setup:
             data_collator=Collator(int(self.tokenizer.pad_token_id), padding_side="left"),
             trunk_cache=recipe.trunk_cache,
             trunk_cache_disk=recipe.trunk_cache_disk,
-            callbacks=[interrupt, ProgressReporter(lambda *step: self.progress(phase, *step))],
+            callbacks=[
+                interrupt,
+                ProgressReporter(lambda *step: self.progress(phase, *step)),
+                *trackers(recipe.report_to, Path(recipe.output, "logs", *([] if name == "default" else [name]))),
+            ],
         )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from softtune import checkpoint
@@ -149,17 +151,33 @@ class InterruptSaver(TrainerCallback):
 
 
 class ProgressReporter(TrainerCallback):
-    """Tells a function each step's number, the number of steps and the latest loss."""
+    """Tells a function each step's number, the number of steps, and the latest loss and tokens a second in words."""
 
-    def __init__(self, report: Callable[[int, int, float | None], None]) -> None:
+    def __init__(self, report: Callable[[int, int, str], None]) -> None:
         self.report = report
+        self._start = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.report(state.global_step, state.max_steps, None)
+        self._start = (time.perf_counter(), state.num_input_tokens_seen)
+        self.report(state.global_step, state.max_steps, "")
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in (logs or {}):
-            self.report(state.global_step, state.max_steps, float(logs["loss"]))
+            then, seen = self._start
+            speed = (state.num_input_tokens_seen - seen) / (time.perf_counter() - then)
+            self.report(state.global_step, state.max_steps, f"loss {float(logs['loss']):.3f}, {speed:.0f} tokens/s")
+
+
+def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
+    """The Trainer's callbacks for TensorBoard, which writes into a folder, and W&B."""
+    found: list[TrainerCallback] = []
+    if "tensorboard" in names:
+        from torch.utils.tensorboard import SummaryWriter
+
+        found.append(TensorBoardCallback(SummaryWriter(folder)))
+    if "wandb" in names:
+        found.append(WandbCallback())
+    return found
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
@@ -179,7 +197,7 @@ def training_arguments(folder: str | os.PathLike[str], **settings: Any) -> Train
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        include_num_input_tokens_seen="no",
+        include_num_input_tokens_seen="non_padding",
         use_cpu=not torch.cuda.is_available(),
         logging_nan_inf_filter=False,
         **settings,

@@ -1,0 +1,112 @@
+"""What the trunk cache and training together save: epochs of a prefix in the last third, and eight adapters at once."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from core import ANSWER, padded_batch, training_step
+from memory import resident
+from timing import measure, ratio
+from transformers import PreTrainedModel
+
+from softtune import PeftModel, PrefixTuningConfig
+from softtune.data import Collator, Example
+from softtune.pretrained import load_base_model
+from softtune.training.together import train_together
+from softtune.training.trainer import AdapterTrainer, training_arguments
+
+ADAPTERS, STEPS, ROWS = 8, 6, 2
+ROUNDS = 5
+
+
+def measures(base: PreTrainedModel, pad: int) -> list[dict[str, Any]]:
+    """Lines of the results."""
+    batches = [padded_batch(pad) for _ in range(2)]
+    late, plain, full = (with_prefix(base, layers) for layers in ("last:10", "last:10", None))
+    cached = epoch(late, batches)
+    with late.trunk_cache(memory=1024):
+        cached()  # the first epoch, which fills the cache
+        share, seconds, _ = ratio(cached, epoch(full, batches), rounds=ROUNDS)
+        own, _, _ = ratio(cached, epoch(plain, batches), rounds=ROUNDS)
+    faster, together_s, one_by_one_s = ratio(
+        partial(several, base, pad, at_once=True), partial(several, base, pad, at_once=False), rounds=ROUNDS
+    )
+    together, one = (float(_apart(way)) for way in ("together", "alone"))
+    name = f"{ADAPTERS} adapters in one run, batch {ROWS} each"
+    return [
+        measure("epoch >= 2 with the trunk cache, prefix in the last 10 of 30 layers / prefix in all", share, 0.45),
+        measure("the same / the same prefix without the cache", own, None),
+        measure("seconds of that epoch", seconds, None),
+        measure(f"{name}: time / {ADAPTERS} runs one after the other", faster, 0.7),
+        measure(f"seconds of {STEPS} steps of all at once", together_s, None),
+        measure(f"seconds of {STEPS} steps of all one after the other", one_by_one_s, None),
+        measure(f"{name}: peak memory / {ADAPTERS} processes of one run each", together / one / ADAPTERS, 0.3),
+        measure("MB of all at once, with the model", together / 1e6, None),
+        measure("MB of one run, with the model", one / 1e6, None),
+    ]
+
+
+def with_prefix(base: PreTrainedModel, layers: str | None) -> PeftModel:
+    """A copy of the base model with a prefix of 30 virtual tokens."""
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30, layers=layers)
+    return PeftModel(copy.deepcopy(base), config).train()
+
+
+def epoch(model: PeftModel, batches: list[dict[str, Any]]) -> Callable[[], None]:
+    """A step on each batch."""
+    steps = [training_step(model, {**batch, "logits_to_keep": ANSWER + 1}) for batch in batches]
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
+
+
+def several(base: PreTrainedModel, pad: int, *, at_once: bool, count: int = ADAPTERS) -> None:
+    """Train adapters for a few steps, at once or one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [trainer(base, pad, Path(folder, str(seed)), seed) for seed in range(count)]
+        if at_once:
+            train_together(trainers)
+        else:
+            for one in trainers:
+                one.train()
+
+
+def trainer(base: PreTrainedModel, pad: int, folder: Path, seed: int) -> AdapterTrainer:
+    """A run of STEPS steps on texts of its own, of 16 to 48 tokens."""
+    torch.manual_seed(seed)
+    model = PeftModel(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30))
+    rows = [torch.randint(100, 40_000, (int(n),)).tolist() for n in torch.linspace(16, 48, STEPS * ROWS)]
+    settings = {"max_steps": STEPS, "per_device_train_batch_size": ROWS, "save_steps": STEPS + 1}
+    return AdapterTrainer(
+        model,
+        args=training_arguments(folder, seed=seed, learning_rate=1e-4, **settings),
+        train_dataset=[Example(input_ids=row, labels=[-100] * (len(row) - ANSWER) + row[-ANSWER:]) for row in rows],
+        data_collator=Collator(pad, padding_side="left"),
+    )
+
+
+def _apart(way: str) -> str:
+    found = subprocess.run([sys.executable, __file__, way], capture_output=True, text=True, check=True)
+    return found.stdout.split()[-1]
+
+
+def _peak(way: str) -> float:
+    """Most bytes resident, the model's among them."""
+    base, tokenizer = load_base_model("smollm2-135m")
+    count = ADAPTERS if way == "together" else 1
+    return resident(partial(several, base, int(tokenizer.pad_token_id), at_once=True, count=count))[1]
+
+
+if __name__ == "__main__":
+    print(_peak(sys.argv[1]))

@@ -1,0 +1,84 @@
+"""How the time of a step grows with tokens, virtual tokens and adapters: a straight line each, drawn."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from timing import RESULTS, measure
+from transformers import PreTrainedModel
+
+from softtune import PeftModel, PrefixTuningConfig
+
+ROUNDS = 5
+TOKENS, VIRTUAL, ADAPTERS = (75, 150, 300, 600, 1200), (10, 40, 80, 120, 160), (1, 2, 4, 8, 16)
+LENGTH = 30
+"""Tokens of a row."""
+
+Step = Callable[[], None]
+
+
+def measures(base: PreTrainedModel) -> list[dict[str, Any]]:
+    """How well a line fits, 1 being a perfect one; the drawing goes to ``results/growth.png``."""
+    steps: dict[str, dict[int, Step]] = {
+        "tokens": {n: step(base, rows=n // LENGTH, tokens=n) for n in TOKENS},
+        "virtual tokens": {p: step(base, virtual=p) for p in VIRTUAL},
+        "adapters, two rows each": {a: step(base, rows=2 * a, adapters=a) for a in ADAPTERS},
+    }
+    seconds = {name: times(own) for name, own in steps.items()}
+    draw(seconds)
+    return [
+        measure(f"growth of a step in {name}: R2 of a line", fit(own)[2], 0.95, at_least=True)
+        for name, own in seconds.items()
+    ]
+
+
+def step(base: PreTrainedModel, *, rows: int = 8, tokens: int = 0, virtual: int = 30, adapters: int = 1) -> Step:
+    """Forward and backward on rows that share nothing, logits at their ends."""
+    torch.manual_seed(0)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
+    names = [f"adapter-{i}" for i in range(adapters)]
+    model = PeftModel(copy.deepcopy(base), config, names[0]).train()
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.set_requires_grad(names)
+    length = (tokens or rows * LENGTH) // rows
+    ids = torch.randint(100, 40_000, (rows, length))
+    mixed = {"adapter_names": [names[i % adapters] for i in range(rows)]} if adapters > 1 else {}
+    return lambda: model(input_ids=ids, labels=ids, logits_to_keep=3, **mixed).loss.backward()
+
+
+def times(steps: dict[int, Step]) -> dict[int, float]:
+    """Median seconds of each, in turn."""
+    found: dict[int, list[float]] = {size: [] for size in steps}
+    for _ in range(ROUNDS + 1):
+        for size, run in steps.items():
+            start = time.perf_counter()
+            run()
+            found[size].append(time.perf_counter() - start)
+    return {size: statistics.median(own[1:]) for size, own in found.items()}
+
+
+def fit(seconds: dict[int, float]) -> tuple[float, float, float]:
+    """Slope and start of the line of least squares, and the share of the variance that it explains."""
+    sizes = [float(size) for size in seconds]
+    slope, start = statistics.linear_regression(sizes, [*seconds.values()])
+    return slope, start, statistics.correlation(sizes, [*seconds.values()]) ** 2
+
+
+def draw(seconds: dict[str, dict[int, float]]) -> None:
+    """Points and lines, a picture each."""
+    _, pictures = plt.subplots(1, len(seconds), figsize=(11, 3.4), sharey=False, layout="constrained")
+    for axes, (name, own) in zip(pictures, seconds.items(), strict=True):
+        slope, start, _ = fit(own)
+        sizes = [0, max(own)]
+        axes.plot(sizes, [start + slope * size for size in sizes], color="tab:gray", linewidth=1)
+        axes.plot(list(own), list(own.values()), "o", color="tab:blue")
+        axes.set(xlabel=name, xlim=0, ylim=0)
+    pictures[0].set_ylabel("seconds of a step")
+    plt.savefig(RESULTS / "growth.png", dpi=150)
