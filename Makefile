@@ -34,6 +34,7 @@ check: $(VENV)/.library
 bench: $(VENV)/.models
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/core.py
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/modes.py
 
 setup: $(VENV)/.models
 

@@ -65,10 +65,13 @@ def settings(group: str, text: str, length: int) -> Iterator[tuple[str, dict[str
     """Names of runs, and the recipe's fields that make them."""
     from_text = {"num_virtual_tokens": length, "init_text": text}
     if group != "methods":
-        usual = {"learning_rate": 3e-2, "warmup_steps": 0, "options": {"num_virtual_tokens": 30}}
+        usual: dict[str, Any] = {"learning_rate": 3e-2, "warmup_steps": 0}
+        usual["options"] = {"num_virtual_tokens": 30, "init_weights": "random"}
         yield "PEFT's usual: random prefix, 3e-2", {**usual, "epochs": STEPS * BATCH / EXAMPLES}
         for rate in (5e-3, 1e-2, 2e-2):
             yield f"prefix from a text, {rate:g}", {"learning_rate": rate, "options": from_text}
+        late = {**from_text, "layers": "last:10"}
+        yield "prefix from a text in the last 10 of 30 layers, 0.01", {"learning_rate": 1e-2, "options": late}
         return
     words = {"num_virtual_tokens": length, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
     methods: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {

@@ -394,6 +394,21 @@ def test_packed_texts_may_be_longer_than_the_positions() -> None:
         model(row, position_ids=torch.arange(60).repeat(2)[None], use_cache=False)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_rows_may_have_more_tokens_together_than_positions(family: str) -> None:
+    model, rows = adapted(family, CAUSAL_LM, "prefix"), texts(family, CAUSAL_LM, (50, 40, 50))
+    logits = model(**batch(rows, "left"), use_cache=False).logits
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i, -len(row) :], model(row[None]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+@pytest.mark.parametrize("method", ["prefix", "prompt", "bitfit"])
+def test_an_empty_batch(shape: tuple[int, int], method: str) -> None:
+    with pytest.raises(DataError, match=r"the input \[\d, \d\] has no tokens: leave out empty batches"):
+        adapted("gpt2", CAUSAL_LM, method)(torch.zeros(shape, dtype=torch.long))
+
+
 @pytest.mark.parametrize("positions", [[[0, 1]], [[0, 1, 2, 3, 5]], [[-1, 0, 0, 0, 0]], [[0] * P, [0] * P]])
 def test_positions_that_do_not_fit(positions: list[list[int]]) -> None:
     with pytest.raises(DataError, match="prompt_positions"):

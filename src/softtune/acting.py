@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone, cache_of, cached_length, evaluating
@@ -26,6 +27,9 @@ from softtune.methods.bitfit import BiasChanges
 
 BASE = "__base__"
 """PEFT's name for no adapter, in ``adapter_names``."""
+
+_BAKED: ContextVar[dict[nn.Module, Prompt] | None] = ContextVar("_BAKED", default=None)
+"""Prompts by adapter, within ``baked``."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,27 @@ def acting(
         yield injection
 
 
+@contextmanager
+def baked() -> Iterator[None]:
+    """Compute each adapter's prompt once within the block, where no adapter or base model changes."""
+    token = _BAKED.set({})
+    try:
+        yield
+    finally:
+        _BAKED.reset(token)
+
+
 def _prompt(backbone: Backbone, adapter: Adapter, *, ahead: bool) -> Prompt:
     """What an adapter contributes; its virtual tokens run ahead through its own trained modules."""
+    known, module = _BAKED.get(), adapter.module
+    if known is None or not ahead or module.training or torch.is_grad_enabled():
+        return _computed_prompt(backbone, adapter, ahead=ahead)
+    if module not in known:
+        known[module] = _computed_prompt(backbone, adapter, ahead=ahead)
+    return known[module]
+
+
+def _computed_prompt(backbone: Backbone, adapter: Adapter, *, ahead: bool) -> Prompt:
     prompt: Prompt = adapter.module.prompt()
     if not ahead:
         return prompt

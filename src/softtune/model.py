@@ -244,7 +244,7 @@ class PeftModel(PushToHubMixin, AdapterState):
                 labels of the logits that are kept.
 
         Raises:
-            DataError: positions or labels do not fit the input, or positions exceed the model's.
+            DataError: the input is empty, positions or labels do not fit it, or positions exceed the model's.
             AdapterError: ``adapter_names`` has an unknown name, another number of rows, or adapters of several tasks.
         """
         given = {
@@ -255,6 +255,8 @@ class PeftModel(PushToHubMixin, AdapterState):
         }
         kwargs |= {name: value for name, value in given.items() if value is not None}
         text = inputs_embeds if input_ids is None else input_ids
+        if text is not None and not text.numel():
+            raise DataError(f"the input {list(text.shape)} has no tokens: leave out empty batches")
         self._check_labels(labels, text)
         keep = kwargs.get("logits_to_keep", 0)
         if labels is not None and labels.dim() == 2:

@@ -113,7 +113,7 @@ def test_profile_shows_where_a_step_goes(
     assert all(name in shown for name in ("matrix products alone", "reading the weights", "tokens/s"))
     assert not (tmp_path / "adapter").exists()
     assert run("train", recipe, recipe, "--profile") == 2
-    assert "one recipe is profiled at a time" in capsys.readouterr().err
+    assert "one recipe is measured at a time" in capsys.readouterr().err
 
 
 def test_of_several_runs_the_failed_ones_are_named(

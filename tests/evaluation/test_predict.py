@@ -9,10 +9,11 @@ from tests.tiny import LABELS, TEMPLATE, save_models, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from softtune import PeftModel, PrefixTuningConfig, PromptTuningConfig
+from softtune import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from softtune.data import Task, Template, Verbalizer
 from softtune.evaluation.answers import answer, fitted
 from softtune.methods import PeftConfig, TaskType
+from softtune.methods.p_tuning import PromptEncoder
 
 ADAPTERS: dict[str, PeftConfig] = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
@@ -82,3 +83,20 @@ def test_records_are_cut_to_what_the_model_can_take(folder: str) -> None:
     long = Dataset.from_dict({"words": ["red " * 300]})
     answers = answer(model, tokenizer(ends=False), fitted(task(None, max_length=500), model), long)
     assert answers.truncated == 1
+
+
+def test_the_prompt_of_all_batches_is_computed_once(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model, asked = PeftModel(AutoModelForCausalLM.from_pretrained(folder), config), task(WORDS["one token each"])
+    many = Dataset.from_dict({"words": [*RECORDS["words"]] * 15})
+    calls = []
+    prompt = PromptEncoder.prompt
+    monkeypatch.setattr(PromptEncoder, "prompt", lambda module: (calls.append(module), prompt(module))[1])
+    before = answer(model, tokenizer(ends=False), asked, many).scores
+    assert len(calls) == 1
+    for parameter in model.prompt_encoder.parameters():
+        parameter.data.mul_(3)  # which autograd does not see
+    after = answer(model, tokenizer(ends=False), asked, many).scores
+    assert len(calls) == 2
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, answer(model, tokenizer(ends=False), asked, many).scores)

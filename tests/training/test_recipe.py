@@ -73,6 +73,9 @@ def test_every_field_says_what_it_is_for() -> None:
         ),
         ({"evaluation": "more.csv", "test_size": 0.2}, "test_size holds rows out where there is no evaluation"),
         ({"template": "{text"}, "stray"),
+        ({"compile": True, "trunk_cache": 10}, "compile does not go with the trunk cache"),
+        ({"ensemble": 0}, "ensemble"),
+        ({"patience": 0}, "patience"),
         ({"template": "{prompt:3} {text}"}, "only PROMPT_TUNING and P_TUNING"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from softtune import CheckpointError, ConfigError, DataError, PeftModel, TrainingError
 from softtune.training.profile import ProductRecorder
 from softtune.training.recipe import Recipe
-from softtune.training.run import profile_recipe, train
+from softtune.training.run import find_learning_rate, profile_recipe, train
+from softtune.training.trainer import AdapterTrainer
 
 METHODS: dict[str, dict[str, Any]] = {
     "prefix with projection": {
@@ -338,7 +340,7 @@ def test_a_profile_adds_up_and_leaves_nothing(fields: dict[str, Any]) -> None:
     assert {"matrix products", "attention", "between operations"} <= found.shares.keys()
     assert 0 < found.products < found.seconds
     assert 0 < found.weights < found.seconds
-    with pytest.raises(ConfigError, match="one adapter's step is profiled: set ensemble to 1"):
+    with pytest.raises(ConfigError, match="one adapter's steps are measured: set ensemble to 1"):
         profile_recipe(Recipe.of({**fields, "ensemble": 2}))
 
 
@@ -349,3 +351,68 @@ def test_the_profiler_finds_every_product(fields: dict[str, Any]) -> None:
     with (again := ProductRecorder()):
         recorder.replay()
     assert len(recorder._products) == len(again._products) == 3  # one forward, one for each gradient
+
+
+def test_a_run_stops_when_held_out_rows_say_so_and_keeps_the_best(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[str] = []
+    load = AdapterTrainer._load_from_checkpoint
+    monkeypatch.setattr(
+        AdapterTrainer, "_load_from_checkpoint", lambda self, path, *args: (kept.append(path), load(self, path))
+    )
+    wild = {"learning_rate": 3.0, "schedule": "constant", "epochs": 20, "save_steps": 2, "warmup_steps": 0}
+    recipe = Recipe.of({**fields, **wild, "patience": 2, "validation_size": 4})
+    report = train(recipe)
+    assert report.finished
+    assert (report.training_rows, report.validation_rows, report.evaluation_rows) == (14, 4, 6)
+    assert report.steps < 20 * 4
+    assert [int(path.rpartition("-")[2]) for path in kept] == [report.steps - 2 * 2]
+
+
+def test_rows_held_out_need_patience(fields: dict[str, Any]) -> None:
+    assert train(Recipe.of({**fields, "validation_size": 4})).validation_rows == 0
+    with pytest.raises(DataError, match="cannot split 18 rows"):
+        train(Recipe.of({**fields, "patience": 1, "validation_size": 18, "output": fields["output"] + "-2"}))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize(("how", "share"), [("gradient_checkpointing", 1e-4), ("compile", 1e-4), ("bf16", 0.2)])
+def test_ways_to_compute_come_to_the_same(fields: dict[str, Any], tmp_path: Path, how: str, share: float) -> None:
+    """To a share of the way that the training goes; bfloat16 has three digits, and Adam scales small gradients up."""
+    fields["model"] = no_dropout(fields["model"], tmp_path)
+    runs = {"start": {"learning_rate": 1e-9}, "plain": {}, "other": {how: True}}
+    states = {}
+    for name, changes in runs.items():
+        train(Recipe.of({**fields, "epochs": 0.5, "output": str(tmp_path / name), **changes}))
+        states[name] = torch.cat([tensor.flatten() for _, tensor in sorted(tensors(str(tmp_path / name)).items())])
+    way = states["plain"] - states["start"]
+    assert (states["other"] - states["plain"]).norm() < share * way.norm()
+
+
+def no_dropout(model: str, folder: Path) -> str:
+    copy = shutil.copytree(model, folder / "model", dirs_exist_ok=True)
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.1', '"attention_dropout": 0.0'))
+    return str(copy)
+
+
+def test_the_range_test_finds_where_the_loss_turns(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtune.training.learning_rate.HIGHEST", 1e2)  # a tiny model takes much
+    found = find_learning_rate(Recipe.of(fields))
+    assert not Path(fields["output"]).exists()
+    assert found.rates[0] == pytest.approx(1e-4)
+    steps = [later / rate for rate, later in zip(found.rates, found.rates[1:], strict=False)]
+    assert steps == pytest.approx([1e6 ** (1 / 39)] * len(steps))
+    turn = found.rates.index(found.lowest)
+    assert 0 < turn < len(found.losses) - 1
+    assert found.losses[turn] < found.losses[0]
+    assert found.losses[turn] < found.losses[-1]
+    assert found.suggestion == found.lowest / 3
+
+
+def test_a_range_test_that_leaves_the_numbers_ends(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtune.training.learning_rate.HIGHEST", 1e38)
+    monkeypatch.setattr("softtune.training.learning_rate.RISEN", float("inf"))
+    found = find_learning_rate(Recipe.of({**fields, "method": "BITFIT", "options": {"add_missing": True}}))
+    assert len(found.rates) < 40

@@ -167,6 +167,12 @@ class Backbone:
         are_apart = all(a.module in {*layer.modules()} and not a.is_shared for a, layer in pairs)
         return are_apart and self.stacks[0].starts_at(depth)
 
+    def compile_layers(self) -> None:
+        """Compile each layer of every stack, the first time that it runs; one compilation serves all layers alike."""
+        for stack in self.stacks:
+            for layer in stack.layers:
+                layer.compile(dynamic=True)
+
     def run_ahead(self, vectors: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
         """Keys [H, P, K] and values of virtual tokens [P, D] in front of a text, with gradients.
 

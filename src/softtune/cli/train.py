@@ -18,15 +18,17 @@ from softtune.cli.console import console, in_units, progress_bars, quiet, show_p
 from softtune.errors import ConfigError, TrainingError
 from softtune.methods import TaskType
 from softtune.pretrained import MODEL_CLASSES
+from softtune.training import run
+from softtune.training.learning_rate import RangeTest
 from softtune.training.profile import Profile
 from softtune.training.recipe import Recipe
-from softtune.training.run import Report, profile_recipe, train_all
+from softtune.training.run import Report, train_all
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
-def command(recipes: list[str], resume: bool, profile: bool, **flags: str | None) -> None:
+def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate: bool, **flags: str | None) -> None:
     """Train an adapter by a recipe, or those of several recipes at once, and show what came of it.
 
     Recipes that share a base model take less time and memory together than one after the other; a flag goes for all of
@@ -35,12 +37,16 @@ def command(recipes: list[str], resume: bool, profile: bool, **flags: str | None
     quiet()
     overrides = {name: _value(name, text) for name, text in flags.items() if text is not None}
     chosen = [Recipe.load(recipe, overrides) for recipe in recipes]
-    if profile:
+    if profile or find_learning_rate:
         if len(chosen) > 1:
-            raise ConfigError("one recipe is profiled at a time: name one")
-        with console.status("profiling"):
-            measured = profile_recipe(chosen[0])
-        show_profile(measured)
+            raise ConfigError("one recipe is measured at a time: name one")
+        with console.status("measuring"):
+            profiled = run.profile_recipe(chosen[0]) if profile else None
+            tested = run.find_learning_rate(chosen[0]) if find_learning_rate else None
+        if profiled is not None:
+            show_profile(profiled)
+        if tested is not None:
+            show_range_test(tested)
         return
     with progress_bars() as progress:
         results = train_all(chosen, resume=resume, progress=progress)
@@ -72,6 +78,7 @@ def show_report(report: Report, title: str = "") -> None:
     pairs = [pair for name in report.after for pair in _quality(report, name)]
     pairs += [
         ("trained on", f"{_rows(report.training_rows, report.truncated)}, {report.steps} steps"),
+        *([("stopped by", _rows(report.validation_rows, 0))] if report.validation_rows else []),
         ("evaluated on", _rows(report.evaluation_rows, report.evaluation.truncated)),
         ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
         ("adapter", f"{report.folder} ({in_units(report.size)})"),
@@ -97,6 +104,17 @@ def show_profile(profile: Profile) -> None:
         f"{profile.tokens / profile.seconds:.0f} tokens/s, "
         f"{profile.seconds / max(limits.values()):.2f} times the higher limit."
     )
+
+
+def show_range_test(test: RangeTest) -> None:
+    """Losses by learning rate, as bars."""
+    table = Table("learning rate", "loss", "", title="Losses of steps with ever higher rates", title_justify="left")
+    highest = max(test.losses)
+    for rate, loss in zip(test.rates, test.losses, strict=True):
+        mark = "  lowest" if rate == test.lowest else ""
+        table.add_row(f"{rate:.1e}", f"{loss:.3f}", "█" * round(40 * loss / highest) + mark)
+    console.print(table)
+    console.print(f"Try --learning-rate {test.suggestion:.0e}, a third of the rate at which the loss was lowest.")
 
 
 def _quality(report: Report, metric: str) -> Iterator[tuple[str, str]]:
@@ -143,12 +161,17 @@ def _signature() -> Signature:
     """``command``'s parameters with a flag for every field of the recipe, as typer reads them."""
     recipes = Annotated[list[str], typer.Argument(help="The recipe, a YAML file; or several that share a base model.")]
     resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
-    profile = Annotated[bool, typer.Option("--profile", help="Measure where a step's time goes, and train nothing.")]
+    measured = {
+        "profile": "Measure where a step's time goes, and save nothing.",
+        "find_learning_rate": "Try ever higher learning rates for 40 steps, and save nothing.",
+    }
     parameters = [
         Parameter("recipes", Parameter.POSITIONAL_OR_KEYWORD, annotation=recipes),
         Parameter("resume", Parameter.KEYWORD_ONLY, annotation=resume, default=False),
-        Parameter("profile", Parameter.KEYWORD_ONLY, annotation=profile, default=False),
     ]
+    for name, text in measured.items():
+        option = typer.Option(_flag(name), help=text)
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[bool, option], default=False))
     for name, field in Recipe.model_fields.items():
         choices = _choices(field.annotation)
         listed = f" One of {', '.join(choices)}." if choices else ""

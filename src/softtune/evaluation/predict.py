@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from softtune.acting import baked
 from softtune.data import Collator, Example, answer_width, length_batches
 from softtune.model import PeftModel
 
@@ -24,6 +25,7 @@ def unwatched(done: int) -> None:
     """Where nobody wants to know how many rows are done."""
 
 
+@baked()
 def score_words(
     model: PeftModel,
     rows: Sequence[Sequence[Example]],
@@ -76,6 +78,7 @@ def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pa
     return scores
 
 
+@baked()
 def score_head(
     model: PeftModel,
     examples: Sequence[Example],
@@ -94,6 +97,7 @@ def score_head(
     return scores
 
 
+@baked()
 def write_texts(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,

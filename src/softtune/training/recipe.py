@@ -95,6 +95,17 @@ class Recipe(BaseModel):
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop when the loss on held-out training rows has not fallen for so many checkpoints, and keep the best one; by
+    default all epochs run."""
+    validation_size: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Training rows (whole number) or share of them to hold out for patience."""
+    bf16: bool = False
+    """Compute in bfloat16 where autocast does; the adapter stays in float32."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more time."""
+    compile: bool = False
+    """Compile each layer of a decoder or encoder: some seconds once, for faster steps of a long run."""
     ensemble: Annotated[int, Field(ge=1)] = 1
     """Adapters to train for the task at once, from the seeds seed, seed + 1 and so on; they answer together."""
     trunk_cache: Annotated[float, Field(ge=0)] = 0
@@ -135,6 +146,8 @@ class Recipe(BaseModel):
             raise ValueError("evaluation_split needs evaluation: name the data set there too")
         if missing := [name for name in self.report_to if find_spec(name) is None]:
             raise ValueError(f"report_to needs the package {missing[0]}: pip install {missing[0]}")
+        if self.compile and (self.trunk_cache or self.trunk_cache_disk):
+            raise ValueError("compile does not go with the trunk cache, which leaves layers out: drop one of the two")
         if self.ensemble > 1 and "wandb" in self.report_to:
             raise ValueError("wandb takes one run of a process: report an ensemble to tensorboard")
         self.config()

@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from softtune.acting import BASE
 from softtune.errors import ConfigError, DataError, TrainingError
 from softtune.evaluation.answers import Answers, measure
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
+from softtune.training.learning_rate import RangeTest, range_test
 from softtune.training.profile import Profile, profile
 from softtune.training.recipe import RECIPE_NAME, Recipe, holds_adapter
 from softtune.training.setup import BaseModels, Progress, Rows, Setup
@@ -64,6 +66,8 @@ class Report:
     total: int
     """All numbers, the base model's included."""
     training_rows: int
+    validation_rows: int
+    """Held out of the training rows, to tell when to stop."""
     evaluation_rows: int
     truncated: int
     """Training rows that were cut to fit."""
@@ -134,13 +138,29 @@ def profile_recipe(recipe: Recipe) -> Profile:
     Raises:
         ConfigError, DataError: as from ``train``; or the recipe trains an ensemble.
     """
+    with _trainer_without_output(recipe) as trainer:
+        return profile(trainer)
+
+
+def find_learning_rate(recipe: Recipe) -> RangeTest:
+    """Look how the loss of a recipe's training takes ever higher learning rates, and leave nothing behind.
+
+    Raises:
+        ConfigError, DataError: as from ``train``; or the recipe trains an ensemble.
+    """
+    with _trainer_without_output(recipe) as trainer:
+        return range_test(trainer)
+
+
+@contextmanager
+def _trainer_without_output(recipe: Recipe) -> Iterator[AdapterTrainer]:
     if recipe.ensemble > 1:
-        raise ConfigError("one adapter's step is profiled: set ensemble to 1")
+        raise ConfigError("one adapter's steps are measured: set ensemble to 1")
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe.model_copy(update={"output": folder, "report_to": []})
+        recipe = recipe.model_copy(update={"output": folder, "report_to": [], "patience": None})
         setup = Setup.of(recipe, Rows.of(recipe), BaseModels(), lambda *_: None)
         [trainer] = setup.trainers(InterruptSaver())
-        return profile(trainer)
+        yield trainer
 
 
 def _train(recipes: Sequence[Recipe], starts: Sequence[Starts], progress: Progress) -> list[Report | TrainingError]:
@@ -300,6 +320,7 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Report | Train
         trained=trained,
         total=total,
         training_rows=len(setup.examples),
+        validation_rows=len(setup.validation),
         evaluation_rows=len(setup.rows.evaluation or ()),
         truncated=sum(example.truncated > 0 for example in setup.examples),
         folder=Path(setup.recipe.output),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from softtune.adapter import Adapter
-from softtune.data import Collator, Example, Task, each_row
+from softtune.data import Collator, Example, Task, each_row, split_records
 from softtune.evaluation.answers import fitted
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
@@ -28,6 +28,8 @@ class Rows:
     """What a recipe trains and evaluates on."""
 
     training: Dataset
+    validation: Dataset
+    """Held out of the training rows, to tell when to stop; empty where nothing does."""
     evaluation: Dataset | None
     fingerprints: dict[str, str]
     """What tells whether they are those of an earlier run."""
@@ -37,7 +39,10 @@ class Rows:
         """Load them. Raises DataError where a file or a row does not fit."""
         training, evaluation = training_and_evaluation_rows(recipe, recipe.definition)
         prints = fingerprints(recipe.definition, training, evaluation)
-        return cls(training=training, evaluation=evaluation, fingerprints=prints)
+        validation = training.select([])
+        if recipe.patience is not None:
+            training, validation = split_records(training, test_size=recipe.validation_size, seed=recipe.seed)
+        return cls(training=training, validation=validation, evaluation=evaluation, fingerprints=prints)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,8 @@ class Setup:
     rows: Rows
     examples: list[Example]
     """The training rows, encoded."""
+    validation: list[Example]
+    """Rows that tell when to stop, encoded; none where nothing does."""
     progress: Progress
 
     @classmethod
@@ -63,11 +70,14 @@ class Setup:
             DataError: a row does not fit the model.
         """
         model, tokenizer = bases.adapted(recipe)
+        if recipe.compile:
+            model.backbone.compile_layers()
         if recipe.trunk_cache or recipe.trunk_cache_disk:  # refused before the base model is evaluated
             model.trunk_cache(recipe.trunk_cache, recipe.trunk_cache_disk)
         task = fitted(recipe.definition, model)
-        examples = each_row(
-            rows.training, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r))
+        training, validation = (
+            each_row(part, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r)))
+            for part in (rows.training, rows.validation)
         )
         return cls(
             recipe=recipe,
@@ -75,7 +85,8 @@ class Setup:
             model=model,
             tokenizer=tokenizer,
             rows=rows,
-            examples=examples,
+            examples=training,
+            validation=validation,
             progress=progress,
         )
 
@@ -95,11 +106,13 @@ class Setup:
             PeftModel.of(self.model.base_model, {name: self.model.adapter(name)}),
             args=_arguments(recipe, recipe.checkpoints(name), recipe.seed + number),
             train_dataset=self.examples,
+            eval_dataset=self.validation or None,
             data_collator=Collator(int(self.tokenizer.pad_token_id), padding_side="left"),
             trunk_cache=recipe.trunk_cache,
             trunk_cache_disk=recipe.trunk_cache_disk,
             callbacks=[
                 interrupt,
+                *([EarlyStoppingCallback(recipe.patience)] if recipe.patience is not None else []),
                 ProgressReporter(lambda *step: self.progress(phase, *step)),
                 *trackers(recipe.report_to, Path(recipe.output, "logs", *([] if name == "default" else [name]))),
             ],
@@ -144,5 +157,19 @@ def _arguments(recipe: Recipe, folder: Path, seed: int) -> Any:
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         save_steps=recipe.save_steps,
+        bf16=recipe.bf16,
+        gradient_checkpointing=recipe.gradient_checkpointing,
         seed=seed,
+        **({} if recipe.patience is None else _stopping(recipe)),
     )
+
+
+def _stopping(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of a Trainer that keeps the best checkpoint."""
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": recipe.save_steps,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "prediction_loss_only": True,
+    }

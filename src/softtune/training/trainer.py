@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, Wan
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from softtune import checkpoint
+from softtune.acting import baked
 from softtune.data import IGNORED, answer_width
 from softtune.errors import DataError, TrainingError
 from softtune.model import PeftModel
@@ -96,6 +97,11 @@ class AdapterTrainer(Trainer):
             f"the loss is {loss.item()} at step {self.state.global_step + 1}: "
             "lower the learning rate; the adapter is kept as it was at the last finite loss"
         )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with the prompt computed once."""
+        with baked():
+            return super().evaluation_loop(*args, **kwargs)
 
     def _trained(self) -> list[tuple[str, Tensor]]:
         assert self.model is not None

@@ -1,0 +1,74 @@
+"""Finds a learning rate by a range test: Smith, 2017, Cyclical Learning Rates for Training Neural Networks, §3.3.
+
+The rate grows by the same factor from step to step. Too low a rate changes the loss little, too high a one raises it.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from softtune.errors import TrainingError
+from softtune.training.trainer import AdapterTrainer
+
+LOWEST, HIGHEST, STEPS = 1e-4, 1.0, 40
+SMOOTHING = 0.8
+"""Weight of the past in the mean of losses, which batches make uneven."""
+RISEN = 2.0
+"""The test ends where the loss is so many times its lowest."""
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Losses of steps with ever higher learning rates."""
+
+    rates: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Running means, one a step."""
+
+    @property
+    def lowest(self) -> float:
+        """The rate at which the loss was lowest."""
+        return self.rates[min(range(len(self.losses)), key=self.losses.__getitem__)]
+
+    @property
+    def suggestion(self) -> float:
+        """A third of the rate at which the loss was lowest: there it is about to rise."""
+        return self.lowest / 3
+
+
+def range_test(trainer: AdapterTrainer) -> RangeTest:
+    """Train with a learning rate from 1e-4 to 1 in 40 steps, or until the loss rises; the adapter is spoiled by it."""
+    optimizer = trainer.create_optimizer()
+    for group in optimizer.param_groups:
+        group["lr"] = LOWEST
+    growth = (HIGHEST / LOWEST) ** (1 / (STEPS - 1))
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: growth**step)
+    trainer.args.max_steps, trainer.args.save_strategy = STEPS, "no"
+    watcher = _Watcher()
+    trainer.add_callback(watcher)
+    with suppress(TrainingError):  # at a rate where the loss is no number, the test is over
+        trainer.train()
+    return watcher.found
+
+
+class _Watcher(TrainerCallback):
+    """Notes rates and mean losses, and ends the training when these rise."""
+
+    def __init__(self) -> None:
+        self.found = RangeTest()
+        self._mean = 0.0
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in (logs or {}):
+            return
+        self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * logs["loss"]
+        loss = self._mean / (1 - SMOOTHING ** (len(self.found.losses) + 1))
+        self.found.rates.append(logs["learning_rate"])
+        self.found.losses.append(loss)
+        control.should_training_stop |= not math.isfinite(loss) or loss > RISEN * min(self.found.losses)
