@@ -16,6 +16,7 @@ from torch import nn
 
 import softtune
 from softtune.pretrained import load_base_model
+from softtune.training.profile import ProductRecorder
 
 ROWS, LENGTH, ANSWER = 8, 64, 2
 VIRTUAL_TOKENS = 30
@@ -72,6 +73,13 @@ def training_step(model: nn.Module, batch: dict[str, Any]) -> Callable[[], None]
         optimizer.zero_grad()
 
     return step
+
+
+def matrix_products(step: Callable[[], None]) -> Callable[[], None]:
+    """The matrix products of a step again, with their own arguments, and nothing else of it."""
+    with (recorder := ProductRecorder()):
+        step()
+    return recorder.replay
 
 
 def generation(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:

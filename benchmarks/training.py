@@ -15,7 +15,7 @@ import epochs
 import growth
 import peft
 import torch
-from core import ANSWER, ROUNDS, padded_batch, training_step
+from core import ANSWER, ROUNDS, matrix_products, padded_batch, training_step
 from memory import resident
 from timing import measure, ratio, report
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ import softtune
 from softtune.data import Example, answer_width
 from softtune.evaluation.predict import score_words
 from softtune.pretrained import load_base_model
-from softtune.training.profile import ProductRecorder
 
 PREFIX = ("PrefixTuningConfig", 30)
 PROMPT = ("PromptTuningConfig", 100)
@@ -105,13 +104,6 @@ def call(model: nn.Module, batch: Batch) -> Callable[[], None]:
     return run
 
 
-def matrix_products(step: Callable[[], None]) -> Callable[[], None]:
-    """The matrix products of a step again, with their own arguments, and nothing else of it."""
-    with (recorder := ProductRecorder()):
-        step()
-    return recorder.replay
-
-
 def peak_apart(side: str, model: str) -> float:
     """Bytes that training steps need above the model, in a process of their own."""
     found = subprocess.run([sys.executable, __file__, side, model], capture_output=True, text=True, check=True)
@@ -142,8 +134,9 @@ def peak(side: str, model: str) -> float:
 
 
 def records() -> tuple[list[list[int]], list[list[int]]]:
-    """Texts of 16 to 48 tokens, and two answers of two tokens each."""
-    lengths = torch.linspace(16, 48, RECORDS).int().tolist()
+    """Texts of 16 to 48 tokens in any order, as in a data set, and two answers of two tokens each."""
+    order = torch.randperm(RECORDS, generator=torch.Generator().manual_seed(0))
+    lengths = torch.linspace(16, 48, RECORDS).int()[order].tolist()
     return [torch.randint(100, 40_000, (n,)).tolist() for n in lengths], [[500, 600], [700, 800]]
 
 

@@ -19,6 +19,7 @@ ADAPTERS: dict[str, PeftConfig] = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "infix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", placement="infix"),
     "suffix": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", placement="suffix"),
+    "template": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
 }
 WORDS = {
     "one token each": {label: label for label in LABELS},
@@ -33,11 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_models(tmp_path_factory.mktemp("models"))["llama"]
 
 
-def task(words: dict[str, str] | None, **changes: int) -> Task:
+def task(words: dict[str, str] | None, template: str = TEMPLATE, **changes: int) -> Task:
     fields = {"max_length": 24, "max_new_tokens": 3, **changes}
     return Task(
         kind=TaskType.CAUSAL_LM,
-        template=Template(TEMPLATE),
+        template=Template(template),
         label_column="label",
         verbalizer=Verbalizer(words) if words else None,
         **fields,
@@ -48,8 +49,9 @@ def alone(model: PeftModel, asked: Task, record: dict[str, str], label: str) -> 
     """The log-probability of a label's tokens, one row, by the public forward."""
     example = asked.encode(record, tokenizer(ends=False), label=label)
     ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+    positions = None if example.prompt_positions is None else torch.tensor([example.prompt_positions])
     with torch.no_grad():
-        scores = model(input_ids=ids, labels=labels).logits[0, :-1].log_softmax(-1)
+        scores = model(input_ids=ids, labels=labels, prompt_positions=positions).logits[0, :-1].log_softmax(-1)
     wanted = labels[0, 1:]
     return sum(scores[i, w] for i, w in enumerate(wanted.tolist()) if w != -100)
 
@@ -60,7 +62,7 @@ def test_labels_are_scored_as_alone(folder: str, kind: str, words: str) -> None:
     model = PeftModel(AutoModelForCausalLM.from_pretrained(folder), ADAPTERS[kind])
     for parameter in model.prompt_encoder.parameters():
         torch.nn.init.normal_(parameter)
-    asked = task(WORDS[words])
+    asked = task(WORDS[words], "{words} {prompt:3}" if kind == "template" else TEMPLATE)
     scores = answer(model, tokenizer(ends=False), asked, RECORDS).scores
     assert scores is not None
     expected = [[float(alone(model, asked, r, label)) for label in asked.verbalizer.labels] for r in RECORDS]

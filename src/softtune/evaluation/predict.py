@@ -64,15 +64,16 @@ def _score_next_token(model: PeftModel, rows: Sequence[Sequence[Example]], pad_t
 
 
 def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int) -> Tensor:
-    """All labels of all records in one forward: a decoder reads the text that they follow once."""
+    """All labels of all records in one forward: a decoder reads the text that they follow once, and no last token."""
     batch = _collate([example for row in rows for example in row], pad_token_id)
     labels = batch["labels"].to(model.device)
     if model.backbone.is_encoder_decoder:
         logits = _forward(model, batch).logits
     else:
-        keep = answer_width(labels)
-        labels = labels[:, -keep + 1 :]
-        logits = _forward(model, batch, keep=keep).logits[:, -keep:-1]
+        keep = answer_width(labels) - 1
+        labels = labels[:, -keep:]
+        shorter = {name: x if name == "prompt_positions" else x[:, :-1] for name, x in batch.items()}
+        logits = _forward(model, shorter, keep=keep).logits[:, -keep:]
     found = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     scores: Tensor = (found * (labels != -100)).sum(-1).view(len(rows), -1).cpu()
     return scores
