@@ -8,8 +8,9 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
 CONSTRAINTS := $(VENV)/constraints.txt
 MATRIX ?= $(if $(TRANSFORMERS),build/support-$(TRANSFORMERS).md,docs/support.md)
 SYSTEM_PYTHON ?= python3
+SST2 ?= data/sst2
 
-.PHONY: demo test test-all matrix check bench setup clean
+.PHONY: demo test test-all matrix check bench bench-steps setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -35,6 +36,15 @@ bench: $(VENV)/.models
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/core.py
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/modes.py
+	$(PYTHON) benchmarks/tables.py
+
+# Which settings train well: two hours on two cores. SST2 is a folder with stsa.binary.train and stsa.binary.dev.
+bench-steps: $(VENV)/.models
+	$(PYTHON) benchmarks/steps.py sms_spam
+	$(PYTHON) benchmarks/steps.py sst2 --sst2 $(SST2)
+	$(PYTHON) benchmarks/steps.py methods --seeds 2
+	$(PYTHON) benchmarks/steps.py variants --seeds 2
+	$(PYTHON) benchmarks/tables.py
 
 setup: $(VENV)/.models
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from core import ANSWER, matrix_products, padded_batch, training_step
 from growth import step
 from memory import resident
+from step import ANSWER, ROUNDS, Step, adapted, at_answers, matrix_products, padded_batch, training_step
 from timing import measure, ratio
 from transformers import PreTrainedModel
 
@@ -25,13 +23,12 @@ from softtune.training.together import train_together
 from softtune.training.trainer import AdapterTrainer, training_arguments
 
 ADAPTERS, STEPS, ROWS = 8, 6, 2
-ROUNDS = 5
 
 
 def measures(base: PreTrainedModel, pad: int) -> list[dict[str, Any]]:
     """Lines of the results."""
     batches = [padded_batch(pad) for _ in range(2)]
-    late, plain, full = (with_prefix(base, layers) for layers in ("last:10", "last:10", None))
+    late, plain, full = (adapted(base, layers=layers) for layers in ("last:10", "last:10", None))
     cached = epoch(late, batches)
     with late.trunk_cache(memory=1024):
         cached()  # the first epoch, which fills the cache
@@ -71,15 +68,9 @@ def _times(name: str, base: PreTrainedModel, pad: int, threads: int) -> list[dic
     ]
 
 
-def with_prefix(base: PreTrainedModel, layers: str | None) -> PeftModel:
-    """A copy of the base model with a prefix of 30 virtual tokens."""
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30, layers=layers)
-    return PeftModel(copy.deepcopy(base), config).train()
-
-
-def epoch(model: PeftModel, batches: list[dict[str, Any]]) -> Callable[[], None]:
+def epoch(model: PeftModel, batches: list[dict[str, Any]]) -> Step:
     """A step on each batch."""
-    steps = [training_step(model, {**batch, "logits_to_keep": ANSWER + 1}) for batch in batches]
+    steps = [training_step(model, at_answers(batch)) for batch in batches]
 
     def run() -> None:
         for each in steps:

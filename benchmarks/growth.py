@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from step import ROUNDS, Step, adapted, forward_backward
 from timing import RESULTS, measure
 from transformers import PreTrainedModel
 
-from softtune import PeftModel, PrefixTuningConfig
-
-ROUNDS = 5
 TOKENS, VIRTUAL, ADAPTERS = (75, 150, 300, 600, 1200), (10, 40, 80, 120, 160), (1, 2, 4, 8, 16)
 LENGTH = 30
 """Tokens of a row."""
-
-Step = Callable[[], None]
 
 
 def measures(base: PreTrainedModel) -> list[dict[str, Any]]:
@@ -40,17 +34,15 @@ def measures(base: PreTrainedModel) -> list[dict[str, Any]]:
 
 def step(base: PreTrainedModel, *, rows: int = 8, tokens: int = 0, virtual: int = 30, adapters: int = 1) -> Step:
     """Forward and backward on rows that share nothing, logits at their ends."""
-    torch.manual_seed(0)
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
-    names = [f"adapter-{i}" for i in range(adapters)]
-    model = PeftModel(copy.deepcopy(base), config, names[0]).train()
+    names = ["default", *(f"adapter-{i}" for i in range(1, adapters))]
+    model = adapted(base, virtual=virtual)
     for name in names[1:]:
-        model.add_adapter(name, config)
+        model.add_adapter(name, model.peft_config["default"])
     model.set_requires_grad(names)
     length = (tokens or rows * LENGTH) // rows
     ids = torch.randint(100, 40_000, (rows, length))
     mixed = {"adapter_names": [names[i % adapters] for i in range(rows)]} if adapters > 1 else {}
-    return lambda: model(input_ids=ids, labels=ids, logits_to_keep=3, **mixed).loss.backward()
+    return forward_backward(model, {"input_ids": ids, "labels": ids, "logits_to_keep": 3, **mixed})
 
 
 def times(steps: dict[int, Step]) -> dict[int, float]:

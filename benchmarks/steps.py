@@ -68,7 +68,7 @@ def settings(group: str, text: str, length: int) -> Iterator[tuple[str, dict[str
 
 
 def by_rate(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """PEFT's usual settings, and prefixes that start from a text, in all layers or the last third, in half the steps."""
+    """PEFT's usual settings, and prefixes from a text, in all layers or the last third, in half of the steps."""
     usual = {"num_virtual_tokens": 30, "init_weights": "random"}
     whole = {"learning_rate": 3e-2, "warmup_steps": 0, "epochs": STEPS * BATCH / EXAMPLES}
     yield "PEFT's usual: random prefix, 3e-2", {**whole, "options": usual}

@@ -8,21 +8,31 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import epochs
 import growth
 import peft
 import torch
-from core import ANSWER, ROUNDS, matrix_products, padded_batch, training_step
 from memory import resident
+from step import (
+    ANSWER,
+    ROUNDS,
+    Batch,
+    Step,
+    adapted,
+    at_answers,
+    forward_backward,
+    matrix_products,
+    padded_batch,
+    training_step,
+)
 from timing import measure, ratio, report
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM
 
 import softtune
-from softtune.data import Example, answer_width
+from softtune.data import Example
 from softtune.evaluation.predict import score_words
 from softtune.pretrained import load_base_model
 
@@ -32,8 +42,6 @@ SHORT_PROMPT = ("PromptTuningConfig", 30)
 SIDES = {"softtune": softtune, "peft": peft}
 RECORDS = 32
 
-Batch = dict[str, Any]
-
 
 def main() -> None:
     torch.manual_seed(0)
@@ -42,22 +50,27 @@ def main() -> None:
     own = at_answers(batch)
     measures = []
     for method, (padded, dynamic) in {PREFIX: (0.50, 0.72), PROMPT: (0.33, 0.38)}.items():
-        ours, theirs = (training_step(adapted(side, base, method), b) for side, b in ((softtune, own), (peft, batch)))
-        trimmed = training_step(adapted(peft, base, method), without_shared_padding(batch))
+        ours, theirs = (
+            training_step(adapted(base, *method, side=side), b) for side, b in ((softtune, own), (peft, batch))
+        )
+        trimmed = training_step(adapted(base, *method, side=peft), without_shared_padding(batch))
         name = f"{method[0]} P={method[1]}: step / peft's"
         measures += [
             measure(f"{name}, padded to {batch['input_ids'].shape[1]}", ratio(ours, theirs, rounds=ROUNDS)[0], padded),
             measure(f"{name}, padded to the longest row", ratio(ours, trimmed, rounds=ROUNDS)[0], dynamic),
         ]
-    step = training_step(adapted(softtune, base, PREFIX), own)
+    step = training_step(adapted(base), own)
     share, seconds, products = ratio(step, matrix_products(step), rounds=ROUNDS)
     measures += [
         measure("PrefixTuningConfig P=30: step / its matrix products alone", share, 1.25),
         measure("seconds of that step", seconds, None),
         measure("seconds of its matrix products", products, None),
     ]
+    plain = without_adapter(base)
+    alone, _, _ = ratio(plain, matrix_products(plain), rounds=ROUNDS)
+    measures.append(measure("base model without adapter, six rows of 42: the same", alone, None))
     for method, must in {PREFIX: 1.0, SHORT_PROMPT: 0.75}.items():
-        ours, theirs = (call(adapted(side, base, method), batch) for side in (softtune, peft))
+        ours, theirs = (forward_backward(adapted(base, *method, side=side), batch) for side in (softtune, peft))
         name = f"{method[0]} P={method[1]}: model(**padded_batch) with labels and backward / peft's"
         measures.append(measure(name, ratio(ours, theirs, rounds=ROUNDS)[0], must))
     for model, must in {"smollm2-135m": 0.5, "bloom": 0.1}.items():
@@ -69,8 +82,8 @@ def main() -> None:
             measure(f"{model}: MB of peft's", theirs / 1e6, None),
         ]
     speed = ratio(
-        scoring_by_peft(adapted(peft, base, PREFIX).eval(), tokenizer.pad_token_id),
-        scoring(adapted(softtune, base, PREFIX).eval(), tokenizer.pad_token_id),
+        scoring_by_peft(adapted(base, side=peft).eval(), tokenizer.pad_token_id),
+        scoring(adapted(base).eval(), tokenizer.pad_token_id),
         rounds=ROUNDS,
     )
     measures.append(measure("scoring two labels: examples/s / peft's", speed[0], 3.0, at_least=True))
@@ -78,30 +91,23 @@ def main() -> None:
     report("training", measures)
 
 
-def adapted(side: Any, base: nn.Module, method: tuple[str, int]) -> Any:
-    """A copy of the base model with an adapter of this library."""
-    config = getattr(side, method[0])(task_type="CAUSAL_LM", num_virtual_tokens=method[1])
-    return side.get_peft_model(copy.deepcopy(base), config).train()
+def without_adapter(base: nn.Module) -> Step:
+    """A step of the base model as transformers has it, on about as many tokens and no padding, with gradients down to
+    the words: less than any adapter's step needs."""
+    model = copy.deepcopy(base).requires_grad_(False).train()
+    words = torch.randn(6, 42, model.config.hidden_size, requires_grad=True)
 
+    def step() -> None:
+        states = model.model(inputs_embeds=words, use_cache=False).last_hidden_state
+        model.lm_head(states[:, -ANSWER - 1 :]).logsumexp(-1).sum().backward()
 
-def at_answers(batch: Batch) -> Batch:
-    """As softtune's Trainer calls the model: logits where the answers are."""
-    return {**batch, "logits_to_keep": answer_width(batch["labels"])}
+    return step
 
 
 def without_shared_padding(batch: Batch) -> Batch:
     """As a collator pads that looks for the longest row."""
     first = int((batch["attention_mask"] != 0).any(dim=0).int().argmax())
     return {name: x[:, first:] for name, x in batch.items()}
-
-
-def call(model: nn.Module, batch: Batch) -> Callable[[], None]:
-    """Forward and backward, without an optimiser."""
-
-    def run() -> None:
-        model(**batch).loss.backward()
-
-    return run
 
 
 def peak_apart(side: str, model: str) -> float:
@@ -119,13 +125,8 @@ def peak(side: str, model: str) -> float:
     else:
         base, tokenizer = load_base_model(model)
         pad = tokenizer.pad_token_id
-    base.requires_grad_(False)
     batch = padded_batch(pad)
-    tuned = (
-        SIDES[side]
-        .get_peft_model(base, getattr(SIDES[side], PREFIX[0])(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX[1]))
-        .train()
-    )
+    tuned = adapted(base.requires_grad_(False), side=SIDES[side])
     with torch.no_grad():
         tuned(batch["input_ids"][:1, -2:])  # touches the weights, which are read from disk when they are needed
     step = training_step(tuned, at_answers(batch) if side == "softtune" else batch)
@@ -140,13 +141,13 @@ def records() -> tuple[list[list[int]], list[list[int]]]:
     return [torch.randint(100, 40_000, (n,)).tolist() for n in lengths], [[500, 600], [700, 800]]
 
 
-def scoring(model: Any, pad: int) -> Callable[[], Tensor]:
+def scoring(model: Any, pad: int) -> Step:
     texts, labels = records()
     rows = [[Example(input_ids=t + a, labels=[-100] * len(t) + a) for a in labels] for t in texts]
     return lambda: score_words(model, rows, pad)
 
 
-def scoring_by_peft(model: Any, pad: int) -> Callable[[], Tensor]:
+def scoring_by_peft(model: Any, pad: int) -> Step:
     """As scripts for PEFT do: texts padded left, a forward for each label, log-probabilities of its tokens."""
     texts, labels = records()
 

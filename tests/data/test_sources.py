@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zipfile
 from collections import Counter
 
 import datasets
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softtune.data import load_records, sample_balanced, split_records
-from softtune.data.sources import _parse_csv, _parse_jsonl
+from softtune.data.formats import parse
 from softtune.errors import DataError
 
 
@@ -83,7 +84,7 @@ cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 def test_whatever_rows_are_written_as_csv_come_back(rows):
     header = [f"column {number}" for number in range(len(rows[0]))]
     text = "".join(",".join(f'"{cell}"' for cell in map(_escaped, row)) + "\r\n" for row in [header, *rows])
-    assert _parse_csv(text) == {name: list(column) for name, *column in zip(header, *rows, strict=True)}
+    assert parse(text.encode(), ".csv") == {name: list(column) for name, *column in zip(header, *rows, strict=True)}
 
 
 def _escaped(cell):
@@ -94,7 +95,68 @@ def _escaped(cell):
 @given(st.lists(st.fixed_dictionaries({"a": cells, "b": st.integers() | st.none()}), min_size=1, max_size=5))
 def test_whatever_rows_are_written_as_jsonl_come_back(rows):
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    assert _parse_jsonl(text) == {"a": [row["a"] for row in rows], "b": [row["b"] for row in rows]}
+    assert parse(text.encode(), ".jsonl") == {"a": [row["a"] for row in rows], "b": [row["b"] for row in rows]}
+
+
+def test_json_may_be_one_list_of_rows_or_lists_by_split(write):
+    assert load_records(write("a.json", '[{"a": 1},\n {"b": "x"}]')).to_list() == [
+        {"a": 1, "b": None},
+        {"a": None, "b": "x"},
+    ]
+    path = write("b.json", json.dumps({"train": [["hi", "greet"]], "oos_val": [["a, b", "oos"]]}))
+    assert load_records(path, split="oos_val", columns=["text", "intent"]).to_list() == [
+        {"text": "a, b", "intent": "oos"}
+    ]
+    with pytest.raises(DataError, match=r"has no split 'test'; use one of 'train', 'oos_val'"):
+        load_records(path, split="test", columns=["text", "intent"])
+    assert load_records(write("c.json", '{"refs": ["x"], "tags": ["O"]}')).to_list() == [{"refs": ["x"], "tags": ["O"]}]
+
+
+def test_words_and_tags_make_sentences(write):
+    path = write("a.conll", "\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nA\u2028 b\tO\r\n'\"'\tB-X")
+    assert load_records(path).to_list() == [
+        {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]},
+        {"tokens": ["A\u2028 b", "'\"'"], "tags": ["O", "B-X"]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("stsa.binary.dev", "0 one long string\n1 fine , really\r\n"),
+        ("a.csv", "0,one long string\n1,'fine , really'\n".replace("'", '"')),
+        ("a.tsv", "0\tone long string\n1\tfine , really\n"),
+    ],
+)
+def test_cells_without_a_header_take_the_names_given(write, name, content):
+    assert load_records(write(name, content), columns=["label", "text"]).to_list() == [
+        {"label": "0", "text": "one long string"},
+        {"label": "1", "text": "fine , really"},
+    ]
+
+
+def test_names_that_do_not_fit_are_refused(write):
+    with pytest.raises(DataError, match="row 2 has 1 cells and the header 2"):
+        load_records(write("lines", "0 a\n1\n"), columns=["label", "text"])
+    with pytest.raises(DataError, match=r"a \.jsonl file names its columns itself"):
+        load_records(write("a.jsonl", "{}\n"), columns=["label", "text"])
+    with pytest.raises(DataError, match="the header has 'a' more than once"):
+        load_records(write("a.csv", "1,2\n"), columns=["a", "a"])
+
+
+def test_files_in_an_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("sets/train.csv", "mr,ref\nname[X],X.\n")
+        archive.mkdir("empty")
+    source = f"zip://sets/train.csv::{tmp_path}/a.zip"
+    assert load_records(source).to_list() == [{"mr": "name[X]", "ref": "X."}]
+    with pytest.raises(DataError, match=r"a\.zip has no train\.csv; name one of 'sets/train\.csv'$"):
+        load_records(f"zip://train.csv::{tmp_path}/a.zip")
+    (tmp_path / "b.zip").write_text("x")
+    with pytest.raises(DataError, match=r"b\.zip is no zip archive"):
+        load_records(f"zip://train.csv::{tmp_path}/b.zip")
+    with pytest.raises(DataError, match=r"there is no file .*c\.zip"):
+        load_records(f"zip://train.csv::{tmp_path}/c.zip")
 
 
 # Refusing
@@ -115,10 +177,13 @@ def test_whatever_rows_are_written_as_jsonl_come_back(rows):
         ("a.csv", b"a\n\xff\xfe\n", "not UTF-8 at byte 2"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', "row 2 is malformed"),
         ("a.jsonl", '{"a": 1}\n\n[1]\n', "row 2 is a JSON list, not an object"),
-        ("a.json", '[\n{"a": 1}\n]', "row 1 is malformed"),
+        ("a.json", '[\n{"a": 1},\n3]', "row 2 is a JSON int, not an object"),
+        ("a.json", '[\n{"a": 1}\n', "row 1 is malformed"),
+        ("a.conll", "a\tO\nb\n", "line 2 has no word and tag"),
+        ("a.conll", "a\tO\nb\t\n", "line 2 has no word and tag"),
         ("a.jsonl", '{"a": 1}\n{"a": "x"}\n', "give every column values of one type"),
         ("a.jsonl", f'{{"a": {2**70}}}', "give every column values of one type"),
-        ("a.txt", "a", "is not a .csv, .tsv, .jsonl, .json file"),
+        ("a.txt", "a", "not a .csv, .tsv, .jsonl, .json, .conll file"),
     ],
 )
 def test_a_bad_file_is_one_line_with_its_name_and_what_to_do(write, name, content, message):
@@ -137,7 +202,7 @@ def test_missing_file(name, tmp_path):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(DataError, match=r"is not a \.csv"):
+    with pytest.raises(DataError, match=r"cannot read the file \(Is a directory\)"):
         load_records(str(tmp_path))
 
 

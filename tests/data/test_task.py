@@ -37,6 +37,19 @@ def test_a_language_model_reads_the_answer_in_the_verbalizers_words():
     assert [e.truncated for e in examples] == [2, 0, 0]
 
 
+def test_every_label_follows_the_same_words():
+    asked = task(verbalizer=Verbalizer({"0": "y0", "1": "OK OK OK"}), max_length=6)
+    examples = [asked.encode(RECORDS[0], WORDS, label=label) for label in ("0", "1", None)]
+    assert [" ".join(words_of(e)) for e in examples] == ["A1 x0 Q y0", "A1 x0 Q OK OK OK", "A1 x0 Q"]
+    assert [e.truncated for e in examples] == [2, 2, 2]
+
+
+def test_an_answer_longer_than_the_model_writes_names_its_row():
+    asked = task(kind=TaskType.SEQ_2_SEQ_LM, verbalizer=None, label_column="x", max_answer=2)
+    with pytest.raises(DataError, match=r"^row 1: the answer has 3 tokens, the model writes 2 at most"):
+        encoded(asked, RECORDS.select([0, 1]))
+
+
 def test_free_text_ends_with_the_end_of_sequence():
     (example,) = encoded(task(verbalizer=None, label_column="x"), RECORDS.select([1]))
     assert words_of(example) == ["A1", "x0", "Q", "x0", "</s>"]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from softtune import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from softtune.data import Task, Template, Verbalizer
+from softtune.errors import AdapterError, ConfigError
 from softtune.evaluation.answers import answer, fitted
 from softtune.methods import PeftConfig, TaskType
 from softtune.methods.p_tuning import PromptEncoder
@@ -82,9 +83,19 @@ def test_records_are_cut_to_what_the_model_can_take(folder: str) -> None:
     assert fitted(task({"a": "good", "b": "bad"}, max_length=500), model).max_length == 61
     assert fitted(task(None, max_length=500), model).max_length == 58
     assert fitted(task(None, max_length=20), model).max_length == 20
+    assert fitted(task({"a": "good", "b": "bad"}, max_length=500), model, written=11).max_length == 50
+    with pytest.raises(ConfigError, match="64 positions, 3 virtual and 61 new tokens leave none"):
+        fitted(task(None, max_new_tokens=61), model)
     long = Dataset.from_dict({"words": ["red " * 300]})
     answers = answer(model, tokenizer(ends=False), fitted(task(None, max_length=500), model), long)
     assert answers.truncated == 1
+
+
+def test_scores_that_are_no_numbers_are_no_answers(folder: str) -> None:
+    model = PeftModel(AutoModelForCausalLM.from_pretrained(folder), ADAPTERS["prefix"])
+    torch.nn.init.constant_(model.prompt_encoder["default"].embedding.weight, float("inf"))
+    with pytest.raises(AdapterError, match="the scores are no numbers"):
+        answer(model, tokenizer(ends=False), task(WORDS["one token each"]), RECORDS)
 
 
 def test_the_prompt_of_all_batches_is_computed_once(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

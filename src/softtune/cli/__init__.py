@@ -45,3 +45,7 @@ def main() -> None:
     except SofttuneError as error:
         print(f"softtune: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that is not ours
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"softtune: {error.strerror or error}{place}: make room, or name another place", file=sys.stderr)
+        sys.exit(2)

@@ -17,21 +17,27 @@ from rich.table import Table
 if TYPE_CHECKING:
     from softtune.training.setup import Progress as Reporting
 
-console = Console()
+
+def _plain(*, stderr: bool = False) -> Console:
+    """A console that shows texts as they are, brackets and colons too."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+console = _plain()
 
 
 @contextmanager
 def progress_bars() -> Iterator[Reporting]:
     """A function to report progress to, and a bar for every thing that it reports, for the length of the block."""
     columns = (
-        TextColumn("{task.description:<26}"),
+        TextColumn("{task.description:<26}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[notes]}"),
+        TextColumn("{task.fields[notes]}", markup=False),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=_plain(stderr=True)) as progress:
 
         def report(phase: str, done: int, total: int, notes: str) -> None:
             if phase not in bars:

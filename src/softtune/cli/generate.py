@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from softtune.cli.console import console, counting, quiet
+from softtune.cli.console import counting, quiet
 from softtune.cli.loading import check_single, load_trained, read_records
 from softtune.data import each_row
 from softtune.errors import ConfigError
+from softtune.evaluation.answers import fitted
 from softtune.evaluation.predict import write_texts
 
 
@@ -34,17 +34,18 @@ def command(
     if trained.task.has_head:
         raise ConfigError("this adapter has a classification head and writes no text: use softtune predict")
     records = read_records(trained.task, data, text or [], split)
-    prompts = each_row(records, trained.task.template.fields, lambda r: trained.task.encode(r, trained.tokenizer))
-    options: dict[str, Any] = {"num_beams": beams, "do_sample": temperature is not None}
+    written = max_new_tokens or trained.task.max_new_tokens
+    task = fitted(trained.task, trained.model, written=written)
+    prompts = each_row(records, task.template.fields, lambda record: task.encode(record, trained.tokenizer))
+    options: dict[str, Any] = {"num_beams": beams, "do_sample": temperature is not None, "max_new_tokens": written}
     if temperature is not None:
         from transformers import set_seed
 
         set_seed(seed)
         options["temperature"] = temperature
-    options["max_new_tokens"] = max_new_tokens or trained.task.max_new_tokens
     with counting("writing", len(prompts)) as advance:
         texts = write_texts(trained.model, trained.tokenizer, prompts, advance=advance, **options)
     if cut := sum(prompt.truncated > 0 for prompt in prompts):
         print(f"{cut} of {len(prompts)} records were cut to fit.", file=sys.stderr)
     for line in texts:
-        console.print(escape(" ".join(line.split())), soft_wrap=True)
+        print(" ".join(line.split()))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -57,7 +56,7 @@ def _show_words(backbone: Backbone, vectors: Tensor, tokenizer: PreTrainedTokeni
     ids, cosines = nearest_words(backbone, vectors.detach(), NEIGHBOURS)
     for i, vector in enumerate(vectors):
         words = [repr(tokenizer.decode([t])) + f" {c:.2f}" for t, c in zip(ids[i], cosines[i], strict=True)]
-        table.add_row(str(i), f"{vector.norm():.2f}", escape("  ".join(words)))
+        table.add_row(str(i), f"{vector.norm():.2f}", "  ".join(words))
     console.print(table)
 
 

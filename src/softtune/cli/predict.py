@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from datasets import Dataset
-from rich.markup import escape
 from rich.table import Table
 
 from softtune import storage
@@ -39,19 +40,16 @@ def command(
     The members of an ensemble answer together, by the mean of their probabilities.
     """
     quiet()
-    if output is not None:
-        _check_output(output)
-    task = Recipe.of_adapter(adapter).definition
-    records = read_records(task, data, text or [], split)
-    _check_records(task, records)
-    trained = load_trained(adapter, model)
-    if vote and len(trained.names) == 1:
-        raise ConfigError(f"{adapter} has one adapter, which has no one to vote with: leave out --vote")
-    answers = _answers(trained, records, vote=vote)
-    answered = _with_answers(records, answers)
-    if output is not None:
-        with storage.staged(output.parent) as stage:
-            answered.to_csv(stage / output.name, index=False)
+    with _written(output) as write:
+        task = Recipe.of_adapter(adapter).definition
+        records = read_records(task, data, text or [], split)
+        _check_records(task, records)
+        trained = load_trained(adapter, model)
+        if vote and len(trained.names) == 1:
+            raise ConfigError(f"{adapter} has one adapter, which has no one to vote with: leave out --vote")
+        answers = _answers(trained, records, vote=vote)
+        answered = _with_answers(records, answers)
+        write(answered)
     _show(answered, trained.task.template.fields, output)
     if answers.truncated:
         console.print(f"{answers.truncated} of {len(records)} records were cut to fit.")
@@ -60,10 +58,16 @@ def command(
         show_pairs("", [(name.replace("_", " "), f"{value:.1%}") for name, value in metrics.items()])
 
 
-def _check_output(output: Path) -> None:
+@contextmanager
+def _written(output: Path | None) -> Iterator[Callable[[Dataset], None]]:
+    """What writes the answers, into a file that appears when the block ends well; tried before any work is done."""
+    if output is None:
+        yield lambda answered: None
+        return
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: name a CSV file to write the answers to")
-    storage.check_no_file(output.parent)
+    with storage.staged(output.parent) as stage:
+        yield lambda answered: answered.to_csv(stage / output.name, index=False)
 
 
 def _check_records(task: Task, records: Dataset) -> None:
@@ -103,7 +107,7 @@ def _show(answered: Dataset, fields: tuple[str, ...], output: Path | None) -> No
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=False)
     for record in answered.select(range(min(SHOWN, len(answered)))):
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in map(record.get, columns)))
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in map(record.get, columns)))
     console.print(table)
     if len(answered) > SHOWN:
         place = f"all of them are in {output}" if output else "write all of them to a file with --output"

@@ -12,7 +12,7 @@ tokenized (nothing separates the two), the answer is tokenized on its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,17 +54,25 @@ def encode_apart(
     *,
     answer: str | int | None = None,
     max_length: int,
+    max_answer: int | None = None,
 ) -> Example:
     """Encode one record whose answer the model does not read: an encoder-decoder's target text, or a head's class id.
 
     Raises:
-        DataError: as from ``encode``.
+        DataError: as from ``encode``, or the answer has more than ``max_answer`` tokens.
     """
     prompt = encode(template, record, tokenizer, max_length=max_length)
     if answer is None:
         return prompt
     labels = [answer] if isinstance(answer, int) else list(tokenizer(text_target=answer)["input_ids"])
+    if max_answer is not None and len(labels) > max_answer:
+        raise DataError(f"the answer has {len(labels)} tokens, the model writes {max_answer} at most; shorten it")
     return replace(prompt, labels=labels, is_apart=True)
+
+
+def longest(words: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the longest of some words has."""
+    return max(len(_ids(word, tokenizer)) for word in words)
 
 
 def encode(
@@ -74,9 +82,13 @@ def encode(
     *,
     answer: str | None = None,
     max_length: int,
+    room: int = 0,
     add_eos: bool = False,
 ) -> Example:
     """Encode one record in at most ``max_length`` tokens, virtual tokens not counted.
+
+    For the answer ``room`` tokens are kept free, or as many as it has if that is more: then shorter answers follow the
+    same text as longer ones.
 
     The special tokens that the tokenizer puts first (BOS, CLS) come first, before a leading place too. Those that it
     puts last (SEP) come last if there is no ``answer``; an example with one ends with it, or with EOS if ``add_eos``.
@@ -97,7 +109,7 @@ def encode(
     if answer is not None and add_eos:
         target.append(_eos(tokenizer))
     ending = last if answer is None else target
-    kept = _cut(tokens, max_length, reserved=len(ending))
+    kept = _cut(tokens, max_length, reserved=max(len(ending), room))
     prompt_ids = [token.id for token in kept if token.owner != _VIRTUAL]
     if not prompt_ids + ending:
         raise DataError("the text has no tokens; drop the row or add words to the template")

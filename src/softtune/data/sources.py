@@ -1,50 +1,54 @@
-"""Where records come from: CSV, TSV and JSON-lines files, or a data set on the Hugging Face hub; and how to sample.
+"""Where records come from: files of the formats beside this one, or a data set on the Hugging Face hub; and how to
+sample.
 
-A record is one row: column name -> value. Nothing is dropped and nothing guessed: the cells of CSV and TSV files stay
-strings ("NA" is a word), only blank lines are passed over. Messages count rows from 1, without the header.
+A record is one row: column name -> value. Messages count rows from 1.
 
 Knows nothing of templates, tokens or labels' meaning. ``datasets`` is imported on first use, for it is slow to import.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
 import json
 import random
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from softtune import storage
+from softtune.data.formats import WHOLE, parse, quoted
 from softtune.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Result = TypeVar("Result")
-_LONGEST_CELL = 2**31 - 1  # the most that every platform's C long holds
+
+ARCHIVED = "zip://"
+"""How the name of a file in an archive begins, as in fsspec."""
+NAMED = 8
+"""Files of an archive to name where one is not there."""
 
 
-def load_records(source: str, *, split: str = "train") -> Dataset:
+def load_records(source: str, *, split: str = WHOLE, columns: Sequence[str] | None = None) -> Dataset:
     """Load records from a file or from the hub.
 
-    ``source`` is a file if a path of this name exists or could be nothing else: ``.csv`` (commas, quotes as in RFC
-    4180), ``.tsv`` (tabs, quotes are text), ``.jsonl`` or ``.json`` (one object a line; a key that a row lacks is
-    null). Files are UTF-8, with or without a byte-order mark. Anything else goes to
-    ``datasets.load_dataset(source, split=split)``. A file is one split, ``"train"``.
+    Args:
+        source: a file of one of the ``formats``, if a path of this name exists or could be nothing else; a file in a
+            zip archive, as ``zip://member::archive.zip``; anything else is a data set on the hub.
+        split: the split, of a data set on the hub or of a file that has several; other files are one, ``"train"``.
+        columns: names for the cells of a file without a header.
 
     Raises:
         DataError: the file is missing, empty, malformed or of another kind, or the hub has no such data set or split.
     """
-    path = Path(source).expanduser()
-    if storage.is_path(source) or re.fullmatch(r"\.[A-Za-z]+", path.suffix):
-        return _load_file(path, split)
+    is_file = columns is not None or source.startswith(ARCHIVED) or storage.is_path(source)
+    if is_file or re.fullmatch(r"\.[A-Za-z]+", Path(source).suffix):
+        return _load_file(source, split, columns)
     return _load_from_hub(source, split)
 
 
@@ -113,8 +117,8 @@ def check_columns(wanted: Iterable[str], columns: Collection[str]) -> None:
     if not missing:
         return
     close = [match for name in missing for match in difflib.get_close_matches(name, columns, n=1)]
-    hint = f"did you mean {_quoted(close)}?" if close else "name one of these"
-    raise DataError(f"no column {_quoted(missing)} in the data, which has {_quoted(columns)}; {hint}")
+    hint = f"did you mean {quoted(close)}?" if close else "name one of these"
+    raise DataError(f"no column {quoted(missing)} in the data, which has {quoted(columns)}; {hint}")
 
 
 def _quotas(shares: Mapping[str, float], size: int) -> dict[str, int]:
@@ -143,103 +147,38 @@ def _load_from_hub(name: str, split: str) -> Dataset:
         ) from error
 
 
-def _load_file(path: Path, split: str) -> Dataset:
+def _load_file(source: str, split: str, columns: Sequence[str] | None) -> Dataset:
     import datasets
     import pyarrow as pa
 
+    name, content = _read(source)
+    try:
+        return datasets.Dataset.from_dict(parse(content, Path(name).suffix, split=split, names=columns))
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    except (pa.ArrowException, OverflowError, UnicodeError) as error:
+        raise DataError(f"{source}: {_first_line(error)}; give every column values of one type") from error
+
+
+def _read(source: str) -> tuple[str, bytes]:
+    """The name and the content of a file, or of a file in an archive."""
+    member, in_archive, file = source.removeprefix(ARCHIVED).partition("::")
+    path = Path(file if in_archive else source).expanduser()
     if not path.exists():
         raise DataError(f"there is no file {path}; check the path")
-    parse = _PARSERS.get(path.suffix.lower())
-    if parse is None:
-        raise DataError(f"{path} is not a {', '.join(_PARSERS)} file; convert it, or name such a file")
-    if split != "train":
-        raise DataError(f"{path} is a file and has no split {split!r}; name the file of that split, or use 'train'")
     try:
-        columns = parse(_read_text(path))
-        if not any(columns.values()):
-            raise DataError("no rows; check that this is the right file")
-        return datasets.Dataset.from_dict(columns)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    except (pa.ArrowException, OverflowError, UnicodeError) as error:
-        raise DataError(f"{path}: {_first_line(error)}; give every column values of one type") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
+        if not in_archive:
+            return path.name, path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            return member, archive.read(member)
     except OSError as error:
-        raise DataError(f"cannot read the file ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-
-
-def _parse_csv(text: str) -> dict[str, list[Any]]:
-    return _columns_of_table(csv.reader(io.StringIO(text, newline=""), strict=True))
-
-
-def _parse_tsv(text: str) -> dict[str, list[Any]]:
-    return _columns_of_table(csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def _columns_of_table(reader: Iterator[list[str]]) -> dict[str, list[Any]]:
-    table: list[list[str]] = []  # the header, then the rows: its length is the number of the row to come
-    try:
-        with _cells_of_any_length():
-            for cells in filter(None, reader):
-                if table and len(cells) != len(table[0]):
-                    raise DataError(
-                        f"row {len(table)} has {len(cells)} cells and the header {len(table[0])}; "
-                        "fix this row, or quote the cell that holds a separator"
-                    )
-                table.append(cells)
-    except csv.Error as error:
-        raise DataError(f"row {len(table)} is malformed ({error}); check its quotes") from error
-    twice = [name for name, count in Counter(table[0] if table else ()).items() if count > 1]
-    if twice:
-        raise DataError(f"the header has {_quoted(twice)} more than once; rename one of them")
-    return {name: list(cells) for name, *cells in zip(*table, strict=True)}
-
-
-@contextmanager
-def _cells_of_any_length() -> Iterator[None]:
-    """Lift the csv module's limit of 128 KiB a cell, which is a setting of the whole process, for a while."""
-    limit = csv.field_size_limit(_LONGEST_CELL)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parse_jsonl(text: str) -> dict[str, list[Any]]:
-    # Not splitlines(): JSON strings may hold U+2028 and other separators that it splits at.
-    lines = [line for line in text.split("\n") if line.strip()]
-    records = [_parse_object(line, row) for row, line in enumerate(lines, start=1)]
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
-
-
-def _parse_object(line: str, row: int) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"row {row} is malformed ({error}); write one JSON object a line") from error
-    if not isinstance(record, dict):
-        raise DataError(f"row {row} is a JSON {type(record).__name__}, not an object; write one object a line")
-    return record
+        raise DataError(f"{path}: cannot read the file ({error.strerror}); check the path") from error
+    except KeyError as error:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        raise DataError(f"{path} has no {member}; name one of {quoted(names[:NAMED])}") from error
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} is no zip archive, or damaged; restore it from a good copy") from error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-_PARSERS: dict[str, Callable[[str], dict[str, list[Any]]]] = {
-    ".csv": _parse_csv,
-    ".tsv": _parse_tsv,
-    ".jsonl": _parse_jsonl,
-    ".json": _parse_jsonl,
-}

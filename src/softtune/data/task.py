@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from softtune.data.encoding import Example, cell_text, encode, encode_apart, text_of
+from softtune.data.encoding import Example, cell_text, encode, encode_apart, longest, text_of
 from softtune.data.templates import Template, Verbalizer
 from softtune.methods import TaskType
 
@@ -30,6 +31,8 @@ class Task:
     """Tokens of a record at most."""
     max_new_tokens: int
     """Tokens to write at most, where there is no verbalizer."""
+    max_answer: int | None = None
+    """Tokens of an answer that the model can learn to write apart from the record; None for any number."""
 
     @property
     def has_head(self) -> bool:
@@ -51,13 +54,34 @@ class Task:
     def encode(
         self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, label: str | None = None
     ) -> Example:
-        """One record as the base model reads it; with a label, as it is trained on."""
+        """One record as the base model reads it; with a label, as it is trained on. Its text is cut to the same words
+        for every label, and for none."""
         if self.kind is TaskType.CAUSAL_LM:
-            ends = label is not None and (self.verbalizer is None or self.verbalizer.needs_end)
             answer = self._answer(label) if label is not None else ""
-            return encode(self.template, record, tokenizer, answer=answer, max_length=self.max_length, add_eos=ends)
+            return encode(
+                self.template,
+                record,
+                tokenizer,
+                answer=answer,
+                max_length=self.max_length,
+                room=self._room(tokenizer),
+                add_eos=self._ends and label is not None,
+            )
         target = None if label is None else self._class_id(label) if self.has_head else self._answer(label)
-        return encode_apart(self.template, record, tokenizer, answer=target, max_length=self.max_length)
+        return encode_apart(
+            self.template, record, tokenizer, answer=target, max_length=self.max_length, max_answer=self.max_answer
+        )
+
+    @property
+    def _ends(self) -> bool:
+        """Whether an answer needs an end."""
+        return self.verbalizer is None or self.verbalizer.needs_end
+
+    def _room(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens of the longest label; 0 where there are none."""
+        if self.verbalizer is None:
+            return 0
+        return _longest_answer(tuple(self.verbalizer.words.values()), self.template.separator, tokenizer) + self._ends
 
     def _answer(self, label: str) -> str:
         return label if self.verbalizer is None else self.verbalizer.word(label)
@@ -65,3 +89,9 @@ class Task:
     def _class_id(self, label: str) -> int:
         assert self.verbalizer is not None
         return self.verbalizer.index(label)
+
+
+@lru_cache(maxsize=8)
+def _longest_answer(words: tuple[str, ...], separator: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Asked for with every record."""
+    return longest((separator + word for word in words), tokenizer)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softtune.data import Task, each_row
+from softtune.errors import AdapterError, ConfigError
 from softtune.evaluation.metrics import classification_metrics, text_metrics
 from softtune.evaluation.predict import Advance, score_head, score_words, unwatched, write_texts
 from softtune.model import PeftModel
@@ -26,14 +27,32 @@ class Answers:
     """How many records were cut to fit."""
 
 
-def fitted(task: Task, model: PeftModel) -> Task:
-    """The task with records cut to what the model can take beside the virtual tokens and a text to write."""
+def fitted(task: Task, model: PeftModel, *, written: int | None = None) -> Task:
+    """The task with records cut to what the model can take beside the virtual tokens and a text to write.
+
+    Args:
+        task: how the records read.
+        model: the model with its adapter.
+        written: tokens to write after each record; by default the task's own, where it has no labels to choose from.
+
+    Raises:
+        ConfigError: that leaves no position for a record.
+    """
     limit = model.backbone.max_positions
     if limit is None:
         return task
     virtual = getattr(model.active_peft_config, "num_virtual_tokens", 0)
-    written = task.max_new_tokens if task.verbalizer is None and model.backbone.is_decoder_only else 0
-    return replace(task, max_length=min(task.max_length, limit - virtual - written))
+    if model.backbone.is_encoder_decoder:
+        return replace(task, max_length=min(task.max_length, limit - virtual), max_answer=limit - virtual)
+    if written is None:
+        written = 0 if task.verbalizer else task.max_new_tokens
+    left = limit - virtual - written
+    if left < 1:
+        raise ConfigError(
+            f"the model has {limit} positions, {virtual} virtual and {written} new tokens leave none for a text: "
+            "lower num_virtual_tokens or max_new_tokens"
+        )
+    return replace(task, max_length=min(task.max_length, left))
 
 
 def answer(
@@ -55,6 +74,7 @@ def answer(
 
     Raises:
         DataError: a column is missing, or a row does not fit.
+        AdapterError: the scores are no numbers.
     """
     model.eval()
     pad = int(tokenizer.pad_token_id)
@@ -68,6 +88,8 @@ def answer(
     else:
         rows = [[task.encode(r, tokenizer, label=label) for label in task.verbalizer.labels] for r in records]
         scores = score_words(model, rows, pad, advance=advance)
+    if not bool(scores.isfinite().all()):
+        raise AdapterError("the scores are no numbers, as after a training that blew up: train anew at a lower rate")
     return Answers([task.verbalizer.labels[i] for i in scores.argmax(1)], scores, truncated)
 
 

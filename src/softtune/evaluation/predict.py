@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softtune.acting import baked
-from softtune.data import Collator, Example, answer_width, length_batches
+from softtune.data import IGNORED, Collator, Example, answer_width, length_batches
 from softtune.model import PeftModel
 
 Advance = Callable[[int], None]
@@ -43,7 +43,7 @@ def score_words(
         batch_size: rows of one forward.
         advance: told of every batch.
     """
-    is_one_token = all(sum(x != -100 for x in example.labels) == 1 for row in rows for example in row)
+    is_one_token = all(sum(x != IGNORED for x in example.labels) == 1 for row in rows for example in row)
     scores = torch.zeros(len(rows), len(rows[0]) if rows else 0)
     if is_one_token and not model.backbone.is_encoder_decoder:
         score = _score_next_token
@@ -75,7 +75,7 @@ def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pa
         shorter = {name: x if name == "prompt_positions" else x[:, :-1] for name, x in batch.items()}
         logits = _forward(model, shorter, keep=keep).logits[:, -keep:]
     found = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
-    scores: Tensor = (found * (labels != -100)).sum(-1).view(len(rows), -1).cpu()
+    scores: Tensor = (found * (labels != IGNORED)).sum(-1).view(len(rows), -1).cpu()
     return scores
 
 

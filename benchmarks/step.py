@@ -1,0 +1,82 @@
+"""What is timed: a batch of eight rows, adapters on copies of a base model, and their training steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+import softtune
+from softtune.data import answer_width
+from softtune.training.profile import ProductRecorder
+
+ROWS, LENGTH, ANSWER = 8, 64, 2
+VIRTUAL_TOKENS = 30
+ROUNDS = 5
+
+Batch = dict[str, Any]
+Step = Callable[[], Any]
+
+
+def padded_batch(pad: int) -> Batch:
+    """Rows of 16 to 48 real tokens, padded left to LENGTH, with the answer at their ends."""
+    lengths = torch.linspace(16, 48, ROWS).int()
+    mask = (torch.arange(LENGTH) >= LENGTH - lengths[:, None]).long()
+    ids = torch.randint(100, 40_000, (ROWS, LENGTH)) * mask + pad * (1 - mask)
+    labels = torch.full_like(ids, -100)
+    labels[:, -ANSWER:] = ids[:, -ANSWER:]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def at_answers(batch: Batch) -> Batch:
+    """As softtune's Trainer calls the model: logits where the answers are."""
+    return {**batch, "logits_to_keep": answer_width(batch["labels"])}
+
+
+def adapted(
+    base: nn.Module,
+    config: str = "PrefixTuningConfig",
+    virtual: int = VIRTUAL_TOKENS,
+    *,
+    side: ModuleType = softtune,
+    **options: Any,
+) -> Any:
+    """A copy of the base model with an adapter of softtune or PEFT; softtune's always start alike."""
+    torch.manual_seed(0)
+    settings = getattr(side, config)(task_type="CAUSAL_LM", num_virtual_tokens=virtual, **options)
+    return side.get_peft_model(copy.deepcopy(base), settings).train()
+
+
+def forward_backward(model: nn.Module, batch: Batch) -> Step:
+    """A step without an optimiser; it returns the loss."""
+
+    def step() -> torch.Tensor:
+        loss: torch.Tensor = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def training_step(model: nn.Module, batch: Batch) -> Step:
+    """Forward, backward, and the optimiser's update."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    gradients = forward_backward(model, batch)
+
+    def step() -> None:
+        gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def matrix_products(step: Step) -> Step:
+    """The matrix products of a step again, with their own arguments, and nothing else of it."""
+    with (recorder := ProductRecorder()):
+        step()
+    return recorder.replay

@@ -1,0 +1,80 @@
+"""Writes ``docs/benchmarks.md``: all that ``results/`` holds, as tables."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from timing import RESULTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+SECTIONS = {
+    "core": "A step and generation",
+    "training": "Training and scoring",
+    "modes": "Gradient checkpointing, bfloat16, compilation",
+    "steps_sms_spam": "Half of the steps: SMS spam",
+    "steps_sst2": "Half of the steps: SST-2",
+    "steps_methods": "Learning rates by method: SMS spam",
+    "steps_variants": "Schedules, starts, numbers of virtual tokens: SMS spam",
+}
+
+
+def main() -> None:
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench` and `make bench-steps`, from [benchmarks/results](../benchmarks/results).",
+        "",
+    ]
+    for name, title in SECTIONS.items():
+        if (file := RESULTS / f"{name}.json").exists():
+            lines += section(title, json.loads(file.read_text(encoding="utf-8")))
+        if name == "training":
+            lines += [
+                "![growth of a step in tokens, virtual tokens and adapters](../benchmarks/results/growth.png)",
+                "",
+            ]
+    PAGE.write_text("\n".join(lines), encoding="utf-8")
+
+
+def section(title: str, results: dict[str, Any]) -> Iterator[str]:
+    hardware = results["hardware"]
+    threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
+    yield from (f"## {title}", "")
+    yield from (f"{hardware['cpu']}, {threads}, torch {hardware['torch']}, commit `{results['commit']}`.", "")
+    yield from measures(results["measures"]) if "measures" in results else runs(results["runs"])
+    yield ""
+
+
+def measures(found: list[dict[str, Any]]) -> Iterator[str]:
+    yield from table(
+        ["measure", "value", "must be", "holds"],
+        (
+            [m["measure"], f"{m['value']:.3f}", m["must"] or "", {True: "yes", False: "no", None: ""}[m["holds"]]]
+            for m in found
+        ),
+    )
+
+
+def runs(found: dict[str, list[dict[str, float]]]) -> Iterator[str]:
+    """Means over seeds, and the least and the most of them."""
+    rows = []
+    for name, seeds in found.items():
+        cells = [_spread([seed[metric] for seed in seeds]) for metric in ("accuracy", "balanced_accuracy")]
+        rows.append([name, str(seeds[0]["steps"]), *cells, str(len(seeds))])
+    yield from table(["run", "steps", "accuracy", "balanced accuracy", "seeds"], rows)
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    yield from (f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+if __name__ == "__main__":
+    main()
