@@ -33,8 +33,9 @@ class Collator:
         """Stack ``examples`` (B of them).
 
         Returns ``input_ids`` [B, T] and ``attention_mask`` [B, T]; ``labels`` [B, T], padded with -100, if any example
-        has an answer (answers encoded apart: padded to the longest of them); ``prompt_positions`` [B, P], counted in
-        the padded row, if the examples have them.
+        has an answer (answers encoded apart: padded to the longest of them); ``start_positions`` and ``end_positions``
+        [B], if the answers are spans; ``token_type_ids`` [B, T] and ``prompt_positions`` [B, P], if the examples have
+        them. Positions are counted in the padded row.
         """
         if not examples:
             raise DataError("no examples to collate; give one or more")
@@ -43,7 +44,11 @@ class Collator:
             "input_ids": self._stack([example.input_ids for example in examples], length, self.pad_token_id),
             "attention_mask": self._stack([[1] * len(example.input_ids) for example in examples], length, 0),
         }
-        if any(label != IGNORED for example in examples for label in example.labels):
+        if any(example.token_type_ids is not None for example in examples):
+            batch["token_type_ids"] = self._stack([example.token_type_ids or [] for example in examples], length, 0)
+        if any(example.span is not None for example in examples):
+            batch |= self._spans(examples, length)
+        elif any(label != IGNORED for example in examples for label in example.labels):
             batch["labels"] = self._labels(examples, length)
         if any(example.prompt_positions is not None for example in examples):
             batch["prompt_positions"] = self._prompt_positions(examples, length)
@@ -55,6 +60,16 @@ class Collator:
         if not any(example.is_apart for example in examples):
             return self._stack(labels, length, IGNORED)
         return replace(self, padding_side="right")._stack(labels, max(map(len, labels)), IGNORED)
+
+    def _spans(self, examples: Sequence[Example], length: int) -> dict[str, Tensor]:
+        """First and last tokens [B], moved along by each row's left padding."""
+        shifts = torch.tensor(self._shifts(examples, length))
+        ends = torch.tensor([example.span for example in examples])
+        return {"start_positions": ends[:, 0] + shifts, "end_positions": ends[:, 1] + shifts}
+
+    def _shifts(self, examples: Sequence[Example], length: int) -> list[int]:
+        """How far padding moves each row to the right."""
+        return [(length - len(example.input_ids)) * (self.padding_side == "left") for example in examples]
 
     def _stack(self, rows: list[list[int]], length: int, fill: int) -> Tensor:
         """Pad rows to [B, length]."""
@@ -69,9 +84,7 @@ class Collator:
         counts = sorted({len(row) for row in rows})
         if len(counts) > 1:
             raise DataError(f"examples of one batch have {counts} virtual tokens; encode them with one template")
-        left = self.padding_side == "left"
-        shifts = [[length - len(example.input_ids) if left else 0] for example in examples]
-        return torch.tensor(rows, dtype=torch.long) + torch.tensor(shifts, dtype=torch.long)
+        return torch.tensor(rows, dtype=torch.long) + torch.tensor(self._shifts(examples, length))[:, None]
 
 
 def answer_width(labels: Tensor) -> int:

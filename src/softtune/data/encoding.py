@@ -39,10 +39,14 @@ class Example:
     """What the model reads: T ids, the answer among them where a decoder goes on from its prompt."""
     labels: list[int]
     """T labels: -100, but on the answer's tokens their ids. Apart: the answer's ids, or one class id."""
+    span: tuple[int, int] | None = None
+    """The first and the last token of the answer; both 0 where there is none. None for other tasks."""
     is_apart: bool = False
     """Whether the answer is not among ``input_ids``."""
     prompt_positions: list[int] | None = None
     """For each virtual token the index (0 to T) in ``input_ids`` before which it stands; None for no places."""
+    token_type_ids: list[int] | None = None
+    """For each id, which text of a pair it is of; None where the model is not told."""
     truncated: int = 0
     """How many tokens of the fields' text were cut."""
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softtune.data import Task, each_row
 from softtune.errors import AdapterError, ConfigError
-from softtune.evaluation.metrics import classification_metrics, text_metrics
+from softtune.evaluation.metrics import Quality, label_quality, text_quality
 from softtune.evaluation.predict import Advance, score_head, score_words, unwatched, write_texts
 from softtune.model import PeftModel
 
@@ -99,6 +99,12 @@ def measure(task: Task, records: Dataset, answers: Answers) -> dict[str, float]:
     Raises:
         DataError: a record has no label, or one that the task does not know.
     """
+    return judge(task, records, answers).metrics
+
+
+def judge(task: Task, records: Dataset, answers: Answers) -> Quality:
+    """What the answers to labelled records are worth; see ``measure``."""
     right = each_row(records, [task.label_column], task.label_of)
-    metrics = text_metrics if task.verbalizer is None else classification_metrics
-    return metrics(right, answers.texts)
+    if task.verbalizer is None:
+        return text_quality([[text] for text in right], answers.texts)
+    return label_quality(right, answers.texts)

@@ -1,23 +1,184 @@
-"""How well predicted labels and texts agree with the right ones, by scikit-learn."""
+"""How well answers agree with the right ones, by the libraries that their fields use: scikit-learn, seqeval, sacreBLEU,
+rouge-score, and SQuAD's own measures in transformers.
+
+Every metric is a function of rows, so that resampled rows show how far chance may have moved it.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 1000
+
+Rows = NDArray[np.intp]
+Statistic = Callable[[Rows], float]
+"""A metric of some of the rows, by their numbers."""
 
 
-def classification_metrics(right: Sequence[str], predicted: Sequence[str]) -> dict[str, float]:
-    """``accuracy`` and ``balanced_accuracy`` (the mean over classes of the share that is found)."""
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What answers are worth."""
+
+    metrics: dict[str, float]
+    """From 0 to 1, 1 being the best; BLEU and chrF too."""
+    mistakes: list[int]
+    """Numbers of the rows, from 0, that are not answered right to the letter."""
+    classes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """``precision``, ``recall``, ``f1`` and ``rows`` of each label, or of each kind of entity; empty for texts."""
+    statistics: dict[str, Statistic] = field(default_factory=dict, repr=False)
+    """The metrics as functions of rows."""
+    rows: int
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % of resampled rows have a metric between these two, by 1000 resamples (Efron, 1979)."""
+        generator = np.random.default_rng(0)
+        samples = generator.integers(0, self.rows, (RESAMPLES, self.rows))
+        return {name: _middle([metric(rows) for rows in samples]) for name, metric in self.statistics.items()}
+
+
+def label_quality(right: Sequence[str], answers: Sequence[str]) -> Quality:
+    """``accuracy``, ``balanced_accuracy`` (the mean over labels of the share that is found) and ``macro_f1``."""
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    labels = sorted({*right, *answers})
+    numbers = {label: i for i, label in enumerate(labels)}
+    truth, found = (np.array([numbers[label] for label in side]) for side in (right, answers))
+
+    def matrix(rows: Rows) -> NDArray[np.float64]:
+        return np.asarray(confusion_matrix(truth[rows], found[rows], labels=range(len(labels))), dtype=np.float64)
+
+    scores = precision_recall_fscore_support(truth, found, labels=range(len(labels)), zero_division=0.0)
+    of_labels = zip(labels, *(column.tolist() for column in scores), strict=True)
+    return _quality(
+        {
+            "accuracy": lambda rows: float((truth[rows] == found[rows]).mean()),
+            "balanced_accuracy": lambda rows: _balanced(matrix(rows)),
+            "macro_f1": lambda rows: _macro_f1(matrix(rows)),
+        },
+        mistakes=truth != found,
+        classes={
+            label: {"precision": precision, "recall": recall, "f1": f1, "rows": rows}
+            for label, precision, recall, f1, rows in of_labels
+        },
+    )
+
+
+def tag_quality(right: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> Quality:
+    """``precision``, ``recall`` and ``f1`` of whole entities in BIO tags, and ``accuracy`` of tags."""
+    from seqeval.metrics import classification_report
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    entities = [[set(get_entities(list(tags))) for tags in side] for side in (right, answers)]
+    hits = np.array([len(a & b) for a, b in zip(*entities, strict=True)], dtype=float)
+    wanted, found = (np.array([len(own) for own in side], dtype=float) for side in entities)
+    same = np.array([sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(right, answers, strict=True)])
+    words = np.array([len(tags) for tags in right])
     with warnings.catch_warnings():
-        # A label that is predicted but never right has no share to be found, and is left out of the mean.
-        warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
-        balanced = balanced_accuracy_score(right, predicted)
-    return {"accuracy": float(accuracy_score(right, predicted)), "balanced_accuracy": float(balanced)}
+        warnings.filterwarnings("ignore", message="Precision and F-score are ill-defined")
+        warnings.filterwarnings("ignore", message="Recall and F-score are ill-defined")
+        report: dict[str, Any] = classification_report(
+            [list(tags) for tags in right], [list(tags) for tags in answers], output_dict=True, zero_division=0
+        )
+    return _quality(
+        {
+            "f1": lambda rows: _share(2 * hits[rows].sum(), wanted[rows].sum() + found[rows].sum()),
+            "precision": lambda rows: _share(hits[rows].sum(), found[rows].sum()),
+            "recall": lambda rows: _share(hits[rows].sum(), wanted[rows].sum()),
+            "accuracy": lambda rows: _share(same[rows].sum(), words[rows].sum()),
+        },
+        mistakes=same < words,
+        classes={
+            kind: {
+                "precision": float(own["precision"]),
+                "recall": float(own["recall"]),
+                "f1": float(own["f1-score"]),
+                "rows": float(own["support"]),
+            }
+            for kind, own in report.items()
+            if not kind.endswith(" avg")
+        },
+    )
 
 
-def text_metrics(right: Sequence[str], written: Sequence[str]) -> dict[str, float]:
-    """``exact_match``: the share of texts that are right to the letter, but for spaces around them."""
-    hits = [a.strip() == b.strip() for a, b in zip(right, written, strict=True)]
-    return {"exact_match": sum(hits) / len(hits)}
+def span_quality(right: Sequence[Sequence[str]], answers: Sequence[str]) -> Quality:
+    """``exact_match`` and ``f1`` of words against the nearest of a question's right answers (Rajpurkar et al. 2016); of
+    a question without an answer, "" is right."""
+    from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
+
+    measures: tuple[Callable[[str, str], float], ...] = (compute_exact, compute_f1)
+    pairs = [(several or [""], answer) for several, answer in zip(right, answers, strict=True)]
+    exact, f1 = (np.array([max(measure(one, found) for one in some) for some, found in pairs]) for measure in measures)
+    return _quality(
+        {"exact_match": lambda rows: float(exact[rows].mean()), "f1": lambda rows: float(f1[rows].mean())},
+        mistakes=exact < 1,
+    )
+
+
+def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str]) -> Quality:
+    """``bleu`` and ``chrf`` of sacreBLEU, ``rouge_l`` (F of stems, nearest reference) and ``exact_match``, against
+    all references of each text."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = list(zip(right, answers, strict=True))
+    rouge = np.array([scorer.score_multi(list(several), answer)["rougeL"].fmeasure for several, answer in pairs])
+    exact = np.array([any(answer.strip() == one.strip() for one in several) for several, answer in pairs], dtype=float)
+    return _quality(
+        {
+            "bleu": _of_corpus(BLEU(), right, answers),
+            "rouge_l": lambda rows: float(rouge[rows].mean()),
+            "chrf": _of_corpus(CHRF(), right, answers),
+            "exact_match": lambda rows: float(exact[rows].mean()),
+        },
+        mistakes=exact < 1,
+    )
+
+
+def _of_corpus(metric: Any, right: Sequence[Sequence[str]], answers: Sequence[str]) -> Statistic:
+    """A metric of sacreBLEU that adds up counts of rows."""
+    most = max(len(several) for several in right)
+    streams = [[several[i] if i < len(several) else None for several in right] for i in range(most)]
+    counts = np.array(metric._extract_corpus_statistics(list(answers), streams))
+    return lambda rows: float(metric._compute_score_from_stats(counts[rows].sum(axis=0).tolist()).score) / 100
+
+
+def _quality(
+    statistics: dict[str, Statistic], *, mistakes: NDArray[np.bool_], classes: dict[str, dict[str, float]] | None = None
+) -> Quality:
+    every = np.arange(len(mistakes))
+    return Quality(
+        metrics={name: statistic(every) for name, statistic in statistics.items()},
+        mistakes=np.flatnonzero(mistakes).tolist(),
+        classes=classes or {},
+        statistics=statistics,
+        rows=len(mistakes),
+    )
+
+
+def _balanced(matrix: NDArray[np.float64]) -> float:
+    """Over the labels that are right somewhere."""
+    rows = matrix.sum(axis=1)
+    return float((matrix.diagonal()[rows > 0] / rows[rows > 0]).mean())
+
+
+def _macro_f1(matrix: NDArray[np.float64]) -> float:
+    """Over the labels that are right or answered somewhere."""
+    either = matrix.sum(axis=0) + matrix.sum(axis=1)
+    return float((2 * matrix.diagonal()[either > 0] / either[either > 0]).mean())
+
+
+def _share(part: float, whole: float) -> float:
+    return float(part / whole) if whole else 0.0
+
+
+def _middle(values: list[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,4 +1,4 @@
-"""What a model answers: the likeliest label by its words or by a head, or a text. Knows nothing about files and
+"""What a model answers: the likeliest label by its words or by a head, tags, spans, or a text. Knows no files and no
 metrics.
 
 Rows of like length share a batch; rows are padded left, so that answers stand at the end. Letters: B rows, N labels.
@@ -96,6 +96,62 @@ def score_head(
         with torch.no_grad():
             scores[batch] = _forward(model, inputs).logits.float().log_softmax(-1).cpu()
     return scores
+
+
+@baked()
+def tag_words(
+    model: PeftModel,
+    prompts: Sequence[tuple[Example, Sequence[int | None]]],
+    pad_token_id: int,
+    *,
+    batch_size: int = 16,
+    advance: Advance = unwatched,
+) -> list[list[int | None]]:
+    """The likeliest class of every word of each sentence, by a head; None for words without a token.
+
+    Args:
+        model: a token classifier with its adapter.
+        prompts: sentences, and the token that each of their words begins with.
+        pad_token_id: what fills up shorter rows.
+        batch_size: rows of one forward.
+        advance: told of every batch.
+    """
+    found: list[list[int | None]] = [[] for _ in prompts]
+    for batch in _batches([len(example.input_ids) for example, _ in prompts], batch_size, advance):
+        with torch.no_grad():
+            classes = _forward(model, _collate([prompts[i][0] for i in batch], pad_token_id)).logits.argmax(-1).cpu()
+        for i, row in zip(batch, classes, strict=True):
+            own = row[len(row) - len(prompts[i][0].input_ids) :].tolist()
+            found[i] = [None if first is None else own[first] for first in prompts[i][1]]
+    return found
+
+
+@baked()
+def score_spans(
+    model: PeftModel,
+    examples: Sequence[Example],
+    pad_token_id: int,
+    *,
+    batch_size: int = 16,
+    advance: Advance = unwatched,
+) -> list[tuple[Tensor, Tensor]]:
+    """Logits [T] of an answer's first token, and of its last, for each text.
+
+    Args:
+        model: a model with a head for spans, and its adapter.
+        examples: questions with their texts.
+        pad_token_id: what fills up shorter rows.
+        batch_size: rows of one forward.
+        advance: told of every batch.
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for batch in _batches([len(example.input_ids) for example in examples], batch_size, advance):
+        with torch.no_grad():
+            output = _forward(model, _collate([examples[i] for i in batch], pad_token_id))
+        for i, first, last in zip(batch, output.start_logits.cpu(), output.end_logits.cpu(), strict=True):
+            padding = len(first) - len(examples[i].input_ids)
+            found[i] = first[padding:], last[padding:]
+    return [found[i] for i in range(len(examples))]
 
 
 @baked()

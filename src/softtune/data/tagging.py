@@ -1,0 +1,104 @@
+"""Tagging: a tag for every word of a sentence, such as names in BIO tags.
+
+A word's tag is learnt and read at the first token of the word. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from softtune.data.encoding import IGNORED, Example
+from softtune.errors import DataError
+from softtune.methods import TaskType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OUTSIDE = "O"
+"""The tag of a word that is nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagTask:
+    """Words to tags."""
+
+    words: str
+    """The column with a sentence's words, a list."""
+    label_column: str
+    """The column with their tags, a list."""
+    labels: tuple[str, ...]
+    """The tags, in order of their class ids."""
+    max_length: int
+    """Tokens of a sentence at most."""
+
+    kind = TaskType.TOKEN_CLS
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a record to answer has."""
+        return (self.words,)
+
+    def right(self, record: Mapping[str, Any]) -> list[str]:
+        """A record's tags.
+
+        Raises:
+            DataError: there is not one known tag for each word, or they break BIO.
+        """
+        words, tags = self._words(record), _list(record, self.label_column)
+        if len(words) != len(tags):
+            raise DataError(f"{len(words)} words and {len(tags)} tags; give one tag for each word")
+        for tag in tags:
+            if tag not in self.labels:
+                raise DataError(f"tag {tag!r} is not one of {', '.join(self.labels)}; add it to labels or fix the data")
+        check_bio(tags)
+        return tags
+
+    def examples(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """A labelled record as it is trained on: one example."""
+        classes = [self.labels.index(tag) for tag in self.right(record)]
+        ids, firsts, cut = self._encode(record, tokenizer)
+        labels = [IGNORED] * len(ids)
+        for word, first in enumerate(firsts):
+            if first is not None:
+                labels[first] = classes[word]
+        return [Example(input_ids=ids, labels=labels, truncated=cut)]
+
+    def prompt(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Example, list[int | None]]:
+        """A record to answer, and where each word begins; None for words that were cut, or have no token."""
+        ids, firsts, cut = self._encode(record, tokenizer)
+        return Example(input_ids=ids, labels=[IGNORED] * len(ids), truncated=cut), firsts
+
+    def _words(self, record: Mapping[str, Any]) -> list[str]:
+        words = _list(record, self.words)
+        if not words:
+            raise DataError(f"column {self.words!r} has no words; drop the row")
+        return words
+
+    def _encode(
+        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[int], list[int | None], int]:
+        """Ids, the place of each word's first, and how many were cut."""
+        words = self._words(record)
+        whole = tokenizer(words, is_split_into_words=True, verbose=False)
+        short = tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
+        owners = short.word_ids()
+        firsts = [owners.index(word) if word in owners else None for word in range(len(words))]
+        if not any(first is not None for first in firsts):
+            raise DataError("the words have no tokens; drop the row")
+        return list(short["input_ids"]), firsts, len(whole["input_ids"]) - len(short["input_ids"])
+
+
+def check_bio(tags: Sequence[str]) -> None:
+    """Raise DataError where a tag I-X does not follow B-X or I-X."""
+    for i, (before, tag) in enumerate(zip([OUTSIDE, *tags], tags, strict=False), start=1):
+        if tag.startswith("I-") and before[1:] != tag[1:]:
+            raise DataError(f"tag {tag!r} at word {i} follows {before!r}; begin an entity with B{tag[1:]}")
+
+
+def _list(record: Mapping[str, Any], column: str) -> list[str]:
+    value = record[column]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise DataError(f"column {column!r} holds no list of words; give one text for each word")
+    return value
