@@ -366,7 +366,8 @@ def test_the_template_and_answer_just_fit_or_do_not(tokenizer):
     [
         ({"text": "a"}, "no column 'Tweet text'"),
         ({"Tweet text": None}, "column 'Tweet text' holds null; make it text"),
-        ({"Tweet text": ["a"]}, "column 'Tweet text' holds a list; make it text"),
+        ({"Tweet text": {"a": 1}}, "column 'Tweet text' holds a dict; make it text"),
+        ({"Tweet text": ["a", None]}, "column 'Tweet text' holds null; make it text"),
     ],
 )
 def test_a_record_that_does_not_fit(record, message):

@@ -139,8 +139,19 @@ def text_of(record: Mapping[str, Any], column: str) -> str:
 
 
 def cell_text(record: Mapping[str, Any], column: str) -> str:
-    """A column's text, which may be empty. Raises ``DataError`` where it is null or a list."""
+    """A column's text, which may be empty. Texts of a list stand one after another; lists in a list, such as triples,
+    read ``a | b | c && d | e | f``.
+
+    Raises:
+        DataError: it is null, an object, or a list of them.
+    """
     value = record[column]
+    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
+        return " && ".join(" | ".join(_scalar(cell, column) for cell in item) for item in value)
+    return " ".join(_scalar(item, column) for item in value) if isinstance(value, list) else _scalar(value, column)
+
+
+def _scalar(value: Any, column: str) -> str:
     if not isinstance(value, (str, int, float)):
         kind = "null" if value is None else f"a {type(value).__name__}"
         raise DataError(f"column {column!r} holds {kind}; make it text or drop the row")

@@ -1,0 +1,1 @@
+"""Comparisons, sweeps and reports: many runs, and what they say."""

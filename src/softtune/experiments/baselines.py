@@ -1,0 +1,118 @@
+"""What soft prompts are compared with: full fine-tuning, the last layers, bottleneck layers, and LoRA through PEFT.
+
+A baseline prepares a base model for training. They change the base model itself, so each run loads one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softtune.backbone import Backbone
+from softtune.backbone.roles import ATTENTION_OUTPUT, OUTPUT
+from softtune.errors import ConfigError, UnsupportedModelError
+
+LAST_LAYERS = 2
+BOTTLENECK = 64
+"""Width of a bottleneck (Houlsby et al. 2019 try 8 to 256)."""
+RANK = 8
+"""LoRA's rank, PEFT's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A way to train a base model."""
+
+    prepare: Callable[[PreTrainedModel], Any]
+    """Sets what is trained, heads included; returns the model to wrap in a ``PeftModel``."""
+    learning_rate: float
+    """Peak learning rate where none is given."""
+
+
+class Bottleneck(nn.Module):
+    """Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, section 2.1: down, a nonlinearity, up, and
+    around them a residual; at the start it changes nothing.
+
+    Args:
+        width: features of its input [..., width].
+        size: features between.
+    """
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, size)
+        self.up = nn.Linear(size, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., width]"""
+        changed: Tensor = states + self.up(torch.nn.functional.gelu(self.down(states)))
+        return changed
+
+
+def train_all(model: PreTrainedModel) -> PreTrainedModel:
+    """Full fine-tuning."""
+    return model.requires_grad_(True)
+
+
+def train_last_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """The last two layers of each stack, and the head."""
+    backbone = Backbone(model.requires_grad_(False))
+    for stack in backbone.stacks:
+        for layer in stack.layers[-LAST_LAYERS:]:
+            layer.requires_grad_(True)
+    return _with_heads(backbone)
+
+
+def add_bottlenecks(model: PreTrainedModel) -> PreTrainedModel:
+    """A bottleneck behind the attention and behind the feed-forward part of every layer, the norms, and the head."""
+    backbone = Backbone(model.requires_grad_(False))
+    slots = [slot for slot in backbone.bias_slots() if slot.role in (ATTENTION_OUTPUT, OUTPUT)]
+    if not slots:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no layers that bottlenecks are known to fit into: leave this baseline out"
+        )
+    for slot in slots:
+        module = model.get_submodule(slot.module)
+        module.add_module("bottleneck", Bottleneck(slot.width, BOTTLENECK).to(model.device))
+        module.register_forward_hook(_through_bottleneck)
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            module.requires_grad_(True)
+    return _with_heads(backbone)
+
+
+def add_lora(model: PreTrainedModel) -> Any:
+    """Hu et al. 2021, LoRA, by PEFT with its defaults; and the head."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("the baseline lora comes with the package peft: pip install peft, or leave it out") from error
+    heads = Backbone(model).head_names
+    config = peft.LoraConfig(r=RANK, target_modules="all-linear", modules_to_save=heads or None)
+    return peft.get_peft_model(model, config)
+
+
+BASELINES = {
+    "full": Baseline(prepare=train_all, learning_rate=5e-5),
+    "last-layers": Baseline(prepare=train_last_layers, learning_rate=1e-4),
+    "bottleneck": Baseline(prepare=add_bottlenecks, learning_rate=1e-3),
+    "lora": Baseline(prepare=add_lora, learning_rate=1e-3),
+}
+
+
+def _through_bottleneck(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    changed: Tensor = module.bottleneck(output)
+    return changed
+
+
+def _with_heads(backbone: Backbone) -> PreTrainedModel:
+    for name in backbone.head_names:
+        backbone.model.get_submodule(name).requires_grad_(True)
+    return backbone.model
