@@ -17,7 +17,7 @@ from rich.table import Table
 
 from softtune import PeftModel, SofttuneError
 from softtune.cli.console import console, progress_bars, quiet
-from softtune.cli.train import show_report
+from softtune.cli.tables import show_report
 from softtune.data import load_records
 from softtune.evaluation.answers import answer
 from softtune.pretrained import load_base_model, locate_base_model

@@ -89,6 +89,29 @@ def test_a_state_dict_goes_round(method: str) -> None:
     assert torch.equal(source(ids).logits, target(ids).logits)
 
 
+def test_a_prompt_is_not_for_an_adapter_without_virtual_tokens() -> None:
+    with pytest.raises(AdapterMismatchError, match=r"the adapter (lacks|also has)"):
+        set_peft_model_state_dict(adapted("bert", SEQ_CLS, "bitfit"), {"prompt_embeddings": torch.zeros(5, 32)})
+
+
+@pytest.mark.parametrize(("sites", "error"), [(None, "set sites="), (["cross"], "set sites="), (["decoder"], "shape")])
+def test_pefts_prefix_for_an_encoder_decoder_is_the_whole_decoders(sites: list[str] | None, error: str) -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=2, task_type=SEQ_2_SEQ_LM, sites=sites, layers="last:1")
+    model = get_peft_model(base_model("t5", SEQ_2_SEQ_LM), config)
+    numbers = 2 * model.peft_config["default"].num_layers * model.peft_config["default"].token_dim
+    with pytest.raises(AdapterMismatchError, match=error):
+        set_peft_model_state_dict(model, {"prompt_embeddings": torch.zeros(2, numbers)})
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning_v2", "bitfit"])
+def test_numbers_are_loaded_into_the_tensors_that_are_there(method: str) -> None:
+    source, target = adapted("bert", SEQ_CLS, method), adapted("bert", SEQ_CLS, method, seed=6)
+    before = {n: (id(p), p.requires_grad) for n, p in target.named_parameters()}
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source))
+    assert {n: (id(p), p.requires_grad) for n, p in target.named_parameters()} == before
+    torch.testing.assert_close(dict(target.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
+
+
 @pytest.mark.promise(4, families=("bert",))
 @pytest.mark.parametrize("method", ["p_tuning_mlp", "prefix", "bitfit"])
 def test_an_adapter_is_exported_from_a_state_dict(method: str) -> None:

@@ -201,6 +201,16 @@ def test_generation_past_the_window(family: str, task: str, method: str) -> None
         assert torch.equal(together[i], by_argmax(model, row, task))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["prompt", "prompt_suffix", "prefix", "bitfit"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_row_of_token_types_is_for_all_rows(method: str, side: str) -> None:
+    model, inputs = adapted("bert", TOKEN_CLS, method), batch(texts("bert", TOKEN_CLS), side, width=9)
+    kinds = (torch.arange(9) >= 4).long()[None]
+    expected = model(**inputs, token_type_ids=kinds.expand(3, -1)).logits
+    assert torch.equal(model(**inputs, token_type_ids=kinds).logits, expected)
+
+
 def test_token_types_stay_with_their_tokens() -> None:
     for method in ("prompt", "prefix", "bitfit"):
         model, rows = adapted("bert", SEQ_CLS, method), texts("bert", SEQ_CLS)

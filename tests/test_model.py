@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import softtune
-from softtune import BitFitConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from softtune import (
+    AdapterError,
+    BitFitConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningV2Config,
+    get_peft_model,
+)
 from tests.families import (
     CAUSAL_LM,
     KINDS,
@@ -105,6 +115,46 @@ def test_disabled_is_the_base_model(family: str, task: str, method: str) -> None
         assert torch.equal(model.get_base_model()(**inputs).logits, expected)
 
 
+def test_disabling_is_counted() -> None:
+    model, ids = adapted("gpt2", CAUSAL_LM, "prefix"), torch.tensor([[5, 6, 7]])
+    model.add_adapter("b", PrefixTuningConfig(num_virtual_tokens=2))
+    base = base_model("gpt2", CAUSAL_LM)(ids).logits
+    with model.disable_adapter():
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, base)
+        assert torch.equal(model(ids).logits, base)
+        assert model.active_adapters == []
+        assert model.active_peft_config is model.peft_config["default"]
+    assert not torch.equal(model(ids).logits, base)
+
+
+def test_an_adapter_that_is_chosen_while_none_acts_stays_chosen() -> None:
+    model, ids = adapted("gpt2", CAUSAL_LM, "prefix"), torch.tensor([[5, 6, 7]])
+    model.add_adapter("b", PrefixTuningConfig(num_virtual_tokens=2))
+    with model.disable_adapter():
+        model.set_adapter("b")
+        assert torch.equal(model(ids).logits, base_model("gpt2", CAUSAL_LM)(ids).logits)
+    assert model.active_adapter == "b"
+    assert trained(model).keys() == {"prompt_encoder.b.embedding.weight"}
+    assert torch.equal(model(ids).logits, model(ids, adapter_names=["b"]).logits)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("entry", ["add_adapter", "load_adapter", "from_pretrained"])
+def test_an_adapter_has_the_mode_of_its_model(entry: str, training: bool, tmp_path: Path) -> None:
+    config = PTuningV2Config(num_virtual_tokens=3, prefix_dropout=0.5, task_type=SEQ_CLS)
+    base = base_model("roberta", SEQ_CLS, classifier_dropout=0.5)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    if entry == "from_pretrained":
+        model = PeftModel.from_pretrained(base, tmp_path, is_trainable=training)
+    else:
+        model = PeftModel(base).train(training)
+        model.add_adapter("default", config) if entry == "add_adapter" else model.load_adapter(tmp_path, "default")
+    assert {module.training for module in model.modules()} == {training}
+    inputs = batch(texts("roberta", SEQ_CLS))
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits) is not training
+
+
 @pytest.mark.parametrize("first", ["prompt", "prefix_projection", "p_tuning_v2", "bitfit"])
 @pytest.mark.parametrize("second", ["p_tuning_lstm", "prefix_last", "bitfit"])
 def test_switching_between_adapters(first: str, second: str) -> None:
@@ -148,6 +198,55 @@ def test_an_adapter_may_be_chosen_without_training_it() -> None:
     assert not trained(model)
     model.set_adapter("default")
     assert trained(model)
+
+
+def test_an_adapter_is_chosen_by_a_list_of_one_name() -> None:
+    model = adapted("gpt2", CAUSAL_LM, "prefix")
+    model.add_adapter("b", PrefixTuningConfig(num_virtual_tokens=2))
+    model.set_adapter(["b"])
+    assert model.active_adapter == "b"
+    for names in (["default", "b"], []):
+        with pytest.raises(AdapterError, match=r"one adapter acts on a batch, not \[.*: name it"):
+            model.set_adapter(names)
+    assert model.active_adapter == "b"
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_pickled_model_runs_in_another_process(family: str, tmp_path: Path) -> None:
+    task = {"llama": CAUSAL_LM, "t5": SEQ_2_SEQ_LM}[family]
+    model, inputs = adapted(family, task, "prefix"), {**batch(texts(family, task)), **answers(task, 3)}
+    expected = model(**inputs).logits
+    torch.save((model, inputs, expected), tmp_path / "model.pt")
+    assert torch.equal(copy.deepcopy(model)(**inputs).logits, expected)
+    code = (
+        "import sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "model, inputs, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(torch.equal(model(**inputs).logits, expected))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_state_of_a_module_around_the_model(assign: bool) -> None:
+    class Around(torch.nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.inner = adapted("bert", SEQ_CLS, "prefix", seed=seed)
+
+    source, target = Around(1), Around(2)
+    base = [id(p) for p in target.inner.base_model.parameters()]
+    state = source.state_dict()
+    assert not any("base_model" in name for name in state)
+    target.load_state_dict(state, assign=assign)
+    torch.testing.assert_close(dict(target.state_dict()), dict(state), rtol=0, atol=0)
+    assert [id(p) for p in target.inner.base_model.parameters()] == base
+    name = next(iter(state))
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        target.load_state_dict({n: x for n, x in state.items() if n != name})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"inner\.other"'):
+        target.load_state_dict({**state, "inner.other": torch.zeros(1)})
 
 
 def test_deleting_another_adapter_keeps_the_active_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from tests.families import (
     refusals,
     scramble,
     texts,
+    trained,
 )
 
 
@@ -56,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def load(folder: Path, **kwargs: Any) -> PeftModel:
+def load(folder: str | Path, **kwargs: Any) -> PeftModel:
     return PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM), folder, **kwargs)
 
 
@@ -253,6 +255,20 @@ def test_no_folder(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("name", ["my runs/x", "~/adapters", "a--b", "runs/one/adapter", "nobody/nothing", "nothing"])
+def test_an_adapter_that_is_nowhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match=name) as refusal:
+        load(name)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_adapter_in_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    torch.testing.assert_close(dict(load("~/adapter").state_dict()), dict(load(folder).state_dict()), rtol=0, atol=0)
+
+
 class _Payload:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("fired"),))
@@ -328,14 +344,39 @@ def test_names() -> None:
         with pytest.raises(AdapterError, match="nobody"):
             call()
     assert not Path("nowhere").exists()
-    for name in ("default", "", "a.b", "__base__", "training", "keys", "forward", "_modules", "pop"):
-        with pytest.raises(AdapterError, match=f"'{name}' is .*loaded"):
+    no_names = ("default", "", "a.b", "__base__", "training", "keys", "forward", "_modules", "pop")
+    for name in (*no_names, "a/b", "/outside", "..", "a\\b"):
+        with pytest.raises(AdapterError, match=f"{re.escape(repr(name))} is .*loaded"):
             model.add_adapter(name, PrefixTuningConfig(num_virtual_tokens=2))
     assert list(model.peft_config) == ["default"]
     with pytest.raises(AdapterError, match="only"):
         model.delete_adapter("default")
     with pytest.raises(ConfigError, match="no_such_module"):
         model.add_adapter("other", PrefixTuningConfig(modules_to_save=["no_such_module"]))
+
+
+def test_a_frozen_adapter_is_not_loaded_for_training(folder: Path) -> None:
+    model = load(folder)
+    with pytest.raises(AdapterError, match=r"frozen: train it by set_requires_grad\('default'\), or load it under an"):
+        model.load_adapter(folder, "default", is_trainable=True)
+    model.set_requires_grad("default")
+    model.load_adapter(folder, "default", is_trainable=True)
+    model.set_adapter("default", inference_mode=True)
+    with pytest.raises(AdapterError, match="frozen"):
+        model.load_adapter(folder, "default", is_trainable=True)
+    model.load_adapter(folder, "default")
+
+
+def test_an_adapter_that_waits_for_its_turn_is_loaded_for_training(folder: Path) -> None:
+    model = load(folder, is_trainable=True)
+    for _ in range(2):
+        model.load_adapter(folder, "b", is_trainable=True)
+    model.set_adapter("b")
+    assert trained(model).keys() == {"prompt_encoder.b.embedding.weight"}
+    model.load_adapter(folder, "default", is_trainable=True)
+    model.load_adapter(folder, "c")
+    with pytest.raises(AdapterError, match="frozen"):
+        model.load_adapter(folder, "c", is_trainable=True)
 
 
 # Running

@@ -24,6 +24,26 @@ def test_a_hub_that_cannot_be_reached_is_an_error() -> None:
         locate("someone/something", "file")
 
 
+def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    (home / "adapters").mkdir(parents=True)
+    here.mkdir()
+    (home / "adapters" / "file").write_text("x")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert locate("~/adapters", "file") == home / "adapters" / "file"
+    assert locate("~/adapters", "other") is None
+    assert locate("~nobody-of-that-name/adapters", "file") is None
+    Path("~/adapters").mkdir(parents=True)
+    assert locate("~/adapters", "file") is None
+
+
+@pytest.mark.parametrize("name", ["my runs/x", "~/adapters", "a--b/c", "a/b.git", "-a/b", "x" * 97, "größe/x"])
+def test_the_hub_is_not_asked_for_names_that_it_does_not_have(name: str) -> None:
+    assert is_path(name)
+    assert locate(name, "file") is None
+
+
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b""])
 def test_damaged_json(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(content)

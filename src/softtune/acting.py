@@ -5,8 +5,8 @@ Letters: B rows, N virtual tokens among the words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, cache_of, cached_length, evaluating
+from softtune.backbone import Backbone, Site, cache_of, cached_length, evaluating, turn
 from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
 from softtune.injection import Injection
 from softtune.injection.ahead import run_ahead
 from softtune.injection.layout import row_ends, row_starts
 from softtune.injection.modules import ModuleChanges
+from softtune.injection.owners import BASE, Owners, differ, named, owners_of
+from softtune.injection.owners import sign as sign_as
 from softtune.injection.trunk import Trunk, untouched
+from softtune.inputs import Inputs
 from softtune.methods.base import Prompt
-from softtune.methods.bitfit import BiasChanges
-
-BASE = "__base__"
-"""PEFT's name for no adapter, in ``adapter_names``."""
 
 _BAKED: ContextVar[dict[nn.Module, Prompt] | None] = ContextVar("_BAKED", default=None)
 """Prompts by adapter, within ``baked``."""
@@ -41,51 +40,95 @@ class Cast:
     rows: Tensor | None = None
     """[B] the number of each row's adapter; None where all rows have the same."""
 
+    @classmethod
+    def of(cls, names: Sequence[str], adapter: Callable[[str], Adapter]) -> Cast:
+        """One name for each row, or the one of all rows.
+
+        Raises:
+            AdapterError: a name is unknown, or the adapters are for several tasks.
+        """
+        adapters = {name: None if name == BASE else adapter(name) for name in names}
+        if len(tasks := {a.config.task_type for a in adapters.values() if a is not None}) > 1:
+            raise AdapterError(
+                f"adapter_names mixes tasks ({', '.join(sorted(str(t and t.value) for t in tasks))}): "
+                "one batch has one head, run them apart"
+            )
+        numbers = {name: number for number, name in enumerate(adapters)}
+        return cls(adapters, torch.tensor([numbers[name] for name in names]) if len(adapters) > 1 else None)
+
     @property
-    def owners(self) -> tuple[str, ...]:
+    def owners(self) -> Owners:
         """Each row's adapter by name, or the one of all rows."""
-        names = list(self.adapters)
+        return self._each(list(self.adapters))
+
+    def _each(self, names: Sequence[str]) -> Owners:
+        """One of the names for each row by its adapter's number, or the one of all rows."""
         return tuple(names) if self.rows is None else tuple(names[i] for i in self.rows.tolist())
 
 
 @contextmanager
-def acting(
-    backbone: Backbone,
-    cast: Cast,
-    columns: Tensor | None = None,
-    text_ends: Tensor | None = None,
-    trunk: Trunk | None = None,
-) -> Iterator[Injection | None]:
+def acting(backbone: Backbone, cast: Cast, inputs: Inputs, trunk: Trunk | None = None) -> Iterator[Injection | None]:
     """Let a cast act in a base model for the length of the block, which gets its injection where anyone acts.
 
-    Layers that run again in the backward pass, under gradient checkpointing, see what acted when they first ran.
+    Calls of other threads wait for its end, and calls within it know nothing of this cast. Layers that run again in the
+    backward pass, under gradient checkpointing, see what acted when they first ran.
 
     Args:
         backbone: the base model.
         cast: who acts.
-        columns: [B, N] the column before which each virtual token stands.
-        text_ends: [B] the column where each text ends.
+        inputs: the call's rows.
         trunk: keeps what layers below prefixes compute; None where the call runs all layers.
+
+    Raises:
+        AdapterError: others act in the encoder than when its outputs were computed.
     """
     adapters = list(cast.adapters.values())
-    prompts = [Prompt() if a is None else _prompt(backbone, a, ahead=columns is None) for a in adapters]
-    changes = _changes(backbone, adapters, cast.rows)
-    with ExitStack() as stack:
+    with turn(backbone.model) as own:
+        prompts = [Prompt() if a is None else _prompt(backbone, a, ahead=inputs.columns is None) for a in adapters]
+        changes = _changes(backbone, adapters, prompts, cast.rows)
         injection = None
+        owners = _encoder_owners(backbone, cast, prompts)
+        if inputs.encoder_outputs is not None:
+            _check_encoder_outputs(inputs.encoder_outputs, owners, prompts)
         if any(adapters):
             changes_layers = changes.reach(backbone.stacks[0].module)
             injection = Injection(
                 backbone,
                 prompts,
                 cast.rows,
-                columns=columns,
-                text_ends=text_ends,
+                columns=inputs.columns,
+                text_ends=_text_ends(backbone, prompts, inputs),
                 packs=cast.rows is None or not changes_layers,
                 trunk=None if changes_layers else trunk,
+                encoder_owners=owners,
             )
-            stack.enter_context(injection)
-        stack.enter_context(changes.acting())
+            own.attach(injection.attached)
+        own.attach(changes.acting)
         yield injection
+
+
+def _encoder_owners(backbone: Backbone, cast: Cast, prompts: Sequence[Prompt]) -> Owners:
+    """Each row's adapter by name, or the one of all rows, where it acts in an encoder-decoder's encoder."""
+    if not backbone.is_encoder_decoder:
+        return ()
+    encoder = backbone.stacks[0].module
+
+    def acts(adapter: Adapter | None, prompt: Prompt) -> bool:
+        reads = prompt.vectors is not None or any(site is Site.ENCODER for site, _ in prompt.prefixes)
+        return reads or _changes(backbone, [adapter], [prompt]).reach(encoder)
+
+    pairs = zip(cast.adapters.items(), prompts, strict=True)
+    return cast._each([name if acts(adapter, prompt) else BASE for (name, adapter), prompt in pairs])
+
+
+def _check_encoder_outputs(outputs: Any, owners: Owners, prompts: Sequence[Prompt]) -> None:
+    if any(prompt.vectors is not None for prompt in prompts):
+        raise AdapterError("encoder_outputs lack the virtual tokens: pass input_ids instead")
+    others = owners_of(outputs[0])
+    if differ(others, owners):
+        raise AdapterError(
+            f"encoder_outputs were computed with {named(others)}, not {named(owners)}: pass input_ids instead"
+        )
 
 
 @contextmanager
@@ -116,10 +159,11 @@ def _computed_prompt(backbone: Backbone, adapter: Adapter, *, ahead: bool) -> Pr
         return run_ahead(backbone, prompt)
 
 
-def _changes(backbone: Backbone, adapters: Sequence[Adapter | None], rows: Tensor | None = None) -> ModuleChanges:
-    """What adapters do to the outputs of single modules."""
-    biases = [a.module.additions() if a and isinstance(a.module, BiasChanges) else [] for a in adapters]
-    return ModuleChanges(backbone, biases, [a.heads if a else {} for a in adapters], rows)
+def _changes(
+    backbone: Backbone, adapters: Sequence[Adapter | None], prompts: Sequence[Prompt], rows: Tensor | None = None
+) -> ModuleChanges:
+    """What adapters and their prompts do to the outputs of single modules."""
+    return ModuleChanges(backbone, [p.additions for p in prompts], [a.heads if a else {} for a in adapters], rows)
 
 
 def check_trunk(trunk: Trunk, adapters: Sequence[Adapter]) -> None:
@@ -129,7 +173,7 @@ def check_trunk(trunk: Trunk, adapters: Sequence[Adapter]) -> None:
         UnsupportedModelError: the base model cannot leave its first layers out, or has dropout.
         ConfigError: every adapter acts in the first layer already.
     """
-    depths = {_untouched(trunk.backbone, adapter) for adapter in adapters} - {0}
+    depths = {_depth(trunk.backbone, adapter) for adapter in adapters} - {0}
     if trunk.backbone.packs and not depths:
         raise ConfigError(
             "the trunk cache keeps layers below a prefix, and every adapter here acts from the first layer on: "
@@ -137,30 +181,27 @@ def check_trunk(trunk: Trunk, adapters: Sequence[Adapter]) -> None:
         )
     for depth in depths or {0}:
         trunk.check(depth)
-    if trunk.backbone.stacks[0].has_dropout:
+    if trunk.backbone.is_random_in_training:
         raise UnsupportedModelError(
             "the base model has dropout, with which a text's layers are never the same twice: "
             "load it with dropout 0 or leave the trunk cache out"
         )
 
 
-def _untouched(backbone: Backbone, adapter: Adapter) -> int:
+def _depth(backbone: Backbone, adapter: Adapter) -> int:
     """How many first layers an adapter leaves alone; asks for its prompt without drawing random numbers."""
-    if _changes(backbone, [adapter]).reach(backbone.stacks[0].module):
-        return 0
     with evaluating(adapter.module):
-        return untouched([adapter.module.prompt()])
+        prompt = adapter.module.prompt()
+    changes_layers = _changes(backbone, [adapter], [prompt]).reach(backbone.stacks[0].module)
+    return 0 if changes_layers else untouched([prompt])
 
 
-def text_ends(
-    backbone: Backbone, cast: Cast, text: Tensor | None, mask: Any, labels: Tensor | None = None
-) -> Tensor | None:
+def _text_ends(backbone: Backbone, prompts: Sequence[Prompt], inputs: Inputs) -> Tensor | None:
     """[B] the column of each row's first label, or behind its text. None where nobody's virtual tokens stand there, or
     the answer is another sequence."""
-    behind = any(adapter.is_behind_text for adapter in cast.adapters.values() if adapter is not None)
-    if text is None or not behind or not backbone.continues_text:
+    text, mask, labels = inputs.text, inputs.mask, inputs.labels
+    if text is None or not any(prompt.after_text for prompt in prompts) or not backbone.continues_text:
         return None
-    mask = mask if _is_flat(mask) else None
     ends = row_ends(mask, len(text), text.shape[1], text.device)
     if labels is None:
         return ends
@@ -169,27 +210,22 @@ def text_ends(
     return torch.where(supervised.any(dim=1), first, ends)
 
 
-def _is_flat(mask: Any) -> bool:
-    """Whether an attention mask is [B, T], rather than one for each query or layer."""
-    return isinstance(mask, Tensor) and mask.dim() == 2
-
-
-def sign(output: Any, cast: Cast) -> None:
-    """Note in the cache of an output whose keys and values it holds."""
-    if (cache := cache_of(output if isinstance(output, dict) else {})) is not None:
-        cache.softtune_owners = cast.owners
-
-
-def check_owner(options: Mapping[str, Any], cast: Cast) -> None:
-    """Refuse to go on from what another adapter, or none, has computed.
+def claim(options: Mapping[str, Any], cast: Cast) -> None:
+    """Note whose a call's cache is from now on, and refuse one that another adapter, or none, has begun.
 
     Raises:
         AdapterError: the cache among the options is not empty and belongs to others.
     """
     cache, is_begun = cache_of(options), cached_length(options)[1]
-    owners: Sequence[str] = getattr(cache, "softtune_owners", (BASE,))
-    if is_begun and len(set(owners) | set(cast.owners)) > 1 and owners != cast.owners:
+    owners = owners_of(cache)
+    if is_begun and differ(owners, cast.owners):
         raise AdapterError(
-            f"past_key_values were computed with {', '.join(dict.fromkeys(owners))}, not {', '.join(cast.adapters)}: "
-            "leave them out"
+            f"past_key_values were computed with {named(owners)}, not {named(cast.owners)}: leave them out"
         )
+    sign(options, cast)
+
+
+def sign(call: Any, cast: Cast) -> None:
+    """Note whose keys and values the cache holds that is among a call's arguments, or in its output."""
+    if (cache := cache_of(call if isinstance(call, dict) else {})) is not None:
+        sign_as(cache, cast.owners)

@@ -14,6 +14,16 @@ from softtune.methods import PeftConfig
 
 PEFT_HEAD_NAMES = ("classifier", "score")
 """Names that PEFT lists for every classifier, whether the model has them or not."""
+MAY_DIFFER = (
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "auto_mapping",
+    "modules_to_save",
+    "task_type",
+)
+"""Fields of a config that say where an adapter came from and what it is for, but not what it computes."""
 
 
 @dataclass
@@ -45,12 +55,10 @@ class Adapter:
         Raises:
             AdapterMismatchError: the configs differ in more than where they came from and what they are for.
         """
-        told = {"inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"}
-        told |= {"modules_to_save", "task_type"}
         own, other = self.config.to_dict(), config.to_dict()
         for name in own:
             settled = own[name] is not None and other.get(name) is not None
-            if name not in told and settled and own[name] != other[name]:
+            if name not in MAY_DIFFER and settled and own[name] != other[name]:
                 raise AdapterMismatchError(
                     f"the saved adapter has {name} = {other[name]!r}, the loaded one {own[name]!r}: "
                     "load it under a name of its own"
@@ -60,11 +68,6 @@ class Adapter:
     def is_reparameterised(self) -> bool:
         """Whether the module trains more than inference needs of it."""
         return len(self.module.state_dict()) > len(self.baked_state())
-
-    @property
-    def is_behind_text(self) -> bool:
-        """Whether its virtual tokens stand behind the text unless the caller says where: a suffix or an infix."""
-        return getattr(self.config, "placement", "prefix") != "prefix"
 
     def baked_state(self) -> dict[str, Tensor]:
         """The module's tensors that inference needs, without the dropout of training."""

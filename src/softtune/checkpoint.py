@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,10 +22,9 @@ from torch import Tensor
 
 from softtune import storage
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, Site
+from softtune.backbone import Backbone
 from softtune.errors import AdapterMismatchError, CheckpointError
-from softtune.methods import PrefixTuningConfig
-from softtune.methods.base import OWN_CONFIG_NAME, PeftConfig, PromptLearningConfig
+from softtune.methods.base import OWN_CONFIG_NAME, PeftConfig
 from softtune.methods.initialization import OWN_KEY, PROMPT_KEY, WEIGHTS_NAME
 
 STATE_NAME = "training_state.safetensors"
@@ -118,10 +116,10 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
     if OWN_KEY in own:
         own[PROMPT_KEY] = own.pop(OWN_KEY)
     elif PROMPT_KEY in own:
-        own[PROMPT_KEY] = _from_peft(own[PROMPT_KEY], adapter)
+        own[PROMPT_KEY] = adapter.config.from_peft(own[PROMPT_KEY])
     _check(adapter.baked_state(), own)
     if not adapter.is_reparameterised:
-        adapter.module.load_baked(own)
+        _copy(adapter.baked_state(), own)
     elif training_state is not None:
         _copy(adapter.module.state_dict(), training_state)
     else:
@@ -158,25 +156,6 @@ def read(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut short ({error}): restore it from a good copy") from error
-
-
-def _from_peft(prompt: Tensor, adapter: Adapter) -> Tensor:
-    """A prompt in PEFT's layout, in softtune's."""
-    config = adapter.config
-    assert isinstance(config, PromptLearningConfig)
-    if config.num_transformer_submodules != 2:
-        return prompt
-    if not isinstance(config, PrefixTuningConfig):
-        return prompt[: config.num_virtual_tokens]  # PEFT trains as many again and never reads them
-    if config.sites != [Site.DECODER]:
-        raise AdapterMismatchError(
-            "PEFT's prefix is for the decoder's own attention: set sites=['decoder'] in the config"
-        )
-    # Layer l of the decoder takes the columns 4l and 4l + 1 of twice the tensor; PEFT gives no other site a prefix.
-    assert config.num_layers
-    parts = prompt.view(len(prompt), 2 * config.num_layers, -1).repeat(1, 2, 1)
-    picked = [parts[:, 4 * layer + kind] for layer in range(len(adapter.module.layers)) for kind in (0, 1)]
-    return torch.cat(picked, dim=1)
 
 
 def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:

@@ -15,19 +15,20 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from softtune import checkpoint
-from softtune.acting import BASE, Cast, acting, check_owner, check_trunk, sign, text_ends
+from softtune.acting import Cast, acting, check_trunk, claim, sign
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
-from softtune.errors import AdapterError, CheckpointError, DataError
-from softtune.injection.generation import generating
+from softtune.backbone.interface import install
+from softtune.errors import AdapterError, CheckpointError
+from softtune.injection.owners import BASE
 from softtune.injection.store import Store
 from softtune.injection.trunk import Trunk
+from softtune.inputs import Inputs
 from softtune.methods import PeftConfig
 from softtune.options import check_options
 from softtune.state import AdapterState
@@ -59,8 +60,7 @@ class PeftModel(PushToHubMixin, AdapterState):
         layered = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
         base: PreTrainedModel = model.get_base_model() if layered else model
         backbone = Backbone(base)
-        super().__init__(base if layered else base.requires_grad_(False), adapter_name)
-        self.backbone = backbone
+        super().__init__(base if layered else base.requires_grad_(False), backbone, adapter_name)
         self._trunk: Trunk | None = None
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
@@ -73,7 +73,12 @@ class PeftModel(PushToHubMixin, AdapterState):
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (), self.__dict__
 
-    # Adapters: make, load, save, switch off
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.backbone.has_interface:
+            _install_again(self.base_model)
+
+    # Adapters: load and save
 
     @classmethod
     def of(cls, model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> PeftModel:
@@ -113,25 +118,6 @@ class PeftModel(PushToHubMixin, AdapterState):
         loaded.load_adapter(model_id, adapter_name, is_trainable, config, **options)
         return loaded.train(is_trainable)
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **options: Any) -> None:
-        """Add a new adapter, at the start that its config asks for. The first one becomes active.
-
-        Args:
-            adapter_name: the name to give it.
-            peft_config: its config, which is copied.
-            options: those of PEFT that have no effect here.
-
-        Raises:
-            AdapterError: there is an adapter of that name, or it is no name: it has a dot, or modules have an
-                attribute of that name.
-            UnsupportedModelError: the base model cannot take the method.
-            ConfigError: the config does not fit the base model, or an unknown option.
-        """
-        check_options(options)
-        adapter = self._new_adapter(adapter_name, peft_config)
-        adapter.config.initialize(adapter.module, self.backbone)
-        self._register(adapter_name, adapter)
-
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
@@ -144,9 +130,14 @@ class PeftModel(PushToHubMixin, AdapterState):
 
         An adapter that is there already takes over the saved numbers, and is trained or not as before: its tensors
         stay the same objects, so that an optimizer goes on with them.
+
+        Raises:
+            AdapterError: ``is_trainable`` is asked of an adapter that is there, and frozen.
         """
         hub = check_options(options, HUB_OPTIONS)
         if adapter_name in self.peft_config:
+            if is_trainable:
+                self._check_trainable(adapter_name)
             present = self.adapter(adapter_name)
             present.check_config(config or PeftConfig.from_pretrained(model_id, **hub))
             checkpoint.check_base_model(model_id, self.backbone, **hub)
@@ -193,15 +184,6 @@ class PeftModel(PushToHubMixin, AdapterState):
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
                 checkpoint.save(folder, self.adapter(name), self.backbone)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The base model alone, to the last bit, for the length of the block."""
-        active, self.active_adapter = self.active_adapter, ""
-        try:
-            yield
-        finally:
-            self.active_adapter = active if active in self.peft_config else next(iter(self.peft_config), "")
-
     @property
     def keeps_logits(self) -> bool:
         """Whether the base model can compute the logits of some tokens alone (``logits_to_keep``)."""
@@ -244,7 +226,7 @@ class PeftModel(PushToHubMixin, AdapterState):
                 labels of the logits that are kept.
 
         Raises:
-            DataError: the input is empty, positions or labels do not fit it, or positions exceed the model's.
+            DataError: the input is empty, mask, positions or labels do not fit it, or positions exceed the model's.
             AdapterError: ``adapter_names`` has an unknown name, another number of rows, or adapters of several tasks.
         """
         given = {
@@ -254,17 +236,13 @@ class PeftModel(PushToHubMixin, AdapterState):
             "labels": labels,
         }
         kwargs |= {name: value for name, value in given.items() if value is not None}
-        text = inputs_embeds if input_ids is None else input_ids
-        if text is not None and not text.numel():
-            raise DataError(f"the input {list(text.shape)} has no tokens: leave out empty batches")
-        self._check_labels(labels, text)
+        inputs = Inputs.of(kwargs, prompt_positions, self.backbone)
+        cast = self._cast(adapter_names, inputs)
         keep = kwargs.get("logits_to_keep", 0)
         if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
-        cast = self._cast(adapter_names, text)
-        check_owner(kwargs, cast)
-        ends = text_ends(self.backbone, cast, text, attention_mask, labels)
-        with acting(self.backbone, cast, prompt_positions, ends, self._trunk):
+        claim(kwargs, cast)
+        with acting(self.backbone, cast, inputs, self._trunk):
             output = self.base_model(return_dict=True, **kwargs)
         sign(output, cast)
         return output if return_dict is not False else output.to_tuple()
@@ -283,14 +261,18 @@ class PeftModel(PushToHubMixin, AdapterState):
             prompt_positions: see ``forward``; they refer to the input.
             adapter_names: see ``forward``; one for each row of the input.
             kwargs: the base model's.
+
+        Raises:
+            DataError, AdapterError: see ``forward``.
         """
-        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-        text = next((x for x in given if x is not None), None)
-        cast = self._cast(adapter_names, text)
-        check_owner(kwargs, cast)
-        ends = text_ends(self.backbone, cast, text, kwargs.get("attention_mask"))
+        call = {**dict(zip(("inputs",), args, strict=False)), **kwargs}
+        inputs = Inputs.of(call, prompt_positions, self.backbone)
+        cast = self._cast(adapter_names, inputs)
+        claim(kwargs, cast)
         generate: Any = self.base_model.generate
-        with acting(self.backbone, cast, prompt_positions, ends) as injection, generating(injection, kwargs):
+        with acting(self.backbone, cast, inputs) as injection:
+            if injection is not None:
+                injection.check_parts(kwargs)
             generated = generate(*args, **kwargs)
         sign(generated, cast)
         return generated
@@ -338,34 +320,15 @@ class PeftModel(PushToHubMixin, AdapterState):
             self._trunk = before
             trunk.store.close()
 
-    def _check_labels(self, labels: Tensor | None, text: Tensor | None) -> None:
-        if labels is None or text is None:
-            return
-        per_token = labels.dim() == 2 and not (self.backbone.labels_whole_texts or self.backbone.is_encoder_decoder)
-        if per_token and labels.shape != text.shape[:2]:
-            raise DataError(
-                f"labels {list(labels.shape)} do not fit the input {list(text.shape[:2])}: "
-                "give one for each token, virtual tokens need none"
-            )
-        if len(labels) != len(text):
-            raise DataError(f"labels {list(labels.shape)} do not fit {len(text)} rows: give labels for each")
-
-    def _cast(self, adapter_names: Sequence[str] | None, text: Tensor | None) -> Cast:
+    def _cast(self, adapter_names: Sequence[str] | None, inputs: Inputs) -> Cast:
         """The adapters that act on a batch, and which of them each row has."""
         if adapter_names is None:
-            return Cast({name: self.adapter(name) for name in self.active_adapters} or {BASE: None})
-        if text is not None and len(text) != len(adapter_names):
+            return Cast.of(self.active_adapters or [BASE], self.adapter)
+        if inputs.text is not None and len(inputs.text) != len(adapter_names):
             raise AdapterError(
-                f"adapter_names has {len(adapter_names)} names, the batch {len(text)} rows: give one a row"
+                f"adapter_names has {len(adapter_names)} names, the batch {len(inputs.text)} rows: give one a row"
             )
-        adapters = {name: None if name == BASE else self.adapter(name) for name in adapter_names}
-        if len(tasks := {a.config.task_type for a in adapters.values() if a is not None}) > 1:
-            raise AdapterError(
-                f"adapter_names mixes tasks ({', '.join(sorted(str(t and t.value) for t in tasks))}): "
-                "one batch has one head, run them apart"
-            )
-        names = list(adapters)
-        return Cast(adapters, torch.tensor([names.index(n) for n in adapter_names]) if len(names) > 1 else None)
+        return Cast.of(adapter_names, self.adapter)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -375,11 +338,14 @@ class PeftModel(PushToHubMixin, AdapterState):
                 raise
             return getattr(self.base_model, name)
 
-    def _new_adapter(self, name: str, config: PeftConfig) -> Adapter:
-        if name in self.peft_config or name in ("", BASE) or "." in name or hasattr(self.prompt_encoder, name):
-            reason = "is loaded already" if name in self.peft_config else "is no name: use another, without dots"
-            raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
-        return Adapter.new(config, self.backbone)
+
+def _install_again(model: nn.Module) -> None:
+    """Route an unpickled model's attention through softtune: its names are unknown to a process that never did so."""
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    for config in configs:
+        if name := getattr(config, "_attn_implementation", None):
+            config._attn_implementation = name.removeprefix("softtune_")
+    install(model)
 
 
 def _blank() -> PeftModel:

@@ -1,4 +1,5 @@
-"""The adapters on a base model by name: which of them acts, which are trained, and their numbers as a state dict.
+"""The adapters on a base model by name: made and removed, which of them acts, which are trained, and their numbers as
+a state dict.
 
 Knows nothing about files, and nothing about what adapters do in a call.
 """
@@ -10,13 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
 from softtune.adapter import Adapter
+from softtune.backbone import Backbone
 from softtune.errors import AdapterError, AdapterMismatchError
+from softtune.injection.owners import BASE
 from softtune.methods import PeftConfig
 from softtune.methods.initialization import PROMPT_KEY
+from softtune.options import check_options
 
 
 class AdapterState(nn.Module):
@@ -24,16 +27,19 @@ class AdapterState(nn.Module):
 
     Args:
         base_model: the base model.
+        backbone: the same, as softtune sees it.
         active_adapter: the first adapter's name.
     """
 
-    def __init__(self, base_model: PreTrainedModel, active_adapter: str) -> None:
+    def __init__(self, base_model: PreTrainedModel, backbone: Backbone, active_adapter: str) -> None:
         super().__init__()
         self.base_model = base_model
+        self.backbone = backbone
         self.prompt_encoder = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapter = active_adapter
+        self._times_disabled = 0
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter by name. Raises AdapterError where there is none."""
@@ -47,22 +53,57 @@ class AdapterState(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return [self.active_adapter] if self.active_adapter else []
+        """The adapter that acts; none within ``disable_adapter``."""
+        return [] if self._times_disabled else [self.active_adapter]
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        """The config of the adapter that acts, or would act if adapters were not disabled."""
         return self.peft_config[self.active_adapter]
 
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone, to the last bit, for the length of the block; ``adapter_names`` still act there."""
+        self._times_disabled += 1
+        try:
+            yield
+        finally:
+            self._times_disabled -= 1
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Let this adapter act, and train it unless it was loaded for inference, or ``inference_mode`` asks for that.
 
+        Args:
+            adapter_name: the adapter's name, or a list of this one name.
+            inference_mode: leave it frozen.
+
         Raises:
-            AdapterError: no such adapter.
+            AdapterError: no such adapter, or several names.
         """
+        adapter_name = _single(adapter_name)
         self.adapter(adapter_name)
         self.active_adapter = adapter_name
         for name, config in self.peft_config.items():
             self.set_requires_grad(name, name == adapter_name and not (inference_mode or config.inference_mode))
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **options: Any) -> None:
+        """Add a new adapter, at the start that its config asks for. The first one becomes active.
+
+        Args:
+            adapter_name: the name to give it.
+            peft_config: its config, which is copied.
+            options: those of PEFT that have no effect here.
+
+        Raises:
+            AdapterError: there is an adapter of that name, or it is no name: it has a dot or a slash, or modules have
+                an attribute of that name.
+            UnsupportedModelError: the base model cannot take the method.
+            ConfigError: the config does not fit the base model, or an unknown option.
+        """
+        check_options(options)
+        adapter = self._new_adapter(adapter_name, peft_config)
+        adapter.config.initialize(adapter.module, self.backbone)
+        self._register(adapter_name, adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others becomes active.
@@ -89,10 +130,33 @@ class AdapterState(nn.Module):
             self.prompt_encoder[name].requires_grad_(requires_grad)
             self.heads[name].requires_grad_(requires_grad)
 
+    def _new_adapter(self, name: str, config: PeftConfig) -> Adapter:
+        is_name = name not in ("", BASE) and not {*"./\\"} & {*name} and not hasattr(self.prompt_encoder, name)
+        if name in self.peft_config or not is_name:
+            reason = "is loaded already" if name in self.peft_config else "is no name: use another, without . / \\"
+            raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
+        return Adapter.new(config, self.backbone)
+
+    def _check_trainable(self, adapter_name: str) -> None:
+        """Refuse to load an adapter for training where the one that is there was frozen, and does not just wait for its
+        turn.
+
+        Raises:
+            AdapterError: it was.
+        """
+        waits = adapter_name != self.active_adapter and not self.peft_config[adapter_name].inference_mode
+        parts = (self.prompt_encoder[adapter_name], self.heads[adapter_name])
+        if not waits and not any(p.requires_grad for part in parts for p in part.parameters()):
+            raise AdapterError(
+                f"adapter {adapter_name!r} is there, and frozen: train it by set_requires_grad({adapter_name!r}), "
+                "or load it under another name"
+            )
+
     def _register(self, name: str, adapter: Adapter) -> None:
         self.peft_config[name] = adapter.config
-        self.prompt_encoder[name] = adapter.module
-        self.heads[name] = nn.ModuleDict({n.replace(".", "/"): head for n, head in adapter.heads.items()})
+        self.prompt_encoder[name] = adapter.module.train(self.training)
+        heads = {n.replace(".", "/"): head for n, head in adapter.heads.items()}
+        self.heads[name] = nn.ModuleDict(heads).train(self.training)
         if len(self.peft_config) == 1:
             self.set_adapter(name)
         else:
@@ -143,8 +207,13 @@ class AdapterState(nn.Module):
         misshapen = [n for n, tensor in state_dict.items() if n in own and tensor.shape != own[n].shape]
         if odd := [*misshapen, *([*missing, *unexpected] if strict else ())]:
             raise AdapterMismatchError(f"the state has another {odd[0]!r} than the model: add the same adapters first")
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return _IncompatibleKeys(missing, unexpected)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Miss nothing that ``state_dict`` leaves out, where this is part of another module too."""
+        own, kept = super().state_dict(prefix=prefix, keep_vars=True), self.state_dict(prefix=prefix)
+        state_dict.update({n: x for n, x in own.items() if n not in kept and n not in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @contextmanager
     def numbers_of(self, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -162,3 +231,12 @@ class AdapterState(nn.Module):
             yield
         finally:
             self.load_state_dict(own)
+
+
+def _single(names: str | Sequence[str]) -> str:
+    """The one name that may come in a list."""
+    if isinstance(names, str):
+        return names
+    if len(names) != 1:
+        raise AdapterError(f"one adapter acts on a batch, not {list(names)}: name it, or each row's by adapter_names")
+    return names[0]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,11 +21,15 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only"
 
 
 def locate(model_id: str | os.PathLike[str], filename: str, **hub: Any) -> Path | None:
-    """The path of ``filename`` in a local folder or a hub repository; None where there is no such file."""
-    folder = Path(model_id, hub.get("subfolder") or "")
-    if (folder / filename).is_file():
-        return folder / filename
-    if Path(model_id).exists() or not _is_repository(str(model_id)):
+    """The path of ``filename`` in a local folder or a hub repository; None where there is no such file.
+
+    Raises:
+        CheckpointError: the name could be the hub's, which cannot be reached or has no such repository.
+    """
+    path = local(model_id) / (hub.get("subfolder") or "") / filename
+    if path.is_file():
+        return path
+    if is_path(str(model_id)):
         return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -38,16 +41,25 @@ def locate(model_id: str | os.PathLike[str], filename: str, **hub: Any) -> Path 
     except EntryNotFoundError:
         return None
     except HfHubHTTPError as error:
-        raise CheckpointError(f"{model_id} is neither a local folder nor a readable hub repository") from error
+        raise CheckpointError(f"{model_id} is no local folder and no readable hub repository: check it") from error
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """A path as it stands or, where nothing is there, with the user's home in place of ``~``."""
+    # Path's own expanduser raises where there is no such user.
+    return Path(path) if Path(path).exists() else Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def is_path(name: str) -> bool:
     """Whether a name is a path on this machine: there is such a file or folder, or the hub has no names like it."""
-    return Path(name).exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is None
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-
-def _is_repository(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/"))
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return Path(name).exists()
 
 
 def read_json(path: Path) -> dict[str, Any]:

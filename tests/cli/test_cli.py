@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,20 @@ def run(*arguments: str) -> int:
     return 0
 
 
+def interrupt_in_step(patch: pytest.MonkeyPatch, number: int) -> list[Any]:
+    """Press Ctrl-C in an optimiser's step, counted over all runs; the steps, as they come."""
+    step, calls = torch.optim.AdamW.step, list[Any]()
+
+    def step_and_interrupt(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    patch.setattr(torch.optim.AdamW, "step", step_and_interrupt)
+    return calls
+
+
 def test_train_shows_what_the_run_came_to(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +129,35 @@ def test_profile_shows_where_a_step_goes(
     assert not (tmp_path / "adapter").exists()
     assert run("train", recipe, recipe, "--profile") == 2
     assert "one recipe is measured at a time" in capsys.readouterr().err
+    assert run("train", recipe, "--resume", "--profile") == 2
+    assert "--resume goes on with a run, and to measure begins none" in capsys.readouterr().err
+
+
+def test_profile_writes_no_messages_of_its_libraries(models: dict[str, str], tmp_path: Path) -> None:
+    """In a process of its own: torch's profiler reads once how much it may say."""
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter")
+    command = [sys.executable, "-c", "import softtune_command; softtune_command.main()", "train", recipe, "--profile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "tokens/s" in done.stdout
+    assert not done.stderr
+
+
+def test_failures_are_told_before_an_interrupt_and_what_is_finished_after(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = write_recipe(tmp_path / "good.yaml", models["llama"], tmp_path / "good", epochs=3)
+    wild = {"learning_rate": 1e38, "max_grad_norm": 1e9}
+    bad = write_recipe(tmp_path / "bad.yaml", models["llama"], tmp_path / "bad", **wild)
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 6)
+        assert run("train", good, bad) == 130
+    shown = capsys.readouterr()
+    assert f"softtune: {tmp_path / 'bad'}: the loss is " in shown.err
+    assert "Go on with: softtune train" in shown.out
+    assert run("train", good, bad, "--resume") == 0
+    shown = capsys.readouterr().out
+    assert f"{tmp_path / 'bad'} was finished before." in shown
+    assert "9 steps" in shown
 
 
 def test_of_several_runs_the_failed_ones_are_named(
@@ -164,7 +208,7 @@ def test_help_shows_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> 
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for part in (
         "One of PROMPT_TUNING, P_TUNING, PREFIX_TUNING, P_TUNING_V2, BITFIT. [default: PREFIX_TUNING]",
-        "One of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS. [default: CAUSAL_LM]",
+        "One of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS. [default: CAUSAL_LM]",
         "One of linear, constant, cosine. [default: linear]",
         "[default: 0.2]",
     ):
@@ -243,21 +287,11 @@ def test_ctrl_c_and_resume_lose_no_step(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter", epochs=3)
-    step = torch.optim.AdamW.step
-    calls = 0
-
-    def step_and_interrupt(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step_and_interrupt)
+    calls = interrupt_in_step(monkeypatch, 5)
     assert run("train", recipe) == 130
     assert "Stopped after step 5" in capsys.readouterr().out
     assert run("train", recipe, "--resume") == 0
-    assert calls == 9
+    assert len(calls) == 9
 
 
 def test_ctrl_c_twice_says_what_is_kept(
@@ -359,6 +393,7 @@ def test_the_libraries_below_are_quiet() -> None:
         ({"options": {"layers": "last:9"}}, "'first:N' or 'last:N' with N from 1 to 2"),
         ({"method": "BITFIT", "options": {}}, "add_missing=True"),
         ({"batch": 3}, "no such field"),
+        ({"labels": {"warm": "hot", "cold": "icy"}}, "labels 'cold' and 'warm' are the same tokens to the model"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

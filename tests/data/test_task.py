@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from softtune.data import Task, Template, Verbalizer, each_row
+from softtune.data import LabelTask, Template, TextTask, Verbalizer, each_row
 from softtune.errors import DataError
 from softtune.methods import TaskType
 from tests.data.test_templates import WORDS, answer_of, words_of
@@ -19,16 +19,20 @@ def task(**changes):
         "label_column": "label",
         "verbalizer": YES_NO,
         "max_length": 9,
-        "max_new_tokens": 3,
     }
-    return Task(**{**fields, **changes})
+    return LabelTask(**{**fields, **changes})
+
+
+def writing(**changes):
+    fields = {"kind": TaskType.CAUSAL_LM, "template": Template("A1 {x} Q "), "label_column": "x"}
+    return TextTask(**{**fields, "max_length": 9, "max_new_tokens": 3, **changes})
 
 
 def encoded(asked, records=RECORDS, *, label=True):
     def encode(record):
-        return asked.encode(record, WORDS, label=asked.label_of(record) if label else None)
+        return asked.examples(record, WORDS)[0] if label else asked.encode(record, WORDS)
 
-    return each_row(records, [*asked.template.fields, asked.label_column], encode)
+    return each_row(records, [*asked.columns, asked.label_column], encode)
 
 
 def test_a_language_model_reads_the_answer_in_the_verbalizers_words():
@@ -45,13 +49,13 @@ def test_every_label_follows_the_same_words():
 
 
 def test_an_answer_longer_than_the_model_writes_names_its_row():
-    asked = task(kind=TaskType.SEQ_2_SEQ_LM, verbalizer=None, label_column="x", max_answer=2)
+    asked = writing(kind=TaskType.SEQ_2_SEQ_LM, max_answer=2)
     with pytest.raises(DataError, match=r"^row 1: the answer has 3 tokens, the model writes 2 at most"):
         encoded(asked, RECORDS.select([0, 1]))
 
 
 def test_free_text_ends_with_the_end_of_sequence():
-    (example,) = encoded(task(verbalizer=None, label_column="x"), RECORDS.select([1]))
+    (example,) = encoded(writing(), RECORDS.select([1]))
     assert words_of(example) == ["A1", "x0", "Q", "x0", "</s>"]
 
 
@@ -74,7 +78,7 @@ def test_a_head_gets_class_ids_and_an_encoder_decoder_the_answer_apart():
         ({"label_column": "labels"}, r"^no column 'labels' in the data, which has 'x', 'label'; did you mean 'label'"),
         ({"template": Template("{y}")}, r"^no column 'y'"),
         ({"verbalizer": Verbalizer({"1": "yes"})}, r"^row 2: label '0' is not one of '1'"),
-        ({"label_column": "x", "verbalizer": None}, r"^row 3: column 'x' is empty"),
+        ({"label_column": "x"}, r"^row 1: label 'x0 x1 x2' is not one of '0', '1'"),
         ({"max_length": 1}, r"^row 1: template and answer alone take 3 tokens, max_length is 1"),
     ],
 )

@@ -9,7 +9,7 @@ from tests.tiny import LABELS, TEMPLATE, save_models, tokenizer
 from transformers import AutoModelForCausalLM
 
 from softtune import AdapterError, PeftModel, PrefixTuningConfig
-from softtune.data import Task, Template, Verbalizer
+from softtune.data import LabelTask, Template, Verbalizer
 from softtune.evaluation.answers import answer
 from softtune.evaluation.ensemble import answer_each
 from softtune.methods import TaskType
@@ -28,13 +28,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
 
 def test_each_adapter_and_the_base_model_answer_in_turn(model: PeftModel) -> None:
     words = tokenizer(ends=False)
-    task = Task(
+    task = LabelTask(
         kind=TaskType.CAUSAL_LM,
         template=Template(TEMPLATE),
         label_column="label",
         verbalizer=Verbalizer.from_labels(list(LABELS)),
         max_length=24,
-        max_new_tokens=3,
     )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     found = answer_each(model, words, task, RECORDS, names=["2", "__base__", "1"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from softtune import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
-from softtune.data import Task, Template, Verbalizer
+from softtune.data import LabelTask, Template, TextTask, Verbalizer
 from softtune.errors import AdapterError, ConfigError
 from softtune.evaluation.answers import answer, fitted
 from softtune.methods import PeftConfig, TaskType
@@ -35,18 +35,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_models(tmp_path_factory.mktemp("models"))["llama"]
 
 
-def task(words: dict[str, str] | None, template: str = TEMPLATE, **changes: int) -> Task:
-    fields = {"max_length": 24, "max_new_tokens": 3, **changes}
-    return Task(
+def task(words: dict[str, str], template: str = TEMPLATE, **changes: int) -> LabelTask:
+    return LabelTask(
         kind=TaskType.CAUSAL_LM,
         template=Template(template),
         label_column="label",
-        verbalizer=Verbalizer(words) if words else None,
-        **fields,
+        verbalizer=Verbalizer(words),
+        **{"max_length": 24, **changes},
     )
 
 
-def alone(model: PeftModel, asked: Task, record: dict[str, str], label: str) -> Tensor:
+def writing(**changes: int) -> TextTask:
+    fields = {"max_length": 500, "max_new_tokens": 3, **changes}
+    return TextTask(kind=TaskType.CAUSAL_LM, template=Template(TEMPLATE), label_column="label", **fields)
+
+
+def alone(model: PeftModel, asked: LabelTask, record: dict[str, str], label: str) -> Tensor:
     """The log-probability of a label's tokens, one row, by the public forward."""
     example = asked.encode(record, tokenizer(ends=False), label=label)
     ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
@@ -81,13 +85,13 @@ def test_a_label_that_another_one_continues_can_win(folder: str) -> None:
 def test_records_are_cut_to_what_the_model_can_take(folder: str) -> None:
     model = PeftModel(AutoModelForCausalLM.from_pretrained(folder), ADAPTERS["prefix"])  # 64 positions
     assert fitted(task({"a": "good", "b": "bad"}, max_length=500), model).max_length == 61
-    assert fitted(task(None, max_length=500), model).max_length == 58
-    assert fitted(task(None, max_length=20), model).max_length == 20
+    assert fitted(writing(), model).max_length == 58
+    assert fitted(writing(max_length=20), model).max_length == 20
     assert fitted(task({"a": "good", "b": "bad"}, max_length=500), model, written=11).max_length == 50
     with pytest.raises(ConfigError, match="64 positions, 3 virtual and 61 new tokens leave none"):
-        fitted(task(None, max_new_tokens=61), model)
+        fitted(writing(max_new_tokens=61), model)
     long = Dataset.from_dict({"words": ["red " * 300]})
-    answers = answer(model, tokenizer(ends=False), fitted(task(None, max_length=500), model), long)
+    answers = answer(model, tokenizer(ends=False), fitted(writing(), model), long)
     assert answers.truncated == 1
 
 

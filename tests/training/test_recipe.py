@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from softtune import CheckpointError, ConfigError, PrefixTuningConfig
+from softtune.data import TextTask
 from softtune.training.recipe import LEARNING_RATES, Recipe
 
 FIELDS: dict[str, Any] = {
@@ -24,7 +25,7 @@ def test_defaults() -> None:
     recipe = Recipe.of(FIELDS)
     assert recipe.peak_learning_rate == LEARNING_RATES[recipe.method]
     assert recipe.config() == PrefixTuningConfig(task_type="CAUSAL_LM")
-    assert recipe.definition.verbalizer is None
+    assert isinstance(recipe.definition, TextTask)
     assert recipe.num_labels is None
 
 
@@ -50,10 +51,10 @@ def test_every_field_says_what_it_is_for() -> None:
     ("change", "message"),
     [
         ({"lerning_rate": 1}, "lerning_rate: no such field"),
-        ({"learning_rate": -1}, "learning_rate: .*greater than 0"),
-        ({"batch_size": "many"}, "batch_size: .*integer"),
-        ({"train": None}, "train: .*string"),
-        ({"method": "LORA"}, "method: .*PREFIX_TUNING"),
+        ({"learning_rate": -1}, "learning_rate is -1: it should be greater than 0"),
+        ({"batch_size": "many"}, "batch_size is 'many': it should be a valid integer"),
+        ({"train": None}, "train is None: it should be a valid string"),
+        ({"method": "LORA"}, "method is 'LORA': it should be .*PREFIX_TUNING"),
         ({"options": {"num_virtual_tokens": 0}}, "num_virtual_tokens = 0.*greater than or equal to 1"),
         ({"options": {"num_virtual_token": 3}}, "did you mean num_virtual_tokens"),
         ({"task": "SEQ_CLS"}, "SEQ_CLS needs labels"),
@@ -62,7 +63,7 @@ def test_every_field_says_what_it_is_for() -> None:
             {"template": "{prompt:3} {text}", "method": "P_TUNING", "options": {"num_virtual_tokens": 4}},
             "places for 3 virtual tokens",
         ),
-        ({"shares": {}, "examples": 8}, "shares: .*at least 1"),
+        ({"shares": {}, "examples": 8}, r"shares is {}: name each label's share"),
         ({"labels": ["no", "yes", "no"]}, "labels has 'no' more than once"),
         ({"options": {"task_type": "SEQ_CLS"}}, "options has task_type: set task"),
         ({"options": {"revision": "v2"}}, "options has revision: drop it"),
@@ -77,12 +78,40 @@ def test_every_field_says_what_it_is_for() -> None:
         ({"ensemble": 0}, "ensemble"),
         ({"patience": 0}, "patience"),
         ({"template": "{prompt:3} {text}"}, "only PROMPT_TUNING and P_TUNING"),
+        ({"labels": [True, False]}, r"labels is \[True, False\]: list texts, .* with quotes around numbers, yes, no"),
+        ({"labels": {0: "no", 1: "yes"}}, "labels is {0: 'no', 1: 'yes'}: .*with quotes around numbers"),
+        ({"report_to": "wandb"}, r"report_to is 'wandb': list .* such as \[tensorboard\]"),
+        ({"validation_size": 1.0}, "validation_size is 1.0: name a number of rows of 1 or more, or a share of them"),
+        ({"test_size": 1.5}, "test_size is 1.5: name a number of rows, or a share of them below 1"),
+        ({"test_size": -1}, "test_size is -1: name a number of rows"),
+        ({"seed": -1}, "seed is -1: it should be greater than or equal to 0"),
+        ({"seed": 2**32}, "seed is 4294967296: it should be less than 4294967296"),
+        ({"seed": 2**32 - 2, "ensemble": 3}, r"seed is 4294967294: leave 3 seeds below 2\*\*32 for the ensemble"),
+        ({"epochs": float("inf")}, "epochs is inf: it should be a finite number"),
+        ({"epochs": 1e308}, "epochs is 1e.308: it should be less than or equal to"),
+        ({"batch_size": 10**20}, "batch_size is 10*: it should be less than or equal to"),
+        ({"warmup_steps": float("inf")}, "warmup_steps is inf: it should be a finite number"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf: it should be a finite number"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan: it should be"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         Recipe.of({**FIELDS, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_a_field_that_is_missing() -> None:
+    with pytest.raises(ConfigError, match="recipe: output is missing: add it"):
+        Recipe.of({name: value for name, value in FIELDS.items() if name != "output"})
+
+
+def test_a_members_recipe_has_its_own_seed_and_the_rows_of_the_ensemble() -> None:
+    for changes, rows_seed in (({}, 3), ({"data_seed": 9}, 9)):
+        ensemble = Recipe.of({**FIELDS, "seed": 3, "ensemble": 4, **changes})
+        member = ensemble.member(2, Path("out/3"))
+        assert (member.seed, member.ensemble, member.output) == (5, 1, "out/3")
+        assert member.rows_seed == ensemble.rows_seed == rows_seed
 
 
 @pytest.mark.parametrize(

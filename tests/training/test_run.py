@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.tiny import write_rows
 from transformers import AutoModelForCausalLM
 
 from softtune import CheckpointError, ConfigError, DataError, PeftModel, TrainingError
-from softtune.training.profile import ProductRecorder
 from softtune.training.recipe import Recipe
-from softtune.training.run import find_learning_rate, profile_recipe, train
+from softtune.training.run import train
 from softtune.training.trainer import AdapterTrainer
+
+LABEL_METRICS = {"accuracy", "balanced_accuracy", "macro_f1"}
 
 METHODS: dict[str, dict[str, Any]] = {
     "prefix with projection": {
@@ -34,31 +36,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt tuning": {"method": "PROMPT_TUNING", "options": {"num_virtual_tokens": 3}},
     "BitFit": {"method": "BITFIT", "options": {"add_missing": True}},
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def fields(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
-    """A recipe of 9 steps over 18 rows, with 6 rows held out."""
-    return {
-        "model": models["llama"],
-        "train": write_rows(tmp_path / "rows.csv", 24),
-        "test_size": 6,
-        "template": TEMPLATE,
-        "label_column": "label",
-        "labels": list(LABELS),
-        "max_length": 24,
-        "batch_size": 4,
-        "epochs": 2,
-        "save_steps": 4,
-        "learning_rate": 0.02,
-        "output": str(tmp_path / "adapter"),
-        "options": {"num_virtual_tokens": 3},
-    }
 
 
 def interrupt_at(step: int) -> Any:
@@ -86,7 +63,7 @@ def test_a_run_writes_the_adapter_and_nothing_else(fields: dict[str, Any]) -> No
     assert report.finished
     assert report.steps == 10
     assert (report.training_rows, report.evaluation_rows) == (18, 6)
-    assert set(report.after) == set(report.before) == {"accuracy", "balanced_accuracy"}
+    assert set(report.after) == set(report.before) == LABEL_METRICS
     assert report.trained == 3 * 2 * 2 * 2 * 6  # P, layers, key and value, heads, head size
     assert {path.name for path in report.folder.iterdir()} == {
         "README.md",
@@ -141,7 +118,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed_up(fields: dict[str,
     train(recipe, progress=interrupt_at(3))
     with pytest.raises(ConfigError, match="add --resume"):
         train(recipe)
-    with pytest.raises(ConfigError, match=r"learning_rate is 0\.01, and 0\.02 in the unfinished run"):
+    with pytest.raises(ConfigError, match=r"learning_rate is 0\.01, and 0\.02 in the run in .*adapter: resume it"):
         train(Recipe.of({**fields, "learning_rate": 0.01}), resume=True)
     assert train(recipe, resume=True).finished
 
@@ -162,6 +139,35 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_state
     base = AutoModelForCausalLM.from_pretrained(fields["model"])
     ids = torch.tensor([[3, 4, 5]])
     assert PeftModel.from_pretrained(base, fields["output"])(input_ids=ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize(("method", "rate"), [*((method, 1e38) for method in METHODS), ("P-tuning", 1e30)])
+def test_an_update_that_leaves_the_numbers_is_never_saved(fields: dict[str, Any], method: str, rate: float) -> None:
+    """Not at the end either, where no loss is computed with it any more, nor where only the prompt is no number."""
+    wild = {"learning_rate": rate, "max_grad_norm": 1e9, "warmup_steps": 0, "epochs": 0.2}
+    with pytest.raises(TrainingError, match="no longer made of numbers after step 1: lower the learning rate"):
+        train(Recipe.of({**fields, **METHODS[method], **wild}))
+    kept = tensors(fields["output"])
+    assert kept
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+def test_an_adapter_that_answers_no_numbers_has_failed(fields: dict[str, Any]) -> None:
+    """Its own numbers may be finite, and what layers make of them not."""
+    wild = {"learning_rate": 1e30, "max_grad_norm": 1e9, "warmup_steps": 0, "epochs": 0.2}
+    with pytest.raises(TrainingError, match="are no numbers"):
+        train(Recipe.of({**fields, **METHODS["BitFit"], **wild}))
+
+
+@pytest.mark.parametrize("base", ["llama", "t5"])
+def test_labels_that_the_tokenizer_does_not_tell_apart(
+    fields: dict[str, Any], models: dict[str, str], base: str
+) -> None:
+    task = "SEQ_2_SEQ_LM" if base == "t5" else "CAUSAL_LM"
+    changes = {"labels": {"warm": "hot", "cold": "icy"}, "model": models[base], "task": task}
+    with pytest.raises(DataError, match="labels 'warm' and 'cold' are the same tokens to the model: give them other"):
+        train(Recipe.of({**fields, **changes}), progress=no_work)
+    assert not Path(fields["output"]).exists()
 
 
 @pytest.mark.parametrize("method", ["P_TUNING_V2", "BITFIT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"])
@@ -191,13 +197,13 @@ def test_an_encoder_decoder_writes_the_label(fields: dict[str, Any], models: dic
     assert report.finished
     assert len(losses) == report.steps
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    assert set(report.after) == {"accuracy", "balanced_accuracy"}
+    assert set(report.after) == LABEL_METRICS
 
 
 def test_free_text_is_written_and_compared(fields: dict[str, Any]) -> None:
     report = train(Recipe.of({**fields, "labels": None, "max_new_tokens": 4, "epochs": 20, "learning_rate": 0.2}))
-    assert report.before == {"exact_match": 0.0}
-    assert report.after == {"exact_match": 1.0}
+    assert report.before["exact_match"] == 0.0
+    assert report.after["exact_match"] == 1.0
 
 
 def test_a_template_places_the_virtual_tokens(fields: dict[str, Any]) -> None:
@@ -294,7 +300,7 @@ def test_labels_are_checked_by_their_rows_in_the_file_before_any_work(
         ("evaluating the base model", 4, "stopped at once; no checkpoint is kept"),
         ("training", 50, "stopped at once; no checkpoint is kept"),
         ("training", 4, "stopped at once; .*checkpoint-4 is kept: go on with --resume"),
-        ("evaluating", 4, "stopped before the adapter was evaluated; it is saved in .*adapter"),
+        ("evaluating", 4, "stopped before the evaluation; the adapter is saved in .*adapter"),
     ],
 )
 def test_a_run_that_is_stopped_at_once_says_what_is_kept(
@@ -318,39 +324,20 @@ def test_a_run_that_is_stopped_at_once_says_what_is_kept(
 
 
 def test_tensorboard_logs_beside_the_adapter(fields: dict[str, Any]) -> None:
-    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     report = train(Recipe.of({**fields, "report_to": ["tensorboard"]}))
-    logged = loading.EventAccumulator(str(report.folder / "logs")).Reload()
+    logged = EventAccumulator(str(report.folder / "logs")).Reload()
     assert len(logged.Scalars("train/loss")) == report.steps
     assert {"train/learning_rate", "train/num_input_tokens_seen"} <= set(logged.Tags()["scalars"])
 
 
-def test_a_tracker_that_is_not_installed(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softtune.training.recipe.find_spec", lambda name: None)
+def test_a_tracker_is_needed_for_training_alone(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtune.training.company.find_spec", lambda name: None)
+    recipe = Recipe.of({**fields, "report_to": ["wandb"]})
     with pytest.raises(ConfigError, match="report_to needs the package wandb: pip install wandb"):
-        Recipe.of({**fields, "report_to": ["wandb"]})
-
-
-def test_a_profile_adds_up_and_leaves_nothing(fields: dict[str, Any]) -> None:
-    recipe = Recipe.of(fields)
-    found = profile_recipe(recipe)
-    assert not Path(recipe.output).exists()
-    assert found.tokens <= 4 * 24
-    assert sum(found.shares.values()) == pytest.approx(1.0, abs=0.3)  # profiled steps are not the timed ones
-    assert {"matrix products", "attention", "between operations"} <= found.shares.keys()
-    assert 0 < found.products < found.seconds
-    assert 0 < found.weights < found.seconds
-    with pytest.raises(ConfigError, match="one adapter's steps are measured: set ensemble to 1"):
-        profile_recipe(Recipe.of({**fields, "ensemble": 2}))
-
-
-def test_the_profiler_finds_every_product(fields: dict[str, Any]) -> None:
-    a, b = torch.ones(3, 4, requires_grad=True), torch.ones(4, 5, requires_grad=True)
-    with (recorder := ProductRecorder()):
-        (a @ b).sum().backward()
-    with (again := ProductRecorder()):
-        recorder.replay()
-    assert len(recorder._products) == len(again._products) == 3  # one forward, one for each gradient
+        train(recipe, progress=no_work)
+    train(Recipe.of(fields))
+    recipe.save(Path(recipe.output, "recipe.yaml"))
+    assert Recipe.of_adapter(recipe.output) == recipe
 
 
 def test_a_run_stops_when_held_out_rows_say_so_and_keeps_the_best(
@@ -368,6 +355,23 @@ def test_a_run_stops_when_held_out_rows_say_so_and_keeps_the_best(
     assert (report.training_rows, report.validation_rows, report.evaluation_rows) == (14, 4, 6)
     assert report.steps < 20 * 4
     assert [int(path.rpartition("-")[2]) for path in kept] == [report.steps - 2 * 2]
+
+
+def test_a_run_that_is_shorter_than_an_interval_is_validated(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    evaluate = AdapterTrainer.evaluate
+    monkeypatch.setattr(
+        AdapterTrainer, "evaluate", lambda self, *args, **k: steps.append(self.state.global_step) or evaluate(self)
+    )
+    for save_steps, expected in ((50, [8]), (3, [3, 6, 8])):
+        recipe = Recipe.of(
+            {**fields, "patience": 5, "save_steps": save_steps, "output": f"{fields['output']}-{save_steps}"}
+        )
+        assert train(recipe).validation_rows == 2
+        assert steps == expected
+        steps.clear()
 
 
 def test_rows_held_out_need_patience(fields: dict[str, Any]) -> None:
@@ -395,24 +399,3 @@ def no_dropout(model: str, folder: Path) -> str:
     config = copy / "config.json"
     config.write_text(config.read_text().replace('"attention_dropout": 0.1', '"attention_dropout": 0.0'))
     return str(copy)
-
-
-def test_the_range_test_finds_where_the_loss_turns(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softtune.training.learning_rate.HIGHEST", 1e2)  # a tiny model takes much
-    found = find_learning_rate(Recipe.of(fields))
-    assert not Path(fields["output"]).exists()
-    assert found.rates[0] == pytest.approx(1e-4)
-    steps = [later / rate for rate, later in zip(found.rates, found.rates[1:], strict=False)]
-    assert steps == pytest.approx([1e6 ** (1 / 39)] * len(steps))
-    turn = found.rates.index(found.lowest)
-    assert 0 < turn < len(found.losses) - 1
-    assert found.losses[turn] < found.losses[0]
-    assert found.losses[turn] < found.losses[-1]
-    assert found.suggestion == found.lowest / 3
-
-
-def test_a_range_test_that_leaves_the_numbers_ends(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softtune.training.learning_rate.HIGHEST", 1e38)
-    monkeypatch.setattr("softtune.training.learning_rate.RISEN", float("inf"))
-    found = find_learning_rate(Recipe.of({**fields, "method": "BITFIT", "options": {"add_missing": True}}))
-    assert len(found.rates) < 40

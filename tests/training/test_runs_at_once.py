@@ -12,7 +12,7 @@ from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
 from tests.training.test_run import interrupt_at, no_work, tensors
 
 from softtune import CheckpointError, ConfigError, TaskType, TrainingError
-from softtune.data import Task, Template, Verbalizer
+from softtune.data import LabelTask, Template, Verbalizer
 from softtune.evaluation.answers import Answers
 from softtune.evaluation.ensemble import by_mean, by_vote
 from softtune.training.recipe import Recipe
@@ -116,12 +116,47 @@ def test_a_run_that_fails_leaves_the_others_alone(fields: dict[str, Any], tmp_pa
     assert Recipe.of_adapter(tmp_path / "1").learning_rate == 1e38
 
 
-def test_recipes_that_cannot_run_at_once(fields: dict[str, Any], models: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bf16": True}, "bf16 is False for .*0 and True for .*1: recipes that run at once share it"),
+        ({"compile": True}, "compile is False for"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing is False for"),
+        ({"trunk_cache": 5}, "the use of a trunk cache is False for .*0 and True for .*1"),
+        ({"trunk_cache_disk": 5}, "the use of a trunk cache is False for"),
+        ({"report_to": ["tensorboard", "wandb"]}, "wandb takes one run of a process: report several to tensorboard"),
+    ],
+)
+def test_what_recipes_share_is_checked_before_any_work(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("softtune.training.company.find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=message):
+        train_all(recipes(fields, tmp_path / "out", {}, changes), progress=no_work)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wandb_takes_no_ensemble(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtune.training.company.find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match="wandb takes one run of a process"):
+        train(Recipe.of({**fields, "report_to": ["wandb"], "ensemble": 2}), progress=no_work)
+
+
+def test_recipes_of_other_models_or_one_output(fields: dict[str, Any], models: dict[str, str], tmp_path: Path) -> None:
     one, other = recipes(fields, tmp_path, {}, {"model": models["t5"], "task": "SEQ_2_SEQ_LM"})
     with pytest.raises(ConfigError, match=r"model is '.*llama' for .*0 and '.*t5' for .*1: recipes that run at once"):
         train_all([one, other], progress=no_work)
     with pytest.raises(ConfigError, match="is the output of 2 recipes: give each one its own"):
         train_all([one, one], progress=no_work)
+
+
+def test_a_members_recipe_makes_it_again(fields: dict[str, Any], tmp_path: Path) -> None:
+    for name, changes in (("one", {"seed": 5}), ("validated", {"data_seed": 7, "patience": 9, "examples": 12})):
+        ensemble = Recipe.of({**fields, **changes, "ensemble": 2, "output": str(tmp_path / name)})
+        train(ensemble)
+        member = Recipe.of_adapter(tmp_path / name / "2")
+        again = train(member.model_copy(update={"output": str(tmp_path / f"{name} again")}))
+        assert_same_adapter(tmp_path / name / "2", again.folder)
 
 
 def test_an_ensemble(fields: dict[str, Any], tmp_path: Path) -> None:
@@ -154,13 +189,12 @@ def test_an_ensemble_goes_on_after_an_interrupt(fields: dict[str, Any], tmp_path
         assert_same_adapter(Path(broken.output, name), Path(whole.output, name))
 
 
-TASK = Task(
+TASK = LabelTask(
     kind=TaskType.CAUSAL_LM,
     template=Template("{text}"),
     label_column="label",
     verbalizer=Verbalizer.from_labels(["a", "b", "c"]),
     max_length=9,
-    max_new_tokens=1,
 )
 
 

@@ -25,6 +25,8 @@ from softtune import (
     TrainingError,
 )
 from softtune.data import Collator, Example
+from softtune.injection.trunk import Trunk
+from softtune.training import together
 from softtune.training.together import train_together
 from softtune.training.trainer import AdapterTrainer, training_arguments
 
@@ -104,14 +106,14 @@ def assert_same(found: Trainer, expected: Trainer) -> None:
 
 def assert_alike(runs: Callable[[], list[Any]]) -> list[Any]:
     """Train the runs alone and together, and compare."""
-    alone, together = runs(), runs()
-    starts = [numbers(trainer) for trainer in together]
+    alone, joint = runs(), runs()
+    starts = [numbers(trainer) for trainer in joint]
     train_alone(alone)
-    assert train_together(together) == [None] * len(together)
-    for found, expected, start in zip(together, alone, starts, strict=True):
+    assert train_together(joint) == [None] * len(joint)
+    for found, expected, start in zip(joint, alone, starts, strict=True):
         assert_same(found, expected)
         assert any(not torch.equal(x, start[name]) for name, x in numbers(found).items())
-    return together
+    return joint
 
 
 def test_every_method_at_once(tmp_path: Path) -> None:
@@ -236,15 +238,62 @@ def test_a_batch_without_labels_says_so(tmp_path: Path) -> None:
         train_together(runs)
 
 
-def test_the_trunk_cache_is_shared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [2, 3])
+def test_an_error_ends_all_with_checkpoints_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    case = Case(tmp_path, "llama")
+
+    def runs() -> list[Any]:
+        return [case.trainer("prefix", seed, save_steps=50) for seed in range(2)]
+
+    whole, broken, resumed = runs(), runs(), runs()
+    train_together(whole)
+    losses_of, calls = together._losses, []
+
+    def fail(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == step:
+            raise DataError("this batch does not fit")
+        return losses_of(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(together, "_losses", fail)
+        with pytest.raises(DataError, match="this batch does not fit"):
+            train_together(broken)
+    checkpoints = [Path(run.args.output_dir, f"checkpoint-{step - 1}") for run in broken]
+    train_together(resumed, [str(checkpoint) for checkpoint in checkpoints])
+    for found, expected in zip(resumed, whole, strict=True):
+        assert found.state.global_step == 4
+        assert_same(found, expected)
+
+
+def test_an_error_of_one_run_saves_the_others(tmp_path: Path) -> None:
+    class Break(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise OSError("no space left")
+
+    case = Case(tmp_path, "llama")
+    runs = [case.trainer("prefix", 0, save_steps=50), case.trainer("prefix", 1, callbacks=[Break()], save_steps=50)]
+    with pytest.raises(OSError, match="no space left"):
+        train_together(runs)
+    assert [path.name for path in Path(runs[0].args.output_dir).iterdir()] == ["checkpoint-2"]
+    assert not list(Path(runs[1].args.output_dir).glob("*"))
+
+
+def test_the_trunk_cache_is_shared(tmp_path: Path, trunks: list[Trunk]) -> None:
     case = Case(tmp_path, "llama")
 
     def runs(**more: Any) -> list[Any]:
+        more["max_steps"] = 8  # two epochs of seven rows, in batches of two
         return [case.trainer("prefix", seed, layers=layers, **more) for seed, layers in enumerate(["last:1", [1]])]
 
     plain, cached = runs(), runs(trunk_cache=10)
     train_together(plain)
     train_together(cached)
+    [trunk] = trunks
+    assert (trunk.misses, trunk.hits) == (14, 14)
     for found, expected in zip(cached, plain, strict=True):
         assert_same(found, expected)
 
@@ -260,10 +309,10 @@ def test_one_forward_a_step(tmp_path: Path) -> None:
 
 def test_in_bf16(tmp_path: Path) -> None:
     case = Case(tmp_path, "llama")
-    alone, together = ([case.trainer("prefix", seed, bf16=True) for seed in range(2)] for _ in range(2))
+    alone, joint = ([case.trainer("prefix", seed, bf16=True) for seed in range(2)] for _ in range(2))
     train_alone(alone)
-    train_together(together)
-    for found, expected in zip(together, alone, strict=True):
+    train_together(joint)
+    for found, expected in zip(joint, alone, strict=True):
         assert losses(found) == pytest.approx(losses(expected), rel=2e-2)
 
 

@@ -6,9 +6,6 @@ so grouped heads, uneven layers and layers without attention need no rule of the
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softtune.backbone.checkpointing import around_runs, is_checkpointing, is_reentrant, unchecked
-from softtune.backbone.interface import WRAPPER, AttentionRecorder, install
-from softtune.backbone.outputs import Outputs, observing, with_rows
+from softtune.backbone.checkpointing import around_runs, is_checkpointing, is_reentrant, keeping_caches, unchecked
+from softtune.backbone.generation import counting_words
+from softtune.backbone.interface import install
+from softtune.backbone.modes import evaluating, training
+from softtune.backbone.observation import seen_attention, seen_outputs
+from softtune.backbone.outputs import Outputs, with_rows
 from softtune.backbone.roles import BiasSlot, bias_slots
 from softtune.backbone.stack import (
     AttentionLayer,
@@ -27,10 +27,10 @@ from softtune.backbone.stack import (
     Stack,
     cache_of,
     cached_length,
-    evaluating,
     is_causal,
     skipped,
 )
+from softtune.backbone.turns import turn
 from softtune.errors import UnsupportedModelError
 
 __all__ = [
@@ -42,10 +42,13 @@ __all__ = [
     "around_runs",
     "cache_of",
     "cached_length",
+    "counting_words",
     "evaluating",
     "is_checkpointing",
     "is_reentrant",
+    "keeping_caches",
     "skipped",
+    "turn",
 ]
 
 
@@ -65,19 +68,8 @@ class Backbone:
                 f"{type(model).__name__} is no Hugging Face transformer: load the model by from_pretrained"
             )
         self.model = model
-        if model.config.is_encoder_decoder:
-            encoder, decoder = _below_head(model.get_encoder()), _below_head(model.get_decoder())
-            self.stacks = [Stack(encoder, Site.ENCODER), Stack(decoder, Site.DECODER)]
-            if self.stacks[1].sees_later_words:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__}'s decoder sees later words in this transformers: install 5.18 or newer"
-                )
-        else:
-            decoder = model.get_decoder()  # of masked words a matrix may have that name
-            stack = _below_head(decoder if isinstance(decoder, PreTrainedModel) else model)
-            self.stacks = [Stack(stack, Site.DECODER if is_causal(stack) else Site.ENCODER)]
-        self.has_interface = model._can_set_attn_implementation()
-        if self.has_interface:
+        self.stacks = _stacks(model)
+        if model._can_set_attn_implementation():
             install(model)
 
     @property
@@ -116,13 +108,18 @@ class Backbone:
     @property
     def takes_vectors(self) -> bool:
         """Whether vectors can stand among the words."""
-        return self.stacks[0].word_scale is not None
+        return self._word_scale is not None
 
     @property
     def has_plain_words(self) -> bool:
         """Whether the layers see words as the embedding has them, and an encoder's see them from everywhere."""
         is_local = not self.stacks[0].is_causal and getattr(self.text_config, "local_attention", None) is not None
-        return self.stacks[0].word_scale == 1.0 and not is_local
+        return self._word_scale == 1.0 and not is_local
+
+    @property
+    def _word_scale(self) -> float | None:
+        with turn(self.model):
+            return self.stacks[0].word_scale
 
     @property
     def text_config(self) -> Any:
@@ -136,17 +133,23 @@ class Backbone:
     @cached_property
     def attention_layers(self) -> list[AttentionLayer]:
         """Every attention layer that can take a prefix, by site and depth; empty where none can."""
-        with evaluating(self.model):
-            return [layer for layer, _, _ in self._observe(input_ids=torch.zeros(1, 3, dtype=torch.long))]
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        with turn(self.model), evaluating(self.model):
+            return [seen.layer for seen in seen_attention(self.model, self.stacks, input_ids=ids)]
 
-    def keys_and_values(self, input_ids: Tensor) -> dict[tuple[Site, int], tuple[Tensor, Tensor]]:
+    @property
+    def has_interface(self) -> bool:
+        """Whether attention layers call the attention interface; else a prefix comes as a ready cache or not at all."""
+        return any(layer.module is not None for layer in self.attention_layers)
+
+    def keys_and_values(self, input_ids: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
         """What the frozen attention layers hold for one text: keys [H, T, K] and values [H, T, V] by site and layer.
 
         Args:
             input_ids: [T]. An encoder-decoder's decoder reads the same text, less its last token.
         """
-        with evaluating(self.model):
-            return {layer.place: (key, value) for layer, key, value in self._observe(input_ids=input_ids[None])}
+        with turn(self.model), evaluating(self.model):
+            return self._held(input_ids=input_ids[None])
 
     @cached_property
     def runs_ahead(self) -> bool:
@@ -159,13 +162,21 @@ class Backbone:
         """Whether its layers' attention alone sees rows, and can be given others than those of the layers' input."""
         return self.runs_ahead and self.has_interface and self.stacks[0].takes_position_ids
 
+    @property
+    def is_random_in_training(self) -> bool:
+        """Whether dropout, noise or layers left out make a text's outputs differ from one training step to the next."""
+        stack = self.stacks[0]
+        with turn(self.model), training(stack.module):
+            return stack.is_random
+
     def starts_at(self, depth: int) -> bool:
         """Whether the layers from ``depth`` on can run without those below, by the hidden states that these return."""
         if not self.packs or len(self.attention_layers) != len(self.stacks[0].layers):
             return False
         pairs = zip(self.attention_layers, self.stacks[0].layers, strict=True)
         are_apart = all(a.module in {*layer.modules()} and not a.is_shared for a, layer in pairs)
-        return are_apart and self.stacks[0].starts_at(depth)
+        with turn(self.model):
+            return are_apart and self.stacks[0].starts_at(depth)
 
     def compile_layers(self) -> None:
         """Compile each layer of every stack, the first time that it runs; one compilation serves all layers alike."""
@@ -173,70 +184,16 @@ class Backbone:
             for layer in stack.layers:
                 layer.compile(dynamic=True)
 
-    def run_ahead(self, vectors: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
+    def keys_of_vectors(self, vectors: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
         """Keys [H, P, K] and values of virtual tokens [P, D] in front of a text, with gradients.
 
         The mode is the model's own; no layer is checkpointed, since nothing would recompute what is kept here.
         """
-        with unchecked(self.model):
-            observed = self._observe(inputs_embeds=vectors[None].to(self.model.dtype))
-        return {layer.place: (key, value) for layer, key, value in observed}
+        with turn(self.model), unchecked(self.model):  # a copy, since CTRL scales its input in place
+            return self._held(inputs_embeds=vectors[None].to(self.model.dtype, copy=True))
 
-    def _observe(self, **inputs: Tensor) -> list[tuple[AttentionLayer, Tensor, Tensor]]:
-        observed = []
-        count: Counter[Site] = Counter()
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        for site, module, key, value, facts in self._attention_calls(inputs):
-            facts |= {"heads": key.shape[0], "key_size": key.shape[-1], "value_size": value.shape[-1]}
-            observed.append((AttentionLayer(site=site, index=count[site], module=module, **facts), key, value))
-            count[site] += 1
-        return sorted(observed, key=lambda o: list(Site).index(o[0].site))
-
-    def _attention_calls(
-        self, inputs: dict[str, Tensor]
-    ) -> list[tuple[Site, nn.Module | None, Tensor, Tensor, dict[str, Any]]]:
-        """Site, module, key [H, T, K] and value [H, T, V] of every layer, and whether they are shared and cached."""
-        recorder = AttentionRecorder()
-        with self._passing(recorder) if self.has_interface else nullcontext():
-            output = self._run(inputs, **{"use_cache": True} if self.is_decoder_only else {})
-        cache = getattr(output, "past_key_values", None) if self.is_decoder_only else None
-        if not self.has_interface:
-            layers = [] if cache is None else cache.layers
-            return [(Site.DECODER, None, layer.keys[0], layer.values[0], {}) for layer in layers]
-        own = {m: s.site for s in self.stacks for m in s.module.modules()}
-        # ALBERT calls one module for every layer: its layers share a prefix.
-        calls = {call[0]: call for call in reversed(recorder.calls)}
-        return [
-            (
-                Site.CROSS if other and own[module] is Site.DECODER else own[module],
-                module,
-                key[0],
-                value[0],
-                _facts(module, key, recorder, cache),
-            )
-            for module, key, value, other in reversed(calls.values())
-        ]
-
-    @contextmanager
-    def _passing(self, wrapper: Any) -> Iterator[None]:
-        """Hand ``wrapper`` to every attention layer for the length of the block."""
-
-        def add_wrapper(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, WRAPPER: wrapper}
-
-        handles = [s.module.register_forward_pre_hook(add_wrapper, with_kwargs=True) for s in self.stacks]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _run(self, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
-        """A forward below the head."""
-        if self.is_encoder_decoder:
-            ids = inputs["input_ids"]
-            kwargs["decoder_input_ids"] = ids[:, :-1] if ids.shape[1] > 1 else ids.repeat(1, 2)
-        return self.model.base_model(**inputs, **kwargs)
+    def _held(self, **inputs: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
+        return {s.layer.place: (s.key, s.value) for s in seen_attention(self.model, self.stacks, **inputs)}
 
     @property
     def head_names(self) -> list[str]:
@@ -279,11 +236,8 @@ class Backbone:
 
     @cached_property
     def _outputs(self) -> Outputs:
-        ids = torch.arange(14, device=self.model.device).view(2, 7)  # so many that no expert gets all by chance
-        embeddings = [stack.module.get_input_embeddings() for stack in self.stacks]
-        with evaluating(self.model), observing(self.model, embeddings) as outputs:
-            self._run({"input_ids": ids})
-        return outputs
+        with turn(self.model), evaluating(self.model):
+            return seen_outputs(self.model, self.stacks)
 
     def embedding_sample(self, rows: int | None = None, size: int = 16) -> list[float]:
         """A few numbers of the word embedding, by which an adapter knows its base model again at any precision.
@@ -300,13 +254,21 @@ class Backbone:
         return [round(float(x), 6) for x in weights[picks.to(weights.device)]]
 
 
-def _facts(module: nn.Module, key: Tensor, recorder: AttentionRecorder, cache: Any) -> dict[str, Any]:
-    shared = {call[0] for call in recorder.calls if call[1].data_ptr() == key.data_ptr()} != {module}
-    if cache is None:
-        return {"is_shared": shared}
-    index = module.layer_idx
-    held = cache.layers[index].keys if isinstance(index, int) and index < len(cache.layers) else None
-    return {"is_shared": shared, "is_cached": held is not None and held.shape == key.shape and not shared}
+def _stacks(model: PreTrainedModel) -> list[Stack]:
+    """The runs of layers of a model: one, or an encoder-decoder's two."""
+    if not model.config.is_encoder_decoder:
+        decoder = model.get_decoder()  # of masked words a matrix may have that name
+        stack = _below_head(decoder if isinstance(decoder, PreTrainedModel) else model)
+        return [Stack(stack, Site.DECODER if is_causal(stack) else Site.ENCODER)]
+    encoder, decoder = _below_head(model.get_encoder()), _below_head(model.get_decoder())
+    if encoder in decoder.modules():  # UMT5's encoder alone
+        return [Stack(encoder, Site.ENCODER)]
+    stacks = [Stack(encoder, Site.ENCODER), Stack(decoder, Site.DECODER)]
+    if stacks[1].sees_later_words:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}'s decoder sees later words in this transformers: install 5.18 or newer"
+        )
+    return stacks
 
 
 def _below_head(stack: nn.Module) -> PreTrainedModel:

@@ -60,6 +60,19 @@ def unchecked(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
+@contextmanager
+def keeping_caches(model: nn.Module) -> Iterator[None]:
+    """Let checkpointed layers have a cache that may be read again, for the length of the block."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache
+
+
 def _functions(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
     return {m: vars(m)[_FUNCTION] for m in model.modules() if _FUNCTION in vars(m)}
 

@@ -142,6 +142,12 @@ def takes_padding(config: Any) -> bool:
     return _form((config._attn_implementation or "eager").removeprefix(_PREFIX)) is MaskForm.PADDING
 
 
+def takes_any_mask(config: Any) -> bool:
+    """Whether attention calls a wrapper, and is told of each query which keys it sees."""
+    name = config._attn_implementation or ""
+    return name.startswith(_PREFIX) and _form(name.removeprefix(_PREFIX)) is MaskForm.DENSE
+
+
 def flash_refusal(reason: str) -> UnsupportedModelError:
     """The error for what flash attention cannot express."""
     return UnsupportedModelError(f"flash attention {reason}: load the model with attn_implementation='sdpa' or 'eager'")

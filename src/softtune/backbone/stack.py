@@ -16,9 +16,15 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from softtune.backbone.checkpointing import unchecked
+from softtune.backbone.modes import evaluating
 
-_CACHES = {"past_key_values", "cache_params"}
-"""The names that a stack gives to its cache; a model without attention has states in place of keys and values."""
+_CACHES = {"past_key_values", "cache_params", "state"}
+"""The names that a stack gives to its cache; a model without attention has states in place of keys and values. RWKV's
+are a list."""
+
+
+_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed", "pos_encoding")
+"""How the names of position tables end."""
 
 
 class Site(str, Enum):
@@ -70,6 +76,8 @@ class Stack:
         self.module = module
         self.site = site
         self.signature = inspect.signature(module.forward)
+        self._random: dict[int, bool] = {}
+        """Whether it is random, by mode and rates."""
 
     @property
     def is_causal(self) -> bool:
@@ -78,6 +86,11 @@ class Stack:
     @property
     def takes_position_ids(self) -> bool:
         return "position_ids" in self.signature.parameters
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether layers of RecurrentGemma keep states to themselves, and begin anew where a position is 0 alone."""
+        return hasattr(self.module, "_setup_cache")
 
     @cached_property
     def position_table(self) -> nn.Module | None:
@@ -99,21 +112,39 @@ class Stack:
         limit = getattr(self.module.config, "max_position_embeddings", None)
         modules = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.Embedding)]
         names = [n for n, _ in (*modules, *self.module.named_buffers())]  # GPT-J keeps its sines in a buffer
-        has_table = any(n.endswith(("position_embeddings", "wpe", "embed_positions")) for n in names)
+        has_table = any(n.endswith(_TABLES) for n in (*names, *vars(self.module)))  # CTRL its own beside them
         return limit - self.first_position if limit and has_table else None
 
+    def some_ids(self, count: int) -> Tensor:
+        """[count] different words, as far as there are so many."""
+        embedding: Any = self.module.get_input_embeddings()
+        return torch.arange(count, device=self.module.device) % int(embedding.num_embeddings)
+
     @property
-    def has_dropout(self) -> bool:
-        """Whether dropout makes equal tokens differ in training mode."""
-        shares = (
-            getattr(m, name, 0.0) for m in self.module.modules() for name in ("p", "dropout", "attention_dropout")
-        )
-        return any(isinstance(share, float) and share > 0 for share in shares)
+    def drops_layers(self) -> bool:
+        """Whether layers may be left out by chance in this mode."""
+        return self.module.training and any(getattr(m, "layerdrop", 0) > 0 for m in self.module.modules())
 
     @property
     def is_random(self) -> bool:
-        """Whether dropout makes equal tokens differ in this mode."""
-        return self.module.training and self.has_dropout
+        """Whether dropout, noise or layers left out make equal tokens differ in this mode: seen once for each mode and
+        each choice of rates."""
+        if not self.module.training:
+            return False
+        modules = [*self.module.modules()]
+        rates = [x for m in (self.module.config, *modules) for x in vars(m).values() if isinstance(x, float)]
+        setting = hash((*rates, *(m.training for m in modules)))
+        if setting not in self._random:
+            self._random[setting] = self.drops_layers or self._runs_differ()
+        return self._random[setting]
+
+    def _runs_differ(self) -> bool:
+        """Whether two forwards of a text of 32 tokens differ, or as many as the model has positions for."""
+        ids = self.some_ids(min(32, self.table_size or 32))[None]
+        devices = [self.module.device] if self.module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), unchecked(self.module):
+            first, second = (self.module.forward(input_ids=ids).last_hidden_state for _ in range(2))
+        return not torch.equal(first, second)
 
     @cached_property
     def layers(self) -> list[nn.Module]:
@@ -138,7 +169,7 @@ class Stack:
     def starts_at(self, depth: int) -> bool:
         """Whether layers from ``depth`` on take nothing from those below but hidden states [B, T, D]: seen on a text of
         three tokens, whose outputs are the same where the layers below are handed their own."""
-        ids = torch.arange(3, device=self.module.device)[None]
+        ids = self.some_ids(3)[None]
         with evaluating(self.module):
             expected, states = self._states(input_ids=ids), self.run_below(depth, input_ids=ids)
             with skipped(self.layers[:depth], lambda _: states):
@@ -191,7 +222,7 @@ class Stack:
         """What the stack multiplies words with that it looks up by itself, but not vectors that come in their place:
         Marian's and Pegasus' encoders do. None where no vector can take a word's place."""
         word = (self.module.config.pad_token_id or 0) + 1  # padding has a position of its own in RoBERTa
-        ids = torch.full((1, 3), word, device=self.module.device)
+        ids = self.some_ids(word + 1)[-1].expand(1, 3)
         words = self.module.get_input_embeddings()(ids)
         try:
             self._states(inputs_embeds=words + 1)
@@ -240,19 +271,6 @@ def skipped(layers: Sequence[nn.Module], change: Callable[[Tensor], Tensor]) -> 
             vars(layer).update(before)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients, for the length of the block."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def cache_of(call: Mapping[str, Any]) -> Any:
     """The cache among a call's arguments, or an output's fields; None where there is none."""
     return next((call[name] for name in _CACHES if call.get(name) is not None), None)
@@ -264,8 +282,8 @@ def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
     A cache of states alone counts none.
     """
     cache = cache_of(call)
-    if cache is None:
-        return 0, False
+    if cache is None or isinstance(cache, list):
+        return 0, cache is not None
     try:
         length = int(cache.get_seq_length())
     except ValueError:

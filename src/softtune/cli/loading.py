@@ -21,6 +21,7 @@ from softtune.training.recipe import RECIPE_NAME, Recipe
 class Trained:
     """An adapter at work, or an ensemble."""
 
+    recipe: Recipe
     task: Task
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ def load_trained(adapter: Path, model: str | None) -> Trained:
     loaded = PeftModel(base).eval()
     for name in recipe.adapter_names:
         loaded.load_adapter(adapter if name == "default" else adapter / name, name)
-    return Trained(fitted(recipe.definition, loaded), loaded, tokenizer)
+    return Trained(recipe, fitted(recipe.definition, loaded), loaded, tokenizer)
 
 
 def check_single(adapter: Path) -> None:
@@ -60,13 +61,13 @@ def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[
     return PeftModel.from_pretrained(base, adapter), tokenizer
 
 
-def read_records(task: Task, data: str | None, texts: list[str], split: str) -> Dataset:
+def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str) -> Dataset:
     """Records of a file or hub name, or one for each text given on the command line."""
     if bool(data) == bool(texts):
         raise ConfigError("name a data file, or give --text; one of the two")
     if data:
-        return load_records(data, split=split)
-    fields = task.template.fields
+        return load_records(data, split=split, columns=recipe.columns)
+    fields = recipe.definition.columns
     if len(fields) != 1:
         raise ConfigError(f"--text fills one field, the template has {', '.join(fields)}: give a data file")
     return Dataset.from_dict({fields[0]: texts})

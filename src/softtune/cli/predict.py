@@ -12,11 +12,12 @@ from datasets import Dataset
 from rich.table import Table
 
 from softtune import storage
-from softtune.cli.console import console, counting, quiet, show_pairs
+from softtune.cli.console import console, counting, quiet
 from softtune.cli.loading import Trained, load_trained, read_records
-from softtune.data import Task, each_row
+from softtune.cli.tables import show_mistakes, show_quality
+from softtune.data import Task, TextTask, each_row, with_all_references
 from softtune.errors import ConfigError, DataError
-from softtune.evaluation.answers import Answers, measure
+from softtune.evaluation.answers import Answers, judge
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
 from softtune.training.recipe import Recipe
 
@@ -41,21 +42,21 @@ def command(
     """
     quiet()
     with _written(output) as write:
-        task = Recipe.of_adapter(adapter).definition
-        records = read_records(task, data, text or [], split)
-        _check_records(task, records)
+        recipe = Recipe.of_adapter(adapter)
+        records = _checked(recipe.definition, read_records(recipe, data, text or [], split))
         trained = load_trained(adapter, model)
         if vote and len(trained.names) == 1:
             raise ConfigError(f"{adapter} has one adapter, which has no one to vote with: leave out --vote")
         answers = _answers(trained, records, vote=vote)
         answered = _with_answers(records, answers)
         write(answered)
-    _show(answered, trained.task.template.fields, output)
+    _show(answered, trained.task.columns, output)
     if answers.truncated:
         console.print(f"{answers.truncated} of {len(records)} records were cut to fit.")
-    if trained.task.label_column in records.column_names:
-        metrics = measure(trained.task, records, answers)
-        show_pairs("", [(name.replace("_", " "), f"{value:.1%}") for name, value in metrics.items()])
+    if (column := trained.task.label_column) in records.column_names:
+        quality = judge(trained.task, records, answers)
+        show_quality(quality)
+        show_mistakes(quality, answered, [*trained.task.columns, column, "answer"])
 
 
 @contextmanager
@@ -70,17 +71,18 @@ def _written(output: Path | None) -> Iterator[Callable[[Dataset], None]]:
         yield lambda answered: answered.to_csv(stage / output.name, index=False)
 
 
-def _check_records(task: Task, records: Dataset) -> None:
-    """Labels that cannot be measured, and columns in the way, before any work is done."""
+def _checked(task: Task, records: Dataset) -> Dataset:
+    """The records, those that read alike made one where they have texts to compare with. Refuses labels that cannot be
+    measured, and columns in the way, before any work is done."""
     if taken := {"answer", "probability"} & set(records.column_names):
         raise DataError(f"the data has a column {min(taken)!r}, where the answers go: rename it")
-    if task.label_column in records.column_names:
-        try:
-            each_row(records, [task.label_column], task.label_of)
-        except DataError as error:
-            raise DataError(
-                f"{error}; or leave out the column {task.label_column!r}, and nothing is measured"
-            ) from error
+    if task.label_column not in records.column_names:
+        return records
+    try:
+        each_row(records, [*task.columns, task.label_column], task.right)
+    except DataError as error:
+        raise DataError(f"{error}; or leave out the column {task.label_column!r}, and nothing is measured") from error
+    return with_all_references(records, task) if isinstance(task, TextTask) else records
 
 
 def _answers(trained: Trained, records: Dataset, *, vote: bool) -> Answers:
@@ -95,7 +97,8 @@ def _answers(trained: Trained, records: Dataset, *, vote: bool) -> Answers:
 
 def _with_answers(records: Dataset, answers: Answers) -> Dataset:
     """The records with a column for the answer and, where labels were scored, one for its probability among them."""
-    answered = records.add_column("answer", answers.texts)
+    words = [" ".join(text) if isinstance(text, tuple) else text for text in answers.texts]
+    answered = records.add_column("answer", words)
     if answers.scores is None:
         return answered
     return answered.add_column("probability", answers.scores.softmax(1).amax(1).tolist())

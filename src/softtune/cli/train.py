@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -12,20 +13,21 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 import yaml
 from rich.markup import escape
-from rich.table import Table
 
-from softtune.cli.console import console, in_units, progress_bars, quiet, show_pairs
+from softtune.cli.console import console, progress_bars, quiet
+from softtune.cli.tables import show_profile, show_range_test, show_report
 from softtune.errors import ConfigError, TrainingError
 from softtune.methods import TaskType
 from softtune.pretrained import MODEL_CLASSES
-from softtune.training import run
-from softtune.training.learning_rate import RangeTest
-from softtune.training.profile import Profile
+from softtune.training import measuring
 from softtune.training.recipe import Recipe
-from softtune.training.run import Report, train_all
+from softtune.training.report import Report
+from softtune.training.run import train_all
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+SILENT = 99
+"""Level of the messages that torch's profiler may write to the standard error: none has so high a one."""
 
 
 def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate: bool, **flags: str | None) -> None:
@@ -38,100 +40,48 @@ def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate:
     overrides = {name: _value(name, text) for name, text in flags.items() if text is not None}
     chosen = [Recipe.load(recipe, overrides) for recipe in recipes]
     if profile or find_learning_rate:
-        if len(chosen) > 1:
-            raise ConfigError("one recipe is measured at a time: name one")
-        with console.status("measuring"):
-            profiled = run.profile_recipe(chosen[0]) if profile else None
-            tested = run.find_learning_rate(chosen[0]) if find_learning_rate else None
-        if profiled is not None:
-            show_profile(profiled)
-        if tested is not None:
-            show_range_test(tested)
+        _measure(chosen, resume, profile, find_learning_rate)
         return
     with progress_bars() as progress:
         results = train_all(chosen, resume=resume, progress=progress)
     reports = [result for result in results if isinstance(result, Report)]
     if unfinished := [report for report in reports if not report.finished]:
+        for failure in _failures(chosen, results):
+            print(f"softtune: {failure}", file=sys.stderr)
         again = [part for name, text in flags.items() if text is not None for part in (_flag(name), text)]
         words = shlex.join(["softtune", "train", *recipes, *again, "--resume"])
         steps = max(report.steps for report in unfinished)
-        console.print(f"Stopped after step {steps}. Go on with: {escape(words)}", soft_wrap=True)
+        console.print(f"Stopped after step {steps}. Go on with: {words}", soft_wrap=True)
         sys.exit(INTERRUPTED)
-    for report in reports:
-        show_report(report, title=escape(str(report.folder)) if len(results) > 1 else "")
-    _raise_failures(chosen, results)
+    for recipe, result in zip(chosen, results, strict=True):
+        if result is None:
+            console.print(f"{recipe.output} was finished before.", soft_wrap=True)
+        elif isinstance(result, Report):
+            show_report(result, title=recipe.output if len(results) > 1 else "")
+    if failures := _failures(chosen, results):
+        raise TrainingError("; ".join(failures))
 
 
-def _raise_failures(recipes: Sequence[Recipe], results: Sequence[Report | TrainingError]) -> None:
-    """Raise TrainingError where a run failed; of several, it says which."""
-    failed = [
-        (recipe, result) for recipe, result in zip(recipes, results, strict=True) if not isinstance(result, Report)
-    ]
-    if failed and len(results) == 1:
-        raise failed[0][1]
-    if failed:
-        raise TrainingError("; ".join(f"{recipe.output}: {error}" for recipe, error in failed))
+def _measure(recipes: Sequence[Recipe], resume: bool, profile: bool, find_learning_rate: bool) -> None:
+    """Show what a recipe's steps take, or how they take learning rates."""
+    if len(recipes) > 1:
+        raise ConfigError("one recipe is measured at a time: name one")
+    if resume:
+        raise ConfigError("--resume goes on with a run, and to measure begins none: leave out one of the two")
+    os.environ.setdefault("KINETO_LOG_LEVEL", str(SILENT))
+    with console.status("measuring"):
+        profiled = measuring.profile_recipe(recipes[0]) if profile else None
+        tested = measuring.find_learning_rate(recipes[0]) if find_learning_rate else None
+    if profiled is not None:
+        show_profile(profiled)
+    if tested is not None:
+        show_range_test(tested)
 
 
-def show_report(report: Report, title: str = "") -> None:
-    """The table at the end of a run."""
-    pairs = [pair for name in report.after for pair in _quality(report, name)]
-    pairs += [
-        ("trained on", f"{_rows(report.training_rows, report.truncated)}, {report.steps} steps"),
-        *([("stopped by", _rows(report.validation_rows, 0))] if report.validation_rows else []),
-        ("evaluated on", _rows(report.evaluation_rows, report.evaluation.truncated)),
-        ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
-        ("adapter", f"{report.folder} ({in_units(report.size)})"),
-        ("training", f"{report.seconds:.0f} s"),
-    ]
-    show_pairs(title, pairs)
-
-
-def show_profile(profile: Profile) -> None:
-    """Where a step's time goes, and what it could not go below."""
-    table = Table("", "ms", "of a step", title="A training step", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.add_row(f"all of it, {profile.tokens} tokens", f"{1000 * profile.seconds:.1f}", "100%", end_section=True)
-    for kind, share in sorted(profile.shares.items(), key=lambda pair: -pair[1]):
-        table.add_row(kind, f"{1000 * share * profile.seconds:.1f}", f"{share:.0%}")
-    table.add_section()
-    limits = {"its matrix products alone": profile.products, "reading the weights twice": profile.weights}
-    for name, seconds in limits.items():
-        table.add_row(name, f"{1000 * seconds:.1f}", f"{seconds / profile.seconds:.0%}")
-    console.print(table)
-    console.print(
-        f"{profile.tokens / profile.seconds:.0f} tokens/s, "
-        f"{profile.seconds / max(limits.values()):.2f} times the higher limit."
-    )
-
-
-def show_range_test(test: RangeTest) -> None:
-    """Losses by learning rate, as bars."""
-    table = Table("learning rate", "loss", "", title="Losses of steps with ever higher rates", title_justify="left")
-    highest = max(test.losses)
-    for rate, loss in zip(test.rates, test.losses, strict=True):
-        mark = "  lowest" if rate == test.lowest else ""
-        table.add_row(f"{rate:.1e}", f"{loss:.3f}", "█" * round(40 * loss / highest) + mark)
-    console.print(table)
-    console.print(f"Try --learning-rate {test.suggestion:.0e}, a third of the rate at which the loss was lowest.")
-
-
-def _quality(report: Report, metric: str) -> Iterator[tuple[str, str]]:
-    """A metric's lines in the table: before and after and, of an ensemble, the vote's and its members'."""
-    label, found = metric.replace("_", " "), report.evaluation
-    yield label, f"{report.before[metric]:.1%} before, {report.after[metric]:.1%} after"
-    if found.members:
-        members = [member[metric] for member in found.members]
-        yield f"{label} by vote", f"{found.vote[metric]:.1%}"
-        yield (
-            f"{label} of one",
-            f"{min(members):.1%} to {max(members):.1%}, {sum(members) / len(members):.1%} on average",
-        )
-
-
-def _rows(count: int, truncated: int) -> str:
-    return f"{count} rows, {truncated} of them cut to fit" if truncated else f"{count} rows"
+def _failures(recipes: Sequence[Recipe], results: Sequence[Report | TrainingError | None]) -> list[str]:
+    """Why runs failed; of several recipes, with the name of each."""
+    failed = [(r, result) for r, result in zip(recipes, results, strict=True) if isinstance(result, TrainingError)]
+    return [f"{recipe.output}: {error}" if len(recipes) > 1 else str(error) for recipe, error in failed]
 
 
 def _flag(name: str) -> str:

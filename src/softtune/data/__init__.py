@@ -1,17 +1,28 @@
-"""From records to batches: sources (files, the hub), templates, encoding (text to token ids) and collate (padding)."""
+"""From records to batches: sources (files, the hub) and formats, tasks and templates, encoding (text to token ids) and
+collate (padding)."""
 
+from softtune.data.choosing import ChoiceTask
 from softtune.data.collate import Collator, answer_width, length_batches
 from softtune.data.encoding import IGNORED, Example, encode, encode_apart
+from softtune.data.labelling import LabelTask
 from softtune.data.sources import each_row, load_records, sample_balanced, split_records
+from softtune.data.spans import SpanTask
+from softtune.data.tagging import TagTask
 from softtune.data.task import Task
 from softtune.data.templates import Template, Verbalizer
+from softtune.data.writing import TextTask, with_all_references
 
 __all__ = [
     "IGNORED",
+    "ChoiceTask",
     "Collator",
     "Example",
+    "LabelTask",
+    "SpanTask",
+    "TagTask",
     "Task",
     "Template",
+    "TextTask",
     "Verbalizer",
     "answer_width",
     "each_row",
@@ -21,4 +32,5 @@ __all__ = [
     "load_records",
     "sample_balanced",
     "split_records",
+    "with_all_references",
 ]

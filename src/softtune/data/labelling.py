@@ -75,7 +75,7 @@ class LabelTask:
                 tokenizer,
                 answer="" if label is None else self.verbalizer.word(label),
                 max_length=self.max_length,
-                room=_room(self.verbalizer, self.template.separator, tokenizer),
+                room=self._room(tokenizer),
                 add_eos=self.verbalizer.needs_end and label is not None,
             )
         target: str | int | None = None
@@ -85,8 +85,13 @@ class LabelTask:
             self.template, record, tokenizer, answer=target, max_length=self.max_length, max_answer=self.max_answer
         )
 
+    def _room(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens of the longest label."""
+        words = tuple(self.template.separator + word for word in self.verbalizer.words.values())
+        return _longest(words, tokenizer) + self.verbalizer.needs_end
+
 
 @lru_cache(maxsize=8)
-def _room(verbalizer: Verbalizer, separator: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest label; asked for with every record."""
-    return longest((separator + word for word in verbalizer.words.values()), tokenizer) + verbalizer.needs_end
+def _longest(words: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Asked for with every record."""
+    return longest(words, tokenizer)

@@ -56,6 +56,8 @@ class SpanTask:
     """Tokens that neighbouring parts of a long context share."""
     max_answer: int = 30
     """Tokens of an answer at most."""
+    may_be_unanswerable: bool = False
+    """Whether there are questions without an answer."""
 
     kind = TaskType.QUESTION_ANS
 

@@ -1,97 +1,42 @@
-"""A task: how its records read, what their labels are, and what kind of model answers."""
+"""What is asked of a model: what a record reads like, what is right, and what is learnt from it.
+
+Each kind of task has a file of its own: labelling, choosing, tagging, spans, writing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from softtune.data.encoding import Example, cell_text, encode, encode_apart, longest, text_of
-from softtune.data.templates import Template, Verbalizer
+from softtune.data.encoding import Example
 from softtune.methods import TaskType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(Protocol):
     """A task."""
 
-    kind: TaskType
-    """CAUSAL_LM and SEQ_2_SEQ_LM write the label, SEQ_CLS has a head for it."""
-    template: Template
-    """How a record reads."""
-    label_column: str
-    """The column with the label, or with the text to write."""
-    verbalizer: Verbalizer | None
-    """Labels and their words; None for free text."""
-    max_length: int
-    """Tokens of a record at most."""
-    max_new_tokens: int
-    """Tokens to write at most, where there is no verbalizer."""
-    max_answer: int | None = None
-    """Tokens of an answer that the model can learn to write apart from the record; None for any number."""
+    @property
+    def kind(self) -> TaskType:
+        """What kind of model answers."""
+        ...
 
     @property
-    def has_head(self) -> bool:
-        return self.kind is TaskType.SEQ_CLS
-
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Raise DataError where a labelled record has no text in a field, or not one of the labels."""
-        for field in self.template.fields:
-            cell_text(record, field)
-        self.label_of(record)
-
-    def label_of(self, record: Mapping[str, Any]) -> str:
-        """A record's label. Raises DataError where there is none, or one outside the verbalizer."""
-        label = text_of(record, self.label_column)
-        if self.verbalizer is not None:
-            self.verbalizer.word(label)
-        return label
-
-    def encode(
-        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, label: str | None = None
-    ) -> Example:
-        """One record as the base model reads it; with a label, as it is trained on. Its text is cut to the same words
-        for every label, and for none."""
-        if self.kind is TaskType.CAUSAL_LM:
-            answer = self._answer(label) if label is not None else ""
-            return encode(
-                self.template,
-                record,
-                tokenizer,
-                answer=answer,
-                max_length=self.max_length,
-                room=self._room(tokenizer),
-                add_eos=self._ends and label is not None,
-            )
-        target = None if label is None else self._class_id(label) if self.has_head else self._answer(label)
-        return encode_apart(
-            self.template, record, tokenizer, answer=target, max_length=self.max_length, max_answer=self.max_answer
-        )
+    def columns(self) -> tuple[str, ...]:
+        """What a record to answer has."""
+        ...
 
     @property
-    def _ends(self) -> bool:
-        """Whether an answer needs an end."""
-        return self.verbalizer is None or self.verbalizer.needs_end
+    def label_column(self) -> str:
+        """The column that says what is right."""
+        ...
 
-    def _room(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Tokens of the longest label; 0 where there are none."""
-        if self.verbalizer is None:
-            return 0
-        return _longest_answer(tuple(self.verbalizer.words.values()), self.template.separator, tokenizer) + self._ends
+    def right(self, record: Mapping[str, Any]) -> Any:
+        """What is right for a labelled record. Raises DataError where it does not say, or the record does not fit."""
+        ...
 
-    def _answer(self, label: str) -> str:
-        return label if self.verbalizer is None else self.verbalizer.word(label)
-
-    def _class_id(self, label: str) -> int:
-        assert self.verbalizer is not None
-        return self.verbalizer.index(label)
-
-
-@lru_cache(maxsize=8)
-def _longest_answer(words: tuple[str, ...], separator: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Asked for with every record."""
-    return longest((separator + word for word in words), tokenizer)
+    def examples(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """A labelled record as it is trained on."""
+        ...

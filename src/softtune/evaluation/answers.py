@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import Task, each_row
+from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, Task, TextTask, each_row
+from softtune.data.spans import Stride
+from softtune.data.tagging import OUTSIDE
 from softtune.errors import AdapterError, ConfigError
-from softtune.evaluation.metrics import Quality, label_quality, text_quality
-from softtune.evaluation.predict import Advance, score_head, score_words, unwatched, write_texts
+from softtune.evaluation.metrics import Quality, label_quality, span_quality, tag_quality, text_quality
+from softtune.evaluation.predict import Advance, score_head, score_spans, score_words, tag_words, unwatched, write_texts
+from softtune.methods import TaskType
 from softtune.model import PeftModel
+
+Answer = str | tuple[str, ...]
+"""A label, a choice, a part of a text, or a text; of a sentence the tags of its words."""
 
 
 @dataclass(frozen=True)
 class Answers:
     """What a model answers to some records."""
 
-    texts: list[str]
-    """Each record's likeliest label, or the text written for it."""
+    texts: list[Any]
+    """Each record's ``Answer``."""
     scores: Tensor | None
-    """[B, N] log-probabilities of the labels; None for free text."""
+    """[B, N] log-probabilities of the labels; None where records have no labels in common."""
     truncated: int
     """How many records were cut to fit."""
 
@@ -33,26 +42,44 @@ def fitted(task: Task, model: PeftModel, *, written: int | None = None) -> Task:
     Args:
         task: how the records read.
         model: the model with its adapter.
-        written: tokens to write after each record; by default the task's own, where it has no labels to choose from.
+        written: tokens to write after each record; by default those of the task.
 
     Raises:
         ConfigError: that leaves no position for a record.
     """
-    limit = model.backbone.max_positions
-    if limit is None:
+    positions = model.backbone.max_positions
+    if positions is None:
         return task
     virtual = getattr(model.active_peft_config, "num_virtual_tokens", 0)
-    if model.backbone.is_encoder_decoder:
-        return replace(task, max_length=min(task.max_length, limit - virtual), max_answer=limit - virtual)
+    if task.kind is TaskType.SEQ_2_SEQ_LM:
+        return _with_limits(task, positions - virtual, max_answer=positions - virtual)
     if written is None:
-        written = 0 if task.verbalizer else task.max_new_tokens
-    left = limit - virtual - written
-    if left < 1:
+        written = task.max_new_tokens if isinstance(task, TextTask) else 0
+    if positions - virtual - written < 1:
         raise ConfigError(
-            f"the model has {limit} positions, {virtual} virtual and {written} new tokens leave none for a text: "
+            f"the model has {positions} positions, {virtual} virtual and {written} new tokens leave none for a text: "
             "lower num_virtual_tokens or max_new_tokens"
         )
-    return replace(task, max_length=min(task.max_length, left))
+    return _with_limits(task, positions - virtual - written)
+
+
+def _with_limits(task: Any, limit: int, **limits: int) -> Task:
+    limited: Task = replace(task, max_length=min(task.max_length, limit), **limits)
+    return limited
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Records to answer, and who is asked."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    records: Dataset
+    advance: Advance
+
+    @property
+    def pad(self) -> int:
+        return int(self.tokenizer.pad_token_id)
 
 
 def answer(
@@ -69,7 +96,7 @@ def answer(
         model: the model; it is put into evaluation mode.
         tokenizer: its tokenizer.
         task: how the records read.
-        records: rows with the template's columns; a label is not needed.
+        records: rows with the task's columns; a label is not needed.
         advance: told how many rows are done.
 
     Raises:
@@ -77,34 +104,112 @@ def answer(
         AdapterError: the scores are no numbers.
     """
     model.eval()
-    pad = int(tokenizer.pad_token_id)
-    prompts = each_row(records, task.template.fields, lambda record: task.encode(record, tokenizer))
-    truncated = sum(prompt.truncated > 0 for prompt in prompts)
-    if task.verbalizer is None:
-        options = {"do_sample": False, "max_new_tokens": task.max_new_tokens}
-        return Answers(write_texts(model, tokenizer, prompts, advance=advance, **options), None, truncated)
-    if task.has_head:
-        scores = score_head(model, prompts, pad, advance=advance)
-    else:
-        rows = [[task.encode(r, tokenizer, label=label) for label in task.verbalizer.labels] for r in records]
-        scores = score_words(model, rows, pad, advance=advance)
-    if not bool(scores.isfinite().all()):
-        raise AdapterError("the scores are no numbers, as after a training that blew up: train anew at a lower rate")
-    return Answers([task.verbalizer.labels[i] for i in scores.argmax(1)], scores, truncated)
+    asked = _Question(model, tokenizer, records, advance)
+    match task:
+        case LabelTask():
+            return _labels(task, asked)
+        case TextTask():
+            return _texts(task, asked)
+        case ChoiceTask():
+            return _choices(task, asked)
+        case TagTask():
+            return _tags(task, asked)
+        case SpanTask():
+            return _spans(task, asked)
+    raise AssertionError(task)
 
 
-def measure(task: Task, records: Dataset, answers: Answers) -> dict[str, float]:
-    """How right the answers to labelled records are, by the metrics that fit the task: those of labels, or of texts.
+def judge(task: Task, records: Dataset, answers: Answers) -> Quality:
+    """What the answers to labelled records are worth, by the metrics that fit the task.
 
     Raises:
         DataError: a record has no label, or one that the task does not know.
     """
-    return judge(task, records, answers).metrics
+    right: list[Any] = each_row(records, [*task.columns, task.label_column], task.right)
+    match task:
+        case TextTask():
+            return text_quality(right, answers.texts)
+        case TagTask():
+            return tag_quality(right, answers.texts)
+        case SpanTask():
+            return span_quality([[one.text for one in several] for several in right], answers.texts)
+        case _:
+            return label_quality(right, answers.texts)
 
 
-def judge(task: Task, records: Dataset, answers: Answers) -> Quality:
-    """What the answers to labelled records are worth; see ``measure``."""
-    right = each_row(records, [task.label_column], task.label_of)
-    if task.verbalizer is None:
-        return text_quality([[text] for text in right], answers.texts)
-    return label_quality(right, answers.texts)
+def _labels(task: LabelTask, asked: _Question) -> Answers:
+    prompts = each_row(asked.records, task.columns, lambda record: task.encode(record, asked.tokenizer))
+    labels = task.verbalizer.labels
+    if task.has_head:
+        scores = score_head(asked.model, prompts, asked.pad, advance=asked.advance)
+    else:
+        records = [*asked.records, task.nothing_said] if task.is_calibrated else asked.records
+        rows = [[task.encode(record, asked.tokenizer, label=label) for label in labels] for record in records]
+        scores = score_words(asked.model, rows, asked.pad, advance=asked.advance)
+        if task.is_calibrated:
+            scores = scores[:-1] - scores[-1]
+    if not bool(scores.isfinite().all()):
+        raise AdapterError("the scores are no numbers, as after a training that blew up: train anew at a lower rate")
+    return Answers([labels[i] for i in scores.argmax(1)], scores, sum(p.truncated > 0 for p in prompts))
+
+
+def _texts(task: TextTask, asked: _Question) -> Answers:
+    prompts = each_row(asked.records, task.columns, lambda record: task.encode(record, asked.tokenizer))
+    options = {"do_sample": False, "max_new_tokens": task.max_new_tokens}
+    texts = write_texts(asked.model, asked.tokenizer, prompts, advance=asked.advance, **options)
+    return Answers(texts, None, sum(p.truncated > 0 for p in prompts))
+
+
+def _choices(task: ChoiceTask, asked: _Question) -> Answers:
+    choices = each_row(asked.records, task.columns, task.of)
+    rows = each_row(
+        asked.records,
+        task.columns,
+        lambda record: [task.encode(record, asked.tokenizer, choice) for choice in task.of(record)],
+    )
+    scores = score_words(asked.model, rows, asked.pad, advance=asked.advance)
+    texts = [own[int(best)] for own, best in zip(choices, scores.argmax(1), strict=True)]
+    return Answers(texts, None, sum(row[0].truncated > 0 for row in rows))
+
+
+def _tags(task: TagTask, asked: _Question) -> Answers:
+    prompts = each_row(asked.records, task.columns, lambda record: task.prompt(record, asked.tokenizer))
+    classes = tag_words(asked.model, prompts, asked.pad, advance=asked.advance)
+    tags = [tuple(OUTSIDE if i is None else task.labels[i] for i in row) for row in classes]
+    return Answers(tags, None, sum(example.truncated > 0 for example, _ in prompts))
+
+
+def _spans(task: SpanTask, asked: _Question) -> Answers:
+    parts = each_row(asked.records, task.columns, lambda record: task.prompts(record, asked.tokenizer))
+    owners = [record for record, own in enumerate(parts) for _ in own]
+    logits = score_spans(
+        asked.model,
+        [part.example for own in parts for part in own],
+        asked.pad,
+        advance=lambda done: asked.advance(done * len(parts) // len(owners)),
+    )
+    every = iter(logits)
+    found = [_best_span(task, [(part, *next(every)) for part in own]) for own in parts]
+    contexts = asked.records[task.context]
+    return Answers([text[start:end] for text, (start, end) in zip(contexts, found, strict=True)], None, 0)
+
+
+def _best_span(task: SpanTask, parts: Sequence[tuple[Stride, Tensor, Tensor]]) -> tuple[int, int]:
+    """The characters of the likeliest answer in any part of a context; (0, 0) where no answer is likelier in all of
+    them, if the task knows questions without one (Devlin et al. 2019, section 4.3)."""
+    best, place = -torch.inf, (0, 0)
+    for part, first, last in parts:
+        own = torch.tensor([covered is not None for covered in part.places])
+        pairs = torch.full((len(own), len(own)), -torch.inf).masked_fill(own[:, None] & own, 0)
+        pairs = (pairs + first[:, None] + last).triu().masked_fill(~_short(len(own), task.max_answer), -torch.inf)
+        score, index = float(pairs.max()), int(pairs.argmax())
+        start, end = part.places[index // len(own)], part.places[index % len(own)]
+        if score > best and start is not None and end is not None:
+            best, place = score, (start[0], end[1])
+    nothing = min(float(first[0] + last[0]) for _, first, last in parts)
+    return (0, 0) if task.may_be_unanswerable and nothing > best else place
+
+
+def _short(length: int, longest: int) -> Tensor:
+    """[T, T] which pairs of first and last tokens are in order, and not too far apart."""
+    return torch.ones(length, length, dtype=torch.bool).triu().tril(longest - 1)

@@ -7,17 +7,19 @@ Letters: B records, N labels, M members.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune.acting import BASE
-from softtune.data import Task
+from softtune.data import LabelTask, Task
 from softtune.evaluation.answers import Answers, answer
 from softtune.evaluation.predict import Advance, unwatched
+from softtune.injection.owners import BASE
 from softtune.model import PeftModel
 
 
@@ -44,9 +46,8 @@ def answer_each(
         DataError: a column is missing, or a row does not fit.
     """
     found = []
-    with model.disable_adapter():
-        for number, name in enumerate(names):
-            model.active_adapter = "" if name == BASE else name
+    for number, name in enumerate(names):
+        with _acting(model, name):
             found.append(answer(model, tokenizer, task, records, advance=_after(number * len(records), advance)))
     return found
 
@@ -58,16 +59,37 @@ def by_mean(task: Task, members: Sequence[Answers]) -> Answers:
 
 
 def by_vote(task: Task, members: Sequence[Answers]) -> Answers:
-    """Each record's label, or text, that most of M members answer; scores are logarithms of the shares of votes.
+    """Each record's label, text or tags that most of M members answer; scores are logarithms of the shares of votes.
 
     Between labels with as many votes the mean probability decides, between texts the earliest member.
     """
     if members[0].scores is None:
         columns = zip(*(member.texts for member in members), strict=True)
-        return Answers([Counter(texts).most_common(1)[0][0] for texts in columns], None, members[0].truncated)
+        return Answers([_majority(answers) for answers in columns], None, members[0].truncated)
     probabilities = _probabilities(members)
     votes = torch.nn.functional.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).sum(dim=0)
     return _labelled(task, votes + probabilities.mean(dim=0) / 2, (votes / len(members)).log(), members)
+
+
+@contextmanager
+def _acting(model: PeftModel, name: str) -> Iterator[None]:
+    """Let an adapter act, or the base model alone, for the length of the block; which one is trained stays as it is."""
+    if name == BASE:
+        with model.disable_adapter():
+            yield
+        return
+    before, model.active_adapter = model.active_adapter, name
+    try:
+        yield
+    finally:
+        model.active_adapter = before
+
+
+def _majority(answers: Sequence[Any]) -> Any:
+    """What most members answer, the earliest of what as many do; of tags, word by word."""
+    if isinstance(answers[0], tuple):
+        return tuple(_majority(tags) for tags in zip(*answers, strict=True))
+    return Counter(answers).most_common(1)[0][0]
 
 
 def _after(done: int, advance: Advance) -> Advance:
@@ -81,5 +103,5 @@ def _probabilities(members: Sequence[Answers]) -> Tensor:
 
 def _labelled(task: Task, ranks: Tensor, scores: Tensor, members: Sequence[Answers]) -> Answers:
     """The labels with the highest ranks [B, N]."""
-    assert task.verbalizer is not None
+    assert isinstance(task, LabelTask)
     return Answers([task.verbalizer.labels[i] for i in ranks.argmax(1)], scores, members[0].truncated)

@@ -31,7 +31,7 @@ class Quality:
     """Numbers of the rows, from 0, that are not answered right to the letter."""
     classes: dict[str, dict[str, float]] = field(default_factory=dict)
     """``precision``, ``recall``, ``f1`` and ``rows`` of each label, or of each kind of entity; empty for texts."""
-    statistics: dict[str, Statistic] = field(default_factory=dict, repr=False)
+    statistics: dict[str, Statistic] = field(default_factory=dict, repr=False, compare=False)
     """The metrics as functions of rows."""
     rows: int
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from softtune.acting import baked
@@ -34,7 +35,7 @@ def score_words(
     batch_size: int = 16,
     advance: Advance = unwatched,
 ) -> Tensor:
-    """[B, N] log-probabilities of each label's words after each row's prompt.
+    """[B, N] log-probabilities of each label's words after each row's prompt; -inf where a row has fewer labels.
 
     Args:
         model: a language model with its adapter.
@@ -44,14 +45,15 @@ def score_words(
         advance: told of every batch.
     """
     is_one_token = all(sum(x != IGNORED for x in example.labels) == 1 for row in rows for example in row)
-    scores = torch.zeros(len(rows), len(rows[0]) if rows else 0)
+    scores = torch.full((len(rows), max(map(len, rows), default=0)), -torch.inf)
     if is_one_token and not model.backbone.is_encoder_decoder:
         score = _score_next_token
     else:
         score, batch_size = _score_whole_answers, max(1, batch_size // max(1, scores.shape[1]))
     for batch in _batches([len(row[0].input_ids) for row in rows], batch_size, advance):
         with torch.no_grad():
-            scores[batch] = score(model, [rows[i] for i in batch], pad_token_id)
+            found = score(model, [rows[i] for i in batch], pad_token_id)
+        scores[batch, : found.shape[1]] = found
     return scores
 
 
@@ -59,8 +61,8 @@ def _score_next_token(model: PeftModel, rows: Sequence[Sequence[Example]], pad_t
     """All labels from one forward a record, where every label is one token."""
     batch = _collate([row[0] for row in rows], pad_token_id)  # with labels, which say where a suffix or infix stands
     logits: Tensor = _forward(model, batch, keep=2).logits[:, -2].float().log_softmax(-1)
-    answers = torch.tensor([[example.input_ids[-1] for example in row] for row in rows], device=logits.device)
-    return logits.gather(1, answers).cpu()
+    answers = [torch.tensor([example.input_ids[-1] for example in row], device=logits.device) for row in rows]
+    return _stacked([own[labels] for own, labels in zip(logits, answers, strict=True)])
 
 
 def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int) -> Tensor:
@@ -75,8 +77,12 @@ def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pa
         shorter = {name: x if name == "prompt_positions" else x[:, :-1] for name, x in batch.items()}
         logits = _forward(model, shorter, keep=keep).logits[:, -keep:]
     found = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
-    scores: Tensor = (found * (labels != IGNORED)).sum(-1).view(len(rows), -1).cpu()
-    return scores
+    return _stacked((found * (labels != IGNORED)).sum(-1).split([len(row) for row in rows]))
+
+
+def _stacked(scores: Sequence[Tensor]) -> Tensor:
+    """[B, N] of each row's, those that lack being -inf."""
+    return pad_sequence([*scores], batch_first=True, padding_value=-torch.inf).cpu()
 
 
 @baked()

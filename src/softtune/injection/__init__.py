@@ -1,21 +1,21 @@
 """Puts a prompt into the base model's forward, and takes its traces out of the outputs.
 
-Hooks rewrite the calls of the base model's stacks for the length of a ``with`` block, and leave nothing behind.
+Hooks rewrite the calls of the base model's stacks for the length of a ``with`` block, and leave nothing behind. Each
+call has an ``Injection`` of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softtune.backbone import Backbone
+from softtune.backbone import Backbone, counting_words, keeping_caches
 from softtune.backbone.interface import flash_refusal, takes_padding
-from softtune.errors import AdapterError, DataError
+from softtune.errors import DataError, UnsupportedModelError
+from softtune.injection.owners import Owners, sign
 from softtune.injection.stack import StackInjection, align_outputs
 from softtune.injection.step import Call, Step
 from softtune.injection.trunk import Trunk
@@ -23,7 +23,7 @@ from softtune.methods.base import Prompt
 
 
 class Injection:
-    """The prompts of a batch in one base model, for the length of a ``with`` block.
+    """The prompts of a batch in one base model.
 
     Args:
         backbone: the base model.
@@ -34,6 +34,7 @@ class Injection:
         text_ends: [B] the column where each text ends; by default behind its last token.
         packs: whether a decoder's layers may see tokens in any arrangement, since only attention tells rows apart.
         trunk: the layers below the prompts, kept from call to call; None where every call runs all layers.
+        encoder_owners: who acts in an encoder-decoder's encoder, which is noted in its outputs.
 
     Raises:
         DataError: there are columns, but no virtual tokens that stand among the words, or another number of them.
@@ -49,15 +50,16 @@ class Injection:
         text_ends: Tensor | None = None,
         packs: bool = True,
         trunk: Trunk | None = None,
+        encoder_owners: Owners = (),
     ) -> None:
         if columns is not None:
             _check_columns(columns, prompts)
         self.backbone = backbone
         self.prompts = prompts
+        self.encoder_owners = encoder_owners
         self.stacks = [
             StackInjection(backbone, s, prompts, rows, columns, text_ends, packs, trunk) for s in backbone.stacks
         ]
-        self._handles: list[RemovableHandle] = []
 
     @property
     def num_among(self) -> int:
@@ -71,36 +73,55 @@ class Injection:
         first = self.stacks[0]
         return self.backbone.is_decoder_only and first.prompts.vectors is None and not first.prompts.has_infix
 
-    def __enter__(self) -> Injection:
-        for stack in self.stacks:
-            self._handles += stack.hooks()
-        if self.backbone.is_encoder_decoder:
-            decoder, model = self.backbone.stacks[-1].module, self.backbone.model
-            self._handles.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-            if self.stacks[0].prompts.vectors is not None:
-                self._handles.append(model.register_forward_hook(self._align_encoder))
-        if (head := self.backbone.model.get_output_embeddings()) is not None:
-            self._handles.append(head.register_forward_pre_hook(_lay_together))
-        self._keep_cache_under_checkpointing(True)
-        return self
+    def check_parts(self, options: Mapping[str, Any]) -> None:
+        """Raise UnsupportedModelError where ``generate`` is to read the text in parts, each of which would be taken for
+        the whole."""
+        config = options.get("generation_config")
+        in_parts = options.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
+        if in_parts and not self.is_prefix:
+            raise UnsupportedModelError(
+                "prefill_chunk_size is for decoders that take virtual tokens as a prefix in front of the text: "
+                "leave it out"
+            )
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        for stack in self.stacks:
-            stack.stop_skipping()
-        self._keep_cache_under_checkpointing(False)
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Rewrite the base model's calls for the length of the block."""
+        backbone, handles = self.backbone, [handle for stack in self.stacks for handle in stack.hooks()]
+        handles.append(backbone.model.register_forward_pre_hook(self._note_mask, with_kwargs=True))
+        if backbone.is_encoder_decoder:
+            encoder, decoder = (stack.module for stack in backbone.stacks)
+            handles.append(encoder.register_forward_hook(self._sign_encoder))
+            handles.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+            if self.stacks[0].prompts.vectors is not None:
+                handles.append(backbone.model.register_forward_hook(self._align_encoder))
+        if (head := backbone.model.get_output_embeddings()) is not None:
+            handles.append(head.register_forward_pre_hook(_lay_together))
+        with ExitStack() as stack:
+            for handle in handles:
+                stack.callback(handle.remove)
+            for injection in self.stacks:
+                stack.callback(injection.stop_skipping)
+            if backbone.is_decoder_only and self.num_among and backbone.model.can_generate():
+                stack.enter_context(counting_words(backbone.model, self.num_among))
+            if any(prompt.prefixes for prompt in self.prompts) and not backbone.has_interface:
+                stack.enter_context(keeping_caches(backbone.model))  # of a prefix, which recomputing may read again
+            yield
+
+    def _note_mask(self, module: nn.Module, args: Any, kwargs: Call) -> None:
+        """Tell a decoder which tokens are padding, even where the model above it makes a ready mask of that."""
+        if self.backbone.is_decoder_only:
+            self.stacks[0].outer_mask = kwargs.get("attention_mask")
+
+    def _sign_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        sign(output.last_hidden_state, self.encoder_owners)
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
         """Let the decoder see the encoder's outputs of the virtual tokens."""
         encoder = self.stacks[0]
-        if encoder.acts and not encoder.has_run:
-            raise AdapterError("encoder_outputs were computed without the adapter: pass input_ids instead")
         if kwargs.get("encoder_hidden_states") is None:
             return args, kwargs
-        mask = encoder.widen(kwargs.get("encoder_attention_mask"), kwargs["encoder_hidden_states"])
+        mask = encoder.with_virtual(kwargs.get("encoder_attention_mask"), kwargs["encoder_hidden_states"])
         if mask is not None and takes_padding(module.config):
             self._check_padding(mask, self.stacks[-1].stack.arguments(args, kwargs))
         return args, {**kwargs, "encoder_attention_mask": mask}
@@ -117,14 +138,8 @@ class Injection:
             align_outputs(output, layout, "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions")
             if output.cross_attentions is not None:
                 output.cross_attentions = tuple(layout.align_keys(a) for a in output.cross_attentions)
+            sign(output.encoder_last_hidden_state, self.encoder_owners)
         return output
-
-    def _keep_cache_under_checkpointing(self, keep: bool) -> None:
-        """Stop checkpointed layers from dropping a prefix that comes as a cache; recomputing may read it again."""
-        if any(prompt.prefixes for prompt in self.prompts) and not self.backbone.has_interface:
-            for module in self.backbone.model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module._can_checkpoint_with_cache = keep
 
 
 def _lay_together(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,10 +12,10 @@ from softtune.methods.base import KeyValue, Prompt
 
 
 def run_ahead(backbone: Backbone, prompt: Prompt) -> Prompt:
-    """The same prompt, as a prefix where it can be one."""
-    if prompt.vectors is None or prompt.after_text or not backbone.runs_ahead:
+    """The same prompt, as a prefix where it can be one: not where the layers that it meets are left to chance."""
+    if prompt.vectors is None or prompt.after_text or not backbone.runs_ahead or backbone.stacks[0].drops_layers:
         return prompt
-    computed = backbone.run_ahead(prompt.vectors)
+    computed = backbone.keys_of_vectors(prompt.vectors)
     return Prompt(
         num_virtual_tokens=prompt.num_virtual_tokens,
         prefixes={place: KeyValue(*pair) for place, pair in computed.items()},

@@ -108,7 +108,7 @@ class PrefixLayer(DynamicLayer):
         self.crop(-self.get_seq_length())
 
 
-def hold(prefixes: Mapping[Any, KeyValue], cache: Any, step: Step, dtype: torch.dtype) -> set[Any]:
+def begin_with(prefixes: Mapping[Any, KeyValue], cache: Any, step: Step, dtype: torch.dtype) -> set[Any]:
     """Put prefixes that are not being trained into an empty cache; the modules whose layer of a cache holds one."""
     layers = dict(enumerate(cache.layers)) if type(cache) is DynamicCache else {}
     if layers and not step.is_continued and not torch.is_grad_enabled():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtune.backbone import Backbone, around_runs
+from softtune.backbone import Backbone, around_runs, turn
 from softtune.backbone.roles import BiasSlot
 from softtune.errors import UnsupportedModelError
 from softtune.injection.rows import multiplied
@@ -53,20 +53,23 @@ class ModuleChanges:
     @contextmanager
     def acting(self) -> Iterator[None]:
         """Change outputs for the length of the block, and whenever a layer that it checkpoints runs again."""
-        if not self._hooks:
+        with self._inside(self._model), around_runs(self._model, self._again):
+            yield
+
+    @contextmanager
+    def _again(self, layer: nn.Module) -> Iterator[None]:
+        """Change a layer's outputs, and let no other call do so, unless those of the whole are being changed."""
+        if self._is_acting:
             yield
             return
-        with self._inside(self._model), around_runs(self._model, self._inside):
+        with turn(self._model), self._inside(layer):
             yield
 
     @contextmanager
     def _inside(self, part: nn.Module) -> Iterator[None]:
-        """Change the outputs of a part of the model, unless that of the whole is being changed."""
-        if self._is_acting:
-            yield
-            return
+        """Change the outputs of a part of the model."""
         with ExitStack() as stack:
-            for module in part.modules():
+            for module in part.modules() if self._hooks else ():
                 for hook in self._hooks.get(module, ()):
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             self._is_acting = True

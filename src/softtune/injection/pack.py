@@ -19,15 +19,12 @@ import torch
 from torch import Tensor
 
 from softtune.backbone import Stack
-from softtune.backbone.interface import Attention
+from softtune.backbone.interface import Attention, takes_any_mask
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.layout import is_contiguous
 from softtune.injection.rows import multiplied
 from softtune.injection.step import TEXT, Call, Step, features_of
 from softtune.injection.trim import each_state
-
-IMPLEMENTATIONS = ("softtune_sdpa", "softtune_eager")
-"""Those of attention that take any mask, and so any arrangement of a batch's tokens."""
 
 
 def can_pack(stack: Stack, call: Call) -> bool:
@@ -40,7 +37,7 @@ def can_pack(stack: Stack, call: Call) -> bool:
     )
     has_places = call.get("past_key_values") is not None or call.get("position_ids") is not None
     is_free = call.get("use_cache") is False and not has_places and not asks
-    return is_free and is_whole and config._attn_implementation in IMPLEMENTATIONS
+    return is_free and is_whole and takes_any_mask(config)
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Group:
     rows: Tensor
     """[G] numbers of the rows in the batch."""
     queries: Tensor
-    """[G, Q] places in the pack of the tokens that no row before has."""
+    """[G, Q] places in the pack of the tokens that it has from no other row."""
     keys: Tensor
     """[G, S] places of all tokens."""
     numbers: Tensor
@@ -79,16 +76,18 @@ class Pack:
         starts = self.mask.int().argmax(dim=1, keepdim=True)
         columns = (starts + numbers).clamp(max=mask.shape[1] - 1)
         is_token = numbers < self.lengths[:, None]
-        common, owners = _common(alike.gather(1, columns), is_token) if alike is not None else _nothing(self.lengths)
-        self.common = common
-        """[B] how many first tokens each row has from a row before it."""
+        shared = [] if alike is None else _common(alike.gather(1, columns), is_token)
+        self.common = common = torch.zeros_like(self.lengths)
+        """[B] how many first tokens each row has from another."""
+        for row, _, length in shared:
+            common[row] = length
         self.rows, own = (is_token & (numbers >= common[:, None])).nonzero(as_tuple=True)
         self.columns = columns[self.rows, own]
         self.places = torch.zeros_like(columns)
         """[B, L] where in the pack each row's tokens are."""
         self.places[self.rows, own] = torch.arange(len(own), device=mask.device)
-        for row in common.nonzero().flatten().tolist():
-            self.places[row, : common[row]] = self.places[owners[row], : common[row]]
+        for row, owner, length in shared:
+            self.places[row, :length] = self.places[owner, :length]
         self.groups = [self._group(rows, common[rows]) for rows in _alike_long(self.lengths, self.lengths - common)]
         self._by_column = self.places.gather(
             1, (torch.arange(mask.shape[1], device=mask.device) - starts) % len(numbers)
@@ -164,7 +163,7 @@ class PackedAttention:
         reached = [wrapper.reached for _, wrapper in self.groups if wrapper is not None]
         return set.intersection(*reached) if reached else set()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types here
     def __call__(
         self,
         attend: Attention,
@@ -199,24 +198,31 @@ def _take(states: Tensor, places: Tensor) -> Tensor:
     return taken.view(*places.shape, *taken.shape[1:]).transpose(1, 2)
 
 
-def _common(numbers: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] how many first tokens each row has in common with a row before it, and with which."""
-    same = (numbers[:, None] == numbers) & is_token[:, None] & is_token
-    found: tuple[Tensor, Tensor] = same.int().cumprod(dim=-1).sum(dim=-1).tril(-1).max(dim=1)
-    return found
+def _common(numbers: Tensor, is_token: Tensor) -> list[tuple[int, int, int]]:
+    """Rows that begin as others do, with which other, and for how many tokens; a row that others begin as comes first.
 
-
-def _nothing(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(lengths), torch.zeros_like(lengths)
+    In lexical order, no row has more in common with those before it than with the last of them.
+    """
+    texts = numbers.masked_fill(~is_token, -1)
+    order = texts.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
+    rows, before = order[1:], order[:-1]
+    same = (texts[rows] == texts[before]) & is_token[rows]
+    lengths = same.int().cumprod(dim=1).sum(dim=1)
+    return [common for common in zip(rows.tolist(), before.tolist(), lengths.tolist(), strict=True) if common[2]]
 
 
 def _alike_long(lengths: Tensor, queries: Tensor) -> list[Tensor]:
-    """Numbers of the rows with queries, in groups whose shortest row is at least half as long as the longest."""
+    """Numbers of the rows with queries, in groups of like many queries and tokens."""
+    asking = queries.nonzero().flatten().tolist()
+    groups = [g for some in _halved(asking, queries.tolist()) for g in _halved(some, lengths.tolist())]
+    return [torch.tensor(rows, device=lengths.device) for rows in groups]
+
+
+def _halved(rows: list[int], sizes: list[int]) -> list[list[int]]:
+    """Rows in groups whose smallest is at least half as large as the largest."""
     groups: list[list[int]] = []
-    for row in lengths.argsort(descending=True).tolist():
-        if not queries[row]:
-            continue
-        if not groups or 2 * int(lengths[row]) < int(lengths[groups[-1][0]]):
+    for row in sorted(rows, key=sizes.__getitem__, reverse=True):
+        if not groups or 2 * sizes[row] < sizes[groups[-1][0]]:
             groups.append([])
         groups[-1].append(row)
-    return [torch.tensor(rows, device=lengths.device) for rows in groups]
+    return groups

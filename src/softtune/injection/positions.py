@@ -60,7 +60,8 @@ class Positions:
             if self._counts_itself(step, here):
                 return
             positions = step.positions() + self.stack.first_position
-        positions = positions.expand(step.rows, -1)
+        axes = positions  # [A, B, T] in Qwen-VL: of the text, in time, height and width
+        positions = (axes[0] if axes.dim() == 3 else axes).expand(step.rows, -1)
         if here.vectors is not None and step.has_restarts(positions):
             raise UnsupportedModelError(
                 "several texts packed into one row have no place for virtual tokens among the words: pad them instead"
@@ -68,11 +69,15 @@ class Positions:
         if self.has_prefix and takes_padding(self.stack.module.config) and step.has_restarts(positions):
             raise flash_refusal(PACKED)
         shift = self._shift(call, step, here, positions)
-        if layout is not None:
+        if layout is None:
+            positions = axes + shift
+        elif axes.dim() == 3:
+            raise UnsupportedModelError(
+                "virtual tokens among the words have no place among the positions of pictures: use PrefixTuningConfig"
+            )
+        else:
             in_slots = layout.merge(shift.expand_as(positions), torch.zeros_like(here.is_vector))
             positions = layout.merge_positions(positions) + in_slots
-        else:
-            positions = positions + shift
         if (limit := self.stack.table_size) is not None:  # beyond it is padding alone
             positions = positions.clamp(max=self.stack.first_position + limit - 1)
         call["position_ids"] = positions

@@ -31,10 +31,10 @@ class Anchor:
         pairs = zip(self._leaves[::2], self._leaves[1::2], strict=True)
         self.prefixes = {place: KeyValue(*pair) for place, pair in zip(prefixes, pairs, strict=True)}
 
-    def hold(self, states: Tensor) -> Tensor:
+    def tie(self, states: Tensor) -> Tensor:
         """The layers' input [B, S, D], through which the leaves' gradients come back."""
-        held: Tensor = _HandOn.apply(states, self._leaves, *self._tensors)  # type: ignore[no-untyped-call]  # torch has no types here
-        return held if held.requires_grad else held.requires_grad_()
+        tied: Tensor = _HandOn.apply(states, self._leaves, *self._tensors)  # type: ignore[no-untyped-call]  # torch has no types here
+        return tied if tied.requires_grad else tied.requires_grad_()
 
 
 class _HandOn(torch.autograd.Function):

@@ -20,7 +20,7 @@ from softtune.backbone import Backbone, Site, Stack, is_reentrant, skipped
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
-from softtune.injection.cache import PrefixCache, as_long_as, hold, make_room, own_cache, virtual_slots
+from softtune.injection.cache import PrefixCache, as_long_as, begin_with, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
 from softtune.injection.layout import Layout
 from softtune.injection.pack import Pack, PackedAttention, can_pack
@@ -75,17 +75,13 @@ class StackInjection:
         self.layout: Layout | None = None
         self.trim: Trim | None = None
         self.pack: Pack | None = None
-        self.has_run = False
+        self.outer_mask: Any = None
+        """What the model around the stack has for a mask."""
         self.packs = packs and backbone.packs and self.prompts.vectors is None and not self.prompts.has_infix
         self.depth = 0
         self._skipping = ExitStack()
         self.shares_keys = is_reentrant(stack.module) and any(a.is_shared for a in backbone.attention_layers)
         self.anchor: Anchor | None = None
-
-    @property
-    def acts(self) -> bool:
-        """Whether the prompts have anything for this stack."""
-        return self.prompts.vectors is not None or bool(self.layers)
 
     def hooks(self) -> list[RemovableHandle]:
         """Attach to the stack; remove the handles to detach."""
@@ -93,7 +89,7 @@ class StackInjection:
         handles = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, with_kwargs=True),
-            module.get_input_embeddings().register_forward_hook(self._hold),
+            module.get_input_embeddings().register_forward_hook(self._tie),
         ]
         if self.prompts.shifts and table is not None:
             handles.append(table.register_forward_hook(self.positions.move_table, with_kwargs=True))
@@ -101,8 +97,9 @@ class StackInjection:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
         call = self.stack.arguments(args, kwargs)
-        self.layout, self.trim, self.columns.trim, self.pack, self.has_run = None, None, None, None, True
+        self.layout, self.trim, self.columns.trim, self.pack = None, None, None, None
         self.stop_skipping()
+        self._check_states(call)
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
         if self.packs and can_pack(self.stack, call):
@@ -110,7 +107,7 @@ class StackInjection:
             self.pack = Pack.of(self.stack, call, self.rows, always=self.depth > 0)
         elif not self.feeds_decoder:
             self._trim(call)
-        step = Step(call)
+        step = Step(call, self.outer_mask)
         self.starts = step.starts + (self.trim.left if self.trim else 0)
         here = self._prompts_of(step)
         self.positions.shift = here.shift
@@ -129,6 +126,15 @@ class StackInjection:
         elif (slots := self._open_slots(call, step, here)) is not None:
             call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, held=(), open_slots=slots)
         return (), call
+
+    def _check_states(self, call: Call) -> None:
+        """Refuse states that do not begin anew with a text, whose first position is behind virtual tokens."""
+        acts = bool(self.layers) or self.prompts.vectors is not None
+        if acts and self.stack.keeps_states and call.get("past_key_values") is not None:
+            raise UnsupportedModelError(
+                f"{type(self.stack.module).__name__} keeps states beside its cache, which know nothing of virtual "
+                "tokens: pass use_cache=False"
+            )
 
     def _open_slots(self, call: Call, step: Step, here: RowPrompts) -> Tensor | None:
         """[B, S or 1, S] which slots' queries see which virtual tokens, that windows would hide from words far away."""
@@ -155,11 +161,11 @@ class StackInjection:
             )
         self.anchor = Anchor(dict(here.prefixes))
         if call.get("inputs_embeds") is not None:
-            call["inputs_embeds"] = self.anchor.hold(call["inputs_embeds"])
+            call["inputs_embeds"] = self.anchor.tie(call["inputs_embeds"])
         return replace(here, prefixes=self.anchor.prefixes)
 
-    def _hold(self, module: nn.Module, args: Any, words: Tensor) -> Tensor:
-        return words if self.anchor is None or not torch.is_grad_enabled() else self.anchor.hold(words)
+    def _tie(self, module: nn.Module, args: Any, words: Tensor) -> Tensor:
+        return words if self.anchor is None or not torch.is_grad_enabled() else self.anchor.tie(words)
 
     def _prompts_of(self, step: Step) -> RowPrompts:
         """Each row's prompt. Beams and sequences to return multiply the rows."""
@@ -190,8 +196,8 @@ class StackInjection:
 
     def _skip(self, states: Tensor) -> None:
         """Hand states [1, N, D] to the first layer that a prompt reaches; those below don't run."""
-        held = states if self.anchor is None else self.anchor.hold(states)
-        self._skipping.enter_context(skipped(self.stack.layers[: self.depth], lambda _: held))
+        tied = states if self.anchor is None else self.anchor.tie(states)
+        self._skipping.enter_context(skipped(self.stack.layers[: self.depth], lambda _: tied))
 
     def stop_skipping(self) -> None:
         """Let all layers run again."""
@@ -201,7 +207,8 @@ class StackInjection:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
         if step.has_ready_mask:
             raise UnsupportedModelError(
-                "virtual tokens among the words need the 2-D attention mask [B, W]: pass no 4-D mask"
+                "virtual tokens among the words need the 2-D attention mask [B, W], not a ready one, yours or the "
+                "model's: pass that, or use PrefixTuningConfig"
             )
         if not step.is_continued:
             self._lay_out(call, step, here)
@@ -223,7 +230,7 @@ class StackInjection:
             if call["past_key_values"] is not None:
                 make_room(call["past_key_values"], self._is_virtual(self.layout, here))
 
-    def widen(self, mask: Tensor | None, states: Tensor) -> Tensor | None:
+    def with_virtual(self, mask: Tensor | None, states: Tensor) -> Tensor | None:
         """[B, S] the attention mask [B, T] of an input together with its virtual tokens, whose outputs are ``states``
         [B, S, D]."""
         if self.prompts.vectors is None or (mask is None and not self.prompts.is_ragged):
@@ -249,15 +256,16 @@ class StackInjection:
         if step.mask is not None or here.is_ragged:
             call["attention_mask"] = self.layout.merge(step.full_mask(), here.is_vector)
         for name in features:
-            zeros = call[name].new_zeros(*here.is_vector.shape, *call[name].shape[2:])
-            call[name] = self.layout.merge(call[name], zeros)
+            feature = call[name].expand(step.rows, *call[name].shape[1:])
+            zeros = feature.new_zeros(*here.is_vector.shape, *feature.shape[2:])
+            call[name] = self.layout.merge(feature, zeros)
 
     def _add_prefix(self, call: Call, step: Step, here: RowPrompts) -> None:
         if self.layers[0].module is None:
             self.prefixes.add_cache(call, step, here)
             return
         in_cache = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None and a.is_cached}
-        held = hold(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
+        held = begin_with(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
         call[WRAPPER] = self.prefixes.attention(
             step, here, self.layout, held=held, open_slots=self._open_slots(call, step, here)
         )

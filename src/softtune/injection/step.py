@@ -21,12 +21,18 @@ _OF_OTHERS = ("encoder_", "entity_")
 """How arguments begin whose columns are another sequence's, which may be as long by chance."""
 
 
+def is_flat(mask: Any) -> bool:
+    """Whether an attention mask is [B, W], rather than ready: one for each query or layer."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
 def features_of(call: Call) -> list[str]:
-    """Names of the arguments that tell more of each token, [B, T, ...]: its type, or its box on a page. A virtual token
-    has zeros there."""
-    shape = _tokens(call).shape[:2]
+    """Names of the arguments that tell more of each token, [B or 1, T, ...]: its type, or its box on a page. A virtual
+    token has zeros there."""
+    rows, length = _tokens(call).shape[:2]
     further = {name: x for name, x in call.items() if name not in TEXT and not name.startswith(_OF_OTHERS)}
-    return [name for name, x in further.items() if isinstance(x, Tensor) and x.dim() > 1 and x.shape[:2] == shape]
+    tensors = {name: x for name, x in further.items() if isinstance(x, Tensor) and x.dim() > 1}
+    return [name for name, x in tensors.items() if x.shape[1] == length and len(x) in (rows, 1)]
 
 
 def _tokens(call: Call) -> Tensor:
@@ -36,15 +42,21 @@ def _tokens(call: Call) -> Tensor:
 
 
 class Step:
-    """What a call says about its rows."""
+    """What a call says about its rows.
 
-    def __init__(self, call: Call) -> None:
+    Args:
+        call: its arguments.
+        outer_mask: that of the model around the stack, by which rows are known where the call's own is ready.
+    """
+
+    def __init__(self, call: Call, outer_mask: Any = None) -> None:
         tokens = _tokens(call)
         mask = call.get("attention_mask")
         self.device = tokens.device
         self.rows, self.length = tokens.shape[:2]
-        self.mask: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.has_ready_mask = mask is not None and self.mask is None
+        self.has_ready_mask = mask is not None and not is_flat(mask)
+        mask = outer_mask if self.has_ready_mask else mask
+        self.mask: Tensor | None = mask if is_flat(mask) else None
         self.cached, self.is_continued = cached_length(call)
         self.width = self.mask.shape[1] if self.mask is not None else self.cached + self.length
         self.starts = row_starts(self.mask, self.rows, self.device)

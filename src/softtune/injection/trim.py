@@ -33,7 +33,8 @@ class Trim:
         """Take the columns out of a call's arguments."""
         for name in (*TEXT, *features_of(call)):
             if call.get(name) is not None:
-                call[name] = call[name][:, self.left : call[name].shape[1] - self.right]
+                dim = -1 if name == "position_ids" else 1  # [A, B, T] in Qwen-VL
+                call[name] = call[name].narrow(dim, self.left, call[name].shape[dim] - self.left - self.right)
 
     def restore(self, output: Any) -> None:
         """Put columns of zeros where the outputs lack one."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, get_type_hints
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from softtune import storage
 from softtune.backbone import Backbone, Site
+from softtune.backbone.roles import BiasSlot
 from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError
 
 CONFIG_NAME = "adapter_config.json"
@@ -78,6 +79,8 @@ class Prompt:
     """[P, D] virtual tokens among the input embeddings."""
     prefixes: Mapping[tuple[Site, int], KeyValue] = field(default_factory=dict)
     """Keys and values in front of a layer's own, by site and layer."""
+    additions: Sequence[tuple[BiasSlot, Tensor]] = ()
+    """What [width] is added to the output of a module that has a bias, or could have one."""
     after_text: bool = False
     """Whether the virtual tokens stand behind the text (suffix, infix) instead of before it."""
     shifts_positions: bool = True
@@ -92,11 +95,7 @@ class Method(Protocol):
         ...
 
     def baked_state(self) -> dict[str, Tensor]:
-        """The tensors that inference needs."""
-        ...
-
-    def load_baked(self, state: Mapping[str, Tensor]) -> None:
-        """Take over tensors that ``baked_state`` returned."""
+        """The tensors that inference needs: the module's own, to be read and written, where it trains no others."""
         ...
 
 
@@ -154,6 +153,10 @@ class PeftConfig:
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
         """Whether PEFT computes the same from the saved adapter."""
         return False
+
+    def from_peft(self, prompt: Tensor) -> Tensor:
+        """A prompt [P, W] or [P, D] in the layout of PEFT's files, in softtune's."""
+        return prompt
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,6 +249,10 @@ class PromptLearningConfig(PeftConfig):
                     f"load it on the model that it was trained on ({self.base_model_name_or_path or 'unnamed'})"
                 )
             setattr(self, name, size)
+
+    def from_peft(self, prompt: Tensor) -> Tensor:
+        """See ``PeftConfig.from_peft``: for an encoder-decoder, PEFT trains as many rows again and never reads them."""
+        return prompt[: self.num_virtual_tokens] if self.num_transformer_submodules == 2 else prompt
 
 
 def _class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:

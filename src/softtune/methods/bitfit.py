@@ -8,7 +8,7 @@ half precision models get fp32 changes. The gradients are those of the biases th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -70,14 +70,10 @@ class BiasChanges(nn.Module):
         return [(slot, self.changes[_key(slot)]) for slot in self.slots]
 
     def prompt(self) -> Prompt:
-        return Prompt()
+        return Prompt(additions=self.additions())
 
     def baked_state(self) -> dict[str, Tensor]:
         return {f"{slot.name}.bias": change.detach() for slot, change in self.additions()}
-
-    def load_baked(self, state: Mapping[str, Tensor]) -> None:
-        for slot, change in self.additions():
-            change.data.copy_(state[f"{slot.name}.bias"])
 
 
 def _key(slot: BiasSlot) -> str:

@@ -118,7 +118,7 @@ def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
     Raises:
         CheckpointError: there is no such file, it is damaged, or its prompt has another shape.
     """
-    file = path if str(path).endswith(".safetensors") else storage.locate(path, WEIGHTS_NAME)
+    file = storage.local(path) if str(path).endswith(".safetensors") else storage.locate(path, WEIGHTS_NAME)
     try:
         tensors = load_file(file) if file else {}
     except (OSError, SafetensorError) as error:

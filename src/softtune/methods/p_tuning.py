@@ -116,6 +116,3 @@ class PromptEncoder(nn.Module):
 
     def baked_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self().detach()}
-
-    def load_baked(self, state: Mapping[str, Tensor]) -> None:
-        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])

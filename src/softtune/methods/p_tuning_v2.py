@@ -7,7 +7,7 @@ of a verbalizer. Without the dropout and the head it is prefix tuning with ``pre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -70,9 +70,6 @@ class DeepPrompt(nn.Module):
 
     def baked_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self.embedding.weight.detach()}
-
-    def load_baked(self, state: Mapping[str, Tensor]) -> None:
-        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])
 
 
 def hidden_dropout(backbone: Backbone) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softtune.backbone import AttentionLayer, Backbone, Site
-from softtune.errors import ConfigError, UnsupportedModelError
+from softtune.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
 from softtune.methods.base import OURS, PeftType, PositiveInt, Prompt, PromptLearningConfig
 from softtune.methods.flat import Layers, choose_layers, flat_prefix, is_even, settle_prefix, split_prefix
@@ -111,6 +111,24 @@ class PrefixTuningConfig(PromptLearningConfig):
         plain = self.placement == "prefix" and not self.embedding_only and self.shift_positions
         return plain and self.layers is None and not backbone.is_encoder_decoder and is_even(backbone)
 
+    def from_peft(self, prompt: Tensor) -> Tensor:
+        """See ``PeftConfig.from_peft``: in an encoder-decoder, layer l of the decoder's own attention takes the columns
+        4l and 4l + 1 of twice the tensor, and no other site gets a prefix.
+
+        Raises:
+            AdapterMismatchError: the config has other sites.
+        """
+        if self.num_transformer_submodules != 2:
+            return prompt
+        if self.sites != [Site.DECODER]:
+            raise AdapterMismatchError(
+                "PEFT's prefix is for the decoder's own attention: set sites=['decoder'] in the config"
+            )
+        assert self.num_layers
+        parts = prompt.view(len(prompt), 2 * self.num_layers, -1).repeat(1, 2, 1)
+        by_layer = parts.view(len(prompt), self.num_layers, 4, -1)
+        return by_layer[:, :, :2].flatten(1)
+
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """See ``PeftConfig.implied_by_peft``: in an encoder-decoder, only the decoder's own attention gets a prefix;
@@ -161,9 +179,6 @@ class PrefixEncoder(nn.Module):
     def baked_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self().detach()}
 
-    def load_baked(self, state: Mapping[str, Tensor]) -> None:
-        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])
-
 
 class EmbeddingPrefix(nn.Module):
     """The embedding-only ablation (paper, section 7.2): trained vectors [P, D] at the input, through the same MLP.
@@ -196,9 +211,6 @@ class EmbeddingPrefix(nn.Module):
 
     def baked_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self().detach()}
-
-    def load_baked(self, state: Mapping[str, Tensor]) -> None:
-        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])
 
 
 def _virtual_tokens(config: PrefixTuningConfig, dim: int, width: int) -> tuple[nn.Embedding, nn.Sequential | None]:

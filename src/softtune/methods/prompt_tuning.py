@@ -6,7 +6,6 @@ Letters: P virtual tokens, D embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -137,9 +136,6 @@ class PromptEmbedding(nn.Module):
 
     def baked_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self.embedding.weight.detach()}
-
-    def load_baked(self, state: Mapping[str, Tensor]) -> None:
-        self.embedding.weight.data.copy_(state[init.PROMPT_KEY])
 
 
 def check_vectors(backbone: Backbone) -> None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch.profiler import profile as operations_of
+from torch.profiler import profile as Profiler
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from softtune.training.trainer import AdapterTrainer
 
@@ -27,13 +30,13 @@ KINDS = {
 """What the names of operations contain, by the kind that these count as."""
 COPIED = 256 * 2**20
 """Bytes of the tensor whose copy shows the memory's bandwidth."""
-
-Step = Callable[[], Any]
+WARM_UP = 2
+"""Steps before the first that is measured: the trunk cache has then met the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Medians over five steps on one batch, in seconds."""
+    """Medians over five steps on one batch as the recipe trains them, in seconds."""
 
     tokens: int
     """Of the batch, without padding and virtual tokens."""
@@ -44,27 +47,63 @@ class Profile:
     products: float
     """The step's matrix products alone, with their own arguments."""
     weights: float
-    """Reading the frozen weights twice, once for each direction."""
+    """Reading the frozen weights twice, once for each direction; those of layers too that a trunk cache leaves out."""
 
 
 def profile(trainer: AdapterTrainer) -> Profile:
-    """Measure steps of a Trainer on its first batch. They train the adapter, and write nothing."""
-    inputs = next(iter(trainer.get_train_dataloader()))
-    step = _step(trainer, inputs)
-    step()
-    seconds = _median(step)
-    recorder = ProductRecorder()
-    with recorder:
-        step()
+    """Measure steps of a Trainer's own loop on its first rows. They train the adapter, and write nothing."""
+    data: Any = trainer.train_dataset
+    trainer.train_dataset = [data[i] for i in range(min(trainer.args.train_batch_size, len(data)))]
+    timer, recorder = _Timer(trainer.args.device), ProductRecorder()
+    profilers = [Profiler() for _ in range(ROUNDS)]
+    _run_steps(trainer, [*[nullcontext()] * WARM_UP, *[timer] * ROUNDS, recorder, *profilers])
     assert trainer.model is not None
     frozen = sum(p.nbytes for p in trainer.model.parameters() if not p.requires_grad)
+    seconds = statistics.median(timer.seconds)
     return Profile(
-        tokens=int(inputs["attention_mask"].sum()),
+        tokens=int(trainer.data_collator(trainer.train_dataset)["attention_mask"].sum()),
         seconds=seconds,
-        shares=_shares(step, seconds, on_device=trainer.args.device.type != "cpu"),
-        products=_median(recorder.replay),
+        shares=_shares(profilers, seconds, on_device=trainer.args.device.type != "cpu"),
+        products=_median(recorder.replay, trainer.args.device),
         weights=2 * frozen / _bandwidth(trainer.args.device),
     )
+
+
+def _run_steps(trainer: AdapterTrainer, contexts: Sequence[AbstractContextManager[Any]]) -> None:
+    """Train for as many steps as there are contexts, each step in its own."""
+    trainer.args.max_steps, trainer.args.save_strategy = len(contexts), "no"
+    with ExitStack() as stack:
+        trainer.add_callback(_EachIn(contexts, stack))
+        trainer.train()
+
+
+class _EachIn(TrainerCallback):
+    """Enters a context at the beginning of each step, and leaves it at its end."""
+
+    def __init__(self, contexts: Sequence[AbstractContextManager[Any]], stack: ExitStack) -> None:
+        self._contexts, self._stack = contexts, stack
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stack.enter_context(self._contexts[state.global_step])
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stack.close()
+
+
+class _Timer:
+    """Notes how long each of its blocks takes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: list[float] = []
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds.append(time.perf_counter() - self._start)
 
 
 class ProductRecorder(TorchDispatchMode):
@@ -86,34 +125,13 @@ class ProductRecorder(TorchDispatchMode):
                 function(*args, **kwargs)
 
 
-def _step(trainer: AdapterTrainer, inputs: dict[str, Any]) -> Step:
-    """A step as the Trainer's loop takes it."""
-    trainer.create_optimizer_and_scheduler(num_training_steps=2 * ROUNDS + 3)
-    trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
-    model, optimizer = trainer.model, trainer.optimizer
-    assert model is not None
-    assert optimizer is not None
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        trainer.training_step(model, inputs)
-        torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
-        optimizer.step()
-        model.zero_grad()
-
-    return step
-
-
-def _shares(step: Step, seconds: float, *, on_device: bool) -> dict[str, float]:
-    """By kind, of the seconds that a step takes when nobody looks on."""
-    with operations_of() as observed:
-        for _ in range(ROUNDS):
-            step()
+def _shares(profilers: Sequence[Profiler], seconds: float, *, on_device: bool) -> dict[str, float]:
+    """By kind, of the seconds that a step takes when nobody looks on; one profiler for each step."""
     found: dict[str, float] = defaultdict(float)
-    for operation in observed.key_averages():
+    for operation in chain.from_iterable(profiler.key_averages() for profiler in profilers):
         if operation.key.startswith("aten::"):
             microseconds = operation.self_device_time_total if on_device else operation.self_cpu_time_total
-            found[_kind(operation.key.removeprefix("aten::"))] += microseconds / 1e6 / ROUNDS / seconds
+            found[_kind(operation.key.removeprefix("aten::"))] += microseconds / 1e6 / len(profilers) / seconds
     return {**found, "between operations": max(0.0, 1.0 - sum(found.values()))}
 
 
@@ -127,15 +145,12 @@ def _bandwidth(device: torch.device) -> float:
     """Bytes a second that are read and written."""
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * COPIED / _median(lambda: target.copy_(source))
+    return 2 * COPIED / _median(lambda: target.copy_(source), device)
 
 
-def _median(run: Step) -> float:
-    seconds = []
+def _median(run: Callable[[], Any], device: torch.device) -> float:
+    timer = _Timer(device)
     for _ in range(ROUNDS):
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        with timer:
+            run()
+    return statistics.median(timer.seconds)

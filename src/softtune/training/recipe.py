@@ -8,21 +8,24 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from softtune.data import Task, Template, Verbalizer
+from softtune.data import LabelTask, Task, Template
 from softtune.errors import CheckpointError, ConfigError
 from softtune.methods import PeftConfig, PeftType, TaskType
 from softtune.methods.base import CONFIG_NAME
+from softtune.training.definition import check_task, task_of
 
 RECIPE_NAME = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 """Folder in the adapter's where an unfinished run keeps its state."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 LEARNING_RATES = {
     PeftType.PREFIX_TUNING: 1e-2,
@@ -43,38 +46,68 @@ NOT_OPTIONS = {
 }
 """Fields of the method's config that are not for ``options``, and what to do instead."""
 
+HINTS = {
+    "labels": "list texts, or name a text for each label, with quotes around numbers, yes, no, true and false",
+    "test_size": "name a number of rows, or a share of them below 1",
+    "validation_size": "name a number of rows of 1 or more, or a share of them between 0 and 1",
+    "shares": "name each label's share, such as {spam: 0.3, ham: 0.7}",
+    "report_to": "list tensorboard, wandb or both, such as [tensorboard]",
+}
+"""What to write in fields of several types or parts, of which pydantic tells only its own names."""
+
 
 class Recipe(BaseModel):
     """A training run."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     model: str
     """Base model: a folder, a hub name, smollm2-135m or minilm."""
     task: TaskType = TaskType.CAUSAL_LM
-    """CAUSAL_LM and SEQ_2_SEQ_LM write the label, SEQ_CLS trains a head."""
+    """CAUSAL_LM and SEQ_2_SEQ_LM write the label, a choice or a text; SEQ_CLS has a head for labels, TOKEN_CLS one for
+    the tags of words, QUESTION_ANS one for parts of a text."""
     train: str
-    """Training data: a CSV, TSV or JSONL file, or a data set on the hub."""
+    """Training data: a CSV, TSV, JSONL, JSON or CoNLL file, one in an archive (zip://member::file), or a hub data
+    set."""
     train_split: str = "train"
-    """Split of a hub data set to train on."""
+    """Split to train on, of a hub data set or a JSON file with splits."""
     evaluation: str | None = None
     """Evaluation data; by default rows are held out of the training data."""
     evaluation_split: str = "train"
-    """Split of a hub data set to evaluate on."""
-    test_size: int | float = 0.2
+    """Split to evaluate on, of a hub data set or a JSON file with splits."""
+    evaluation_examples: Annotated[int, Field(ge=1)] | None = None
+    """Evaluate on a random sample of this many rows."""
+    columns: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names of the columns, for files whose rows are cells without a header."""
+    test_size: Annotated[int, Field(ge=0, strict=True)] | Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Rows (whole number) or share of them to hold out where there is no evaluation data; 0 for none."""
     examples: Annotated[int, Field(ge=1)] | None = None
     """Train on a random sample of this many rows."""
     shares: Annotated[dict[str, float], Field(min_length=1)] | None = None
     """Share of each label in that sample; by default as in the data."""
+    shots: Annotated[int, Field(ge=1)] | None = None
+    """Train on a random sample of this many rows of each label."""
     template: str
-    """How a record reads: {column} fields, {prompt:N} virtual tokens."""
+    """How a record reads: {column} fields, {prompt:N} virtual tokens. For TOKEN_CLS the column with the words, such as
+    {tokens}; for QUESTION_ANS those with the question and the text, such as {question} {context}."""
     label_column: str
-    """The column with the label or the text to write."""
+    """The column with the label, the tags, the answers, the right choice, or one or several texts to write."""
     labels: list[str] | dict[str, str] | None = None
-    """The labels, or a word for each; leave out to train on free text."""
+    """The labels or tags, or a word for each label; leave out to train on free text, choices or parts of a text."""
+    choices: str | None = None
+    """The column with each record's own choices, a list; one of them is right."""
+    calibrate: bool = False
+    """Divide each label's probability by that which it has for a record without content (Zhao et al. 2021)."""
+    stride: Annotated[int, Field(ge=0)] = 64
+    """For QUESTION_ANS, tokens that neighbouring parts of a text longer than max_length share."""
+    unanswerable: bool = False
+    """For QUESTION_ANS, whether there are questions without an answer."""
     max_length: Annotated[int, Field(ge=4)] = 128
     """Tokens of a record; longer fields are cut, template and label never."""
     method: PeftType = PeftType.PREFIX_TUNING
@@ -87,9 +120,9 @@ class Recipe(BaseModel):
     """How the learning rate falls."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.1
     """Steps until the learning rate has reached its peak; below 1 a share of all steps."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Passes over the training data."""
-    batch_size: Annotated[int, Field(ge=1)] = 4
+    batch_size: Annotated[int, Field(ge=1, le=10**6)] = 4
     """Rows of a step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
@@ -98,7 +131,7 @@ class Recipe(BaseModel):
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop when the loss on held-out training rows has not fallen for so many checkpoints, and keep the best one; by
     default all epochs run."""
-    validation_size: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    validation_size: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Training rows (whole number) or share of them to hold out for patience."""
     bf16: bool = False
     """Compute in bfloat16 where autocast does; the adapter stays in float32."""
@@ -113,8 +146,10 @@ class Recipe(BaseModel):
     above them; needs options with layers, such as last:10. 0 for none."""
     trunk_cache_disk: Annotated[float, Field(ge=0)] = 0
     """Megabytes of a temporary file beside the checkpoints for the same, when memory is full."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sample, the held-out rows, the start and the order."""
+    data_seed: Seed | None = None
+    """Another seed for the sample and the held-out rows."""
     save_steps: Annotated[int, Field(ge=1)] = 50
     """Steps between checkpoints; an interrupt writes one too."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
@@ -127,12 +162,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.task is TaskType.SEQ_CLS and not self.labels:
-            raise ValueError("SEQ_CLS needs labels: list them")
+        check_task(self)
         if twice := [label for label, count in Counter(list(self.labels or ())).items() if count > 1]:
             raise ValueError(f"labels has {twice[0]!r} more than once: list every label once")
         if self.shares and self.examples is None:
             raise ValueError("shares needs examples: say how many rows to sample")
+        if self.shots and (self.examples or not isinstance(self.definition, LabelTask)):
+            raise ValueError("shots samples rows of each label: drop examples, and list labels of whole records")
         places, tokens = Template(self.template).num_virtual_tokens, self.options.get("num_virtual_tokens")
         if places and tokens not in (None, places):
             raise ValueError(f"the template has places for {places} virtual tokens, num_virtual_tokens is {tokens}")
@@ -144,12 +180,10 @@ class Recipe(BaseModel):
             raise ValueError("test_size holds rows out where there is no evaluation data: drop one of the two")
         if self.evaluation is None and self.evaluation_split != "train":
             raise ValueError("evaluation_split needs evaluation: name the data set there too")
-        if missing := [name for name in self.report_to if find_spec(name) is None]:
-            raise ValueError(f"report_to needs the package {missing[0]}: pip install {missing[0]}")
-        if self.compile and (self.trunk_cache or self.trunk_cache_disk):
+        if self.compile and self.has_trunk_cache:
             raise ValueError("compile does not go with the trunk cache, which leaves layers out: drop one of the two")
-        if self.ensemble > 1 and "wandb" in self.report_to:
-            raise ValueError("wandb takes one run of a process: report an ensemble to tensorboard")
+        if self.seed + self.ensemble > 2**32:
+            raise ValueError(f"seed is {self.seed}: leave {self.ensemble} seeds below 2**32 for the ensemble")
         self.config()
         _ = self.definition
         if places and self.method not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
@@ -179,12 +213,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(dict(fields))
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
-            reason = first["msg"].removeprefix("Value error, ")
-            if first["type"] == "extra_forbidden":
-                reason = f"no such field: use one of {', '.join(cls.model_fields)}"
-            raise ConfigError(": ".join(filter(None, ("recipe", name, reason)))) from None
+            raise ConfigError(f"recipe: {_what_is_wrong(error.errors()[0], fields)}") from None
 
     @classmethod
     def of_adapter(cls, folder: str | os.PathLike[str]) -> Recipe:
@@ -205,9 +234,23 @@ class Recipe(BaseModel):
         path.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @property
+    def has_trunk_cache(self) -> bool:
+        return bool(self.trunk_cache or self.trunk_cache_disk)
+
+    @property
+    def rows_seed(self) -> int:
+        """Seed of the sample and the held-out rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def member(self, number: int, output: Path) -> Recipe:
+        """The recipe that makes an ensemble's member alone, counted from 0."""
+        changes = {"ensemble": 1, "seed": self.seed + number, "data_seed": self.rows_seed, "output": str(output)}
+        return self.model_copy(update=changes)
+
+    @property
     def num_labels(self) -> int | None:
         """Classes of a trained head; None where there is none."""
-        return len(self.labels) if self.labels and self.task is TaskType.SEQ_CLS else None
+        return len(self.labels) if self.labels and self.task.has_head else None
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """The fields that differ, with this recipe's value and the other's."""
@@ -218,11 +261,6 @@ class Recipe(BaseModel):
     def adapter_names(self) -> list[str]:
         """What the adapters are called: an ensemble's are numbered from 1, and are in folders of these names."""
         return ["default"] if self.ensemble == 1 else [str(i + 1) for i in range(self.ensemble)]
-
-    def checkpoints(self, adapter_name: str = "default") -> Path:
-        """The folder where an unfinished run keeps its state, or that of an ensemble's member."""
-        folder = Path(self.output) / CHECKPOINTS
-        return folder if adapter_name == "default" else folder / adapter_name
 
     def config(self) -> PeftConfig:
         """The method's config. Raises ConfigError where ``options`` has an unknown key or a value out of range."""
@@ -237,14 +275,7 @@ class Recipe(BaseModel):
     @property
     def definition(self) -> Task:
         """What prediction needs to know of the recipe."""
-        return Task(
-            kind=self.task,
-            template=Template(self.template),
-            label_column=self.label_column,
-            verbalizer=None if self.labels is None else _verbalizer(self.labels),
-            max_length=self.max_length,
-            max_new_tokens=self.max_new_tokens,
-        )
+        return task_of(self)
 
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:
@@ -260,5 +291,13 @@ def check_finished(folder: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"the run in {folder} is unfinished: go on with softtune train --resume, or train anew")
 
 
-def _verbalizer(labels: list[str] | dict[str, str]) -> Verbalizer:
-    return Verbalizer(labels) if isinstance(labels, dict) else Verbalizer.from_labels(labels)
+def _what_is_wrong(error: ErrorDetails, fields: Mapping[str, Any]) -> str:
+    """One of pydantic's findings in the recipe's words."""
+    if not error["loc"]:
+        return error["msg"].removeprefix("Value error, ")
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"{name}: no such field: use one of {', '.join(Recipe.model_fields)}"
+    if name not in fields:
+        return f"{name} is missing: add it"
+    return f"{name} is {fields[name]!r}: {HINTS.get(name) or error['msg'].replace('Input should', 'it should', 1)}"

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from softtune.data import Task, each_row, load_records, sample_balanced, split_records
+from softtune.data import (
+    LabelTask,
+    Task,
+    TextTask,
+    each_row,
+    load_records,
+    sample_balanced,
+    split_records,
+    with_all_references,
+)
 from softtune.data.sources import fingerprint
 from softtune.errors import DataError
 from softtune.training.recipe import Recipe
@@ -16,28 +25,53 @@ def training_and_evaluation_rows(recipe: Recipe, task: Task) -> tuple[Dataset, D
     Raises:
         DataError: a file is missing, damaged or empty, a row does not fit the task, or there are too few.
     """
-    rows = _labelled(task, recipe.train, recipe.train_split)
+    rows = _labelled(recipe, task, recipe.train, recipe.train_split)
     held_out = None
     if recipe.evaluation is not None:
-        held_out = _labelled(task, recipe.evaluation, recipe.evaluation_split)
+        held_out = _labelled(recipe, task, recipe.evaluation, recipe.evaluation_split)
     elif recipe.test_size:
-        rows, held_out = split_records(rows, test_size=recipe.test_size, seed=recipe.seed)
-    return rows if recipe.examples is None else _sample(recipe, rows, recipe.examples), held_out
+        rows, held_out = split_records(rows, test_size=recipe.test_size, seed=recipe.rows_seed)
+    if recipe.shots is not None:
+        rows = _few_shot(recipe, task, rows)
+    elif recipe.examples is not None:
+        rows = _sample(recipe, rows, recipe.examples)
+    return rows, None if held_out is None else _evaluated(recipe, task, held_out)
 
 
-def _labelled(task: Task, source: str, split: str) -> Dataset:
+def _labelled(recipe: Recipe, task: Task, source: str, split: str) -> Dataset:
     """Records with texts and labels, checked while their rows still count as in the file."""
-    rows = load_records(source, split=split)
+    rows = load_records(source, split=split, columns=recipe.columns)
     try:
-        each_row(rows, [*task.template.fields, task.label_column], task.check)
+        each_row(rows, [*task.columns, task.label_column], task.right)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     return rows
 
 
+def _evaluated(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
+    """Rows that read alike count once where texts are written; of all, or of a sample."""
+    rows = with_all_references(rows, task) if isinstance(task, TextTask) else rows
+    size = recipe.evaluation_examples
+    if size is None:
+        return rows
+    if size > len(rows):
+        raise DataError(f"evaluation_examples is {size} and there are {len(rows)} rows: lower it or leave it out")
+    return rows.shuffle(seed=recipe.rows_seed).select(range(size))
+
+
+def _few_shot(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
+    """As many rows of each label."""
+    assert isinstance(task, LabelTask)
+    assert recipe.shots is not None
+    labels = task.verbalizer.labels
+    shares = dict.fromkeys(labels, 1 / len(labels))
+    size = recipe.shots * len(labels)
+    return sample_balanced(rows, column=recipe.label_column, size=size, seed=recipe.rows_seed, shares=shares)
+
+
 def fingerprints(task: Task, training: Dataset, held_out: Dataset | None) -> dict[str, str]:
     """What tells whether rows are those of an earlier run, by "training" and "evaluation"."""
-    columns = [*task.template.fields, task.label_column]
+    columns = [*task.columns, task.label_column]
     parts = {"training": training, "evaluation": held_out}
     return {name: fingerprint(rows, columns) for name, rows in parts.items() if rows is not None}
 
@@ -46,5 +80,5 @@ def _sample(recipe: Recipe, rows: Dataset, size: int) -> Dataset:
     if size > len(rows):
         raise DataError(f"examples is {size} and there are {len(rows)} rows to train on: lower it or leave it out")
     if recipe.shares is None:
-        return rows.shuffle(seed=recipe.seed).select(range(size))
-    return sample_balanced(rows, column=recipe.label_column, size=size, seed=recipe.seed, shares=recipe.shares)
+        return rows.shuffle(seed=recipe.rows_seed).select(range(size))
+    return sample_balanced(rows, column=recipe.label_column, size=size, seed=recipe.rows_seed, shares=recipe.shares)

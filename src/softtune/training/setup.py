@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,19 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from softtune.adapter import Adapter
-from softtune.data import Collator, Example, Task, each_row, split_records
+from softtune.data import IGNORED, Collator, Example, LabelTask, Task, each_row, split_records
+from softtune.errors import DataError
 from softtune.evaluation.answers import fitted
+from softtune.methods import TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
+from softtune.training.folder import RunFolder
 from softtune.training.recipe import Recipe
 from softtune.training.rows import fingerprints, training_and_evaluation_rows
 from softtune.training.trainer import AdapterTrainer, InterruptSaver, ProgressReporter, trackers, training_arguments
+
+LABEL_NAMES = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
+"""What a batch calls its labels, where it is not ``labels``."""
 
 Progress = Callable[[str, int, int, str], None]
 """Told what is being done, how much of it is done, out of how much, and how it goes."""
@@ -41,7 +47,7 @@ class Rows:
         prints = fingerprints(recipe.definition, training, evaluation)
         validation = training.select([])
         if recipe.patience is not None:
-            training, validation = split_records(training, test_size=recipe.validation_size, seed=recipe.seed)
+            training, validation = split_records(training, test_size=recipe.validation_size, seed=recipe.rows_seed)
         return cls(training=training, validation=validation, evaluation=evaluation, fingerprints=prints)
 
 
@@ -49,7 +55,7 @@ class Rows:
 class Setup:
     """What a recipe names, loaded."""
 
-    recipe: Recipe
+    folder: RunFolder
     task: Task
     model: PeftModel
     """The base model with the recipe's adapters, all of them trained."""
@@ -62,25 +68,28 @@ class Setup:
     progress: Progress
 
     @classmethod
-    def of(cls, recipe: Recipe, rows: Rows, bases: BaseModels, progress: Progress) -> Setup:
+    def of(cls, folder: RunFolder, rows: Rows, bases: BaseModels, progress: Progress) -> Setup:
         """Load the base model, make its adapters, and encode the rows.
 
         Raises:
             ConfigError, UnsupportedModelError: the base model cannot do what the recipe asks for.
-            DataError: a row does not fit the model.
+            DataError: a row does not fit the model, or its tokenizer does not tell two labels apart.
         """
+        recipe = folder.recipe
         model, tokenizer = bases.adapted(recipe)
         if recipe.compile:
             model.backbone.compile_layers()
-        if recipe.trunk_cache or recipe.trunk_cache_disk:  # refused before the base model is evaluated
+        if recipe.has_trunk_cache:  # refused before the base model is evaluated
             model.trunk_cache(recipe.trunk_cache, recipe.trunk_cache_disk)
         task = fitted(recipe.definition, model)
+        columns = [*task.columns, task.label_column]
         training, validation = (
-            each_row(part, task.template.fields, lambda r: task.encode(r, tokenizer, label=task.label_of(r)))
+            [x for own in each_row(part, columns, lambda row: task.examples(row, tokenizer)) for x in own]
             for part in (rows.training, rows.validation)
         )
+        _check_labels(task, rows.training[0], tokenizer)
         return cls(
-            recipe=recipe,
+            folder=folder,
             task=task,
             model=model,
             tokenizer=tokenizer,
@@ -90,10 +99,14 @@ class Setup:
             progress=progress,
         )
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.folder.recipe
+
     def asks_as(self, other: Setup) -> bool:
         """Whether the base model alone is asked the same as for another recipe."""
         own, others = self.rows.fingerprints.get("evaluation"), other.rows.fingerprints.get("evaluation")
-        return self.task == other.task and own == others and not self.task.has_head
+        return self.task == other.task and own == others and not self.task.kind.has_head
 
     def trainers(self, interrupt: InterruptSaver) -> list[AdapterTrainer]:
         """A Trainer for each adapter."""
@@ -104,7 +117,7 @@ class Setup:
         phase = "training" if recipe.ensemble == 1 else f"training {name}"
         return AdapterTrainer(
             PeftModel.of(self.model.base_model, {name: self.model.adapter(name)}),
-            args=_arguments(recipe, recipe.checkpoints(name), recipe.seed + number),
+            args=_arguments(recipe, self.folder.checkpoints(name), recipe.seed + number),
             train_dataset=self.examples,
             eval_dataset=self.validation or None,
             data_collator=Collator(int(self.tokenizer.pad_token_id), padding_side="left"),
@@ -114,7 +127,7 @@ class Setup:
                 interrupt,
                 *([EarlyStoppingCallback(recipe.patience)] if recipe.patience is not None else []),
                 ProgressReporter(lambda *step: self.progress(phase, *step)),
-                *trackers(recipe.report_to, Path(recipe.output, "logs", *([] if name == "default" else [name]))),
+                *trackers(recipe.report_to, self.folder.logs(name)),
             ],
         )
 
@@ -146,6 +159,17 @@ class BaseModels:
         return loaded
 
 
+def _check_labels(task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError where two labels are the same tokens behind a record."""
+    if not isinstance(task, LabelTask) or task.has_head:
+        return
+    labels: dict[tuple[int, ...], str] = {}
+    for label in task.verbalizer.labels:
+        answer = tuple(x for x in task.encode(record, tokenizer, label=label).labels if x != IGNORED)
+        if (other := labels.setdefault(answer, label)) != label:
+            raise DataError(f"labels {other!r} and {label!r} are the same tokens to the model: give them other words")
+
+
 def _arguments(recipe: Recipe, folder: Path, seed: int) -> Any:
     return training_arguments(
         folder,
@@ -160,6 +184,7 @@ def _arguments(recipe: Recipe, folder: Path, seed: int) -> Any:
         bf16=recipe.bf16,
         gradient_checkpointing=recipe.gradient_checkpointing,
         seed=seed,
+        label_names=LABEL_NAMES.get(recipe.task, ["labels"]),
         **({} if recipe.patience is None else _stopping(recipe)),
     )
 

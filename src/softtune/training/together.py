@@ -10,8 +10,8 @@ Letters: B rows of a run's batch, T tokens, P virtual tokens, V words or classes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -38,8 +38,8 @@ def train_together(
 ) -> list[TrainingError | None]:
     """Train several adapters over one base model at once. Each comes out as ``trainer.train()`` alone would train it.
 
-    Only dropout draws other random numbers than it would alone. A run that fails leaves the others alone, and one that
-    has fewer steps ends before them.
+    Only dropout draws other random numbers than it would alone. A run whose numbers blow up leaves the others alone,
+    and one that has fewer steps ends before them. Any other error ends all, each with a checkpoint of its last step.
 
     Args:
         trainers: one a run. Their models share the base model and its task; batches, steps, seeds, settings of the
@@ -60,11 +60,20 @@ def train_together(
         memory, disk = (sum(sizes) for sizes in zip(*(t.trunk_cache for t in trainers), strict=True))
         if memory or disk:
             stack.enter_context(model.trunk_cache(memory, disk, trainers[0].args.output_dir))
-        waiting = [run for run in runs if run.begin()]
-        while waiting:
-            losses = _step(model, waiting)
-            waiting = [run for run, loss in zip(waiting, losses, strict=True) if run.go_on(loss)]
+        try:
+            _train(model, runs)
+        except Exception:
+            for run in runs:
+                run.save()
+            raise
     return [run.error for run in runs]
+
+
+def _train(model: PeftModel, runs: Sequence[_Run]) -> None:
+    waiting = [run for run in runs if run.begin()]
+    while waiting:
+        losses = _step(model, waiting)
+        waiting = [run for run, loss in zip(waiting, losses, strict=True) if run.go_on(loss)]
 
 
 class _Run:
@@ -96,16 +105,30 @@ class _Run:
         """Run with the loss of its batch, whose gradients are there, until the next; False where there is none."""
         return self._run(loss)
 
+    def save(self) -> None:
+        """Write a checkpoint of the last step, where the run is between two."""
+        if self._loop and self.trainer.state.global_step > 0:
+            with self._own(), suppress(TrainingError):
+                self.trainer._save_checkpoint(self.model, trial=None)
+
     def _run(self, loss: Tensor | None) -> bool:
+        with self._own():
+            self._loop.switch(loss)
+        return not self._loop.dead
+
+    @contextmanager
+    def _own(self) -> Iterator[None]:
+        """The run's random numbers and its count of batches, for the length of the block."""
         shared = vars(GradientState())  # accelerate has one for all trainers of a process
         others = dict(shared)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random)
             shared.update(self._accumulation)
-            self._loop.switch(loss)
-            self._random, self._accumulation = torch.get_rng_state(), dict(shared)
-            shared.update(others)
-        return not self._loop.dead
+            try:
+                yield
+            finally:
+                self._random, self._accumulation = torch.get_rng_state(), dict(shared)
+                shared.update(others)
 
     def _train(self, _: None) -> None:
         set_seed(self.trainer.args.seed)

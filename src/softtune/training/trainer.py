@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,18 +42,16 @@ class AdapterTrainer(Trainer):
             ``PeftModel.trunk_cache``. By default both are 0: every step runs all layers.
         kwargs: the Trainer's.
 
-    Raises:
+    Raises, from ``train``:
         ConfigError, UnsupportedModelError: there can be no such cache, of this size or with this model and adapter.
-        TrainingError: from ``train``, when the loss is not a number; the adapter is then what it was at the last loss
-            that was one.
+        TrainingError: the loss or the adapter is no number; the adapter is then what it was at the last loss that was
+            one.
     """
 
     def __init__(self, model: PeftModel, *, trunk_cache: float = 0, trunk_cache_disk: float = 0, **kwargs: Any) -> None:
         self.trunk_cache = (trunk_cache, trunk_cache_disk)
         self.gradients: Callable[[dict[str, Tensor]], Tensor] | None = None
         """Computes a batch's loss and gradients in place of the Trainer; None where that does it."""
-        if any(self.trunk_cache):
-            model.trunk_cache(*self.trunk_cache)  # refused at once, not in ``train``
         super().__init__(model=model, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         self.remove_callback(PrinterCallback)
@@ -61,13 +60,18 @@ class AdapterTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the trunk cache."""
+        with self._trunk():
+            output = super().train(*args, **kwargs)
+        self._check_numbers()
+        return output
+
+    def _trunk(self) -> AbstractContextManager[Any]:
         if self.gradients is not None or not any(self.trunk_cache):
-            return super().train(*args, **kwargs)
+            return nullcontext()
         assert isinstance(self.model, PeftModel)
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        with self.model.trunk_cache(*self.trunk_cache, folder):
-            return super().train(*args, **kwargs)
+        return self.model.trunk_cache(*self.trunk_cache, folder)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss, from the logits of the rows' ends alone where the answers stand there."""
@@ -88,15 +92,24 @@ class AdapterTrainer(Trainer):
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         else:
             loss = self.gradients(self._prepare_inputs(inputs))
-        if torch.isfinite(loss):
-            self._last_good = state
-            return loss
+        if not torch.isfinite(loss):
+            raise self._blown_up(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+        self._last_good = state
+        return loss
+
+    def _check_numbers(self) -> None:
+        """Raise TrainingError where the last step left the adapter, or the prompt that it makes, with something else
+        than numbers."""
+        assert isinstance(self.model, PeftModel)
+        prompt = self.model.adapter(self.model.active_adapter).baked_state()
+        if not all(torch.isfinite(x).all() for x in (*dict(self._trained()).values(), *prompt.values())):
+            raise self._blown_up(f"the adapter is no longer made of numbers after step {self.state.global_step}")
+
+    def _blown_up(self, what: str) -> TrainingError:
+        """Put back the numbers of the last finite loss, and say so."""
         for name, parameter in self._trained():
             parameter.data.copy_(self._last_good.get(name, parameter))
-        raise TrainingError(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}: "
-            "lower the learning rate; the adapter is kept as it was at the last finite loss"
-        )
+        return TrainingError(f"{what}: lower the learning rate; the adapter is kept as it was at the last finite loss")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the prompt computed once."""
@@ -108,7 +121,9 @@ class AdapterTrainer(Trainer):
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the adapter alone: its folder holds all that training goes on from."""
+        """Save the adapter alone: its folder holds all that training goes on from. Raises TrainingError where it is no
+        longer made of numbers."""
+        self._check_numbers()
         assert isinstance(self.model, PeftModel)
         name = self.model.active_adapter
         checkpoint.save(output_dir or str(self.args.output_dir), self.model.adapter(name), self.model.backbone)

@@ -1,0 +1,119 @@
+"""The tables that commands end with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from datasets import Dataset
+from rich.table import Table
+
+from softtune.cli.console import console, in_units, show_pairs
+from softtune.evaluation.metrics import Quality
+from softtune.training.learning_rate import RangeTest
+from softtune.training.profile import Profile
+from softtune.training.report import Report
+
+MOST_CLASSES, MOST_MISTAKES, LONGEST = 40, 10, 200
+"""Labels and mistakes to show, and characters of a cell."""
+
+
+def show_report(report: Report, title: str = "") -> None:
+    """The table at the end of a run."""
+    pairs = [pair for name in report.after for pair in _quality(report, name)]
+    pairs += [
+        ("trained on", f"{_rows(report.training_rows, report.truncated)}, {report.steps} steps"),
+        *([("validated on", _rows(report.validation_rows, 0))] if report.validation_rows else []),
+        ("evaluated on", _rows(report.evaluation_rows, report.evaluation.truncated)),
+        ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
+        ("adapter", f"{report.folder} ({in_units(report.size)})"),
+        ("training", f"{report.seconds:.0f} s"),
+    ]
+    show_pairs(title, pairs)
+
+
+def show_quality(quality: Quality) -> None:
+    """Metrics with their intervals, and what they are for each label."""
+    intervals = quality.intervals()
+    show_pairs(
+        f"{quality.rows} records",
+        [(_words(name), f"{value:.1%} ({_between(intervals[name])})") for name, value in quality.metrics.items()],
+    )
+    if not 0 < len(quality.classes) <= MOST_CLASSES:
+        return
+    table = Table("", "precision", "recall", "F1", "rows", title="By label", title_justify="left")
+    for label, own in quality.classes.items():
+        table.add_row(label, *(f"{own[name]:.1%}" for name in ("precision", "recall", "f1")), f"{own['rows']:.0f}")
+    console.print(table)
+
+
+def show_mistakes(quality: Quality, answered: Dataset, columns: Sequence[str]) -> None:
+    """The first records that were not answered right, with their numbers."""
+    if not quality.mistakes:
+        return
+    title = f"{len(quality.mistakes)} of {quality.rows} records are not answered right to the letter"
+    table = Table("row", *columns, title=title, title_justify="left")
+    for row in quality.mistakes[:MOST_MISTAKES]:
+        table.add_row(str(row + 1), *(_shortened(str(answered[row][column])) for column in columns))
+    console.print(table)
+
+
+def show_profile(profile: Profile) -> None:
+    """Where a step's time goes, and what it could not go below."""
+    table = Table("", "ms", "of a step", title="A training step", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row(f"all of it, {profile.tokens} tokens", f"{1000 * profile.seconds:.1f}", "100%", end_section=True)
+    for kind, share in sorted(profile.shares.items(), key=lambda pair: -pair[1]):
+        table.add_row(kind, f"{1000 * share * profile.seconds:.1f}", f"{share:.0%}")
+    table.add_section()
+    limits = {"its matrix products alone": profile.products, "reading the weights twice": profile.weights}
+    for name, seconds in limits.items():
+        table.add_row(name, f"{1000 * seconds:.1f}", f"{seconds / profile.seconds:.0%}")
+    console.print(table)
+    console.print(
+        f"{profile.tokens / profile.seconds:.0f} tokens/s, "
+        f"{profile.seconds / max(limits.values()):.2f} times the higher limit."
+    )
+
+
+def show_range_test(test: RangeTest) -> None:
+    """Losses by learning rate, as bars."""
+    table = Table("learning rate", "loss", "", title="Losses of steps with ever higher rates", title_justify="left")
+    highest = max(test.losses)
+    for rate, loss in zip(test.rates, test.losses, strict=True):
+        mark = "  lowest" if rate == test.lowest else ""
+        table.add_row(f"{rate:.1e}", f"{loss:.3f}", "█" * round(40 * loss / highest) + mark)
+    console.print(table)
+    console.print(f"Try --learning-rate {test.suggestion:.0e}, a third of the rate at which the loss was lowest.")
+
+
+def _quality(report: Report, metric: str) -> Iterator[tuple[str, str]]:
+    """A metric's lines in the table: before and after and, of an ensemble, the vote's and its members'."""
+    label, found = _words(metric), report.evaluation
+    assert found.quality is not None
+    between = _between(found.quality.intervals()[metric])
+    yield label, f"{report.before[metric]:.1%} before, {report.after[metric]:.1%} after ({between})"
+    if found.members:
+        members = [member[metric] for member in found.members]
+        yield f"{label} by vote", f"{found.vote[metric]:.1%}"
+        yield (
+            f"{label} of one",
+            f"{min(members):.1%} to {max(members):.1%}, {sum(members) / len(members):.1%} on average",
+        )
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _between(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{low:.1%} to {high:.1%}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def _rows(count: int, truncated: int) -> str:
+    return f"{count} rows, {truncated} of them cut to fit" if truncated else f"{count} rows"

@@ -1,0 +1,96 @@
+"""What a call of the model says about its rows, and whether it fits together. Knows nothing about adapters.
+
+Letters: B rows, T tokens, D embedding size, P virtual tokens, W columns of the attention mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from softtune.backbone import Backbone, cache_of
+from softtune.errors import DataError
+from softtune.injection.step import is_flat
+
+_TEXTS = ("inputs_embeds", "input_ids", "inputs")
+"""Names of the text in ``forward`` and ``generate``; that comes first which the layers read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A call's rows."""
+
+    text: Tensor | None = None
+    """[B, T] ids or [B, T, D] vectors; None where the call has neither."""
+    mask: Tensor | None = None
+    """[B, W] the attention mask; None where there is none, or a ready one."""
+    labels: Tensor | None = None
+    """As the base model takes them."""
+    columns: Tensor | None = None
+    """[B, P] the column before which each virtual token stands."""
+    has_cache: bool = False
+    """Whether the mask may have columns of earlier calls."""
+    encoder_outputs: Any = None
+    """What the caller has of an encoder-decoder's encoder."""
+
+    @classmethod
+    def of(cls, call: Mapping[str, Any], columns: Tensor | None, backbone: Backbone) -> Inputs:
+        """Those of a call's arguments by name.
+
+        Raises:
+            DataError: the text is empty or has no rows; the mask, the columns or the labels do not fit it.
+        """
+        mask = call.get("attention_mask")
+        inputs = cls(
+            text=next((call[name] for name in _TEXTS if call.get(name) is not None), None),
+            mask=mask if is_flat(mask) else None,
+            labels=call.get("labels"),
+            columns=columns,
+            has_cache=cache_of(call) is not None,
+            encoder_outputs=call.get("encoder_outputs"),
+        )
+        if inputs.text is not None:
+            _check_text(inputs.text)
+            _check_mask(inputs, inputs.text)
+            _check_labels(inputs.labels, inputs.text, backbone)
+            _check_columns(columns, inputs.text)
+        return inputs
+
+
+def _check_text(text: Tensor) -> None:
+    if text.dim() < (3 if text.is_floating_point() else 2):
+        raise DataError(f"the input {list(text.shape)} has no rows: give ids [B, T] or vectors [B, T, D]")
+    if not text.numel():
+        raise DataError(f"the input {list(text.shape)} has no tokens: leave out empty batches")
+
+
+def _check_mask(inputs: Inputs, text: Tensor) -> None:
+    if inputs.mask is None:
+        return
+    (rows, width), length = inputs.mask.shape, text.shape[1]
+    if rows != len(text) or width < length or (width > length and not inputs.has_cache):
+        raise DataError(
+            f"attention_mask {[rows, width]} does not fit the input {list(text.shape[:2])}: "
+            "give one number for each token, cached ones too"
+        )
+
+
+def _check_labels(labels: Tensor | None, text: Tensor, backbone: Backbone) -> None:
+    if labels is None:
+        return
+    per_token = labels.dim() == 2 and not (backbone.labels_whole_texts or backbone.is_encoder_decoder)
+    if per_token and labels.shape != text.shape[:2]:
+        raise DataError(
+            f"labels {list(labels.shape)} do not fit the input {list(text.shape[:2])}: "
+            "give one for each token, virtual tokens need none"
+        )
+    if len(labels) != len(text):
+        raise DataError(f"labels {list(labels.shape)} do not fit {len(text)} rows: give labels for each")
+
+
+def _check_columns(columns: Tensor | None, text: Tensor) -> None:
+    if columns is not None and columns.shape[:1] != text.shape[:1]:
+        raise DataError(f"prompt_positions {list(columns.shape)} do not fit {len(text)} rows: give one row for each")

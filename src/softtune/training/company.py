@@ -1,0 +1,47 @@
+"""What recipes that run at once have in common, and what a process does only once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from softtune.errors import ConfigError
+from softtune.training.recipe import Recipe
+
+
+def check_company(recipes: Sequence[Recipe]) -> None:
+    """Refuse recipes that cannot run, or not at once, before any work.
+
+    Raises:
+        ConfigError: two differ in what they share or have one output, a tracker is not installed, or W&B is asked to
+            follow more than one adapter.
+    """
+    _check_trackers(recipes)
+    outputs = Counter(str(Path(recipe.output).resolve()) for recipe in recipes)
+    if twice := [output for output, count in outputs.items() if count > 1]:
+        raise ConfigError(f"{twice[0]} is the output of {outputs[twice[0]]} recipes: give each one its own")
+    first = recipes[0]
+    for recipe in recipes:
+        for (name, own), other in zip(_shared(recipe).items(), _shared(first).values(), strict=True):
+            if own != other:
+                raise ConfigError(
+                    f"{name} is {other!r} for {first.output} and {own!r} for {recipe.output}: recipes that run at once "
+                    "share it, run these one after the other"
+                )
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """What holds for all rows of a step."""
+    names = ("model", "task", "num_labels", "bf16", "compile", "gradient_checkpointing")
+    return {name: getattr(recipe, name) for name in names} | {"the use of a trunk cache": recipe.has_trunk_cache}
+
+
+def _check_trackers(recipes: Sequence[Recipe]) -> None:
+    trackers = {name for recipe in recipes for name in recipe.report_to}
+    if missing := sorted(name for name in trackers if find_spec(name) is None):
+        raise ConfigError(f"report_to needs the package {missing[0]}: pip install {missing[0]}")
+    if "wandb" in trackers and sum(recipe.ensemble for recipe in recipes) > 1:
+        raise ConfigError("wandb takes one run of a process: report several to tensorboard")

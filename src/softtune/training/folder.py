@@ -1,0 +1,151 @@
+"""A run's folder: empty, with the checkpoints of an unfinished run, or with what was trained.
+
+Knows nothing about models but how to save one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from softtune import storage
+from softtune.errors import ConfigError, DataError
+from softtune.model import PeftModel
+from softtune.training.recipe import CHECKPOINTS, RECIPE_NAME, Recipe, holds_adapter
+from softtune.training.trainer import last_checkpoint
+
+START_NAME = "start.json"
+"""What a run began with: the metrics of the base model alone, and fingerprints of the data."""
+
+
+class RunFolder:
+    """The output of a recipe.
+
+    Args:
+        recipe: what is run.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.path = Path(recipe.output)
+
+    def checkpoints(self, name: str = "default") -> Path:
+        """Where an unfinished run keeps its state, or that of an ensemble's member."""
+        return self._own(self.path / CHECKPOINTS, name)
+
+    def logs(self, name: str) -> Path:
+        """Where TensorBoard's files of an adapter are."""
+        return self._own(self.path / "logs", name)
+
+    @property
+    def starts(self) -> dict[str, str | None]:
+        """The checkpoint that each adapter goes on from, by its name; None where it begins."""
+        return {name: last_checkpoint(self.checkpoints(name)) for name in self.recipe.adapter_names}
+
+    @property
+    def is_unfinished(self) -> bool:
+        return not self._has_recipe and any(self.starts.values())
+
+    @property
+    def is_finished(self) -> bool:
+        return self._has_recipe or (holds_adapter(self.path) and not self.is_unfinished)
+
+    @property
+    def before(self) -> dict[str, float]:
+        """The base model's metrics that an unfinished run began with."""
+        metrics: dict[str, float] = self._start["before"]
+        return metrics
+
+    def begin(self, before: dict[str, float], fingerprints: dict[str, str]) -> None:
+        """Note what a run begins with: metrics of the base model alone, and what tells the data."""
+        with storage.staged(self.checkpoints()) as stage:
+            self.recipe.save(stage / RECIPE_NAME)
+            storage.write_json(stage / START_NAME, {"before": before, "data": fingerprints})
+
+    def check_data(self, fingerprints: dict[str, str]) -> None:
+        """Raise DataError where an unfinished run began with other data."""
+        for name, fingerprint in fingerprints.items():
+            if fingerprint != self._start["data"][name]:
+                raise DataError(
+                    f"the {name} data is not what the run was started with: restore it, or delete the folder "
+                    f"{self.checkpoints()}"
+                )
+
+    def check_recipe(self) -> None:
+        """Raise ConfigError where what is there was made by another recipe."""
+        kept = self.path / RECIPE_NAME if self.is_finished else self.checkpoints() / RECIPE_NAME
+        for name, (now, then) in self.recipe.differences(Recipe.load(kept)).items():
+            raise ConfigError(
+                f"{name} is {now!r}, and {then!r} in the run in {self.path}: resume it with the recipe it was started "
+                "with"
+            )
+
+    def save(self, model: PeftModel) -> None:
+        """Write what was trained, an ensemble's members into folders of their own, and then its recipe, which tells
+        that all is there; remove what the unfinished run had kept."""
+        model.save_pretrained(self.path)
+        if self.recipe.ensemble > 1:
+            for number, name in enumerate(self.recipe.adapter_names):
+                _write_recipe(self.recipe.member(number, self.path / name))
+        _write_recipe(self.recipe)
+        shutil.rmtree(self.checkpoints(), ignore_errors=True)
+
+    @property
+    def kept(self) -> str:
+        """What there is of a run that was stopped at once."""
+        if self.is_finished:
+            return f"the adapter is saved in {self.path}"
+        found = next(filter(None, self.starts.values()), None)
+        return f"{found} is kept" if found else f"no checkpoint is kept in {self.path}"
+
+    @property
+    def _has_recipe(self) -> bool:
+        return (self.path / RECIPE_NAME).is_file()
+
+    @property
+    def _start(self) -> dict[str, Any]:
+        return storage.read_json(self.checkpoints() / START_NAME)
+
+    @staticmethod
+    def _own(folder: Path, name: str) -> Path:
+        return folder if name == "default" else folder / name
+
+
+def check_folders(folders: Sequence[RunFolder], *, resume: bool) -> None:
+    """Refuse to overwrite anything, and to resume nothing, or by another recipe.
+
+    Raises:
+        ConfigError: a run is in the way, or there is none to resume, or it is another recipe's.
+        CheckpointError: a file is in the way.
+    """
+    for folder in folders:
+        storage.check_no_file(folder.path)
+    finished = [folder for folder in folders if folder.is_finished]
+    unfinished = [folder for folder in folders if folder.is_unfinished]
+    if finished and (not resume or len(finished) == len(folders)):
+        raise ConfigError(f"{finished[0].path} has a finished adapter: choose another output or delete it")
+    if unfinished and not resume:
+        raise ConfigError(
+            f"{unfinished[0].path} has an unfinished run: add --resume to go on, or delete the folder "
+            f"{unfinished[0].checkpoints()}"
+        )
+    if resume and not finished + unfinished:
+        raise ConfigError(f"{folders[0].path} has no unfinished run: leave out --resume")
+    for folder in finished + unfinished:
+        folder.check_recipe()
+
+
+def what_is_kept(folders: Sequence[RunFolder]) -> str:
+    """What there is of runs that were stopped at once, and how to go on."""
+    kept = "; ".join(folder.kept for folder in folders)
+    if all(folder.is_finished for folder in folders):
+        return f"stopped before the evaluation; {kept}"
+    begun = any(folder.is_finished or folder.is_unfinished for folder in folders)
+    return f"stopped at once; {kept}: {'go on with --resume' if begun else 'start again'}"
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    with storage.staged(recipe.output) as stage:
+        recipe.save(stage / RECIPE_NAME)

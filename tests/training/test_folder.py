@@ -1,0 +1,131 @@
+"""Runs that ended anywhere can go on: with --resume, or without where nothing is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.test_run import interrupt_at, no_dropout, no_work, tensors
+
+from softtune import ConfigError, TrainingError
+from softtune.training.recipe import Recipe
+from softtune.training.run import Report, train, train_all
+from softtune.training.setup import Progress
+
+
+@pytest.fixture
+def pair(fields: dict[str, Any], tmp_path: Path) -> Callable[..., list[Recipe]]:
+    """Two recipes in a folder, which differ in their seeds."""
+    fields["model"] = no_dropout(fields["model"], tmp_path)
+
+    def make(folder: str, **second: Any) -> list[Recipe]:
+        changes: list[dict[str, Any]] = [{}, {"seed": 1, **second}]
+        outputs = [str(tmp_path / folder / name) for name in "ab"]
+        return [Recipe.of({**fields, "output": out, **more}) for out, more in zip(outputs, changes, strict=True)]
+
+    return make
+
+
+def of_first(progress: Progress) -> Progress:
+    """A progress function that hears of the first of two recipes alone."""
+    return lambda phase, *step: progress(phase.removeprefix("a: "), *step) if phase.startswith("a: ") else None
+
+
+def assert_same(found: list[Recipe], expected: list[Recipe]) -> None:
+    for own, other in zip(found, expected, strict=True):
+        ours, theirs = tensors(own.output), tensors(other.output)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=2e-3)
+
+
+def test_a_run_without_a_checkpoint_begins_beside_one_that_goes_on(pair: Callable[..., list[Recipe]]) -> None:
+    whole, broken = pair("whole"), pair("broken")
+    train_all(whole)
+    train_all(broken, progress=of_first(interrupt_at(3)))
+    [checkpoint] = Path(broken[1].output, "checkpoints").glob("checkpoint-*")
+    shutil.rmtree(checkpoint)  # as if killed before it was written
+    with pytest.raises(ConfigError, match="a has an unfinished run: add --resume"):
+        train_all(broken, progress=no_work)
+    assert all(isinstance(result, Report) and result.finished for result in train_all(broken, resume=True))
+    assert_same(broken, whole)
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_finished_run_is_left_alone_beside_one_that_goes_on_or_begins(
+    pair: Callable[..., list[Recipe]], has_begun: bool
+) -> None:
+    whole, broken = pair("whole"), pair("broken")
+    train_all(whole)
+    train(broken[0])
+    if has_begun:
+        train(broken[1], progress=interrupt_at(5))
+    with pytest.raises(ConfigError, match="a has a finished adapter: choose another output"):
+        train_all(broken, progress=no_work)
+    finished, gone_on = train_all(broken, resume=True)
+    assert finished is None
+    assert isinstance(gone_on, Report)
+    assert_same(broken, whole)
+    with pytest.raises(ConfigError, match="a has a finished adapter: choose another output"):
+        train_all(broken, resume=True, progress=no_work)
+
+
+def test_a_finished_run_of_another_recipe_is_not_passed_over(pair: Callable[..., list[Recipe]]) -> None:
+    recipes = pair("out")
+    train(recipes[0].model_copy(update={"batch_size": 6}))
+    with pytest.raises(ConfigError, match=r"batch_size is 4, and 6 in the run in .*a: resume it with the recipe"):
+        train_all(recipes, resume=True, progress=no_work)
+
+
+def test_a_run_that_failed_before_an_interrupt_is_told_and_passed_over(pair: Callable[..., list[Recipe]]) -> None:
+    recipes = pair("out", learning_rate=1e38, max_grad_norm=1e9)
+    first, failed = train_all(recipes, progress=of_first(interrupt_at(8)))
+    assert isinstance(first, Report)
+    assert not first.finished
+    assert isinstance(failed, TrainingError)
+    first, failed = train_all(recipes, resume=True)
+    assert isinstance(first, Report)
+    assert first.finished
+    assert failed is None
+
+
+def test_all_are_saved_before_one_is_evaluated(pair: Callable[..., list[Recipe]]) -> None:
+    def stop(phase: str, *step: Any) -> None:
+        if phase == "evaluating":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipes = pair("out")
+    with pytest.raises(KeyboardInterrupt, match=r"before the evaluation; .* saved in .*a; .* saved in .*b$"):
+        train_all(recipes, progress=of_first(stop))
+    assert [Recipe.of_adapter(recipe.output) for recipe in recipes] == recipes
+
+
+def test_runs_that_are_stopped_at_once_say_what_is_kept_of_each(pair: Callable[..., list[Recipe]]) -> None:
+    def stop(phase: str, done: int, *step: Any) -> None:
+        if (phase, done) == ("training", 6):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipes = pair("out", save_steps=50)
+    kept = "stopped at once; .*a/.*/checkpoint-4 is kept; no checkpoint is kept in .*b: go on with --resume"
+    with pytest.raises(KeyboardInterrupt, match=kept):
+        train_all(recipes, progress=of_first(stop))
+    train_all(recipes, resume=True)
+
+
+def test_what_is_left_of_checkpoints_does_not_make_a_finished_run_unfinished(fields: dict[str, Any]) -> None:
+    """As when it is killed while they are removed."""
+    recipe = Recipe.of(fields)
+    train(recipe)
+    left = Path(recipe.output, "checkpoints", "checkpoint-10")
+    left.mkdir(parents=True)
+    (left / "trainer_state.json").write_text("{}")
+    with pytest.raises(ConfigError, match="has a finished adapter"):
+        train(recipe, resume=True, progress=no_work)
+    assert Recipe.of_adapter(recipe.output) == recipe

@@ -1,0 +1,95 @@
+"""Profiles measure the steps that a recipe trains, and range tests find where the loss turns; both leave nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.test_run import no_dropout
+from torch.profiler import profile as Profiler
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from softtune import ConfigError
+from softtune.injection.trunk import Trunk
+from softtune.training.measuring import find_learning_rate, profile_recipe
+from softtune.training.profile import ROUNDS, WARM_UP, ProductRecorder, _shares, _Timer
+from softtune.training.recipe import Recipe
+
+STEPS = WARM_UP + ROUNDS + 1 + ROUNDS
+"""Warm-up, timed, recorded, profiled."""
+
+
+def test_a_profile_leaves_nothing(fields: dict[str, Any]) -> None:
+    recipe = Recipe.of(fields)
+    found = profile_recipe(recipe)
+    assert not Path(recipe.output).exists()
+    assert found.tokens <= 4 * 24
+    assert {"matrix products", "attention", "between operations"} <= found.shares.keys()
+    assert 0 < found.products < found.seconds
+    assert 0 < found.weights < found.seconds
+    with pytest.raises(ConfigError, match="one adapter's steps are measured: set ensemble to 1"):
+        profile_recipe(Recipe.of({**fields, "ensemble": 2}))
+
+
+def test_matrix_products_have_the_share_that_they_take() -> None:
+    """Products of 512 · 512 numbers with as many: a thousand operations for each number that is copied."""
+    x, timer, profiler = torch.ones(512, 512), _Timer(torch.device("cpu")), Profiler()
+    for context in (timer, profiler):
+        with context:
+            for _ in range(10):
+                (x @ x).clone()
+    shares = _shares([profiler], timer.seconds[0], on_device=False)
+    assert shares["matrix products"] > 0.5
+    assert 0 < shares["copies"] < 0.5 * shares["matrix products"]
+
+
+def test_a_profiled_step_runs_layers_again_where_the_recipe_does(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    forward = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *args, **k: calls.append(True) or forward(*args, **k))
+    counts = []
+    for again in (False, True):
+        profile_recipe(Recipe.of({**fields, "gradient_checkpointing": again}))
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[1] - counts[0] == 2 * STEPS  # layers, steps
+
+
+def test_a_profiled_step_begins_above_the_trunk(fields: dict[str, Any], tmp_path: Path, trunks: list[Trunk]) -> None:
+    changes = {"model": no_dropout(fields["model"], tmp_path), "trunk_cache": 1}
+    profile_recipe(Recipe.of({**fields, **changes, "options": {"num_virtual_tokens": 3, "layers": "last:1"}}))
+    assert (trunks[-1].misses, trunks[-1].hits) == (4, 4 * (STEPS - 1))
+
+
+def test_the_profiler_finds_every_product() -> None:
+    a, b = torch.ones(3, 4, requires_grad=True), torch.ones(4, 5, requires_grad=True)
+    with (recorder := ProductRecorder()):
+        (a @ b).sum().backward()
+    with (again := ProductRecorder()):
+        recorder.replay()
+    assert len(recorder._products) == len(again._products) == 3  # one forward, one for each gradient
+
+
+def test_the_range_test_finds_where_the_loss_turns(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtune.training.learning_rate.HIGHEST", 1e2)  # a tiny model takes much
+    found = find_learning_rate(Recipe.of(fields))
+    assert not Path(fields["output"]).exists()
+    assert found.rates[0] == pytest.approx(1e-4)
+    steps = [later / rate for rate, later in zip(found.rates, found.rates[1:], strict=False)]
+    assert steps == pytest.approx([1e6 ** (1 / 39)] * len(steps))
+    turn = found.rates.index(found.lowest)
+    assert 0 < turn < len(found.losses) - 1
+    assert found.losses[turn] < found.losses[0]
+    assert found.losses[turn] < found.losses[-1]
+    assert found.suggestion == found.lowest / 3
+
+
+def test_a_range_test_that_leaves_the_numbers_ends(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtune.training.learning_rate.HIGHEST", 1e38)
+    monkeypatch.setattr("softtune.training.learning_rate.RISEN", float("inf"))
+    found = find_learning_rate(Recipe.of({**fields, "method": "BITFIT", "options": {"add_missing": True}}))
+    assert len(found.rates) < 40
