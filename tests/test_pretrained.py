@@ -66,8 +66,8 @@ def test_a_name_that_leads_nowhere(tmp_path: Path) -> None:
 
 
 def test_a_task_without_a_recipe() -> None:
-    with pytest.raises(ConfigError, match="QUESTION_ANS has no recipe"):
-        load_base_model("anything", TaskType.QUESTION_ANS)
+    with pytest.raises(ConfigError, match="FEATURE_EXTRACTION has no recipe"):
+        load_base_model("anything", TaskType.FEATURE_EXTRACTION)
 
 
 def test_a_model_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

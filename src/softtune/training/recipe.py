@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from softtune.data import LabelTask, Task, Template
 from softtune.errors import CheckpointError, ConfigError
@@ -291,10 +290,10 @@ def check_finished(folder: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"the run in {folder} is unfinished: go on with softtune train --resume, or train anew")
 
 
-def _what_is_wrong(error: ErrorDetails, fields: Mapping[str, Any]) -> str:
+def _what_is_wrong(error: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
     """One of pydantic's findings in the recipe's words."""
     if not error["loc"]:
-        return error["msg"].removeprefix("Value error, ")
+        return str(error["msg"]).removeprefix("Value error, ")
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         return f"{name}: no such field: use one of {', '.join(Recipe.model_fields)}"
