@@ -10,7 +10,7 @@ MATRIX ?= $(if $(TRANSFORMERS),build/support-$(TRANSFORMERS).md,docs/support.md)
 SYSTEM_PYTHON ?= python3
 SST2 ?= data/sst2
 
-.PHONY: demo test test-all matrix check bench bench-steps setup clean
+.PHONY: demo test test-all test-slow matrix check bench bench-steps setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -20,6 +20,10 @@ test: $(VENV)/.library
 
 test-all: $(VENV)/.models
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist worksteal
+
+# Those of test-all that neither test nor matrix runs.
+test-slow: $(VENV)/.models
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "slow and not promise" --numprocesses 2 --dist worksteal
 
 # Those tests of test-all that say something of a family and a method, and what they say.
 matrix: $(VENV)/.library

@@ -69,7 +69,7 @@ def load_base_model(
     source = locate_base_model(name)
     if task not in MODEL_CLASSES:
         raise ConfigError(f"task {task.value} has no recipe: use one of {', '.join(t.value for t in MODEL_CLASSES)}")
-    options = {} if num_labels is None else {"num_labels": num_labels}
+    options = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, loading = MODEL_CLASSES[task].from_pretrained(
@@ -80,7 +80,8 @@ def load_base_model(
         if isinstance(error.__cause__, LocalEntryNotFoundError):
             reason = "there is no such folder, and the hub could not be reached"
         raise ConfigError(f"cannot load the base model {name!r} for {task.value} ({reason}): check its name") from error
-    _check_weights(name, task, model, sorted(loading["missing_keys"]))
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
+    _check_weights(name, task, model, sorted({*loading["missing_keys"], *mismatched}))
     if name in PACKAGED:
         model.public_name = PACKAGED[name].public_name  # for the adapters saved on it, instead of this machine's path
     if tokenizer.pad_token is None:

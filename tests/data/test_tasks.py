@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from softtune.data import Template
 from softtune.data.choosing import ChoiceTask
-from softtune.data.encoding import cell_text
+from softtune.data.records import cell_text
 from softtune.data.writing import TextTask, with_all_references
 from softtune.errors import DataError
 from softtune.methods import TaskType

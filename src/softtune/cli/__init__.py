@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from softtune.cli import generate, inspect, predict, train
+from softtune.cli import compare, generate, inspect, predict, report, train
 from softtune.errors import SofttuneError
 
 
@@ -36,6 +36,8 @@ app.command("train")(_stoppable(train.command))
 app.command("predict")(_stoppable(predict.command))
 app.command("generate")(_stoppable(generate.command))
 app.command("inspect")(_stoppable(inspect.command))
+app.command("compare")(_stoppable(compare.command))
+app.command("report")(_stoppable(report.command))
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -75,9 +74,3 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     for library in ("accelerate", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
-
-
-def in_units(size: float) -> str:
-    """Bytes as people read them."""
-    power = min(int(math.log(max(size, 1), 1000)), 3)
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -11,9 +11,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune import checkpoint
+from softtune import checkpoint, storage
 from softtune.backbone import Backbone, Site
-from softtune.cli.console import console, in_units, quiet, show_pairs
+from softtune.cli.console import console, quiet, show_pairs
 from softtune.cli.loading import check_single, load_adapter
 from softtune.evaluation.inspection import bias_changes, nearest_words, prefix_norms
 from softtune.methods import PeftConfig
@@ -39,7 +39,9 @@ def command(
     files = sorted(path for path in adapter.glob("*") if path.is_file())
     show_pairs("Config", [(k, str(v)) for k, v in config.to_dict().items() if v is not None])
     show_pairs("Tensors", [(name, " x ".join(map(str, tensor.shape))) for name, tensor in weights.items()])
-    show_pairs(f"Files ({numbers:,} parameters)", [(path.name, in_units(path.stat().st_size)) for path in files])
+    show_pairs(
+        f"Files ({numbers:,} parameters)", [(path.name, storage.in_units(path.stat().st_size)) for path in files]
+    )
     module = loaded.adapter(loaded.active_adapter).module
     prompt = module.prompt()
     if prompt.vectors is not None:

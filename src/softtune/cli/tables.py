@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from datasets import Dataset
 from rich.table import Table
 
-from softtune.cli.console import console, in_units, show_pairs
+from softtune import storage
+from softtune.cli.console import console, show_pairs
 from softtune.evaluation.metrics import Quality
 from softtune.training.learning_rate import RangeTest
 from softtune.training.profile import Profile
@@ -25,7 +26,7 @@ def show_report(report: Report, title: str = "") -> None:
         *([("validated on", _rows(report.validation_rows, 0))] if report.validation_rows else []),
         ("evaluated on", _rows(report.evaluation_rows, report.evaluation.truncated)),
         ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
-        ("adapter", f"{report.folder} ({in_units(report.size)})"),
+        ("adapter", f"{report.folder} ({storage.in_units(report.size)})"),
         ("training", f"{report.seconds:.0f} s"),
     ]
     show_pairs(title, pairs)

@@ -5,7 +5,8 @@ from softtune.data.choosing import ChoiceTask
 from softtune.data.collate import Collator, answer_width, length_batches
 from softtune.data.encoding import IGNORED, Example, encode, encode_apart
 from softtune.data.labelling import LabelTask
-from softtune.data.sources import each_row, load_records, sample_balanced, split_records
+from softtune.data.records import each_row
+from softtune.data.sources import load_records, sample_balanced, split_records
 from softtune.data.spans import SpanTask
 from softtune.data.tagging import TagTask
 from softtune.data.task import Task

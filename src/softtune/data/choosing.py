@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from softtune.data.encoding import Example, cell_text, encode
+from softtune.data.encoding import Example, encode
+from softtune.data.records import cell_text
 from softtune.data.templates import Template
 from softtune.errors import DataError
 from softtune.methods import TaskType

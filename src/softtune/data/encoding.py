@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from softtune.data.records import cell_text
 from softtune.data.templates import Template
 from softtune.errors import DataError
 
@@ -128,34 +129,6 @@ def encode(
 class _Token(NamedTuple):
     id: int
     owner: int
-
-
-def text_of(record: Mapping[str, Any], column: str) -> str:
-    """A column's text. Raises ``DataError`` where it is empty, null or a list."""
-    text = cell_text(record, column)
-    if not text:
-        raise DataError(f"column {column!r} is empty and so there is no answer; fill it in or drop the row")
-    return text
-
-
-def cell_text(record: Mapping[str, Any], column: str) -> str:
-    """A column's text, which may be empty. Texts of a list stand one after another; lists in a list, such as triples,
-    read ``a | b | c && d | e | f``.
-
-    Raises:
-        DataError: it is null, an object, or a list of them.
-    """
-    value = record[column]
-    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
-        return " && ".join(" | ".join(_scalar(cell, column) for cell in item) for item in value)
-    return " ".join(_scalar(item, column) for item in value) if isinstance(value, list) else _scalar(value, column)
-
-
-def _scalar(value: Any, column: str) -> str:
-    if not isinstance(value, (str, int, float)):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"column {column!r} holds {kind}; make it text or drop the row")
-    return str(value)
 
 
 def _prompt(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from softtune.data.encoding import Example, cell_text, encode, encode_apart, longest, text_of
+from softtune.data.encoding import Example, encode, encode_apart, longest
+from softtune.data.records import cell_text, text_of
 from softtune.data.templates import Template, Verbalizer
 from softtune.methods import TaskType
 

@@ -8,25 +8,24 @@ Knows nothing of templates, tokens or labels' meaning. ``datasets`` is imported 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import random
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from softtune import storage
 from softtune.data.formats import WHOLE, parse, quoted
+from softtune.data.records import check_columns
 from softtune.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Result = TypeVar("Result")
 
 ARCHIVED = "zip://"
 """How the name of a file in an archive begins, as in fsspec."""
@@ -89,36 +88,12 @@ def sample_balanced(dataset: Dataset, *, column: str, size: int, seed: int, shar
     return dataset.select(drawn)
 
 
-def each_row(
-    records: Dataset, columns: Collection[str], function: Callable[[Mapping[str, Any]], Result]
-) -> list[Result]:
-    """What ``function`` makes of every record, which must have these columns. A DataError names its row, from 1."""
-    check_columns(columns, records.column_names)
-    results = []
-    for row, record in enumerate(records, start=1):
-        try:
-            results.append(function(record))
-        except DataError as error:
-            raise DataError(f"row {row}: {error}") from error
-    return results
-
-
 def fingerprint(records: Dataset, columns: Iterable[str]) -> str:
     """A hash of these columns, row by row."""
     digest = hashlib.sha256()
     for record in records.select_columns(list(dict.fromkeys(columns))):
         digest.update(json.dumps(record, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def check_columns(wanted: Iterable[str], columns: Collection[str]) -> None:
-    """Raise ``DataError`` when one of the ``wanted`` columns is missing, with the closest name there is."""
-    missing = [name for name in wanted if name not in columns]
-    if not missing:
-        return
-    close = [match for name in missing for match in difflib.get_close_matches(name, columns, n=1)]
-    hint = f"did you mean {quoted(close)}?" if close else "name one of these"
-    raise DataError(f"no column {quoted(missing)} in the data, which has {quoted(columns)}; {hint}")
 
 
 def _quotas(shares: Mapping[str, float], size: int) -> dict[str, int]:

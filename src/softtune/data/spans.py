@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from softtune.data.encoding import IGNORED, Example, cell_text
+from softtune.data.encoding import IGNORED, Example
+from softtune.data.records import cell_text
 from softtune.errors import DataError
 from softtune.methods import TaskType
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from softtune.data.sources import check_columns
+from softtune.data.records import cell_text, check_columns
 from softtune.errors import DataError
 
 _PIECE = re.compile(r"(?P<escape>\{\{|\}\})|\{(?P<braced>[^{}]*)\}|(?P<stray>[{}])|(?P<plain>[^{}]+)")
@@ -55,6 +55,11 @@ class Template:
         """The space at its end, which is the answer's; else nothing."""
         last = self.parts[-1] if self.parts else Part("text", "")
         return " " if last.kind == "text" and last.value.endswith(" ") else ""
+
+    def filled(self, record: Mapping[str, Any]) -> str:
+        """A record as text, without virtual tokens. Raises DataError where a field has no text."""
+        words = (part for part in self.parts if part.kind != "prompt")
+        return "".join(cell_text(record, part.value) if part.kind == "field" else part.value for part in words)
 
     def check(self, columns: Collection[str]) -> None:
         """Raise ``DataError`` when a column that it names is not among ``columns``."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from softtune.data.encoding import Example, cell_text, encode, encode_apart
-from softtune.data.sources import each_row
+from softtune.data.encoding import Example, encode, encode_apart
+from softtune.data.records import cell_text, each_row
 from softtune.data.templates import Template
 from softtune.errors import DataError
 from softtune.methods import TaskType

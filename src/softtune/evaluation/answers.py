@@ -50,7 +50,7 @@ def fitted(task: Task, model: PeftModel, *, written: int | None = None) -> Task:
     positions = model.backbone.max_positions
     if positions is None:
         return task
-    virtual = getattr(model.active_peft_config, "num_virtual_tokens", 0)
+    virtual = max((getattr(own, "num_virtual_tokens", 0) for own in model.peft_config.values()), default=0)
     if task.kind is TaskType.SEQ_2_SEQ_LM:
         return _with_limits(task, positions - virtual, max_answer=positions - virtual)
     if written is None:

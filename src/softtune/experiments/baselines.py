@@ -1,6 +1,6 @@
 """What soft prompts are compared with: full fine-tuning, the last layers, bottleneck layers, and LoRA through PEFT.
 
-A baseline prepares a base model for training. They change the base model itself, so each run loads one of its own.
+Each changes the base model itself, so that every run loads one of its own.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 from transformers import PreTrainedModel
 
 from softtune.backbone import Backbone
@@ -19,7 +19,7 @@ from softtune.errors import ConfigError, UnsupportedModelError
 
 LAST_LAYERS = 2
 BOTTLENECK = 64
-"""Width of a bottleneck (Houlsby et al. 2019 try 8 to 256)."""
+"""Features of a bottleneck; Houlsby et al. 2019 try 8 to 256."""
 RANK = 8
 """LoRA's rank, PEFT's default."""
 
@@ -28,15 +28,15 @@ RANK = 8
 class Baseline:
     """A way to train a base model."""
 
-    prepare: Callable[[PreTrainedModel], Any]
-    """Sets what is trained, heads included; returns the model to wrap in a ``PeftModel``."""
+    prepare: Callable[[PreTrainedModel], None]
+    """Sets what is trained in a frozen model, heads included, and adds what it lacks."""
     learning_rate: float
-    """Peak learning rate where none is given."""
+    """Peak learning rate."""
 
 
 class Bottleneck(nn.Module):
     """Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, section 2.1: down, a nonlinearity, up, and
-    around them a residual; at the start it changes nothing.
+    around them a residual. At its start it changes nothing.
 
     Args:
         width: features of its input [..., width].
@@ -52,51 +52,59 @@ class Bottleneck(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., width]"""
-        changed: Tensor = states + self.up(torch.nn.functional.gelu(self.down(states)))
+        changed: Tensor = states + self.up(gelu(self.down(states)))
         return changed
 
 
-def train_all(model: PreTrainedModel) -> PreTrainedModel:
+def train_all(model: PreTrainedModel) -> None:
     """Full fine-tuning."""
-    return model.requires_grad_(True)
+    model.requires_grad_(True)
 
 
-def train_last_layers(model: PreTrainedModel) -> PreTrainedModel:
+def train_last_layers(model: PreTrainedModel) -> None:
     """The last two layers of each stack, and the head."""
-    backbone = Backbone(model.requires_grad_(False))
+    backbone = Backbone(model)
     for stack in backbone.stacks:
         for layer in stack.layers[-LAST_LAYERS:]:
             layer.requires_grad_(True)
-    return _with_heads(backbone)
+    _train_heads(backbone)
 
 
-def add_bottlenecks(model: PreTrainedModel) -> PreTrainedModel:
-    """A bottleneck behind the attention and behind the feed-forward part of every layer, the norms, and the head."""
-    backbone = Backbone(model.requires_grad_(False))
-    slots = [slot for slot in backbone.bias_slots() if slot.role in (ATTENTION_OUTPUT, OUTPUT)]
-    if not slots:
+def add_bottlenecks(model: PreTrainedModel) -> None:
+    """A bottleneck behind the attention and behind the feed-forward part of every layer; and the norms, and the head.
+
+    Raises:
+        UnsupportedModelError: the parts of the model's layers have unknown names.
+    """
+    backbone = Backbone(model)
+    slots = backbone.bias_slots()
+    places = [slot for slot in slots if slot.role in (ATTENTION_OUTPUT, OUTPUT)]
+    if not places:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layers that bottlenecks are known to fit into: leave this baseline out"
         )
-    for slot in slots:
+    for slot in places:
         module = model.get_submodule(slot.module)
         module.add_module("bottleneck", Bottleneck(slot.width, BOTTLENECK).to(model.device))
         module.register_forward_hook(_through_bottleneck)
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             module.requires_grad_(True)
-    return _with_heads(backbone)
+    _train_heads(backbone)
 
 
-def add_lora(model: PreTrainedModel) -> Any:
-    """Hu et al. 2021, LoRA, by PEFT with its defaults; and the head."""
+def add_lora(model: PreTrainedModel) -> None:
+    """Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, by PEFT on all linear layers; and the head.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+    """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("the baseline lora comes with the package peft: pip install peft, or leave it out") from error
     heads = Backbone(model).head_names
-    config = peft.LoraConfig(r=RANK, target_modules="all-linear", modules_to_save=heads or None)
-    return peft.get_peft_model(model, config)
+    peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", modules_to_save=heads or None))
 
 
 BASELINES = {
@@ -112,7 +120,6 @@ def _through_bottleneck(module: Any, inputs: Any, output: Tensor) -> Tensor:
     return changed
 
 
-def _with_heads(backbone: Backbone) -> PreTrainedModel:
+def _train_heads(backbone: Backbone) -> None:
     for name in backbone.head_names:
         backbone.model.get_submodule(name).requires_grad_(True)
-    return backbone.model

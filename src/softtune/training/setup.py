@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -68,7 +68,7 @@ class Setup:
     progress: Progress
 
     @classmethod
-    def of(cls, folder: RunFolder, rows: Rows, bases: BaseModels, progress: Progress) -> Setup:
+    def of(cls, folder: RunFolder, rows: Rows, bases: Models, progress: Progress) -> Setup:
         """Load the base model, make its adapters, and encode the rows.
 
         Raises:
@@ -110,13 +110,23 @@ class Setup:
 
     def trainers(self, interrupt: InterruptSaver) -> list[AdapterTrainer]:
         """A Trainer for each adapter."""
-        return [self._trainer(number, name, interrupt) for number, name in enumerate(self.recipe.adapter_names)]
+        base, names = self.model.base_model, self.recipe.adapter_names
+        models = [PeftModel.of(base, {name: self.model.adapter(name)}) for name in names]
+        return [self.trainer(*each, interrupt) for each in zip(models, names, range(len(names)), strict=True)]
 
-    def _trainer(self, number: int, name: str, interrupt: InterruptSaver) -> AdapterTrainer:
+    def trainer(self, model: PeftModel, name: str, number: int, interrupt: InterruptSaver) -> AdapterTrainer:
+        """A Trainer for what is trained of a model.
+
+        Args:
+            model: the model.
+            name: what is trained is called so.
+            number: of an ensemble's member, from 0.
+            interrupt: ends the training.
+        """
         recipe = self.recipe
         phase = "training" if recipe.ensemble == 1 else f"training {name}"
         return AdapterTrainer(
-            PeftModel.of(self.model.base_model, {name: self.model.adapter(name)}),
+            model,
             args=_arguments(recipe, self.folder.checkpoints(name), recipe.seed + number),
             train_dataset=self.examples,
             eval_dataset=self.validation or None,
@@ -130,6 +140,14 @@ class Setup:
                 *trackers(recipe.report_to, self.folder.logs(name)),
             ],
         )
+
+
+class Models(Protocol):
+    """Makes what recipes train."""
+
+    def adapted(self, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """A recipe's base model with what is trained, and its tokenizer."""
+        ...
 
 
 class BaseModels:

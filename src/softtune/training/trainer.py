@@ -98,11 +98,12 @@ class AdapterTrainer(Trainer):
         return loss
 
     def _check_numbers(self) -> None:
-        """Raise TrainingError where the last step left the adapter, or the prompt that it makes, with something else
-        than numbers."""
+        """Raise TrainingError where the last step left what is trained, or the prompt that it makes, with something
+        else than numbers."""
         assert isinstance(self.model, PeftModel)
-        prompt = self.model.adapter(self.model.active_adapter).baked_state()
-        if not all(torch.isfinite(x).all() for x in (*dict(self._trained()).values(), *prompt.values())):
+        prompts = [self.model.adapter(name).baked_state() for name in self.model.active_adapters]
+        made = [x for prompt in prompts for x in prompt.values()]
+        if not all(torch.isfinite(x).all() for x in (*dict(self._trained()).values(), *made)):
             raise self._blown_up(f"the adapter is no longer made of numbers after step {self.state.global_step}")
 
     def _blown_up(self, what: str) -> TrainingError:

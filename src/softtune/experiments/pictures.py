@@ -1,0 +1,96 @@
+"""Pictures, as SVG: legible in print and on dark screens, for their paper is transparent and their ink of middle tone.
+
+Knows nothing about runs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+INK = "#7f8c99"
+COLORS = ("#3b82c4", "#e07b39", "#4c9f70", "#b0589f", "#c9a227", "#6f7fd8", "#c0504d", "#2f9e9e")
+WIDTH = 7.2
+"""Inches."""
+
+
+@dataclass
+class Picture:
+    """A drawing and what it says."""
+
+    title: str
+    svg: str
+    says: str = ""
+    """A line or two of text."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar, and how far its value spreads to either side."""
+
+    name: str
+    value: float
+    spread: float = 0.0
+    points: Sequence[float] = field(default_factory=tuple)
+    """What the value is the mean of."""
+
+
+def bars(title: str, own: Sequence[Bar], *, unit: str, says: str = "") -> Picture:
+    """Horizontal bars, the first on top, with their values."""
+    with _figure(0.5 + 0.36 * len(own)) as (axes, finished):
+        places = range(len(own), 0, -1)
+        axes.barh(places, [bar.value for bar in own], color=COLORS[0], alpha=0.75, height=0.62)
+        most = max((max(bar.value, *bar.points, 0.0) for bar in own), default=1.0) or 1.0
+        for place, bar in zip(places, own, strict=True):
+            axes.plot(bar.points, [place] * len(bar.points), "o", color=INK, markersize=3.5, zorder=3)
+            label = f"{bar.value:.3g}" + (f" ± {bar.spread:.2g}" if bar.spread else "")
+            edge = max(bar.value, *bar.points, 0.0)
+            axes.text(edge + 0.015 * most, place, label, va="center", color=INK, fontsize=9)
+        axes.set_yticks(list(places), [bar.name for bar in own])
+        axes.set_xlim(0, 1.22 * most)
+        axes.set_xlabel(unit)
+    return Picture(title, finished[0], says)
+
+
+def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: str, up: str, says: str = "") -> Picture:
+    """Named points, on a logarithmic scale across; those at 0 stand at its left end."""
+    with _figure(3.6) as (axes, finished):
+        positive = [x for x, _ in points.values() if x > 0]
+        least = min(positive, default=1.0) / 3
+        for number, (name, (x, y)) in enumerate(points.items()):
+            axes.plot(max(x, least), y, "o", color=COLORS[number % len(COLORS)], markersize=7)
+            axes.annotate(name, (max(x, least), y), xytext=(6, 4), textcoords="offset points", color=INK, fontsize=8.5)
+        axes.set_xscale("log")
+        axes.margins(x=0.18, y=0.15)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+    return Picture(title, finished[0], says)
+
+
+@contextmanager
+def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw on, and a list that has the SVG when the block ends."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "softtune",
+        "font.family": "sans-serif",
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    finished: list[str] = []
+    with rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure.subplots(), finished
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    finished.append(out.getvalue()[out.getvalue().index("<svg") :])

@@ -1,0 +1,65 @@
+"""Baselines train what they say, and change nothing at their start."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from softtune import PeftModel
+from softtune.experiments.baselines import BASELINES, BOTTLENECK
+from softtune.experiments.compare import ENTRIES
+from tests.tiny import save_models
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+def prepared(name: str, base: PreTrainedModel) -> PeftModel:
+    model = PeftModel(copy.deepcopy(base)).eval()
+    BASELINES[name].prepare(model.base_model)
+    return model
+
+
+def trained(model: PeftModel) -> set[str]:
+    return {n.removeprefix("base_model.") for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_begins_as_the_base_model_and_learns(name: str, folders: dict[str, str]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders["llama"]).eval()
+    model, ids = prepared(name, base), torch.tensor([[3, 4, 5, 6]])
+    with model.disable_adapter():
+        output = model(input_ids=ids, labels=ids)
+        torch.testing.assert_close(output.logits, base(input_ids=ids).logits)
+        output.loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert gradients
+    assert any(gradient is not None and bool(gradient.any()) for gradient in gradients.values())
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_what_is_trained(folders: dict[str, str]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    assert len(trained(prepared("full", base))) == len([*base.parameters()])
+    assert all("layers." in name for name in trained(prepared("last-layers", base)))
+    assert all("lora_" in name for name in trained(prepared("lora", base)))
+    bottlenecks = {name for name in trained(prepared("bottleneck", base)) if "bottleneck" in name}
+    assert len(bottlenecks) == 2 * 2 * 4  # two places in two layers: two weights and two biases each
+    width = base.config.hidden_size
+    module = prepared("bottleneck", base).base_model.model.layers[0].mlp.down_proj.bottleneck
+    assert sum(p.numel() for p in module.parameters()) == 2 * width * BOTTLENECK + width + BOTTLENECK
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_heads_are_trained(name: str, folders: dict[str, str]) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(folders["bert"])
+    assert any("classifier" in parameter for parameter in trained(prepared(name, base)))
+
+
+def test_entries_have_names_of_their_own() -> None:
+    assert len({*ENTRIES}) == len(ENTRIES)

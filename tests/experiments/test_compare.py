@@ -1,0 +1,107 @@
+"""A comparison from a recipe to its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from softtune import CheckpointError, ConfigError
+from softtune.experiments import compare as room
+from softtune.experiments import report
+from softtune.experiments.compare import ENTRIES, Entry, Outcome, compare, entries_of
+from softtune.training.recipe import Recipe
+from tests.cli.test_cli import run, write_recipe
+from tests.tiny import save_models
+
+WITHOUT_HEAD = [name for name in ENTRIES if name != "recipe"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def compared(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    recipe = write_recipe(folder / "recipe.yaml", models["llama"], folder / "unused")
+    assert run("compare", recipe, "--output", str(folder / "out"), "--seeds", "2") == 0
+    return folder
+
+
+def test_every_entry_has_an_outcome_for_each_seed(compared: Path) -> None:
+    found = {entry.name: entry for entry in entries_of(compared / "out")}
+    assert {name: entry.failure for name, entry in found.items() if entry.failure} == {}
+    assert list(found) == list(ENTRIES)
+    assert {name: len(entry.outcomes) for name, entry in found.items() if len(entry.outcomes) != 2} == {"zero-shot": 1}
+    assert {o.steps for e in found.values() for o in e.outcomes if e.name not in room.PROMPTS} == {3}
+    assert found["full"].outcomes[0].trained == found["full"].outcomes[0].total
+    assert found["prompt-tuning"].outcomes[0].trained == 20 * 24  # the default number of virtual tokens
+    assert found["recipe"].outcomes[0].metrics == found["prefix-tuning"].outcomes[0].metrics
+
+
+def test_what_is_kept_is_not_run_again(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    recipe = Recipe.load(compared / "recipe.yaml", {"output": str(compared / "out")})
+    monkeypatch.setattr(room, "_run", fail)
+    assert compare(recipe, ["lora", "few-shot"], seeds=2) == [
+        entry for entry in entries_of(compared / "out") if entry.name in ("lora", "few-shot")
+    ]
+    with pytest.raises(ConfigError, match="is of another comparison: name another output"):
+        compare(recipe, ["lora"], seeds=3)
+
+
+def test_the_page_stands_alone(compared: Path) -> None:
+    text = (compared / "out" / report.PAGE_NAME).read_text(encoding="utf-8")
+    tags: list[str] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            tags.append(tag)
+
+    Parser().feed(text)
+    assert tags.count("svg") == 4
+    assert tags.count("tr") == 1 + len(ENTRIES)
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+    markdown = (compared / "out" / report.MARKDOWN_NAME).read_text(encoding="utf-8")
+    assert markdown.count("\n| ") == 1 + len(ENTRIES)
+    assert "few-shot" in markdown
+
+
+def test_an_entry_that_does_not_fit_is_told_and_the_others_go_on(models: dict[str, str], tmp_path: Path) -> None:
+    changes = {"task": "SEQ_CLS", "template": "{words}", "options": {"num_virtual_tokens": 2}}
+    file = write_recipe(tmp_path / "recipe.yaml", models["bert"], tmp_path / "out", **changes)
+    found = compare(Recipe.load(file), ["p-tuning-v2", "zero-shot", "last-layers"], seeds=1)
+    assert [bool(entry.failure) for entry in found] == [False, True, False]
+    assert report.failures(found) == ["zero-shot: a head that is not trained answers nothing: leave this entry out"]
+    json.loads((tmp_path / "out" / "entries" / "zero-shot.json").read_text(encoding="utf-8"))
+
+
+def test_bad_input_is_one_line(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "out", test_size=0)
+    assert run("compare", file, "--output", str(tmp_path / "out"), "--entries", "prefix") == 2
+    assert "no entry 'prefix': use some of recipe, prefix-tuning" in capsys.readouterr().err
+    assert run("compare", file, "--output", str(tmp_path / "out")) == 2
+    assert "a comparison needs rows to evaluate on" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="has no entries of a comparison"):
+        report.write(tmp_path, "nothing")
+
+
+def test_the_best_is_on_top_and_text_is_no_markup() -> None:
+    def entry(name: str, *accuracies: float) -> Entry:
+        numbers = {"trained": 10, "total": 1000, "stored": 40, "seconds": 2.0, "memory": 10**9, "steps": 3}
+        return Entry(name=name, outcomes=[Outcome(metrics={"accuracy": a}, **numbers) for a in accuracies])
+
+    entries = [entry("worse", 0.5, 0.7), entry("better", 0.8, 0.9), Entry(name="none", outcomes=[], failure="a<b")]
+    head, lines = report.rows(entries)
+    assert head == ["", "accuracy", "trained", "share", "stored", "seconds", "peak memory"]
+    assert [line[:3] for line in lines] == [["better", "0.850 ± 0.071", "10"], ["worse", "0.600 ± 0.141", "10"]]
+    page = report.page("a & b", entries)
+    assert "none: a&lt;b" in page
+    assert "<h1>a &amp; b</h1>" in page
