@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from growth import step
-from memory import resident
+from memory import apart, resident
 from step import ANSWER, ROUNDS, Step, adapted, at_answers, matrix_products, padded_batch, training_step
 from timing import measure, ratio
 from transformers import PreTrainedModel
@@ -34,7 +33,7 @@ def measures(base: PreTrainedModel, pad: int) -> list[dict[str, Any]]:
         cached()  # the first epoch, which fills the cache
         share, seconds, _ = ratio(cached, epoch(full, batches), rounds=ROUNDS)
         own, _, _ = ratio(cached, epoch(plain, batches), rounds=ROUNDS)
-    together, one = (float(_apart(way)) for way in ("together", "alone"))
+    together, one = (apart(__file__, way) for way in ("together", "alone"))
     name = f"{ADAPTERS} adapters in one run, batch {ROWS} each"
     return [
         measure("epoch >= 2 with the trunk cache, prefix in the last 10 of 30 layers / prefix in all", share, 0.45),
@@ -102,11 +101,6 @@ def trainer(base: PreTrainedModel, pad: int, folder: Path, seed: int) -> Adapter
         train_dataset=[Example(input_ids=row, labels=[-100] * (len(row) - ANSWER) + row[-ANSWER:]) for row in rows],
         data_collator=Collator(pad, padding_side="left"),
     )
-
-
-def _apart(way: str) -> str:
-    found = subprocess.run([sys.executable, __file__, way], capture_output=True, text=True, check=True)
-    return found.stdout.split()[-1]
 
 
 def _peak(way: str) -> float:

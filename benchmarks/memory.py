@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,12 @@ def resident(run: Callable[[], Any]) -> tuple[float, float]:
     before = _status("VmRSS")
     run()
     return before, _status("VmHWM")
+
+
+def apart(file: str, *words: str) -> float:
+    """The number that a benchmark prints when it is called with these words, in a process of its own."""
+    found = subprocess.run([sys.executable, file, *words], capture_output=True, text=True, check=True)
+    return float(found.stdout.split()[-1])
 
 
 def _status(name: str) -> float:

@@ -5,43 +5,52 @@ SmolLM2-135M with a prefix of 30 virtual tokens, eight rows of 16 to 48 tokens. 
 
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
-from memory import resident
+from memory import apart, resident
 from step import ROUNDS, Step, adapted, at_answers, forward_backward, padded_batch
 from timing import measure, ratio, report
 
 from softtune.pretrained import load_base_model
 
+FORMS = ("gradient checkpointing", "autocast to bfloat16", "layers compiled")
+PLAIN = "plain"
+
 
 def main() -> None:
-    torch.manual_seed(0)
-    base, tokenizer = load_base_model("smollm2-135m")
-    batch = at_answers(padded_batch(tokenizer.pad_token_id))
-    plain = forward_backward(model := adapted(base), batch)
+    plain, memory = step(PLAIN), apart(__file__, PLAIN)
     loss = plain()
-    checkpointed = adapted(base)
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    compiled = adapted(base)
-    compiled.backbone.compile_layers()
-    others = {
-        "gradient checkpointing": forward_backward(checkpointed, batch),
-        "autocast to bfloat16": in_bfloat16(forward_backward(model, batch)),
-        "layers compiled": forward_backward(compiled, batch),
-    }
     measures = []
-    for name, other in others.items():
+    for form in FORMS:
+        other = step(form)
         start = time.perf_counter()
         found = other()
         first = time.perf_counter() - start
         measures += [
-            measure(f"{name}: step / plain", ratio(other, plain, rounds=ROUNDS)[0], None),
-            measure(f"{name}: seconds of the first step", first, None),
-            measure(f"{name}: difference of the loss, relative", float(abs(found - loss) / loss), None),
-            measure(f"{name}: memory of a step / plain", used(other) / used(plain), None),
+            measure(f"{form}: step / plain", ratio(other, plain, rounds=ROUNDS)[0], None),
+            measure(f"{form}: seconds of the first step", first, None),
+            measure(f"{form}: difference of the loss, relative", float(abs(found - loss) / loss), None),
+            measure(f"{form}: memory of a step / plain", apart(__file__, form) / memory, None),
         ]
     report("modes", measures)
+
+
+def step(form: str) -> Step:
+    """Forward and backward in one of the forms; it returns the loss."""
+    base, tokenizer = load_base_model("smollm2-135m")
+    torch.manual_seed(0)
+    batch = at_answers(padded_batch(tokenizer.pad_token_id))
+    model = adapted(base)
+    with torch.no_grad():
+        model(batch["input_ids"][:1, -2:])  # touches the weights, which are read from disk when they are needed
+    if form == "gradient checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if form == "layers compiled":
+        model.backbone.compile_layers()
+    run = forward_backward(model, batch)
+    return in_bfloat16(run) if form == "autocast to bfloat16" else run
 
 
 def in_bfloat16(run: Step) -> Step:
@@ -52,11 +61,14 @@ def in_bfloat16(run: Step) -> Step:
     return lowered
 
 
-def used(run: Step) -> float:
-    """Bytes above what is resident before."""
-    before, most = resident(run)
+def used(form: str) -> float:
+    """Bytes that a first step needs above what is resident before, compilation included."""
+    before, most = resident(step(form))
     return most - before
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        print(used(sys.argv[1]))
+    else:
+        main()

@@ -6,7 +6,6 @@ SmolLM2-135M in fp32, eight rows of 16 to 48 real tokens. Run alone on an idle m
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from typing import Any
 
@@ -14,7 +13,7 @@ import epochs
 import growth
 import peft
 import torch
-from memory import resident
+from memory import apart, resident
 from step import (
     ANSWER,
     ROUNDS,
@@ -74,7 +73,7 @@ def main() -> None:
         name = f"{method[0]} P={method[1]}: model(**padded_batch) with labels and backward / peft's"
         measures.append(measure(name, ratio(ours, theirs, rounds=ROUNDS)[0], must))
     for model, must in {"smollm2-135m": 0.5, "bloom": 0.1}.items():
-        ours, theirs = (peak_apart(side, model) for side in SIDES)
+        ours, theirs = (apart(__file__, side, model) for side in SIDES)
         name = f"PrefixTuningConfig P=30, {model}: peak memory above the model / peft's"
         measures += [
             measure(name, ours / theirs, must),
@@ -108,12 +107,6 @@ def without_shared_padding(batch: Batch) -> Batch:
     """As a collator pads that looks for the longest row."""
     first = int((batch["attention_mask"] != 0).any(dim=0).int().argmax())
     return {name: x[:, first:] for name, x in batch.items()}
-
-
-def peak_apart(side: str, model: str) -> float:
-    """Bytes that training steps need above the model, in a process of their own."""
-    found = subprocess.run([sys.executable, __file__, side, model], capture_output=True, text=True, check=True)
-    return float(found.stdout.split()[-1])
 
 
 def peak(side: str, model: str) -> float:

@@ -32,7 +32,7 @@ def score_words(
     rows: Sequence[Sequence[Example]],
     pad_token_id: int,
     *,
-    batch_size: int = 16,
+    batch_size: int = 32,
     advance: Advance = unwatched,
 ) -> Tensor:
     """[B, N] log-probabilities of each label's words after each row's prompt; -inf where a row has fewer labels.
@@ -41,7 +41,7 @@ def score_words(
         model: a language model with its adapter.
         rows: for each record one example per label, encoded with that label's words as its answer.
         pad_token_id: what fills up shorter rows.
-        batch_size: rows of one forward.
+        batch_size: rows of one forward: a record has one for each label, unless all labels are one token.
         advance: told of every batch.
     """
     is_one_token = all(sum(x != IGNORED for x in example.labels) == 1 for row in rows for example in row)
