@@ -73,6 +73,10 @@ def _lines(path: str) -> list[str]:
 
 
 def _commit() -> str:
-    """The commit, and whether the sources have changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit, and whether anything but results has changed since."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results", ":!/docs")
+    return _git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
