@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "p-tuning-v2": {"method": PeftType.P_TUNING_V2},
     "bitfit": {"method": PeftType.BITFIT, "options": {"add_missing": True}},
 }
-"""Fields of the recipe that each method replaces."""
+"""Fields of the recipe that each method replaces; the recipe's own method keeps the recipe's."""
 
 PROMPTS = {"zero-shot": 0, "few-shot": 4}
 """Rows in front of each record, for a base model that nothing is trained of."""
@@ -47,10 +47,7 @@ PROMPTS = {"zero-shot": 0, "few-shot": 4}
 ENTRIES_NAME = "entries"
 """The folder in a comparison's where its entries are."""
 
-RECIPE = "recipe"
-"""The entry that is the recipe as it stands."""
-
-ENTRIES = (RECIPE, *METHODS, *BASELINES, *PROMPTS)
+ENTRIES = (*METHODS, *BASELINES, *PROMPTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +129,7 @@ def _run(name: str, recipe: Recipe, seeds: int, progress: Progress) -> Entry:
         progress(f"{name}: {phase}", *step)
 
     run: Callable[[Recipe, int, Progress], list[Outcome]]
-    if name in PROMPTS:
-        run = _prompted
-    elif name in BASELINES:
-        run = _trained_baselines
-    else:
-        run = _trained_adapters
+    run = _prompted if name in PROMPTS else _trained_baselines if name in BASELINES else _trained_adapters
     try:
         return Entry(name=name, outcomes=run(_named(recipe, name), seeds, told))
     except SofttuneError as error:

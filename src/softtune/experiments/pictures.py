@@ -13,7 +13,8 @@ from typing import Any
 
 INK = "#7f8c99"
 COLORS = ("#3b82c4", "#e07b39", "#4c9f70", "#b0589f", "#c9a227", "#6f7fd8", "#c0504d", "#2f9e9e")
-WIDTH = 7.2
+MARKS = ("o", "s", "^")
+WIDTH = 5.6
 """Inches."""
 
 
@@ -48,7 +49,7 @@ def bars(title: str, own: Sequence[Bar], *, unit: str, says: str = "") -> Pictur
             axes.plot(bar.points, [place] * len(bar.points), "o", color=INK, markersize=3.5, zorder=3)
             label = f"{bar.value:.3g}" + (f" ± {bar.spread:.2g}" if bar.spread else "")
             edge = max(bar.value, *bar.points, 0.0)
-            axes.text(edge + 0.015 * most, place, label, va="center", color=INK, fontsize=9)
+            axes.text(edge + 0.015 * most, place, label, va="center", color=INK, fontsize=8.5)
         axes.set_yticks(list(places), [bar.name for bar in own])
         axes.set_xlim(0, 1.22 * most)
         axes.set_xlabel(unit)
@@ -61,10 +62,11 @@ def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: st
         positive = [x for x, _ in points.values() if x > 0]
         least = min(positive, default=1.0) / 3
         for number, (name, (x, y)) in enumerate(points.items()):
-            axes.plot(max(x, least), y, "o", color=COLORS[number % len(COLORS)], markersize=7)
-            axes.annotate(name, (max(x, least), y), xytext=(6, 4), textcoords="offset points", color=INK, fontsize=8.5)
+            style = MARKS[number // len(COLORS) % len(MARKS)]
+            axes.plot(max(x, least), y, style, color=COLORS[number % len(COLORS)], markersize=7, alpha=0.85, label=name)
         axes.set_xscale("log")
-        axes.margins(x=0.18, y=0.15)
+        axes.margins(x=0.1, y=0.15)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=INK, fontsize=8.5)
         axes.set_xlabel(across)
         axes.set_ylabel(up)
     return Picture(title, finished[0], says)

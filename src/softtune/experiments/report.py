@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from softtune import storage
 from softtune.errors import CheckpointError
@@ -98,12 +99,15 @@ def pictures(entries: Sequence[Entry]) -> list[Picture]:
     trained = [entry for entry in found if entry.outcomes[0].steps]
     metric = _metrics(entries)[0]
     name = metric.replace("_", " ")
-    quality = [_bar(entry, [o.metrics[metric] for o in entry.outcomes], entry.spread(metric)) for entry in found]
+    quality = [
+        Bar(entry.name, entry.mean(metric), entry.spread(metric), [o.metrics[metric] for o in entry.outcomes])
+        for entry in found
+    ]
     drawn = [bars(f"Quality: {name}", quality, unit=f"{name}, dots are seeds")]
     if trained:
         points = {e.name: (e.outcomes[0].trained / e.outcomes[0].total, e.mean(metric)) for e in trained}
-        seconds = [_bar(entry, [o.seconds for o in entry.outcomes]) for entry in trained]
-        memory = [_bar(entry, [o.memory / 1e9 for o in entry.outcomes]) for entry in trained]
+        seconds = [Bar(entry.name, mean(o.seconds for o in entry.outcomes)) for entry in trained]
+        memory = [Bar(entry.name, max(o.memory for o in entry.outcomes) / 1e9) for entry in trained]
         drawn += [
             scatter("Quality against what is trained", points, across="share of the parameters", up=name),
             bars("Time", seconds, unit="seconds of training, one seed"),
@@ -114,10 +118,6 @@ def pictures(entries: Sequence[Entry]) -> list[Picture]:
 
 def _metrics(entries: Sequence[Entry]) -> list[str]:
     return next((list(entry.outcomes[0].metrics) for entry in entries if entry.outcomes), [])
-
-
-def _bar(entry: Entry, values: Sequence[float], spread: float = 0.0) -> Bar:
-    return Bar(entry.name, sum(values) / len(values), spread, values if len(values) > 1 else ())
 
 
 def _value(entry: Entry, metric: str) -> str:
