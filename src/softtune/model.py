@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
@@ -76,7 +76,7 @@ class PeftModel(PushToHubMixin, AdapterState):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.backbone.has_interface:
-            _install_again(self.base_model)
+            install(self.base_model)
 
     # Adapters: load and save
 
@@ -337,15 +337,6 @@ class PeftModel(PushToHubMixin, AdapterState):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-
-def _install_again(model: nn.Module) -> None:
-    """Route an unpickled model's attention through softtune: its names are unknown to a process that never did so."""
-    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    for config in configs:
-        if name := getattr(config, "_attn_implementation", None):
-            config._attn_implementation = name.removeprefix("softtune_")
-    install(model)
 
 
 def _blank() -> PeftModel:

@@ -71,13 +71,13 @@ class AttentionWrapper(Protocol):
 def install(model: nn.Module) -> None:
     """Route the model's attention through softtune. Without a wrapper the outputs stay the same to the last bit.
 
-    Encoder-decoders keep copies of the config for each stack, so every module's config is visited.
+    Encoder-decoders keep copies of the config for each stack, so every module's config is visited. In a process that
+    knows the names not yet, as one that unpickles a model, they become known.
     """
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in configs.values():
-        stock = getattr(config, "_attn_implementation", None)
-        if stock and not stock.startswith(_PREFIX):
-            config._attn_implementation = _register(stock)
+        if name := getattr(config, "_attn_implementation", None):
+            config._attn_implementation = _register(name.removeprefix(_PREFIX))
 
 
 def _register(stock: str) -> str:
