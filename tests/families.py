@@ -840,3 +840,18 @@ def labels_for(task: str, inputs: dict[str, Tensor]) -> Tensor:
     return ids.masked_fill(inputs["attention_mask"].cumsum(1) <= 2, -100).masked_fill(
         inputs["attention_mask"] == 0, -100
     )
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """That no gradient's error is more than a share of the norm of all of them together, nor a hundred times that share
+    of its own.
+
+    What comes down from the model is rounded in proportion to its own size, and more or less so by the order in which a
+    machine adds. A parameter behind it that has but little of it, as an LSTM's, gets the rounding of the whole.
+    """
+    assert found.keys() == expected.keys()
+    whole = max(1.0, sum(float(gradient.norm()) ** 2 for gradient in expected.values()) ** 0.5)
+    for name, gradient in expected.items():
+        error, own = float((found[name] - gradient).norm()), float(gradient.norm())
+        assert error <= tolerance * whole, f"{name} differs by {error:.1e}, all together have {whole:.3g}"
+        assert error <= max(100 * tolerance * own, tolerance), f"{name} differs by {error:.1e} of {own:.3g}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
+from tests.tiny import save_models
 from tests.training.test_run import interrupt_at, no_work, tensors
 
 from softtune import CheckpointError, ConfigError, TaskType, TrainingError
@@ -31,21 +31,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def fields(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model": models["llama"],
-        "train": write_rows(tmp_path / "rows.csv", 24),
-        "test_size": 6,
-        "template": TEMPLATE,
-        "label_column": "label",
-        "labels": list(LABELS),
-        "max_length": 24,
-        "batch_size": 4,
-        "save_steps": 4,
-        "learning_rate": 0.02,
-        "output": str(tmp_path / "adapter"),
-        "options": {"num_virtual_tokens": 3},
-    }
+def fields(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "epochs": 1}
 
 
 def recipes(fields: dict[str, Any], folder: Path, *changes: dict[str, Any]) -> list[Recipe]:

@@ -6,19 +6,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from enum import Enum
-from inspect import Parameter, Signature
-from typing import Annotated, Any, Literal, get_args, get_origin
-
-import typer
-import yaml
-from rich.markup import escape
 
 from softtune.cli.console import console, progress_bars, quiet
+from softtune.cli.flags import argument, option, overrides, with_flags, words
 from softtune.cli.tables import show_profile, show_range_test, show_report
 from softtune.errors import ConfigError, TrainingError
-from softtune.methods import TaskType
-from softtune.pretrained import MODEL_CLASSES
 from softtune.training import measuring
 from softtune.training.recipe import Recipe
 from softtune.training.report import Report
@@ -37,8 +29,8 @@ def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate:
     them. Ctrl-C saves the runs for --resume.
     """
     quiet()
-    overrides = {name: _value(name, text) for name, text in flags.items() if text is not None}
-    chosen = [Recipe.load(recipe, overrides) for recipe in recipes]
+    changes = overrides(flags)
+    chosen = [Recipe.load(recipe, changes) for recipe in recipes]
     if profile or find_learning_rate:
         _measure(chosen, resume, profile, find_learning_rate)
         return
@@ -48,10 +40,9 @@ def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate:
     if unfinished := [report for report in reports if not report.finished]:
         for failure in _failures(chosen, results):
             print(f"softtune: {failure}", file=sys.stderr)
-        again = [part for name, text in flags.items() if text is not None for part in (_flag(name), text)]
-        words = shlex.join(["softtune", "train", *recipes, *again, "--resume"])
+        again = shlex.join(["softtune", "train", *recipes, *words(flags), "--resume"])
         steps = max(report.steps for report in unfinished)
-        console.print(f"Stopped after step {steps}. Go on with: {words}", soft_wrap=True)
+        console.print(f"Stopped after step {steps}. Go on with: {again}", soft_wrap=True)
         sys.exit(INTERRUPTED)
     for recipe, result in zip(chosen, results, strict=True):
         if result is None:
@@ -84,55 +75,14 @@ def _failures(recipes: Sequence[Recipe], results: Sequence[Report | TrainingErro
     return [f"{recipe.output}: {error}" if len(recipes) > 1 else str(error) for recipe, error in failed]
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _value(name: str, text: str) -> Any:
-    """A flag's text as the field's type wants it: texts as they are, all else read as YAML."""
-    if Recipe.model_fields[name].annotation in (str, str | None):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{_flag(name)} {text!r} cannot be read: write it as in a YAML file") from error
-
-
-def _choices(annotation: Any) -> list[str]:
-    """The values that a field can have, where they can be listed."""
-    if annotation is TaskType:
-        return [task.value for task in MODEL_CLASSES]
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return [member.value for member in annotation]
-    return list(get_args(annotation)) if get_origin(annotation) is Literal else []
-
-
-def _signature() -> Signature:
-    """``command``'s parameters with a flag for every field of the recipe, as typer reads them."""
-    recipes = Annotated[list[str], typer.Argument(help="The recipe, a YAML file; or several that share a base model.")]
-    resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
-    measured = {
-        "profile": "Measure where a step's time goes, and save nothing.",
-        "find_learning_rate": "Try ever higher learning rates for 40 steps, and save nothing.",
-    }
-    parameters = [
-        Parameter("recipes", Parameter.POSITIONAL_OR_KEYWORD, annotation=recipes),
-        Parameter("resume", Parameter.KEYWORD_ONLY, annotation=resume, default=False),
-    ]
-    for name, text in measured.items():
-        option = typer.Option(_flag(name), help=text)
-        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[bool, option], default=False))
-    for name, field in Recipe.model_fields.items():
-        choices = _choices(field.annotation)
-        listed = f" One of {', '.join(choices)}." if choices else ""
-        shown = field.default.value if isinstance(field.default, Enum) else field.default
-        default = "" if field.is_required() or shown is None else f" [default: {shown}]"
-        option = typer.Option(_flag(name), help=escape(f"{field.description}{listed}{default}"))
-        parameters.append(
-            Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[str | None, option], default=None)
-        )
-    return Signature(parameters)
-
-
-command.__signature__ = _signature()  # type: ignore[attr-defined]
-command.__annotations__ = {p.name: p.annotation for p in _signature().parameters.values()}
+with_flags(
+    command,
+    [
+        argument("recipes", list[str], help="The recipe, a YAML file; or several that share a base model."),
+        option("resume", bool, False, help="Go on with an interrupted run."),
+        option("profile", bool, False, help="Measure where a step's time goes, and save nothing."),
+        option(
+            "find_learning_rate", bool, False, help="Try ever higher learning rates for 40 steps, and save nothing."
+        ),
+    ],
+)
