@@ -42,6 +42,8 @@ def main() -> None:
     shutil.rmtree(recipe.output, ignore_errors=True)  # the demo always starts afresh
     with progress_bars() as progress:
         report = train(recipe, progress=progress)
+    if not report.finished:
+        sys.exit(f"Stopped after step {report.steps}: run the demo again for all of it.")
     show_report(report)
     classify(recipe)
     console.print(f"All in all {time.perf_counter() - started:.0f} s.")

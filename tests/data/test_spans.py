@@ -39,7 +39,14 @@ WORDS = pair_tokenizer()
 
 
 def task(**changes: Any) -> SpanTask:
-    fields = {"question": "q", "context": "c", "label_column": "answers", "max_length": 12, "stride": 3}
+    fields = {
+        "question": "q",
+        "context": "c",
+        "label_column": "answers",
+        "max_length": 12,
+        "stride": 3,
+        "may_be_unanswerable": True,
+    }
     return SpanTask(**{**fields, **changes})
 
 
@@ -82,6 +89,11 @@ def test_a_question_may_have_no_answer_and_squads_two_lists_are_answers() -> Non
     columns = {**record("w3 w4"), "answers": {"text": ["w4", "w3 w4"], "answer_start": [3, 0]}}
     assert task().right(columns) == [Answer("w4", 3), Answer("w3 w4", 0)]
     assert [e.span for e in task().examples(columns, WORDS)] == [(5, 5)]
+
+
+def test_a_question_has_to_have_an_answer_unless_the_task_says_otherwise() -> None:
+    with pytest.raises(DataError, match="column 'answers' has no answer; set unanswerable: true"):
+        task(may_be_unanswerable=False).right(record("w3 w4"))
 
 
 def test_padding_moves_spans_along() -> None:

@@ -25,8 +25,9 @@ def command(recipe: str, output: str, entries: str, seeds: int, **flags: str | N
         found = compare(chosen, [name.strip() for name in entries.split(",")], seeds=seeds, progress=progress)
     head, lines = report.rows(found)
     table = Table(*head)
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"
     for line in lines:
         table.add_row(*line)
     console.print(table)

@@ -21,7 +21,7 @@ NEW_TOKENS = 64
 
 def command(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    data: Annotated[str | None, typer.Argument(help="A CSV, TSV or JSONL file, or a data set on the hub.")] = None,
+    data: Annotated[str | None, typer.Argument(help="A data file, or a data set on the hub.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text to go on from instead; may be repeated.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write at most.")] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from datasets import Dataset
@@ -27,9 +29,9 @@ SHOWN = 20
 
 def command(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    data: Annotated[str | None, typer.Argument(help="A CSV, TSV or JSONL file, or a data set on the hub.")] = None,
+    data: Annotated[str | None, typer.Argument(help="A data file, or a data set on the hub.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text to answer instead; may be repeated.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write all answers to this CSV file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write all answers to this CSV or JSONL file.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     vote: Annotated[
         bool, typer.Option("--vote", help="Of an ensemble, take the label that most members answer.")
@@ -43,7 +45,8 @@ def command(
     quiet()
     with _written(output) as write:
         recipe = Recipe.of_adapter(adapter)
-        records = _checked(recipe.definition, read_records(recipe, data, text or [], split))
+        given = read_records(recipe, data, text or [], split)
+        records = _checked(recipe.definition, given)
         trained = load_trained(adapter, model)
         if vote and len(trained.names) == 1:
             raise ConfigError(f"{adapter} has one adapter, which has no one to vote with: leave out --vote")
@@ -51,6 +54,8 @@ def command(
         answered = _with_answers(records, answers)
         write(answered)
     _show(answered, trained.task.columns, output)
+    if len(records) < len(given):
+        console.print(f"{len(given)} records, of which {len(records)} are different: others add references to these.")
     if answers.truncated:
         console.print(f"{answers.truncated} of {len(records)} records were cut to fit.")
     if (column := trained.task.label_column) in records.column_names:
@@ -68,7 +73,22 @@ def _written(output: Path | None) -> Iterator[Callable[[Dataset], None]]:
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: name a CSV file to write the answers to")
     with storage.staged(output.parent) as stage:
-        yield lambda answered: answered.to_csv(stage / output.name, index=False)
+        yield lambda answered: _write(answered, stage / output.name)
+
+
+def _write(answered: Dataset, file: Path) -> None:
+    """JSON lines by the file's ending, else CSV, with lists and objects as JSON."""
+    if file.suffix.lower() == ".jsonl":
+        answered.to_json(file, force_ascii=False)
+        return
+    with file.open("w", newline="", encoding="utf-8") as out:
+        rows = csv.writer(out)
+        rows.writerow(answered.column_names)
+        rows.writerows([_cell(record[name]) for name in answered.column_names] for record in answered)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 
 def _checked(task: Task, records: Dataset) -> Dataset:

@@ -41,7 +41,7 @@ def show_quality(quality: Quality) -> None:
     )
     if not 0 < len(quality.classes) <= MOST_CLASSES:
         return
-    table = Table("", "precision", "recall", "F1", "rows", title="By label", title_justify="left")
+    table = Table("", "precision", "recall", "F1", "count", title="By label", title_justify="left")
     for label, own in quality.classes.items():
         table.add_row(label, *(f"{own[name]:.1%}" for name in ("precision", "recall", "f1")), f"{own['rows']:.0f}")
     console.print(table)
@@ -85,6 +85,9 @@ def show_range_test(test: RangeTest) -> None:
         mark = "  lowest" if rate == test.lowest else ""
         table.add_row(f"{rate:.1e}", f"{loss:.3f}", "█" * round(40 * loss / highest) + mark)
     console.print(table)
+    if test.suggestion is None:
+        console.print("The loss has hardly fallen at any rate: keep the method's own.")
+        return
     console.print(f"Try --learning-rate {test.suggestion:.0e}, a third of the rate at which the loss was lowest.")
 
 
@@ -113,7 +116,8 @@ def _between(interval: tuple[float, float]) -> str:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
 
 
 def _rows(count: int, truncated: int) -> str:

@@ -71,10 +71,12 @@ class SpanTask:
         """A record's right answers.
 
         Raises:
-            DataError: the answers are malformed, or one does not stand where it says.
+            DataError: the answers are malformed, one does not stand where it says, or there is none and has to be.
         """
         context = cell_text(record, self.context)
         answers = list(_answers(record[self.label_column], self.label_column))
+        if not answers and not self.may_be_unanswerable:
+            raise DataError(f"column {self.label_column!r} has no answer; set unanswerable: true, or drop the row")
         for answer in answers:
             if context[answer.start : answer.end] != answer.text or not answer.text:
                 raise DataError(

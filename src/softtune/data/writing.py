@@ -80,7 +80,8 @@ def with_all_references(records: Dataset, task: TextTask) -> Dataset:
     for record, texts in zip(records, references, strict=True):
         key = tuple(cell_text(record, field) for field in task.columns)
         if key in merged:
-            merged[key][task.label_column] += texts
+            own = merged[key][task.label_column]
+            own += [text for text in texts if text not in own]
         else:
             merged[key] = {**record, task.label_column: list(texts)}
     return Dataset.from_list(list(merged.values()))

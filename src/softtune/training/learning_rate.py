@@ -19,6 +19,8 @@ from softtune.training.trainer import AdapterTrainer
 LOWEST, HIGHEST, STEPS = 1e-4, 1.0, 40
 SMOOTHING = 0.8
 """Weight of the past in the mean of losses, which batches make uneven."""
+FALLEN = 0.9
+"""A loss that never is so small a part of the first one has not fallen."""
 RISEN = 2.0
 """The test ends where the loss is so many times its lowest."""
 
@@ -37,9 +39,9 @@ class RangeTest:
         return self.rates[min(range(len(self.losses)), key=self.losses.__getitem__)]
 
     @property
-    def suggestion(self) -> float:
-        """A third of the rate at which the loss was lowest: there it is about to rise."""
-        return self.lowest / 3
+    def suggestion(self) -> float | None:
+        """A third of the rate at which the loss was lowest, where it is about to rise. None where it hardly fell."""
+        return self.lowest / 3 if min(self.losses) < FALLEN * self.losses[0] else None
 
 
 def range_test(trainer: AdapterTrainer) -> RangeTest:
