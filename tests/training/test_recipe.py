@@ -50,7 +50,8 @@ def test_every_field_says_what_it_is_for() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lerning_rate": 1}, "lerning_rate: no such field"),
+        ({"lerning_rate": 1}, "lerning_rate: no such field: use learning_rate$"),
+        ({"xyz": 1}, "xyz: no such field: use one of model, task"),
         ({"learning_rate": -1}, "learning_rate is -1: it should be greater than 0"),
         ({"batch_size": "many"}, "batch_size is 'many': it should be a valid integer"),
         ({"train": None}, "train is None: it should be a valid string"),

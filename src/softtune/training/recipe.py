@@ -5,6 +5,7 @@ The recipe is kept in the adapter's folder, so that prediction meets the same te
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -296,7 +297,8 @@ def _what_is_wrong(error: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
         return str(error["msg"]).removeprefix("Value error, ")
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return f"{name}: no such field: use one of {', '.join(Recipe.model_fields)}"
+        close = difflib.get_close_matches(name, Recipe.model_fields, n=1)
+        return f"{name}: no such field: use {close[0] if close else 'one of ' + ', '.join(Recipe.model_fields)}"
     if name not in fields:
         return f"{name} is missing: add it"
     return f"{name} is {fields[name]!r}: {HINTS.get(name) or error['msg'].replace('Input should', 'it should', 1)}"
