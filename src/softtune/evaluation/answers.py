@@ -20,16 +20,13 @@ from softtune.evaluation.predict import Advance, score_head, score_spans, score_
 from softtune.methods import TaskType
 from softtune.model import PeftModel
 
-Answer = str | tuple[str, ...]
-"""A label, a choice, a part of a text, or a text; of a sentence the tags of its words."""
-
 
 @dataclass(frozen=True)
 class Answers:
     """What a model answers to some records."""
 
     texts: list[Any]
-    """Each record's ``Answer``."""
+    """Each record's label, choice, part of a text or text, or a tuple with the tags of its words."""
     scores: Tensor | None
     """[B, N] log-probabilities of the labels; None where records have no labels in common."""
     truncated: int
