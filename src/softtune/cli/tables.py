@@ -20,7 +20,9 @@ MOST_CLASSES, MOST_MISTAKES, LONGEST = 40, 10, 200
 
 def show_report(report: Report, title: str = "") -> None:
     """The table at the end of a run."""
-    pairs = [pair for name in report.after for pair in _quality(report, name)]
+    quality = report.evaluation.quality
+    intervals = quality.intervals() if quality else {}
+    pairs = [pair for name, interval in intervals.items() for pair in _quality(report, name, interval)]
     pairs += [
         ("trained on", f"{_rows(report.training_rows, report.truncated)}, {report.steps} steps"),
         *([("validated on", _rows(report.validation_rows, 0))] if report.validation_rows else []),
@@ -91,12 +93,10 @@ def show_range_test(test: RangeTest) -> None:
     console.print(f"Try --learning-rate {test.suggestion:.0e}, a third of the rate at which the loss was lowest.")
 
 
-def _quality(report: Report, metric: str) -> Iterator[tuple[str, str]]:
+def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iterator[tuple[str, str]]:
     """A metric's lines in the table: before and after and, of an ensemble, the vote's and its members'."""
     label, found = _words(metric), report.evaluation
-    assert found.quality is not None
-    between = _between(found.quality.intervals()[metric])
-    yield label, f"{report.before[metric]:.1%} before, {report.after[metric]:.1%} after ({between})"
+    yield label, f"{report.before[metric]:.1%} before, {report.after[metric]:.1%} after ({_between(interval)})"
     if found.members:
         members = [member[metric] for member in found.members]
         yield f"{label} by vote", f"{found.vote[metric]:.1%}"
