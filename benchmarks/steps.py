@@ -124,6 +124,7 @@ def main() -> None:
             seeds = range(given.seeds)
             runs = [recipe(task, Path(folder, "runs", f"{name}, {seed}"), files, seed, fields) for seed in seeds]
             found[name] = [quality(result) for result in train_all(runs, progress=progress)]
+            save(f"steps_{given.group}", {"runs": found})  # after each setting, since all of them take long
     show(given.group, found)
 
 
@@ -178,14 +179,13 @@ def quality(result: Report | TrainingError) -> dict[str, float]:
 
 
 def show(group: str, found: dict[str, list[dict[str, float]]]) -> None:
-    """A table of means over seeds, and all runs in ``results/steps_<group>.json``."""
+    """A table of means over seeds."""
     table = Table("run", "steps", "accuracy", "balanced", "of each seed", title=group, title_justify="left")
     for name, runs in found.items():
         means = [statistics.mean(run[metric] for run in runs) for metric in ("accuracy", "balanced_accuracy")]
         each = ", ".join(f"{run['accuracy']:.3f}/{run['balanced_accuracy']:.3f}" for run in runs)
         table.add_row(name, str(runs[0]["steps"]), *(f"{mean:.3f}" for mean in means), each)
     Console(width=140).print(table)
-    save(f"steps_{group}", {"runs": found})
 
 
 if __name__ == "__main__":
