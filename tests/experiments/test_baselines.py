@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from softtune import PeftModel
 from softtune.experiments.baselines import BASELINES, BOTTLENECK
-from softtune.experiments.compare import ENTRIES
+from softtune.experiments.cases import ENTRIES
 from tests.tiny import save_models
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from softtune import CheckpointError, ConfigError
-from softtune.experiments import compare as room
+from softtune.experiments import cases as room
 from softtune.experiments import report
-from softtune.experiments.compare import ENTRIES, Entry, Outcome, compare, entries_of
+from softtune.experiments.cases import ENTRIES, PROMPTS
+from softtune.experiments.compare import compare
+from softtune.experiments.outcomes import Entry, Outcome, entries_of
+from softtune.experiments.page import Page, as_html
 from softtune.training.recipe import Recipe
 from tests.cli.test_cli import run, write_recipe
 from tests.tiny import save_models
@@ -36,7 +39,7 @@ def test_every_entry_has_an_outcome_for_each_seed(compared: Path) -> None:
     assert {name: entry.failure for name, entry in found.items() if entry.failure} == {}
     assert list(found) == list(ENTRIES)
     assert {name: len(entry.outcomes) for name, entry in found.items() if len(entry.outcomes) != 2} == {"zero-shot": 1}
-    assert {o.steps for e in found.values() for o in e.outcomes if e.name not in room.PROMPTS} == {3}
+    assert {o.steps for e in found.values() for o in e.outcomes if e.name not in PROMPTS} == {3}
     assert found["full"].outcomes[0].trained == found["full"].outcomes[0].total
     assert found["prompt-tuning"].outcomes[0].trained == 20 * 24  # the default number of virtual tokens
     assert found["prefix-tuning"].outcomes[0].trained == 3 * 2 * 2 * 12  # the recipe's own method has its own options
@@ -47,11 +50,11 @@ def test_what_is_kept_is_not_run_again(compared: Path, monkeypatch: pytest.Monke
         raise AssertionError
 
     recipe = Recipe.load(compared / "recipe.yaml", {"output": str(compared / "out")})
-    monkeypatch.setattr(room, "_run", fail)
+    monkeypatch.setattr(room, "run_bundle", fail)
     assert compare(recipe, ["lora", "few-shot"], seeds=2) == [
         entry for entry in entries_of(compared / "out") if entry.name in ("lora", "few-shot")
     ]
-    with pytest.raises(ConfigError, match="is of another comparison: name another output"):
+    with pytest.raises(ConfigError, match="is of another experiment: name another output"):
         compare(recipe, ["lora"], seeds=3)
 
 
@@ -68,7 +71,7 @@ def test_the_page_stands_alone(compared: Path) -> None:
     assert tags.count("tr") == 1 + len(ENTRIES)
     assert not re.search(r'(src|href)="(?!data:|#)', text)
     markdown = (compared / "out" / report.MARKDOWN_NAME).read_text(encoding="utf-8")
-    assert markdown.count("\n| ") == 1 + len(ENTRIES)
+    assert markdown.count("\n| ") == 2 + len(ENTRIES)  # the head, and the rule below it
     assert "few-shot" in markdown
 
 
@@ -86,20 +89,21 @@ def test_bad_input_is_one_line(models: dict[str, str], tmp_path: Path, capsys: p
     assert run("compare", file, "--output", str(tmp_path / "out"), "--entries", "prefix") == 2
     assert "no entry 'prefix': use some of prefix-tuning" in capsys.readouterr().err
     assert run("compare", file, "--output", str(tmp_path / "out")) == 2
-    assert "a comparison needs rows to evaluate on" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="has no entries of a comparison"):
+    assert "an experiment needs rows to evaluate on" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="has no experiment"):
         report.write(tmp_path, "nothing")
 
 
 def test_the_best_is_on_top_and_text_is_no_markup() -> None:
     def entry(name: str, *accuracies: float) -> Entry:
         numbers = {"trained": 10, "total": 1000, "stored": 40, "seconds": 2.0, "memory": 10**9, "steps": 3}
+        numbers |= {"training_rows": 8, "evaluation_rows": 4}
         return Entry(name=name, outcomes=[Outcome(metrics={"accuracy": a}, **numbers) for a in accuracies])
 
     entries = [entry("worse", 0.5, 0.7), entry("better", 0.8, 0.9), Entry(name="none", outcomes=[], failure="a<b")]
-    head, lines = report.rows(entries)
-    assert head == ["", "accuracy", "trained", "share", "stored", "seconds", "peak memory"]
-    assert [line[:3] for line in lines] == [["better", "0.850 ± 0.071", "10"], ["worse", "0.600 ± 0.141", "10"]]
-    page = report.page("a & b", entries)
+    table = report.table_of(entries)
+    assert table.head == ["", "accuracy", "trained", "share", "seconds", "stored", "peak memory"]
+    assert [line[:3] for line in table.lines] == [["better", "0.850 ± 0.071", "10"], ["worse", "0.600 ± 0.141", "10"]]
+    page = as_html(Page(title="a & b", tables=[table], notes=report.failures(entries)))
     assert "none: a&lt;b" in page
     assert "<h1>a &amp; b</h1>" in page

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from softtune.cli import compare, generate, inspect, predict, report, train
+from softtune.cli import compare, generate, inspect, predict, report, sweep, train
 from softtune.errors import SofttuneError
 
 
@@ -37,6 +37,7 @@ app.command("predict")(_stoppable(predict.command))
 app.command("generate")(_stoppable(generate.command))
 app.command("inspect")(_stoppable(inspect.command))
 app.command("compare")(_stoppable(compare.command))
+app.command("sweep")(_stoppable(sweep.command))
 app.command("report")(_stoppable(report.command))
 
 

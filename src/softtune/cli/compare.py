@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.table import Table
-
 from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.flags import argument, option, overrides, with_flags
+from softtune.cli.tables import show_entries
 from softtune.experiments import report
-from softtune.experiments.compare import ENTRIES, compare
+from softtune.experiments.cases import ENTRIES
+from softtune.experiments.compare import compare
 from softtune.training.recipe import Recipe
 
 
@@ -23,16 +23,7 @@ def command(recipe: str, output: str, entries: str, seeds: int, **flags: str | N
     chosen = Recipe.load(recipe, {**overrides(flags), "output": output})
     with progress_bars() as progress:
         found = compare(chosen, [name.strip() for name in entries.split(",")], seeds=seeds, progress=progress)
-    head, lines = report.rows(found)
-    table = Table(*head)
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify, column.overflow = "right", "fold"
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-    for failure in report.failures(found):
-        console.print(failure)
+    show_entries(found)
     console.print(f"The page is {report.write(Path(output), title=Path(recipe).stem)}.", soft_wrap=True)
 
 

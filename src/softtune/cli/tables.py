@@ -10,6 +10,8 @@ from rich.table import Table
 from softtune import storage
 from softtune.cli.console import console, show_pairs
 from softtune.evaluation.metrics import Quality
+from softtune.experiments.outcomes import Entry
+from softtune.experiments.report import failures, table_of
 from softtune.training.learning_rate import RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
@@ -91,6 +93,20 @@ def show_range_test(test: RangeTest) -> None:
         console.print("The loss has hardly fallen at any rate: keep the method's own.")
         return
     console.print(f"Try --learning-rate {test.suggestion:.0e}, a third of the rate at which the loss was lowest.")
+
+
+def show_entries(entries: Sequence[Entry], metric: str | None = None) -> None:
+    """The table of an experiment, and what failed in it."""
+    found = table_of(entries, metric)
+    table = Table(*found.head)
+    table.columns[0].no_wrap = len(entries) < 2 or not entries[0].at
+    for column in table.columns[1:]:
+        column.justify, column.overflow = "right", "fold"
+    for line in found.lines:
+        table.add_row(*line)
+    console.print(table)
+    for failure in failures(entries):
+        console.print(failure)
 
 
 def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iterator[tuple[str, str]]:

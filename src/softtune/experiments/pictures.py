@@ -6,6 +6,7 @@ Knows nothing about runs.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ COLORS = ("#3b82c4", "#e07b39", "#4c9f70", "#b0589f", "#c9a227", "#6f7fd8", "#c0
 MARKS = ("o", "s", "^")
 WIDTH = 5.6
 """Inches."""
+WIDE = 20
+"""How many times the least number the greatest is on a logarithmic scale."""
 
 
 @dataclass
@@ -37,6 +40,15 @@ class Bar:
     spread: float = 0.0
     points: Sequence[float] = field(default_factory=tuple)
     """What the value is the mean of."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a curve, and how far its height spreads to either side."""
+
+    x: float
+    y: float
+    spread: float = 0.0
 
 
 def bars(title: str, own: Sequence[Bar], *, unit: str, says: str = "") -> Picture:
@@ -69,6 +81,50 @@ def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: st
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=INK, fontsize=8.5)
         axes.set_xlabel(across)
         axes.set_ylabel(up)
+    return Picture(title, finished[0], says)
+
+
+def curves(
+    title: str, lines: Mapping[str, Sequence[Point]], *, across: str, up: str, says: str = "", joined: bool = True
+) -> Picture:
+    """Points by line, their spread as whiskers; joined or not. A wide range of positive numbers is logarithmic."""
+    with _figure(3.4) as (axes, finished):
+        for number, (name, points) in enumerate(lines.items()):
+            own = sorted(points, key=lambda point: point.x)
+            x, y, spread = zip(*((point.x, point.y, point.spread) for point in own), strict=True)
+            style = MARKS[number // len(COLORS) % len(MARKS)] + ("-" if joined else "")
+            whiskers = [s or math.nan for s in spread]
+            axes.errorbar(x, y, whiskers, fmt=style, color=COLORS[number % len(COLORS)], capsize=2.5, label=name)
+        places = sorted({point.x for points in lines.values() for point in points})
+        if places[0] > 0 and places[-1] / places[0] >= WIDE:
+            axes.set_xscale("log")
+        if joined:
+            axes.set_xticks(places, [f"{place:g}" for place in places])
+            axes.minorticks_off()
+        if len(lines) > 1:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=INK, fontsize=8.5)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+    return Picture(title, finished[0], says)
+
+
+def heat(
+    title: str, cells: Mapping[str, Mapping[str, float]], *, across: str, down: str, says: str = "", form: str = ".3g"
+) -> Picture:
+    """A map of numbers by row and column, each written into its cell."""
+    rows, columns = list(cells), list(next(iter(cells.values())))
+    values = [[cells[row][column] for column in columns] for row in rows]
+    with _figure(0.9 + 0.34 * len(rows)) as (axes, finished):
+        image = axes.imshow(values, aspect="auto", cmap="viridis")
+        axes.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 8 else 0)
+        axes.set_yticks(range(len(rows)), rows)
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if not math.isnan(value):
+                    ink = "black" if image.norm(value) > 0.6 else "white"
+                    axes.text(j, i, f"{value:{form}}", ha="center", va="center", fontsize=8, color=ink)
+        axes.set_xlabel(across)
+        axes.set_ylabel(down)
     return Picture(title, finished[0], says)
 
 

@@ -25,7 +25,7 @@ def check_company(recipes: Sequence[Recipe]) -> None:
         raise ConfigError(f"{twice[0]} is the output of {outputs[twice[0]]} recipes: give each one its own")
     first = recipes[0]
     for recipe in recipes:
-        for (name, own), other in zip(_shared(recipe).items(), _shared(first).values(), strict=True):
+        for (name, own), other in zip(shared(recipe).items(), shared(first).values(), strict=True):
             if own != other:
                 raise ConfigError(
                     f"{name} is {other!r} for {first.output} and {own!r} for {recipe.output}: recipes that run at once "
@@ -33,8 +33,8 @@ def check_company(recipes: Sequence[Recipe]) -> None:
                 )
 
 
-def _shared(recipe: Recipe) -> dict[str, Any]:
-    """What holds for all rows of a step."""
+def shared(recipe: Recipe) -> dict[str, Any]:
+    """What recipes that run at once have in common, since it holds for all rows of a step."""
     names = ("model", "task", "num_labels", "bf16", "compile", "gradient_checkpointing")
     return {name: getattr(recipe, name) for name in names} | {"the use of a trunk cache": recipe.has_trunk_cache}
 

@@ -5,7 +5,6 @@ The recipe is kept in the adapter's folder, so that prediction meets the same te
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softtune.data import LabelTask, Task, Template
-from softtune.errors import CheckpointError, ConfigError
+from softtune.errors import CheckpointError
 from softtune.methods import PeftConfig, PeftType, TaskType
 from softtune.methods.base import CONFIG_NAME
 from softtune.training.definition import check_task, task_of
+from softtune.training.fields import checked, read_fields
 
 RECIPE_NAME = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
@@ -197,23 +197,13 @@ class Recipe(BaseModel):
         Raises:
             ConfigError: there is no such file, it is no YAML mapping, or a field is unknown, missing or out of range.
         """
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"no recipe at {path}: check the path") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}): correct it") from error
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path} holds no fields: write lines such as 'model: smollm2-135m'")
+        fields = read_fields(path, "recipe")
         return cls.of({**fields, **(overrides or {})})
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Recipe:
         """A recipe of these fields. Raises ConfigError where one is unknown, missing or out of range."""
-        try:
-            return cls.model_validate(dict(fields))
-        except ValidationError as error:
-            raise ConfigError(f"recipe: {_what_is_wrong(error.errors()[0], fields)}") from None
+        return checked(cls, fields, "recipe", HINTS)
 
     @classmethod
     def of_adapter(cls, folder: str | os.PathLike[str]) -> Recipe:
@@ -289,16 +279,3 @@ def check_finished(folder: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"there is no folder {folder}: check the path")
     if (Path(folder) / CHECKPOINTS).is_dir() and not holds_adapter(folder):
         raise CheckpointError(f"the run in {folder} is unfinished: go on with softtune train --resume, or train anew")
-
-
-def _what_is_wrong(error: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    """One of pydantic's findings in the recipe's words."""
-    if not error["loc"]:
-        return str(error["msg"]).removeprefix("Value error, ")
-    name = str(error["loc"][0])
-    if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, Recipe.model_fields, n=1)
-        return f"{name}: no such field: use {close[0] if close else 'one of ' + ', '.join(Recipe.model_fields)}"
-    if name not in fields:
-        return f"{name} is missing: add it"
-    return f"{name} is {fields[name]!r}: {HINTS.get(name) or error['msg'].replace('Input should', 'it should', 1)}"

@@ -50,7 +50,11 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *
 
 
 def train_all(
-    recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress = lambda *_: None
+    recipes: Sequence[Recipe],
+    *,
+    resume: bool = False,
+    before: bool = True,
+    progress: Progress = lambda *_: None,
 ) -> list[Result | None]:
     """Run recipes that share a base model at once; each comes out as it would alone.
 
@@ -58,6 +62,7 @@ def train_all(
         recipes: what to do.
         resume: go on from the last checkpoints of an interrupted run of the same recipes; those without one begin, and
             those that are finished are left as they are.
+        before: evaluate the base model alone, too.
         progress: told of every step of each run.
 
     Returns:
@@ -72,13 +77,13 @@ def train_all(
     check_folders(folders, resume=resume)
     left = [folder for folder in folders if not folder.is_finished]
     try:
-        results = dict(zip(left, _train(left, progress), strict=True))
+        results = dict(zip(left, _train(left, before, progress), strict=True))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(what_is_kept(folders)) from None
     return [results.get(folder) for folder in folders]
 
 
-def _train(folders: Sequence[RunFolder], progress: Progress) -> list[Result]:
+def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> list[Result]:
     """Data first, since it is quick to be found wrong."""
     rows = [Rows.of(folder.recipe) for folder in folders]
     for folder, own in zip(folders, rows, strict=True):
@@ -92,7 +97,7 @@ def _train(folders: Sequence[RunFolder], progress: Progress) -> list[Result]:
     befores: list[dict[str, float]] = []
     for setup in setups:
         alike = (b for s, b in zip(setups, befores, strict=False) if s.asks_as(setup))
-        befores.append(_begin(setup, next(alike, None)))
+        befores.append(_begin(setup, next(alike, None) if before else {}))
     fits = _fit(setups)
     for setup, fit in zip(setups, fits, strict=True):
         if fit.error is not None or not fit.interrupted:
@@ -106,11 +111,11 @@ def _of_recipe(progress: Progress, recipe: Recipe) -> Progress:
 
 
 def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
-    """Metrics of the base model alone, unless they are known; noted where a resumed run finds them."""
+    """Metrics of the base model alone, unless they are known or not wanted; noted where a resumed run finds them."""
     if setup.folder.is_unfinished:
         return setup.folder.before
     metrics = known or {}
-    if setup.rows.evaluation and not known:
+    if setup.rows.evaluation and known is None:
         [answers] = _answers(setup, "evaluating the base model", [BASE])
         metrics = _judged(setup, answers).metrics
     setup.folder.begin(metrics, setup.rows.fingerprints)

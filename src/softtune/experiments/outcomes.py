@@ -1,0 +1,125 @@
+"""What experiments come to, and the folder that keeps it.
+
+Knows nothing about models or how anything is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from softtune import storage
+from softtune.errors import ConfigError
+
+ENTRIES_NAME = "entries"
+"""The folder in an experiment's where its entries are."""
+
+LONGEST_STEM = 60
+"""Characters of a file's name that come from an entry's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one run came to."""
+
+    metrics: dict[str, float]
+    trained: int
+    """Numbers that were trained."""
+    total: int
+    """All numbers of the model."""
+    stored: int
+    """Bytes that a task needs on disk beside the base model."""
+    seconds: float
+    """Of training; of runs that trained at once, each one's share."""
+    memory: int
+    """Most bytes in use while training, the base model's and those of all that trained at once among them."""
+    steps: int
+    training_rows: int
+    evaluation_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of a comparison, or one point of a sweep."""
+
+    name: str
+    at: dict[str, Any] = field(default_factory=dict)
+    """The point: what tells it from the others, by axis."""
+    outcomes: list[Outcome]
+    """One a seed; empty where it failed."""
+    failure: str = ""
+    """Why it failed, or does not go with this task or base model."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """Their names, the task's first one first."""
+        return [*self.outcomes[0].metrics] if self.outcomes else []
+
+    def values(self, metric: str) -> list[float]:
+        """One a seed."""
+        return [outcome.metrics[metric] for outcome in self.outcomes]
+
+    def mean(self, metric: str) -> float:
+        """Over seeds."""
+        return statistics.mean(self.values(metric))
+
+    def spread(self, metric: str) -> float:
+        """Standard deviation over seeds; 0 of one."""
+        return statistics.stdev(self.values(metric)) if len(self.outcomes) > 1 else 0.0
+
+
+def entries_of(folder: Path) -> list[Entry]:
+    """Those that an experiment has kept in a folder, in its order."""
+    files = [storage.read_json(file) for file in (folder / ENTRIES_NAME).glob("*.json")]
+    return [entry for file in sorted(files, key=lambda file: file["number"]) for entry in _entries(file)]
+
+
+def keep(folder: Path, stem: str, number: int, asked: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+    """Write what a part of an experiment came to.
+
+    Args:
+        folder: of the experiment.
+        stem: the file's name without its ending.
+        number: the part's place among the others.
+        asked: what was run.
+        entries: what it came to.
+    """
+    content = {"number": number, "asked": asked, "entries": [dataclasses.asdict(entry) for entry in entries]}
+    with storage.staged(folder / ENTRIES_NAME) as stage:
+        storage.write_json(stage / f"{stem}.json", content)
+
+
+def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | None:
+    """What the same part came to in an earlier run; None where there was none.
+
+    Raises:
+        ConfigError: it is of another experiment.
+    """
+    file = folder / ENTRIES_NAME / f"{stem}.json"
+    if not file.is_file():
+        return None
+    found = storage.read_json(file)
+    if found["asked"] != asked:
+        raise ConfigError(f"{file.parent} is of another experiment: name another output, or delete it")
+    return _entries(found)
+
+
+def stem_of(name: str) -> str:
+    """A name as a file's: the same where it can be, else with a digest that tells it from others like it."""
+    plain = re.sub(r"[^\w.=+-]+", "_", name)
+    if plain == name and len(plain) <= LONGEST_STEM:
+        return name
+    return f"{plain[:LONGEST_STEM]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _entries(file: Mapping[str, Any]) -> list[Entry]:
+    return [
+        Entry(**{**entry, "outcomes": [Outcome(**outcome) for outcome in entry["outcomes"]]})
+        for entry in file["entries"]
+    ]

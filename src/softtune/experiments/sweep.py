@@ -1,0 +1,193 @@
+"""Any fields of a recipe over a grid, or where Optuna's sampler looks, each point with several seeds.
+
+Points over one base model train at once, as adapters of the rows of one batch. What is finished is kept, and the same
+sweep goes on behind it: a grid's other points, or a search that is told what its first points came to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from softtune import storage
+from softtune.errors import ConfigError
+from softtune.experiments.cases import Case, Runner, run_cases, run_here
+from softtune.experiments.outcomes import Entry
+from softtune.training.fields import checked, read_fields
+from softtune.training.recipe import Recipe
+from softtune.training.setup import Progress
+
+SWEEP_NAME = "sweep.yaml"
+"""A sweep, in its folder."""
+
+HINTS = {"over": "for each field list values, or {low, high} to search in, or name fields by points"}
+"""What to write in fields of several types."""
+
+ENTRY = "entry"
+"""The axis, or field, that names a method or baseline."""
+
+
+class Range(BaseModel):
+    """Numbers to search in; whole ones if both ends are."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    """Whether each power of ten is as likely as the next."""
+
+    @model_validator(mode="after")
+    def _is_range(self) -> Range:
+        if self.low >= self.high or (self.log and self.low <= 0):
+            raise ValueError("a range goes from low up to high, and with log from above 0")
+        return self
+
+
+Axis = Range | list[Any] | dict[str, dict[str, Any]]
+"""Numbers to search in, values of a field, or named points, each with several fields."""
+
+
+class Sweep(BaseModel):
+    """A sweep over a recipe."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    recipe: str
+    """The recipe, a YAML file; its path starts at the sweep's folder."""
+    fields: dict[str, Any] = {}
+    """Fields of the recipe to replace; options.name is one option, entry a method or baseline of softtune compare."""
+    over: Annotated[dict[str, Axis], Field(min_length=1)]
+    """Values by field, each a list; {low, high} or {low, high, log: true} to search in; or fields by a name."""
+    seeds: Annotated[int, Field(ge=1)] = 1
+    """Runs of each point, with seeds that follow one another."""
+    trials: Annotated[int, Field(ge=1)] | None = None
+    """Points that Optuna chooses; by default all points of the grid run."""
+    metric: str | None = None
+    """What a search maximises and a picture shows; by default the task's first metric."""
+    at_once: Annotated[int, Field(ge=1)] = 8
+    """Runs to train at once over one base model."""
+    question: str = ""
+    """What the sweep asks, for its page."""
+    found: str = ""
+    """What it found, for its page."""
+    paper: str = ""
+    """What the paper found, for its page."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Sweep:
+        if empty := [name for name, axis in self.over.items() if not axis]:
+            raise ValueError(f"over has no values for {empty[0]}: list some")
+        if self.trials is None and (ranges := [name for name, axis in self.over.items() if isinstance(axis, Range)]):
+            raise ValueError(f"{ranges[0]} is a range to search in: say how many trials, or list values")
+        return self
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Sweep:
+        """Read a YAML file, some of its fields replaced; of a recipe's file, a sweep over that recipe.
+
+        Raises:
+            ConfigError: there is no such file, it is no YAML mapping, or a field is unknown, missing or out of range.
+        """
+        fields = read_fields(path, "sweep")
+        if "model" in fields:
+            fields = {"recipe": Path(path).name}
+        fields = {**fields, **(overrides or {})}
+        sweep = checked(cls, fields, "sweep", HINTS)
+        return sweep.model_copy(update={"recipe": str(Path(path).parent / sweep.recipe)})
+
+    def save(self, folder: Path) -> None:
+        """Write it into its folder, where its page finds what it asks."""
+        fields = self.model_dump(mode="json", exclude_unset=True)
+        with storage.staged(folder) as stage:
+            text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+            (stage / SWEEP_NAME).write_text(text, encoding="utf-8")
+
+    @property
+    def points(self) -> Iterator[dict[str, Any]]:
+        """All points of the grid: values, or names, by axis."""
+        for values in itertools.product(*self.over.values()):
+            yield dict(zip(self.over, values, strict=True))
+
+    def changes(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """The recipe's fields at a point."""
+        changes: dict[str, Any] = {}
+        for name, value in point.items():
+            axis = self.over[name]
+            changes |= axis[value] if isinstance(axis, dict) else {name: value}
+        return changes
+
+
+def sweep(asked: Sweep, recipe: Recipe, *, run: Runner = run_here, progress: Progress = lambda *_: None) -> list[Entry]:
+    """Run a sweep.
+
+    Args:
+        asked: the sweep.
+        recipe: its recipe; its output is the folder of the sweep.
+        run: runs cases that train at once; in this process by default, or on Ray.
+        progress: told of every step.
+
+    Raises:
+        ConfigError: a point's fields do not go together, there is another sweep in the folder, Optuna is not installed,
+            or a recipe without evaluation rows.
+        DataError: the data does not fit.
+    """
+    asked.save(Path(recipe.output))
+    if asked.trials is not None:
+        return _search(asked, recipe, run, progress)
+    cases = [_case(asked, recipe, number, point) for number, point in enumerate(asked.points)]
+    found = run_cases(cases, at_once=asked.at_once, run=run, progress=progress)
+    return [entry for entries in found for entry in entries]
+
+
+def _case(asked: Sweep, recipe: Recipe, number: int, point: dict[str, Any]) -> Case:
+    changes = {**asked.fields, **asked.changes(point)}
+    entry = changes.pop(ENTRY, "")
+    name = ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in point.items())
+    fields = recipe.model_dump(exclude_unset=True)
+    return Case.of(fields, entry, changes, name=name, number=number, seeds=asked.seeds, at=point)
+
+
+def _search(asked: Sweep, recipe: Recipe, run: Runner, progress: Progress) -> list[Entry]:
+    """As many points at a time as train at once. The sampler's choices follow from its seed and from what it was told,
+    so that a search that was interrupted begins with the same points, which are kept."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("trials needs the package optuna: pip install optuna, or drop trials") from error
+    assert asked.trials is not None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=recipe.seed))
+    found: list[Entry] = []
+    width = max(1, asked.at_once // asked.seeds)
+    for first in range(0, asked.trials, width):
+        trials = [study.ask() for _ in range(min(width, asked.trials - first))]
+        cases = [_case(asked, recipe, trial.number, _point(asked, trial)) for trial in trials]
+        each = run_cases(cases, at_once=asked.at_once, run=run, progress=progress)
+        for trial, entries in zip(trials, each, strict=True):
+            if entries[0].failure:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(trial, entries[0].mean(asked.metric or entries[0].metrics[0]))
+            found += entries
+    return found
+
+
+def _point(asked: Sweep, trial: Any) -> dict[str, Any]:
+    """Where a trial looks."""
+    point: dict[str, Any] = {}
+    for name, axis in asked.over.items():
+        if not isinstance(axis, Range):
+            values = [*axis]
+            point[name] = values[trial.suggest_categorical(name, range(len(values)))]
+        elif isinstance(axis.low, int) and isinstance(axis.high, int):
+            point[name] = trial.suggest_int(name, axis.low, axis.high, log=axis.log)
+        else:
+            point[name] = float(f"{trial.suggest_float(name, axis.low, axis.high, log=axis.log):.3g}")
+    return point

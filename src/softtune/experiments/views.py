@@ -1,0 +1,116 @@
+"""Which pictures show a comparison, and which a sweep."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from softtune.experiments.outcomes import Entry
+from softtune.experiments.pictures import Bar, Picture, Point, bars, curves, heat, scatter
+
+FEWEST = 3
+"""Numbers that make a curve."""
+
+
+def of_comparison(entries: Sequence[Entry]) -> list[Picture]:
+    """Quality, quality against what is trained, time and memory."""
+    found = _finished(entries)
+    if not found:
+        return []
+    metric = found[0].metrics[0]
+    name = in_words(metric)
+    trained = [entry for entry in found if entry.outcomes[0].steps]
+    drawn = [_bars(found, metric)]
+    if trained:
+        points = {e.name: (e.outcomes[0].trained / e.outcomes[0].total, e.mean(metric)) for e in trained}
+        seconds = [Bar(entry.name, mean(o.seconds for o in entry.outcomes)) for entry in trained]
+        memory = [Bar(entry.name, max(o.memory for o in entry.outcomes) / 1e9) for entry in trained]
+        drawn += [
+            scatter("Quality against what is trained", points, across="share of the parameters", up=name),
+            bars("Time", seconds, unit="seconds of training, one seed"),
+            bars("Memory", memory, unit="GB at most while training, with the base model"),
+        ]
+    return drawn
+
+
+def of_sweep(entries: Sequence[Entry], metric: str | None, *, searched: bool) -> list[Picture]:
+    """Quality over the axes: a curve along one of numbers, else a map of two, else bars; of a search, where each axis
+    was tried.
+
+    Args:
+        entries: the points.
+        metric: what is shown; by default the first.
+        searched: whether the points are not a grid's.
+    """
+    found = _finished(entries)
+    if not found:
+        return []
+    metric = metric or found[0].metrics[0]
+    axes = {name: list(dict.fromkeys(_key(entry.at[name]) for entry in found)) for name in found[0].at}
+    numbers = {name: keys for name, keys in axes.items() if all(_is_number(key) for key in keys)}
+    if searched:
+        return [_tried(found, metric, name) for name in numbers] or [_bars(found, metric)]
+    along = max(numbers, key=lambda name: len(numbers[name]), default=None)
+    if along and len(numbers[along]) >= FEWEST:
+        return [_curves(found, metric, along)]
+    varied = [name for name, keys in axes.items() if len(keys) > 1]
+    return [_map(found, metric, *varied)] if len(varied) == 2 else [_bars(found, metric)]
+
+
+def in_words(name: str) -> str:
+    """A metric's or a field's name, or an option's, as people read it."""
+    return name.rpartition(".")[2].replace("_", " ")
+
+
+def _finished(entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.outcomes]
+
+
+def _bars(found: Sequence[Entry], metric: str) -> Picture:
+    own = [Bar(entry.name, entry.mean(metric), entry.spread(metric), entry.values(metric)) for entry in found]
+    name = in_words(metric)
+    return bars(f"Quality: {name}", own, unit=f"{name}, dots are seeds")
+
+
+def _curves(found: Sequence[Entry], metric: str, along: str) -> Picture:
+    """Along one axis, a line for each combination of the others' values."""
+    lines: dict[str, list[Point]] = defaultdict(list)
+    for entry in found:
+        others = [f"{in_words(name)} {_key(value)}" for name, value in entry.at.items() if name != along]
+        lines[", ".join(others)].append(Point(entry.at[along], entry.mean(metric), entry.spread(metric)))
+    return curves(_over(metric, along), lines, across=in_words(along), up=in_words(metric))
+
+
+def _tried(found: Sequence[Entry], metric: str, along: str) -> Picture:
+    points = [Point(entry.at[along], entry.mean(metric), entry.spread(metric)) for entry in found]
+    return curves(_over(metric, along), {"": points}, across=in_words(along), up=in_words(metric), joined=False)
+
+
+def _map(found: Sequence[Entry], metric: str, down: str, across: str) -> Picture:
+    cells: dict[str, dict[str, float]] = defaultdict(dict)
+    for entry in found:
+        cells[str(_key(entry.at[down]))][str(_key(entry.at[across]))] = entry.mean(metric)
+    title = f"{in_words(metric).capitalize()} by {in_words(down)} and {in_words(across)}"
+    return heat(title, filled(cells), across=in_words(across), down=in_words(down))
+
+
+def filled(cells: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """A table whose missing cells are no numbers."""
+    columns = dict.fromkeys(column for row in cells.values() for column in row)
+    return {name: {column: row.get(column, math.nan) for column in columns} for name, row in cells.items()}
+
+
+def _over(metric: str, along: str) -> str:
+    return f"{in_words(metric).capitalize()} over {in_words(along)}"
+
+
+def _key(value: Any) -> Any:
+    """A point's value on an axis: a number, or what else it is in words."""
+    return value if _is_number(value) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

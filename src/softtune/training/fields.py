@@ -1,0 +1,71 @@
+"""Fields of recipes and sweeps: read from YAML, checked, and told of in one line where they are wrong."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from softtune.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_fields(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The fields in a YAML file.
+
+    Args:
+        path: of the file.
+        kind: what the file is called where there is none.
+
+    Raises:
+        ConfigError: there is no such file, or it is no YAML mapping.
+    """
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"no {kind} at {path}: check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}): correct it") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds no fields: write lines such as 'model: smollm2-135m'")
+    return fields
+
+
+def checked(model: type[Model], fields: Mapping[str, Any], kind: str, hints: Mapping[str, str]) -> Model:
+    """A model of these fields.
+
+    Args:
+        model: pydantic's.
+        fields: its fields.
+        kind: what an error calls it.
+        hints: what to write in fields of several types or parts, of which pydantic tells only its own names.
+
+    Raises:
+        ConfigError: a field is unknown, missing or out of range.
+    """
+    try:
+        return model.model_validate(dict(fields))
+    except ValidationError as error:
+        reason = _what_is_wrong(error.errors()[0], fields, [*model.model_fields], hints)
+        raise ConfigError(f"{kind}: {reason}") from None
+
+
+def _what_is_wrong(
+    error: Mapping[str, Any], fields: Mapping[str, Any], known: list[str], hints: Mapping[str, str]
+) -> str:
+    """One of pydantic's findings in the file's words."""
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+        close = difflib.get_close_matches(name, known, n=1)
+        return f"{name}: no such field: use {close[0] if close else 'one of ' + ', '.join(known)}"
+    if name not in fields:
+        return f"{name} is missing: add it"
+    return f"{name} is {fields[name]!r}: {hints.get(name) or error['msg'].replace('Input should', 'it should', 1)}"

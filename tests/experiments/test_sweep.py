@@ -1,0 +1,211 @@
+"""A sweep: its points, what trains at once, what is kept, a search, and Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from softtune import ConfigError
+from softtune.experiments import cases as room
+from softtune.experiments import report
+from softtune.experiments.cases import Case, bundles
+from softtune.experiments.outcomes import Entry, entries_of
+from softtune.experiments.sweep import Range, Sweep, sweep
+from softtune.training.recipe import Recipe
+from softtune.training.run import train
+from tests.cli.test_cli import run, write_recipe
+from tests.tiny import save_models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Without dropout, which draws other numbers for runs that train at once."""
+    folders = save_models(tmp_path_factory.mktemp("models"))
+    config = Path(folders["llama"], "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.0}))
+    return folders
+
+
+def asked(file: Path, base: str, fields: dict[str, Any] | None = None, **own: Any) -> tuple[Sweep, Recipe]:
+    """A sweep over a tiny recipe beside it, and the recipe."""
+    write_recipe(file.parent / "recipe.yaml", base, file.parent / "unused", **(fields or {}))
+    file.write_text(yaml.safe_dump({"recipe": "recipe.yaml", **own}, sort_keys=False))
+    found = Sweep.load(file)
+    return found, Recipe.load(found.recipe, {"output": str(file.parent / "out")})
+
+
+def by_name(entries: list[Entry]) -> dict[str, dict[str, float]]:
+    return {entry.name: entry.outcomes[0].metrics for entry in entries}
+
+
+def test_every_point_is_what_its_recipe_gives_alone(models: dict[str, str], tmp_path: Path) -> None:
+    own = asked(
+        tmp_path / "sweep.yaml",
+        models["llama"],
+        {"epochs": 4},
+        over={"learning_rate": [0.01, 0.3], "options.num_virtual_tokens": [2, 5]},
+    )
+    found = by_name(sweep(*own))
+    assert len(found) == 4
+    for rate in (0.01, 0.3):
+        for tokens in (2, 5):
+            changes = {"learning_rate": rate, "options": {"num_virtual_tokens": tokens}}
+            recipe = Recipe.load(own[0].recipe, {**changes, "output": str(tmp_path / f"{rate}-{tokens}")})
+            assert found[f"learning_rate {rate}, num_virtual_tokens {tokens}"] == train(recipe).after
+
+
+def test_named_points_fields_and_entries(models: dict[str, str], tmp_path: Path) -> None:
+    own = asked(
+        tmp_path / "sweep.yaml",
+        models["llama"],
+        fields={"max_length": 20},
+        over={"entry": ["prefix-tuning", "full"], "rows": {"few": {"examples": 4}, "all": {}}},
+    )
+    entries = sweep(own[0].model_copy(update={"fields": {"epochs": 2}}), own[1])
+    assert [entry.at for entry in entries] == [
+        {"entry": name, "rows": rows} for name in ("prefix-tuning", "full") for rows in ("few", "all")
+    ]
+    assert [entry.outcomes[0].training_rows for entry in entries] == [4, 12, 4, 12]
+    assert [entry.outcomes[0].steps for entry in entries] == [2, 6, 2, 6]
+    assert entries[2].outcomes[0].trained == entries[2].outcomes[0].total
+
+
+def test_an_ensemble_has_a_line_for_each_way_to_answer(models: dict[str, str], tmp_path: Path) -> None:
+    entries = sweep(*asked(tmp_path / "sweep.yaml", models["llama"], over={"ensemble": [1, 3]}, seeds=2))
+    ways = ["mean probability", "majority vote", "mean of members", "best member"]
+    assert [entry.name for entry in entries] == ["ensemble 1", *(f"ensemble 3, {way}" for way in ways)]
+    assert all(len(entry.outcomes) == 2 for entry in entries)
+    assert all(entries[4].mean("accuracy") >= entry.mean("accuracy") for entry in entries[3:])
+
+
+def test_what_is_finished_is_kept(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"learning_rate": [0.01, 0.1, 0.2]}, at_once=1)
+    bundle, ran = room.run_bundle, list[str]()
+
+    def stop_at_second(cases: Any, progress: Any) -> Any:
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        ran.append(cases[0].name)
+        return bundle(cases, progress)
+
+    monkeypatch.setattr(room, "run_bundle", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(*own)
+    assert len(entries_of(tmp_path / "out")) == 1
+    ran.append("interrupted")
+    entries = sweep(*own)
+    assert ran == ["learning_rate 0.01", "interrupted", "learning_rate 0.1", "learning_rate 0.2"]
+    assert entries == entries_of(tmp_path / "out")
+
+
+def test_a_run_that_was_stopped_before_its_evaluation_runs_again(models: dict[str, str], tmp_path: Path) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"learning_rate": [0.01]})
+    before = sweep(*own)
+    [file] = (tmp_path / "out" / "entries").iterdir()
+    file.unlink()
+    assert by_name(sweep(*own)) == by_name(before)
+
+
+def test_a_point_that_does_not_fit_is_told_and_the_others_go_on(models: dict[str, str], tmp_path: Path) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"options.num_virtual_tokens": [2, 1000]})
+    entries = sweep(*own)
+    assert [bool(entry.failure) for entry in entries] == [False, True]
+    assert "positions" in entries[1].failure
+
+
+def test_a_search_goes_on_where_it_was(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = {
+        "learning_rate": {"low": 0.001, "high": 1.0, "log": True},
+        "options.num_virtual_tokens": {"low": 1, "high": 6},
+    }
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over=over, trials=6, at_once=2)
+    whole = sweep(*own)
+    assert len({entry.name for entry in whole}) == 6
+    assert all(0.001 <= entry.at["learning_rate"] <= 1 for entry in whole)
+    assert all(entry.at["options.num_virtual_tokens"] in range(1, 7) for entry in whole)
+    for file in sorted((tmp_path / "out" / "entries").iterdir())[3:]:
+        file.unlink()
+    assert by_name(sweep(*own)) == by_name(whole)
+
+
+@pytest.mark.parametrize("over", [{"learning_rate": [0.01, 0.1]}, {"entry": ["full", "lora"]}])
+def test_the_command_writes_a_page(models: dict[str, str], tmp_path: Path, over: dict[str, Any]) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "unused")
+    out = tmp_path / "out"
+    assert run("sweep", recipe, "--over", yaml.safe_dump(over), "--output", str(out), "--epochs", "2") == 0
+    markdown = (out / report.MARKDOWN_NAME).read_text(encoding="utf-8")
+    assert "Trained on 12 rows, 6 steps; evaluated on 4." in markdown
+    picture = markdown.split("](")[1].split(")")[0]
+    assert (out / picture).read_text(encoding="utf-8").startswith("<svg")
+    assert run("report", str(out)) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"over": {}}, "over is {}"),
+        ({"over": {"learning_rate": []}}, "over has no values for learning_rate"),
+        ({"over": {"learning_rate": 0.1}}, "over is .*list values"),
+        ({"over": {"learning_rate": {"low": 0.1, "high": 1}}}, "say how many trials"),
+        ({"over": {"learning_rate": {"low": 1, "high": 0.1}}, "trials": 2}, "over is .*list values"),
+        ({"over": {"epochs": [1]}, "seed": 3}, "seed: no such field: use seeds"),
+        ({}, "over is missing"),
+    ],
+)
+def test_a_sweep_that_is_wrong_is_told(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", **fields}))
+    with pytest.raises(ConfigError, match=message):
+        Sweep.load(tmp_path / "sweep.yaml")
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"entry": ["lora", "prefix"]}, "no entry 'prefix'"),
+        ({"learning_rates": [1]}, "learning_rates: no such field: use learning_rate"),
+        ({"options.tokens": [1]}, "tokens"),
+    ],
+)
+def test_a_wrong_point_is_told_before_anything_runs(
+    models: dict[str, str], tmp_path: Path, over: dict[str, Any], message: str
+) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over=over)
+    with pytest.raises(ConfigError, match=message):
+        sweep(*own)
+    assert not entries_of(tmp_path / "out")
+
+
+def test_bundles_share_a_base_model_and_are_no_larger_than_asked(models: dict[str, str], tmp_path: Path) -> None:
+    recipe = Recipe.load(write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "out"))
+    fields = recipe.model_dump(exclude_unset=True)
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("", {}),
+        ("", {}),
+        ("", {"bf16": True}),
+        ("full", {}),
+        ("", {}),
+        ("", {}),
+    ]
+    own = [Case.of(fields, *c, name=str(i), number=i, seeds=2) for i, c in enumerate(changes)]
+    assert [[case.number for case in bundle] for bundle in bundles(own, at_once=4)] == [[0, 1], [2], [3], [4, 5]]
+    assert [len(bundle) for bundle in bundles(own, at_once=1)] == [1] * 6
+
+
+def test_a_range_knows_whole_numbers() -> None:
+    assert isinstance(Range(low=1, high=3).low, int)
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same(models: dict[str, str], tmp_path: Path) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"learning_rate": [0.01, 0.3]}, at_once=1)
+    here = by_name(sweep(*own))
+    command = [str(Path(sys.executable).with_name("softtune")), "sweep", "sweep.yaml", "--ray", "local"]
+    subprocess.run([*command, "--output", "ray"], check=True, cwd=tmp_path)
+    assert by_name(entries_of(tmp_path / "ray")) == here
+    assert json.loads(next((tmp_path / "ray" / "entries").glob("*.json")).read_text())["number"] in (0, 1)
