@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from softtune import CheckpointError, ConfigError
-from softtune.experiments import cases as room
+from softtune.experiments import experiment as room
 from softtune.experiments import report
 from softtune.experiments.cases import ENTRIES, PROMPTS
 from softtune.experiments.compare import compare

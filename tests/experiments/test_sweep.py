@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from softtune import ConfigError
-from softtune.experiments import cases as room
+from softtune.experiments import experiment as room
 from softtune.experiments import report
-from softtune.experiments.cases import Case, bundles
+from softtune.experiments.cases import Case
+from softtune.experiments.experiment import bundles
 from softtune.experiments.outcomes import Entry, entries_of
 from softtune.experiments.sweep import Range, Sweep, sweep
 from softtune.training.recipe import Recipe

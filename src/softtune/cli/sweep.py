@@ -11,7 +11,7 @@ from softtune.cli.flags import argument, option, overrides, with_flags
 from softtune.cli.tables import show_entries
 from softtune.errors import ConfigError
 from softtune.experiments import report
-from softtune.experiments.cases import run_here
+from softtune.experiments.experiment import run_here
 from softtune.experiments.on_ray import on_ray
 from softtune.experiments.sweep import Sweep, sweep
 from softtune.training.recipe import Recipe

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from softtune.experiments.cases import ENTRIES, Case, run_cases
+from softtune.experiments.cases import ENTRIES, Case
+from softtune.experiments.experiment import run_cases
 from softtune.experiments.outcomes import Entry
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress

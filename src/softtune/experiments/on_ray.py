@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from softtune.errors import ConfigError
-from softtune.experiments.cases import Case, Runner, run_bundle
+from softtune.experiments.cases import Case
+from softtune.experiments.experiment import Runner, run_bundle
 from softtune.experiments.outcomes import Entry
 from softtune.training.setup import Progress
 

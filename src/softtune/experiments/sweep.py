@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softtune import storage
 from softtune.errors import ConfigError
-from softtune.experiments.cases import Case, Runner, run_cases, run_here
+from softtune.experiments.cases import Case
+from softtune.experiments.experiment import Runner, run_cases, run_here
 from softtune.experiments.outcomes import Entry
 from softtune.training.fields import checked, read_fields
 from softtune.training.recipe import Recipe

@@ -1,0 +1,79 @@
+"""Runs the cases of an experiment, those at once that can be, and keeps what each comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from softtune.errors import ConfigError, SofttuneError
+from softtune.experiments.cases import Case
+from softtune.experiments.outcomes import Entry
+from softtune.experiments.runs import run_at_once
+from softtune.training.company import shared
+from softtune.training.setup import Progress
+
+Runner = Callable[[Sequence[Sequence[Case]], Progress], Iterator[tuple[Case, list[Entry]]]]
+"""Runs bundles of cases somewhere, and gives each case with what it came to."""
+
+
+def run_cases(
+    cases: Sequence[Case], *, at_once: int, run: Runner | None = None, progress: Progress = lambda *_: None
+) -> list[list[Entry]]:
+    """Run those cases that are not kept from before, and keep them.
+
+    Args:
+        cases: of one experiment.
+        at_once: runs that train at once over one base model.
+        run: where; in this process by default.
+        progress: told of every step.
+
+    Returns:
+        What each case came to.
+
+    Raises:
+        ConfigError: a recipe without rows to evaluate on, or there is another experiment in the folder.
+        DataError: the data does not fit.
+    """
+    if any(case.recipe.evaluation is None and not case.recipe.test_size for case in cases):
+        raise ConfigError("an experiment needs rows to evaluate on: set evaluation or test_size")
+    found = {case.stem: case.kept for case in cases}
+    left = list({case.stem: case for case in cases if found[case.stem] is None}.values())
+    for done, (case, entries) in enumerate((run or run_here)(bundles(left, at_once), progress), start=1):
+        case.keep(entries)
+        found[case.stem] = entries
+        progress("all", len(found) - len(left) + done, len(found), "")
+    return [found[case.stem] or [] for case in cases]
+
+
+def bundles(cases: Sequence[Case], at_once: int) -> list[list[Case]]:
+    """Cases that train at once: over one base model, and no more runs than these; at least one case."""
+    found: list[list[Case]] = []
+    for case in cases:
+        if found and _fit_together([*found[-1], case], at_once):
+            found[-1].append(case)
+        else:
+            found.append([case])
+    return found
+
+
+def run_here(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[tuple[Case, list[Entry]]]:
+    """Run bundles one after the other in this process."""
+    for bundle in bundles:
+        yield from run_bundle(bundle, progress)
+
+
+def run_bundle(cases: Sequence[Case], progress: Progress) -> Iterator[tuple[Case, list[Entry]]]:
+    """Run cases at once. Where one of several does not fit its task or base model, each is run alone to tell which."""
+    try:
+        yield from zip(cases, run_at_once(cases, progress), strict=True)
+    except SofttuneError as error:
+        if len(cases) == 1:
+            yield cases[0], cases[0].failed(error)
+            return
+        for case in cases:
+            yield from run_bundle([case], progress)
+
+
+def _fit_together(cases: Sequence[Case], at_once: int) -> bool:
+    runs = sum(case.seeds * case.recipe.ensemble for case in cases)
+    alike = all(case.is_adapter and shared(case.recipe) == shared(cases[0].recipe) for case in cases)
+    return alike and runs <= at_once
