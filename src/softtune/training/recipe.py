@@ -31,8 +31,8 @@ LEARNING_RATES = {
     PeftType.PREFIX_TUNING: 1e-2,
     PeftType.P_TUNING_V2: 1e-2,
     PeftType.PROMPT_TUNING: 3e-2,
-    PeftType.P_TUNING: 1e-3,
-    PeftType.BITFIT: 1e-3,
+    PeftType.P_TUNING: 3e-4,
+    PeftType.BITFIT: 3e-4,
 }
 """Where ``learning_rate`` is left out."""
 
