@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,4 +69,5 @@ def _what_is_wrong(
         return f"{name}: no such field: use {close[0] if close else 'one of ' + ', '.join(known)}"
     if name not in fields:
         return f"{name} is missing: add it"
-    return f"{name} is {fields[name]!r}: {hints.get(name) or error['msg'].replace('Input should', 'it should', 1)}"
+    shown = reprlib.Repr(maxlist=8, maxdict=8, maxstring=80, maxother=80).repr(fields[name])
+    return f"{name} is {shown}: {hints.get(name) or error['msg'].replace('Input should', 'it should', 1)}"

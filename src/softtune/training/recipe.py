@@ -51,6 +51,7 @@ HINTS = {
     "test_size": "name a number of rows, or a share of them below 1",
     "validation_size": "name a number of rows of 1 or more, or a share of them between 0 and 1",
     "shares": "name each label's share, such as {spam: 0.3, ham: 0.7}",
+    "train": "name a file or a hub data set, or list several",
     "report_to": "list tensorboard, wandb or both, such as [tensorboard]",
 }
 """What to write in fields of several types or parts, of which pydantic tells only its own names."""
@@ -72,9 +73,9 @@ class Recipe(BaseModel):
     task: TaskType = TaskType.CAUSAL_LM
     """CAUSAL_LM and SEQ_2_SEQ_LM write the label, a choice or a text; SEQ_CLS has a head for labels, TOKEN_CLS one for
     the tags of words, QUESTION_ANS one for parts of a text."""
-    train: str
+    train: str | Annotated[list[str], Field(min_length=1)]
     """Training data: a CSV, TSV, JSONL, JSON or CoNLL file, one in an archive (zip://member::file), or a hub data
-    set."""
+    set; or a list of them."""
     train_split: str = "train"
     """Split to train on, of a hub data set or a JSON file with splits."""
     evaluation: str | None = None

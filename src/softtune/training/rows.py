@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from datasets import Dataset
+from collections.abc import Sequence
+
+from datasets import Dataset, concatenate_datasets
 
 from softtune.data import (
     LabelTask,
@@ -25,7 +27,8 @@ def training_and_evaluation_rows(recipe: Recipe, task: Task) -> tuple[Dataset, D
     Raises:
         DataError: a file is missing, damaged or empty, a row does not fit the task, or there are too few.
     """
-    rows = _labelled(recipe, task, recipe.train, recipe.train_split)
+    sources = [recipe.train] if isinstance(recipe.train, str) else recipe.train
+    rows = _joined([_labelled(recipe, task, source, recipe.train_split) for source in sources], task)
     held_out = None
     if recipe.evaluation is not None:
         held_out = _labelled(recipe, task, recipe.evaluation, recipe.evaluation_split)
@@ -56,6 +59,14 @@ def _labelled(recipe: Recipe, task: Task, source: str, split: str) -> Dataset:
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     return rows
+
+
+def _joined(parts: Sequence[Dataset], task: Task) -> Dataset:
+    """The rows of several sources, with those columns that the task reads."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = [*dict.fromkeys([*task.columns, task.label_column])]
+    return concatenate_datasets([part.select_columns(columns) for part in parts])
 
 
 def _evaluated(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
