@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from softtune import PeftModel
+from softtune import PeftModel, UnsupportedModelError
 from softtune.experiments.baselines import BASELINES, BOTTLENECK
 from softtune.experiments.cases import ENTRIES
 from tests.tiny import save_models
@@ -29,7 +29,7 @@ def trained(model: PeftModel) -> set[str]:
     return {n.removeprefix("base_model.") for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "head"])
 def test_a_baseline_begins_as_the_base_model_and_learns(name: str, folders: dict[str, str]) -> None:
     base = AutoModelForCausalLM.from_pretrained(folders["llama"]).eval()
     model, ids = prepared(name, base), torch.tensor([[3, 4, 5, 6]])
@@ -59,6 +59,13 @@ def test_what_is_trained(folders: dict[str, str]) -> None:
 def test_heads_are_trained(name: str, folders: dict[str, str]) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(folders["bert"])
     assert any("classifier" in parameter for parameter in trained(prepared(name, base)))
+
+
+def test_a_head_needs_a_model_that_has_one(folders: dict[str, str]) -> None:
+    bert = AutoModelForSequenceClassification.from_pretrained(folders["bert"])
+    assert trained(prepared("head", bert)) == {"classifier.weight", "classifier.bias"}
+    with pytest.raises(UnsupportedModelError, match="has no head to train"):
+        prepared("head", AutoModelForCausalLM.from_pretrained(folders["llama"]))
 
 
 def test_entries_have_names_of_their_own() -> None:

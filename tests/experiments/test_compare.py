@@ -36,9 +36,12 @@ def compared(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 def test_every_entry_has_an_outcome_for_each_seed(compared: Path) -> None:
     found = {entry.name: entry for entry in entries_of(compared / "out")}
-    assert {name: entry.failure for name, entry in found.items() if entry.failure} == {}
+    assert [name for name, entry in found.items() if entry.failure] == ["head"]  # a decoder has none
     assert list(found) == list(ENTRIES)
-    assert {name: len(entry.outcomes) for name, entry in found.items() if len(entry.outcomes) != 2} == {"zero-shot": 1}
+    assert {name: len(entry.outcomes) for name, entry in found.items() if len(entry.outcomes) != 2} == {
+        "head": 0,
+        "zero-shot": 1,
+    }
     assert {o.steps for e in found.values() for o in e.outcomes if e.name not in PROMPTS} == {3}
     assert found["full"].outcomes[0].trained == found["full"].outcomes[0].total
     assert found["prompt-tuning"].outcomes[0].trained == 20 * 24  # the default number of virtual tokens
@@ -68,10 +71,10 @@ def test_the_page_stands_alone(compared: Path) -> None:
 
     Parser().feed(text)
     assert tags.count("svg") == 4
-    assert tags.count("tr") == 1 + len(ENTRIES)
+    assert tags.count("tr") == len(ENTRIES)  # the head, and all but one entry
     assert not re.search(r'(src|href)="(?!data:|#)', text)
     markdown = (compared / "out" / report.MARKDOWN_NAME).read_text(encoding="utf-8")
-    assert markdown.count("\n| ") == 2 + len(ENTRIES)  # the head, and the rule below it
+    assert markdown.count("\n| ") == 1 + len(ENTRIES)  # the head and the rule below it, and all but one entry
     assert "few-shot" in markdown
 
 

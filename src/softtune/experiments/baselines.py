@@ -70,6 +70,18 @@ def train_last_layers(model: PreTrainedModel) -> None:
     _train_heads(backbone)
 
 
+def train_head(model: PreTrainedModel) -> None:
+    """The head alone, on what the frozen model makes of a text.
+
+    Raises:
+        UnsupportedModelError: the model has no head of its own.
+    """
+    backbone = Backbone(model)
+    if not backbone.head_names:
+        raise UnsupportedModelError(f"{type(model).__name__} has no head to train: leave this baseline out")
+    _train_heads(backbone)
+
+
 def add_bottlenecks(model: PreTrainedModel) -> None:
     """A bottleneck behind the attention and behind the feed-forward part of every layer; and the norms, and the head.
 
@@ -109,6 +121,7 @@ def add_lora(model: PreTrainedModel) -> None:
 
 BASELINES = {
     "full": Baseline(prepare=train_all, learning_rate=5e-5),
+    "head": Baseline(prepare=train_head, learning_rate=1e-3),
     "last-layers": Baseline(prepare=train_last_layers, learning_rate=1e-4),
     "bottleneck": Baseline(prepare=add_bottlenecks, learning_rate=1e-3),
     "lora": Baseline(prepare=add_lora, learning_rate=1e-3),

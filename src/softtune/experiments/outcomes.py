@@ -74,6 +74,11 @@ class Entry:
         return statistics.stdev(self.values(metric)) if len(self.outcomes) > 1 else 0.0
 
 
+def entry_of(content: Mapping[str, Any]) -> Entry:
+    """An entry of what ``dataclasses.asdict`` made of it."""
+    return Entry(**{**content, "outcomes": [Outcome(**outcome) for outcome in content["outcomes"]]})
+
+
 def entries_of(folder: Path) -> list[Entry]:
     """Those that an experiment has kept in a folder, in its order."""
     files = [storage.read_json(file) for file in (folder / ENTRIES_NAME).glob("*.json")]
@@ -119,7 +124,4 @@ def stem_of(name: str) -> str:
 
 
 def _entries(file: Mapping[str, Any]) -> list[Entry]:
-    return [
-        Entry(**{**entry, "outcomes": [Outcome(**outcome) for outcome in entry["outcomes"]]})
-        for entry in file["entries"]
-    ]
+    return [entry_of(entry) for entry in file["entries"]]

@@ -29,13 +29,18 @@ def write(folder: Path, title: str) -> Path:
     Raises:
         CheckpointError: there is no experiment in the folder.
     """
-    page = page_of(folder, title)
+    write_page(page_of(folder, title), folder, PAGE_NAME, MARKDOWN_NAME)
+    return folder / PAGE_NAME
+
+
+def write_page(page: Page, folder: Path, *names: str) -> None:
+    """Write a page into files of these names, as HTML or as Markdown with each picture beside it."""
     with storage.staged(folder) as stage:
-        (stage / PAGE_NAME).write_text(as_html(page), encoding="utf-8")
-        (stage / MARKDOWN_NAME).write_text(as_markdown(page), encoding="utf-8")
+        for name in names:
+            text = as_html(page) if name.endswith(".html") else as_markdown(page)
+            (stage / name).write_text(text, encoding="utf-8")
         for picture in page.pictures:
             (stage / file_of(picture)).write_text(picture.svg, encoding="utf-8")
-    return folder / PAGE_NAME
 
 
 def page_of(folder: Path, title: str) -> Page:
@@ -44,7 +49,12 @@ def page_of(folder: Path, title: str) -> Page:
     if not entries:
         raise CheckpointError(f"{folder} has no experiment: run softtune compare or softtune sweep first")
     if (folder / SWEEP_NAME).is_file():
-        return _of_sweep(Sweep.load(folder / SWEEP_NAME), entries, title)
+        return of_sweep(Sweep.load(folder / SWEEP_NAME), entries, title)
+    return of_comparison(entries, title)
+
+
+def of_comparison(entries: Sequence[Entry], title: str) -> Page:
+    """What there is to show of a comparison."""
     return Page(
         title=title,
         texts=[f"{_rows(entries)} Mean over seeds ± standard deviation; stored is what a task needs beside the model."],
@@ -80,7 +90,8 @@ def failures(entries: Sequence[Entry]) -> list[str]:
     return [f"{entry.name}: {entry.failure}" for entry in entries if entry.failure]
 
 
-def _of_sweep(sweep: Sweep, entries: Sequence[Entry], title: str) -> Page:
+def of_sweep(sweep: Sweep, entries: Sequence[Entry], title: str) -> Page:
+    """What there is to show of a sweep, and what it asks and finds."""
     spread = " Mean over seeds ± standard deviation." if sweep.seeds > 1 else ""
     says = {"Here": sweep.found, "Paper": sweep.paper}
     return Page(

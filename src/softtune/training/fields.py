@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,9 @@ from pydantic import BaseModel, ValidationError
 from softtune.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+LONGEST = 200
+"""Characters of a wrong value to show."""
 
 
 def read_fields(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -69,5 +71,6 @@ def _what_is_wrong(
         return f"{name}: no such field: use {close[0] if close else 'one of ' + ', '.join(known)}"
     if name not in fields:
         return f"{name} is missing: add it"
-    shown = reprlib.Repr(maxlist=8, maxdict=8, maxstring=80, maxother=80).repr(fields[name])
+    shown = repr(fields[name])
+    shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
     return f"{name} is {shown}: {hints.get(name) or error['msg'].replace('Input should', 'it should', 1)}"

@@ -1,0 +1,109 @@
+"""The papers' own questions at a small scale, and what methods come to on known data sets, kept in docs/results.
+
+    python benchmarks/studies.py [NAME ...] [--write]
+
+A name is one of a sweep in recipes/studies, or of HEADLINES; by default all of them run, those that are kept in
+runs/studies going on where they were. --write runs nothing, and makes the pages of what was run before anew. The data
+is looked for in the folder data, as recipes/ says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from timing import save
+
+from softtune.cli.console import progress_bars, quiet
+from softtune.experiments import report
+from softtune.experiments.compare import compare
+from softtune.experiments.outcomes import Entry, entry_of
+from softtune.experiments.page import Page
+from softtune.experiments.sweep import Sweep, sweep
+from softtune.training.recipe import Recipe
+from softtune.training.setup import Progress
+
+ROOT = Path(__file__).parents[1]
+STUDIES, RESULTS, RUNS = ROOT / "recipes" / "studies", ROOT / "docs" / "results", Path("runs", "studies")
+
+HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "E2E, tables to text": (
+        "e2e",
+        ["prefix-tuning", "prompt-tuning", "lora", "zero-shot"],
+        {"examples": 1024, "epochs": 1},
+    ),
+    "SST-2, sentiment": ("sst2", ["prefix-tuning", "prompt-tuning", "lora", "zero-shot", "few-shot"], {"epochs": 3}),
+    "SMS spam": ("sms_spam", ["prefix-tuning", "prompt-tuning", "lora", "zero-shot", "few-shot"], {"batch_size": 8}),
+    "Broad Twitter Corpus, entities": ("btc_ner", ["p-tuning-v2", "bitfit", "head", "full"], {}),
+    "SQuAD subset, answers": ("squad", ["p-tuning-v2", "bitfit", "head", "full"], {}),
+    "SciTLDR, summaries": ("scitldr", ["prefix-tuning", "zero-shot"], {"evaluation_examples": 100}),
+}
+"""Recipes to compare methods on: the recipe, the entries, and fields to replace."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    headlines = {recipe: title for title, (recipe, _, _) in HEADLINES.items()}
+    every = [*sorted(file.stem for file in STUDIES.glob("*.yaml")), *headlines]
+    if unknown := [name for name in given.names if name not in every]:
+        raise SystemExit(f"no study {unknown[0]!r}: use some of {', '.join(every)}")
+    quiet()
+    for name in given.names or every:
+        title = headlines.get(name)
+        if not given.write:
+            run(name, title)
+        if (RESULTS / f"{name}.json").is_file():
+            write(name, title)
+
+
+def run(name: str, title: str | None) -> None:
+    """Run a study, and keep what it came to with hardware and commit."""
+    clock = time.perf_counter()
+    with progress_bars() as progress:
+        entries = headline(title, progress) if title else study(name, progress)
+    minutes = (time.perf_counter() - clock) / 60
+    content = {"minutes": round(minutes, 1), "entries": [dataclasses.asdict(entry) for entry in entries]}
+    save(name, content, RESULTS)
+
+
+def study(name: str, progress: Progress) -> list[Entry]:
+    asked = Sweep.load(STUDIES / f"{name}.yaml")
+    return sweep(asked, Recipe.load(asked.recipe, {"output": str(RUNS / name)}), progress=progress)
+
+
+def headline(title: str, progress: Progress) -> list[Entry]:
+    name, entries, fields = HEADLINES[title]
+    recipe = Recipe.load(ROOT / "recipes" / f"{name}.yaml", {**fields, "output": str(RUNS / name)})
+    return compare(recipe, entries, seeds=1, progress=progress)
+
+
+def write(name: str, title: str | None) -> None:
+    """The page of a study, in docs/results."""
+    kept = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    entries = [entry_of(entry) for entry in kept["entries"]]
+    if title:
+        page = report.of_comparison(entries, title)
+    else:
+        page = report.of_sweep(Sweep.load(STUDIES / f"{name}.yaml"), entries, name)
+    report.write_page(signed(page, name, kept), RESULTS / name, "README.md")
+
+
+def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:
+    """A page that says where its numbers come from."""
+    hardware = kept["hardware"]
+    says = (
+        f"`python benchmarks/studies.py {name}`: {kept['minutes']} minutes on {hardware['cpu']}, "
+        f"{hardware['threads']} threads, torch {hardware['torch']}, commit {kept['commit']}."
+    )
+    return dataclasses.replace(page, notes=[*page.notes, says])
+
+
+if __name__ == "__main__":
+    main()
