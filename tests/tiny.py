@@ -38,7 +38,7 @@ def save_models(folder: Path, seed: int = 0) -> dict[str, str]:
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 intermediate_size=32,
-                max_position_embeddings=128,
+                max_position_embeddings=64,
                 attention_dropout=0.1,
             )
         ),

@@ -54,7 +54,7 @@ def test_every_field_says_what_it_is_for() -> None:
         ({"xyz": 1}, "xyz: no such field: use one of model, task"),
         ({"learning_rate": -1}, "learning_rate is -1: it should be greater than 0"),
         ({"batch_size": "many"}, "batch_size is 'many': it should be a valid integer"),
-        ({"train": None}, "train is None: it should be a valid string"),
+        ({"train": None}, "train is None: name a file or a hub data set"),
         ({"method": "LORA"}, "method is 'LORA': it should be .*PREFIX_TUNING"),
         ({"options": {"num_virtual_tokens": 0}}, "num_virtual_tokens = 0.*greater than or equal to 1"),
         ({"options": {"num_virtual_token": 3}}, "did you mean num_virtual_tokens"),
