@@ -97,7 +97,7 @@ def test_bad_input_is_one_line(models: dict[str, str], tmp_path: Path, capsys: p
     assert "no entry 'prefix': use some of prefix-tuning" in capsys.readouterr().err
     assert run("compare", file, "--output", str(tmp_path / "out")) == 2
     assert "an experiment needs rows to evaluate on" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="has no experiment"):
+    with pytest.raises(CheckpointError, match="has no experiment and no adapter"):
         report.write(tmp_path, "nothing")
 
 

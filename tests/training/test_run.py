@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -66,13 +67,18 @@ def test_a_run_writes_the_adapter_and_nothing_else(fields: dict[str, Any]) -> No
     assert set(report.after) == set(report.before) == LABEL_METRICS
     assert report.trained == 3 * 2 * 2 * 2 * 6  # P, layers, key and value, heads, head size
     assert {path.name for path in report.folder.iterdir()} == {
+        "history.json",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "recipe.yaml",
         "softtune_config.json",
     }
-    assert report.size == sum(path.stat().st_size for path in report.folder.iterdir())
+    history = report.folder / "history.json"
+    assert report.size == sum(path.stat().st_size for path in report.folder.iterdir() if path != history)
+    steps = json.loads(history.read_text())["default"]
+    assert [entry["step"] for entry in steps] == list(range(1, 11))
+    assert all(entry["loss"] > 0 for entry in steps)
 
 
 def test_training_learns(fields: dict[str, Any], models: dict[str, str]) -> None:

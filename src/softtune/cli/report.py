@@ -1,4 +1,4 @@
-"""``softtune report``: the page of a comparison, from what it has kept."""
+"""``softtune report``: the page of a comparison, a sweep or an adapter, from what is in its folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from softtune.cli.console import console, quiet
 from softtune.experiments import report
 
 
-def command(folder: Annotated[Path, typer.Argument(help="The comparison's folder.")]) -> None:
-    """Write the page of a comparison, of those entries that are finished."""
+def command(folder: Annotated[Path, typer.Argument(help="The folder of a comparison, a sweep or an adapter.")]) -> None:
+    """Write the page of a comparison or a sweep, of what is finished; or of an adapter, with its losses and traits."""
     quiet()
     console.print(f"The page is {report.write(folder, title=folder.name)}.", soft_wrap=True)

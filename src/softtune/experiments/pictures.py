@@ -18,7 +18,11 @@ MARKS = ("o", "s", "^")
 WIDTH = 5.6
 """Inches."""
 WIDE = 20
-"""How many times the least number the greatest is on a logarithmic scale."""
+"""At least how many times the least number the greatest is on a logarithmic scale."""
+
+
+MANY = 12
+"""Points of a curve that are told apart."""
 
 
 @dataclass
@@ -94,11 +98,12 @@ def curves(
             x, y, spread = zip(*((point.x, point.y, point.spread) for point in own), strict=True)
             style = MARKS[number // len(COLORS) % len(MARKS)] + ("-" if joined else "")
             whiskers = [s or math.nan for s in spread]
-            axes.errorbar(x, y, whiskers, fmt=style, color=COLORS[number % len(COLORS)], capsize=2.5, label=name)
+            color, size = COLORS[number % len(COLORS)], 5 if len(x) <= MANY else 0
+            axes.errorbar(x, y, whiskers, fmt=style, color=color, markersize=size, capsize=2.5, label=name)
         places = sorted({point.x for points in lines.values() for point in points})
         if places[0] > 0 and places[-1] / places[0] >= WIDE:
             axes.set_xscale("log")
-        if joined:
+        if joined and len(places) <= MANY:
             axes.set_xticks(places, [f"{place:g}" for place in places])
             axes.minorticks_off()
         if len(lines) > 1:
@@ -125,6 +130,22 @@ def heat(
                     axes.text(j, i, f"{value:{form}}", ha="center", va="center", fontsize=8, color=ink)
         axes.set_xlabel(across)
         axes.set_ylabel(down)
+    return Picture(title, finished[0], says)
+
+
+def places(
+    title: str, groups: Mapping[str, Sequence[tuple[str, float, float]]], *, across: str, up: str, says: str = ""
+) -> Picture:
+    """Names at their places in a plane, by group; the first group's with a dot."""
+    with _figure(4.4) as (axes, finished):
+        for number, (group, named) in enumerate(groups.items()):
+            color, dots = COLORS[number % len(COLORS)], 14 if number == 0 else 0
+            axes.scatter([x for _, x, _ in named], [y for _, _, y in named], s=dots, color=color, label=group)
+            for name, x, y in named:
+                axes.annotate(name, (x, y), xytext=(3, 2), textcoords="offset points", fontsize=7, color=color)
+        axes.margins(0.12)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
     return Picture(title, finished[0], says)
 
 

@@ -10,24 +10,28 @@ from softtune.errors import CheckpointError
 from softtune.experiments import views
 from softtune.experiments.outcomes import Entry, Outcome, entries_of
 from softtune.experiments.page import Page, Table, as_html, as_markdown, file_of
+from softtune.experiments.portrait import portrait
 from softtune.experiments.sweep import SWEEP_NAME, Sweep
 from softtune.experiments.views import in_words
+from softtune.training.recipe import holds_adapter
 
 PAGE_NAME, MARKDOWN_NAME = "report.html", "report.md"
 
 
 def write(folder: Path, title: str) -> Path:
-    """Write an experiment's page beside its entries: as HTML that stands alone, as Markdown, and each picture as SVG.
+    """Write the page of an experiment or an adapter into its folder.
+
+    It is HTML that stands alone, and Markdown with each picture as SVG.
 
     Args:
-        folder: of a comparison or a sweep.
+        folder: of a comparison, a sweep or a trained adapter.
         title: of the page.
 
     Returns:
         The page.
 
     Raises:
-        CheckpointError: there is no experiment in the folder.
+        CheckpointError: there is neither in the folder.
     """
     write_page(page_of(folder, title), folder, PAGE_NAME, MARKDOWN_NAME)
     return folder / PAGE_NAME
@@ -44,10 +48,12 @@ def write_page(page: Page, folder: Path, *names: str) -> None:
 
 
 def page_of(folder: Path, title: str) -> Page:
-    """What there is to show of an experiment. Raises CheckpointError where a folder has none."""
+    """What there is to show of a folder. Raises CheckpointError where that is neither an experiment nor an adapter."""
+    if holds_adapter(folder):
+        return portrait(folder, title)
     entries = entries_of(folder)
     if not entries:
-        raise CheckpointError(f"{folder} has no experiment: run softtune compare or softtune sweep first")
+        raise CheckpointError(f"{folder} has no experiment and no adapter: run softtune train, compare or sweep first")
     if (folder / SWEEP_NAME).is_file():
         return of_sweep(Sweep.load(folder / SWEEP_NAME), entries, title)
     return of_comparison(entries, title)

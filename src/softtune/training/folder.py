@@ -20,6 +20,10 @@ START_NAME = "start.json"
 """What a run began with: the metrics of the base model alone, and fingerprints of the data."""
 
 
+HISTORY_NAME = "history.json"
+"""What the steps of each adapter of a finished run came to."""
+
+
 class RunFolder:
     """The output of a recipe.
 
@@ -82,10 +86,18 @@ class RunFolder:
                 "with"
             )
 
-    def save(self, model: PeftModel) -> None:
+    def save(self, model: PeftModel, histories: Sequence[list[dict[str, float]]]) -> None:
         """Write what was trained, an ensemble's members into folders of their own, and then its recipe, which tells
-        that all is there; remove what the unfinished run had kept."""
+        that all is there; remove what the unfinished run had kept.
+
+        Args:
+            model: with what was trained.
+            histories: what the steps of each adapter came to.
+        """
         model.save_pretrained(self.path)
+        with storage.staged(self.path) as stage:
+            names = self.recipe.adapter_names
+            storage.write_json(stage / HISTORY_NAME, dict(zip(names, histories, strict=True)))
         if self.recipe.ensemble > 1:
             for number, name in enumerate(self.recipe.adapter_names):
                 _write_recipe(self.recipe.member(number, self.path / name))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from softtune.evaluation.metrics import Quality
+from softtune.training.folder import HISTORY_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,5 +55,6 @@ class Report:
 
     @property
     def size(self) -> int:
-        """Bytes of the adapter's folder."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        """Bytes of the adapter's folder, but for the history of its training."""
+        files = (path for path in self.folder.rglob("*") if path.is_file() and path.name != HISTORY_NAME)
+        return sum(path.stat().st_size for path in files)

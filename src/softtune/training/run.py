@@ -101,7 +101,7 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
     fits = _fit(setups)
     for setup, fit in zip(setups, fits, strict=True):
         if fit.error is not None or not fit.interrupted:
-            setup.folder.save(setup.model)
+            setup.folder.save(setup.model, fit.histories)
     return [_result(setup, before, fit) for setup, before, fit in zip(setups, befores, fits, strict=True)]
 
 
@@ -130,6 +130,8 @@ class _Fit:
     interrupted: bool
     error: TrainingError | None
     seconds: float
+    histories: list[list[dict[str, float]]]
+    """What each adapter's steps came to."""
 
 
 def _fit(setups: Sequence[Setup]) -> list[_Fit]:
@@ -150,6 +152,7 @@ def _fit(setups: Sequence[Setup]) -> list[_Fit]:
             interrupted=interrupt.interrupted and not all(ends),
             error=next((failed[trainer] for trainer in each if failed[trainer]), None),
             seconds=seconds,
+            histories=[trainer.history for trainer in each],
         )
         for each in own
     ]

@@ -58,6 +58,18 @@ class AdapterTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self._last_good: dict[str, Tensor] = {}
 
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """``step`` and ``loss`` of each step, and ``validation_loss`` where there was one; those before an interrupt
+        too."""
+        names = {"loss": "loss", "eval_loss": "validation_loss"}
+        return [
+            {"step": entry["step"], names[name]: entry[name]}
+            for entry in self.state.log_history
+            for name in names
+            if name in entry
+        ]
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the trunk cache."""
         with self._trunk():

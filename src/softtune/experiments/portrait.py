@@ -1,0 +1,112 @@
+"""The page of a trained adapter: how its loss fell, and what it is like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softtune import storage
+from softtune.backbone import Backbone, Site
+from softtune.evaluation.inspection import bias_changes_by_layer, nearest_words, prefix_norms
+from softtune.experiments.page import Page, Table
+from softtune.experiments.pictures import Picture, Point, curves, heat, places
+from softtune.experiments.views import filled
+from softtune.methods.base import KeyValue
+from softtune.model import PeftModel
+from softtune.pretrained import load_base_model
+from softtune.training.folder import HISTORY_NAME
+from softtune.training.recipe import Recipe
+
+SMOOTH = 20
+"""Parts of a learning curve, each the mean of its steps."""
+
+
+def portrait(folder: Path, title: str) -> Page:
+    """What there is to show of an adapter that softtune trained; of an ensemble, how its members' losses fell.
+
+    Args:
+        folder: the adapter's.
+        title: of the page.
+
+    Raises:
+        CheckpointError: there is no such adapter.
+        ConfigError: its base model is not there.
+    """
+    recipe = Recipe.of_adapter(folder)
+    facts = {"model": recipe.model, "method": recipe.method.value, "learning rate": f"{recipe.peak_learning_rate:g}"}
+    drawn = _learning(folder) + (_traits(folder, recipe) if recipe.ensemble == 1 else [])
+    table = Table(head=["", "value"], lines=[[name, value] for name, value in facts.items()])
+    return Page(title=title, tables=[table], pictures=drawn)
+
+
+def _learning(folder: Path) -> list[Picture]:
+    """The losses, each point the mean of some steps."""
+    if not (folder / HISTORY_NAME).is_file():
+        return []
+    lines: dict[str, list[Point]] = {}
+    for name, steps in storage.read_json(folder / HISTORY_NAME).items():
+        for kind in ("loss", "validation_loss"):
+            points = [Point(step["step"], step[kind]) for step in steps if kind in step]
+            if points:
+                label = kind.replace("_", " ") if name == "default" else f"{kind.replace('_', ' ')} of {name}"
+                lines[label] = _smoothed(points)
+    return [curves("Loss while training", lines, across="step", up="loss")] if lines else []
+
+
+def _smoothed(points: list[Point]) -> list[Point]:
+    width = max(1, len(points) // SMOOTH)
+    parts = [points[i : i + width] for i in range(0, len(points), width)]
+    return [Point(part[-1].x, sum(point.y for point in part) / len(part)) for part in parts]
+
+
+def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
+    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+    model = PeftModel.from_pretrained(base, folder)
+    module: Any = model.adapter(model.active_adapter).module
+    with torch.no_grad():
+        prompt = module.prompt()
+        if prompt.vectors is not None:
+            return [_words(model.backbone, prompt.vectors, tokenizer)]
+        if prompt.prefixes:
+            return [_norms(prompt.prefixes)]
+        changes = bias_changes_by_layer(module)
+    return [_biases(changes)] if changes else []
+
+
+def _words(backbone: Backbone, vectors: Tensor, tokenizer: PreTrainedTokenizerBase) -> Picture:
+    """Virtual tokens and the words nearest to them, in the plane in which all of these differ most."""
+    ids, _ = nearest_words(backbone, vectors, 1)
+    words = backbone.stacks[0].embed(ids[:, 0])
+    both = torch.cat([vectors.float(), words.float()])
+    centered = both - both.mean(0)
+    plane = (centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T).tolist()
+    names = [str(i + 1) for i in range(len(vectors))], [repr(tokenizer.decode([i]))[1:-1] for i in ids[:, 0]]
+    own, nearest = (
+        [(name, *place) for name, place in zip(side, part, strict=True)]
+        for side, part in zip(names, (plane[: len(vectors)], plane[len(vectors) :]), strict=True)
+    )
+    return places(
+        "Virtual tokens and their nearest words",
+        {"virtual tokens": own, "nearest words": [*dict.fromkeys(nearest)]},
+        across="first principal component of the embeddings",
+        up="second",
+        says="Numbers are virtual tokens; words are the vocabulary entries nearest to them by cosine.",
+    )
+
+
+def _norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> Picture:
+    lines: dict[str, list[Point]] = {}
+    for (site, layer), (key, value) in prefix_norms(prefixes).items():
+        lines.setdefault(f"keys, {site.value}", []).append(Point(layer, key))
+        lines.setdefault(f"values, {site.value}", []).append(Point(layer, value))
+    return curves("Norms of the prefix by layer", lines, across="layer", up="mean norm over heads and tokens")
+
+
+def _biases(changes: Mapping[str, Mapping[int, float]]) -> Picture:
+    cells = {role.replace("_", " "): {str(layer): own[layer] for layer in own} for role, own in changes.items()}
+    return heat("Mean absolute change of the biases", filled(cells), across="layer", down="", form=".1e")
