@@ -98,7 +98,7 @@ def test_bad_input_is_one_line(models: dict[str, str], tmp_path: Path, capsys: p
     assert run("compare", file, "--output", str(tmp_path / "out")) == 2
     assert "an experiment needs rows to evaluate on" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="has no experiment and no adapter"):
-        report.write(tmp_path, "nothing")
+        report.write(tmp_path / "nothing", "nothing")
 
 
 def test_the_best_is_on_top_and_text_is_no_markup() -> None:

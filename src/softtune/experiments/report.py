@@ -49,9 +49,9 @@ def write_page(page: Page, folder: Path, *names: str) -> None:
 
 def page_of(folder: Path, title: str) -> Page:
     """What there is to show of a folder. Raises CheckpointError where that is neither an experiment nor an adapter."""
-    if holds_adapter(folder):
-        return portrait(folder, title)
     entries = entries_of(folder)
+    if not entries and holds_adapter(folder):
+        return portrait(folder, title)
     if not entries:
         raise CheckpointError(f"{folder} has no experiment and no adapter: run softtune train, compare or sweep first")
     if (folder / SWEEP_NAME).is_file():
