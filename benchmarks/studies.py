@@ -61,6 +61,7 @@ def main() -> None:
             run(name, title)
         if (RESULTS / f"{name}.json").is_file():
             write(name, title)
+    write_index()
 
 
 def run(name: str, title: str | None) -> None:
@@ -93,6 +94,15 @@ def write(name: str, title: str | None) -> None:
     else:
         page = report.of_sweep(Sweep.load(STUDIES / f"{name}.yaml"), entries, name)
     report.write_page(signed(page, name, kept), RESULTS / name, "README.md")
+
+
+def write_index() -> None:
+    """The list of all pages."""
+    pages = sorted(RESULTS.glob("*/README.md"))
+    titles = [page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for page in pages]
+    lines = [f"- [{title}]({page.parent.name}/README.md)" for title, page in zip(titles, pages, strict=True)]
+    says = "The papers' questions and known data sets at a small scale; `python benchmarks/studies.py` runs them all."
+    (RESULTS / "README.md").write_text("\n".join(["# Results", "", says, "", *lines]) + "\n", encoding="utf-8")
 
 
 def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:

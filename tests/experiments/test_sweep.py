@@ -182,6 +182,12 @@ def test_a_wrong_point_is_told_before_anything_runs(
     assert not entries_of(tmp_path / "out")
 
 
+def test_a_metric_of_another_task_is_told(models: dict[str, str], tmp_path: Path) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1]}, metric="bleu")
+    with pytest.raises(ConfigError, match="'bleu' does not fit the task: use one of accuracy, balanced_accuracy"):
+        sweep(*own)
+
+
 def test_bundles_share_a_base_model_and_are_no_larger_than_asked(models: dict[str, str], tmp_path: Path) -> None:
     recipe = Recipe.load(write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "out"))
     fields = recipe.model_dump(exclude_unset=True)

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from softtune import ConfigError, DataError, PeftModel
 from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask
-from softtune.evaluation.answers import Answers, answer, judge
+from softtune.evaluation.answers import Answers, answer, judge, metric_names
 from softtune.methods import TaskType
 from softtune.pretrained import load_base_model
 from softtune.training.recipe import Recipe
@@ -190,4 +190,5 @@ def test_right_answers_are_perfect(tmp_path: Path, models: dict[str, str]) -> No
         texts = [tuple(r) if asked.task is TaskType.TOKEN_CLS else next((a.text for a in r), "") for r in right]
         quality = judge(asked.definition, records, Answers(texts, None, 0))
         assert set(quality.metrics.values()) == {1.0}
+        assert tuple(quality.metrics) == metric_names(asked.definition)
         assert quality.mistakes == []

@@ -116,6 +116,19 @@ def answer(
     raise AssertionError(task)
 
 
+def metric_names(task: Task) -> tuple[str, ...]:
+    """What the answers to a task are measured by, the foremost first."""
+    match task:
+        case TextTask():
+            return ("bleu", "rouge_l", "chrf", "exact_match")
+        case TagTask():
+            return ("f1", "precision", "recall", "accuracy")
+        case SpanTask():
+            return ("exact_match", "f1")
+        case _:
+            return ("accuracy", "balanced_accuracy", "macro_f1")
+
+
 def judge(task: Task, records: Dataset, answers: Answers) -> Quality:
     """What the answers to labelled records are worth, by the metrics that fit the task.
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softtune import storage
 from softtune.errors import ConfigError
+from softtune.evaluation.answers import metric_names
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_cases, run_here
 from softtune.experiments.outcomes import Entry
@@ -135,16 +136,23 @@ def sweep(asked: Sweep, recipe: Recipe, *, run: Runner = run_here, progress: Pro
         progress: told of every step.
 
     Raises:
-        ConfigError: a point's fields do not go together, there is another sweep in the folder, Optuna is not installed,
-            or a recipe without evaluation rows.
+        ConfigError: a point's fields do not go together, the metric does not fit the task, there is another sweep in
+            the folder, Optuna is not installed, or a recipe without evaluation rows.
         DataError: the data does not fit.
     """
+    _check_metric(asked, recipe)
     asked.save(Path(recipe.output))
     if asked.trials is not None:
         return _search(asked, recipe, run, progress)
     cases = [_case(asked, recipe, number, point) for number, point in enumerate(asked.points)]
     found = run_cases(cases, at_once=asked.at_once, run=run, progress=progress)
     return [entry for entries in found for entry in entries]
+
+
+def _check_metric(asked: Sweep, recipe: Recipe) -> None:
+    names = metric_names(recipe.definition)
+    if asked.metric is not None and asked.metric not in names:
+        raise ConfigError(f"metric {asked.metric!r} does not fit the task: use one of {', '.join(names)}")
 
 
 def _case(asked: Sweep, recipe: Recipe, number: int, point: dict[str, Any]) -> Case:
