@@ -141,10 +141,10 @@ def sweep(asked: Sweep, recipe: Recipe, *, run: Runner = run_here, progress: Pro
         DataError: the data does not fit.
     """
     _check_metric(asked, recipe)
-    asked.save(Path(recipe.output))
     if asked.trials is not None:
         return _search(asked, recipe, run, progress)
     cases = [_case(asked, recipe, number, point) for number, point in enumerate(asked.points)]
+    asked.save(Path(recipe.output))
     found = run_cases(cases, at_once=asked.at_once, run=run, progress=progress)
     return [entry for entries in found for entry in entries]
 
@@ -171,6 +171,7 @@ def _search(asked: Sweep, recipe: Recipe, run: Runner, progress: Progress) -> li
     except ImportError as error:
         raise ConfigError("trials needs the package optuna: pip install optuna, or drop trials") from error
     assert asked.trials is not None
+    asked.save(Path(recipe.output))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=recipe.seed))
     found: list[Entry] = []
