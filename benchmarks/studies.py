@@ -38,7 +38,11 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     ),
     "SST-2, sentiment": ("sst2", ["prefix-tuning", "prompt-tuning", "lora", "zero-shot", "few-shot"], {"epochs": 3}),
     "SMS spam": ("sms_spam", ["prefix-tuning", "prompt-tuning", "lora", "zero-shot", "few-shot"], {"batch_size": 8}),
-    "Broad Twitter Corpus, entities": ("btc_ner", ["p-tuning-v2", "bitfit", "head", "full"], {}),
+    "Broad Twitter Corpus, entities": (
+        "btc_ner",
+        ["p-tuning-v2", "bitfit", "head", "full"],
+        {"examples": 2048, "evaluation_examples": 1000},
+    ),
     "SQuAD subset, answers": ("squad", ["p-tuning-v2", "bitfit", "head", "full"], {}),
     "SciTLDR, summaries": ("scitldr", ["prefix-tuning", "zero-shot"], {"evaluation_examples": 100}),
 }
