@@ -76,8 +76,8 @@ def table_of(entries: Sequence[Entry], metric: str | None = None) -> Table:
     metrics = finished[0].metrics if finished else []
     order = metric or next(iter(metrics), "")
     ranked = sorted(finished, key=lambda entry: -entry.mean(order))
-    costs = {} if any(entry.at for entry in entries) else {"stored": _stored, "peak memory": _memory}
-    costs = {"trained": _trained, "share": _share, "seconds": _seconds, **costs}
+    own = {"seconds": _seconds, "stored": _stored, "peak memory": _memory}  # points of a sweep share theirs
+    costs = {"trained": _trained, "share": _share, **({} if any(entry.at for entry in entries) else own)}
     return Table(
         head=["", *map(in_words, metrics), *costs],
         lines=[
