@@ -31,22 +31,22 @@ ROOT = Path(__file__).parents[1]
 STUDIES, RESULTS, RUNS = ROOT / "recipes" / "studies", ROOT / "docs" / "results", Path("runs", "studies")
 
 HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
-    "E2E, tables to text": (
-        "e2e",
+    "e2e": (
+        "E2E, tables to text",
         ["prefix-tuning", "prompt-tuning", "lora", "zero-shot"],
         {"examples": 1024, "epochs": 1},
     ),
-    "SST-2, sentiment": ("sst2", ["prefix-tuning", "prompt-tuning", "lora", "zero-shot", "few-shot"], {"epochs": 3}),
-    "SMS spam": ("sms_spam", ["prefix-tuning", "prompt-tuning", "lora", "zero-shot", "few-shot"], {"batch_size": 8}),
-    "Broad Twitter Corpus, entities": (
-        "btc_ner",
+    "sst2": ("SST-2, sentiment", ["prefix-tuning", "prompt-tuning", "lora", "zero-shot", "few-shot"], {"epochs": 3}),
+    "sms_spam": ("SMS spam", ["prefix-tuning", "prompt-tuning", "lora", "zero-shot", "few-shot"], {"batch_size": 8}),
+    "btc_ner": (
+        "Broad Twitter Corpus, entities",
         ["p-tuning-v2", "bitfit", "head", "full"],
         {"examples": 2048, "evaluation_examples": 1000},
     ),
-    "SQuAD subset, answers": ("squad", ["p-tuning-v2", "bitfit", "head", "full"], {}),
-    "SciTLDR, summaries": ("scitldr", ["prefix-tuning", "zero-shot"], {"evaluation_examples": 100}),
+    "squad": ("SQuAD subset, answers", ["p-tuning-v2", "bitfit", "head", "full"], {}),
+    "scitldr": ("SciTLDR, summaries", ["prefix-tuning", "zero-shot"], {"evaluation_examples": 100}),
 }
-"""Recipes to compare methods on: the recipe, the entries, and fields to replace."""
+"""Recipes to compare methods on: the page's title, the entries, and fields to replace."""
 
 
 def main() -> None:
@@ -54,25 +54,23 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    headlines = {recipe: title for title, (recipe, _, _) in HEADLINES.items()}
-    every = [*sorted(file.stem for file in STUDIES.glob("*.yaml")), *headlines]
+    every = [*sorted(file.stem for file in STUDIES.glob("*.yaml")), *HEADLINES]
     if unknown := [name for name in given.names if name not in every]:
         raise SystemExit(f"no study {unknown[0]!r}: use some of {', '.join(every)}")
     quiet()
     for name in given.names or every:
-        title = headlines.get(name)
         if not given.write:
-            run(name, title)
+            run(name)
         if (RESULTS / f"{name}.json").is_file():
-            write(name, title)
+            write(name)
     write_index()
 
 
-def run(name: str, title: str | None) -> None:
+def run(name: str) -> None:
     """Run a study, and keep what it came to with hardware and commit."""
     clock = time.perf_counter()
     with progress_bars() as progress:
-        entries = headline(title, progress) if title else study(name, progress)
+        entries = (headline if name in HEADLINES else study)(name, progress)
     minutes = (time.perf_counter() - clock) / 60
     content = {"minutes": round(minutes, 1), "entries": [dataclasses.asdict(entry) for entry in entries]}
     save(name, content, RESULTS)
@@ -83,18 +81,18 @@ def study(name: str, progress: Progress) -> list[Entry]:
     return sweep(asked, Recipe.load(asked.recipe, {"output": str(RUNS / name)}), progress=progress)
 
 
-def headline(title: str, progress: Progress) -> list[Entry]:
-    name, entries, fields = HEADLINES[title]
+def headline(name: str, progress: Progress) -> list[Entry]:
+    _, entries, fields = HEADLINES[name]
     recipe = Recipe.load(ROOT / "recipes" / f"{name}.yaml", {**fields, "output": str(RUNS / name)})
     return compare(recipe, entries, seeds=1, progress=progress)
 
 
-def write(name: str, title: str | None) -> None:
+def write(name: str) -> None:
     """The page of a study, in docs/results."""
     kept = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     entries = [entry_of(entry) for entry in kept["entries"]]
-    if title:
-        page = report.of_comparison(entries, title)
+    if name in HEADLINES:
+        page = report.of_comparison(entries, HEADLINES[name][0])
     else:
         page = report.of_sweep(Sweep.load(STUDIES / f"{name}.yaml"), entries, name)
     report.write_page(signed(page, name, kept), RESULTS / name, "README.md")

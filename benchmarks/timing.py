@@ -51,7 +51,7 @@ def report(name: str, measures: Sequence[dict[str, Any]]) -> None:
 
 def save(name: str, results: dict[str, Any], folder: Path = RESULTS) -> None:
     """Write results to a folder's ``<name>.json``, with hardware and commit."""
-    content = {"hardware": _hardware(), "commit": commit(), **results}
+    content = {"hardware": _hardware(), "commit": _commit(), **results}
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -72,7 +72,7 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
 
 
-def commit() -> str:
+def _commit() -> str:
     """The commit, and whether anything but results has changed since."""
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results", ":!/docs")
     return _git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)

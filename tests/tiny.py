@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -25,8 +26,8 @@ LABELS = ("warm", "cold")
 TEMPLATE = "text : {words} label : "
 
 
-def save_models(folder: Path, seed: int = 0) -> dict[str, str]:
-    """A Llama, a BERT and a T5, each in a folder with a tokenizer of WORDS."""
+def save_models(folder: Path, seed: int = 0, **llama: Any) -> dict[str, str]:
+    """A Llama, some fields of its config replaced, a BERT and a T5, each in a folder with a tokenizer of WORDS."""
     torch.manual_seed(seed)
     size = {"vocab_size": len(WORDS) + 3, "pad_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
     models = {
@@ -38,8 +39,7 @@ def save_models(folder: Path, seed: int = 0) -> dict[str, str]:
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 intermediate_size=32,
-                max_position_embeddings=64,
-                attention_dropout=0.1,
+                **{"max_position_embeddings": 64, "attention_dropout": 0.1, **llama},
             )
         ),
         "bert": BertForSequenceClassification(

@@ -24,10 +24,7 @@ from tests.tiny import save_models
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """With room for rows in front of a record."""
-    folders = save_models(tmp_path_factory.mktemp("models"))
-    config = Path(folders["llama"], "config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 128}))
-    return folders
+    return save_models(tmp_path_factory.mktemp("models"), max_position_embeddings=128)
 
 
 @pytest.fixture(scope="module")

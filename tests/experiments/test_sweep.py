@@ -27,10 +27,7 @@ from tests.tiny import save_models
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Without dropout, which draws other numbers for runs that train at once."""
-    folders = save_models(tmp_path_factory.mktemp("models"))
-    config = Path(folders["llama"], "config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.0}))
-    return folders
+    return save_models(tmp_path_factory.mktemp("models"), attention_dropout=0.0)
 
 
 def asked(file: Path, base: str, fields: dict[str, Any] | None = None, **own: Any) -> tuple[Sweep, Recipe]:

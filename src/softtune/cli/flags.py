@@ -68,6 +68,11 @@ def _value(name: str, text: str) -> Any:
     """A flag's text as the field's type wants it: texts as they are, all else read as YAML."""
     if Recipe.model_fields[name].annotation in (str, str | None):
         return text
+    return read(name, text)
+
+
+def read(name: str, text: str) -> Any:
+    """A flag's text as YAML. Raises ConfigError where it is none."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from softtune.cli.console import console, progress_bars, quiet
-from softtune.cli.flags import argument, option, overrides, with_flags
+from softtune.cli.flags import argument, option, overrides, read, with_flags
 from softtune.cli.tables import show_entries
-from softtune.errors import ConfigError
 from softtune.experiments import report
 from softtune.experiments.experiment import run_here
 from softtune.experiments.on_ray import on_ray
@@ -32,7 +29,7 @@ def command(
     The folder gets a page, report.html, with a picture, and the same in Markdown.
     """
     quiet()
-    own = {"over": _read(over), "seeds": seeds, "trials": trials}
+    own = {"over": None if over is None else read("over", over), "seeds": seeds, "trials": trials}
     asked = Sweep.load(file, {name: value for name, value in own.items() if value is not None})
     asked = asked.model_copy(update={"fields": {**asked.fields, **overrides(flags)}})
     runner = run_here if ray is None else on_ray(ray)
@@ -40,13 +37,6 @@ def command(
         found = sweep(asked, Recipe.load(asked.recipe, {"output": output}), run=runner, progress=progress)
     show_entries(found, asked.metric)
     console.print(f"The page is {report.write(Path(output), title=Path(file).stem)}.", soft_wrap=True)
-
-
-def _read(over: str | None) -> object:
-    try:
-        return None if over is None else yaml.safe_load(over)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--over {over!r} cannot be read: write it as in a YAML file") from error
 
 
 with_flags(

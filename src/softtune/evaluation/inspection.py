@@ -46,29 +46,20 @@ def prefix_norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> dict[tuple[Si
 
 def bias_changes(changes: BiasChanges) -> dict[str, float]:
     """The mean absolute change of the biases of each role."""
-    return {role: _mean(parts) for role, parts in _by_role(changes).items()}
+    by_role: dict[str, list[Tensor]] = defaultdict(list)
+    for slot, change in changes.additions():
+        by_role[slot.role or "other"].append(change.detach().abs())
+    return {role: _mean(parts) for role, parts in by_role.items()}
 
 
 def bias_changes_by_layer(changes: BiasChanges) -> dict[str, dict[int, float]]:
     """The same by role and layer; biases outside of layers are left out (Ben Zaken et al. 2022, figure 2)."""
-    found = {}
-    for role in _by_role(changes):
-        layers: dict[int, list[Tensor]] = defaultdict(list)
-        for slot, change in changes.additions():
-            number = re.search(r"\.(\d+)\.", f".{slot.module}.")
-            if number and (slot.role or "other") == role:
-                layers[int(number[1])].append(change.detach().abs())
-        if layers:
-            found[role] = {layer: _mean(parts) for layer, parts in sorted(layers.items())}
-    return found
-
-
-def _by_role(changes: BiasChanges) -> dict[str, list[Tensor]]:
-    found: dict[str, list[Tensor]] = defaultdict(list)
+    by_place: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for slot, change in changes.additions():
-        found[slot.role or "other"].append(change.detach().abs())
-    return found
+        if number := re.search(r"\.(\d+)\.", f".{slot.module}."):
+            by_place[slot.role or "other"][int(number[1])].append(change.detach().abs())
+    return {role: {layer: _mean(parts) for layer, parts in sorted(own.items())} for role, own in by_place.items()}
 
 
 def _mean(parts: list[Tensor]) -> float:
-    return float(torch.cat([part.flatten() for part in parts]).mean())
+    return float(torch.cat(parts).mean())

@@ -15,8 +15,14 @@ Runner = Callable[[Sequence[Sequence[Case]], Progress], Iterator[tuple[Case, lis
 """Runs bundles of cases somewhere, and gives each case with what it came to."""
 
 
+def run_here(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[tuple[Case, list[Entry]]]:
+    """Run bundles one after the other in this process."""
+    for bundle in bundles:
+        yield from run_bundle(bundle, progress)
+
+
 def run_cases(
-    cases: Sequence[Case], *, at_once: int, run: Runner | None = None, progress: Progress = lambda *_: None
+    cases: Sequence[Case], *, at_once: int, run: Runner = run_here, progress: Progress = lambda *_: None
 ) -> list[list[Entry]]:
     """Run those cases that are not kept from before, and keep them.
 
@@ -37,7 +43,7 @@ def run_cases(
         raise ConfigError("an experiment needs rows to evaluate on: set evaluation or test_size")
     found = {case.stem: case.kept for case in cases}
     left = list({case.stem: case for case in cases if found[case.stem] is None}.values())
-    for done, (case, entries) in enumerate((run or run_here)(bundles(left, at_once), progress), start=1):
+    for done, (case, entries) in enumerate(run(bundles(left, at_once), progress), start=1):
         case.keep(entries)
         found[case.stem] = entries
         progress("all", len(found) - len(left) + done, len(found), "")
@@ -53,12 +59,6 @@ def bundles(cases: Sequence[Case], at_once: int) -> list[list[Case]]:
         else:
             found.append([case])
     return found
-
-
-def run_here(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[tuple[Case, list[Entry]]]:
-    """Run bundles one after the other in this process."""
-    for bundle in bundles:
-        yield from run_bundle(bundle, progress)
 
 
 def run_bundle(cases: Sequence[Case], progress: Progress) -> Iterator[tuple[Case, list[Entry]]]:

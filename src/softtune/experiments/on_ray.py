@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ def on_ray(address: str) -> Runner:
         ConfigError: Ray is not installed, or there is no such cluster.
     """
     try:
-        import ray
-        from ray import tune  # noqa: F401
+        import ray.tune
     except ImportError as error:
         raise ConfigError("experiments on Ray need its package: pip install 'ray[tune]', or leave --ray out") from error
     if not ray.is_initialized():
@@ -49,7 +49,7 @@ def _run(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[tupl
     if not bundles:
         return
     resources: dict[str, float] = {"gpu": 1} if torch.cuda.is_available() else {"cpu": 1}
-    trial = tune.with_parameters(_trial, bundles=bundles, start=os.getcwd())  # noqa: PTH109
+    trial = tune.with_parameters(_trial, bundles=bundles, start=str(Path.cwd()))
     tuner = tune.Tuner(
         tune.with_resources(trial, resources),
         param_space={"bundle": tune.grid_search([*range(len(bundles))])},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from softtune.experiments.pictures import Picture
 
@@ -33,7 +33,6 @@ class Table:
 
     head: Sequence[str]
     lines: Sequence[Sequence[str]]
-    title: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class Page:
     texts: Sequence[str] = ()
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
-    pictures: Sequence[Picture] = field(default_factory=tuple)
+    pictures: Sequence[Picture] = ()
 
 
 def as_html(page: Page) -> str:
@@ -82,17 +81,15 @@ def file_of(picture: Picture) -> str:
 
 
 def _html_table(table: Table) -> str:
-    title = f"<h2>{html.escape(table.title)}</h2>" if table.title else ""
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
     rest = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in table.lines)
-    return f'{title}<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{rest}</tbody></table></div>'
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{rest}</tbody></table></div>'
 
 
 def _markdown_table(table: Table) -> str:
-    title = [f"## {table.title}", ""] if table.title else []
     rule = ["---"] * len(table.head)
     lines = [f"| {' | '.join(_cell(cell) for cell in cells)} |" for cells in (table.head, rule, *table.lines)]
-    return "\n".join([*title, *lines])
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from softtune.backbone import Backbone, Site
 from softtune.evaluation.inspection import bias_changes_by_layer, nearest_words, prefix_norms
 from softtune.experiments.page import Page, Table
 from softtune.experiments.pictures import Picture, Point, curves, heat, places
-from softtune.experiments.views import filled
+from softtune.experiments.views import filled, in_words
 from softtune.methods.base import KeyValue
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
@@ -53,15 +54,14 @@ def _learning(folder: Path) -> list[Picture]:
         for kind in ("loss", "validation_loss"):
             points = [Point(step["step"], step[kind]) for step in steps if kind in step]
             if points:
-                label = kind.replace("_", " ") if name == "default" else f"{kind.replace('_', ' ')} of {name}"
-                lines[label] = _smoothed(points)
+                lines[in_words(kind) + ("" if name == "default" else f" of {name}")] = _smoothed(points)
     return [curves("Loss while training", lines, across="step", up="loss")] if lines else []
 
 
 def _smoothed(points: list[Point]) -> list[Point]:
     width = max(1, len(points) // SMOOTH)
     parts = [points[i : i + width] for i in range(0, len(points), width)]
-    return [Point(part[-1].x, sum(point.y for point in part) / len(part)) for part in parts]
+    return [Point(part[-1].x, mean(point.y for point in part)) for part in parts]
 
 
 def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
@@ -108,5 +108,5 @@ def _norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> Picture:
 
 
 def _biases(changes: Mapping[str, Mapping[int, float]]) -> Picture:
-    cells = {role.replace("_", " "): {str(layer): own[layer] for layer in own} for role, own in changes.items()}
+    cells = {in_words(role): {str(layer): own[layer] for layer in own} for role, own in changes.items()}
     return heat("Mean absolute change of the biases", filled(cells), across="layer", down="", form=".1e")

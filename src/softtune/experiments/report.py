@@ -12,7 +12,7 @@ from softtune.experiments.outcomes import Entry, Outcome, entries_of
 from softtune.experiments.page import Page, Table, as_html, as_markdown, file_of
 from softtune.experiments.portrait import portrait
 from softtune.experiments.sweep import SWEEP_NAME, Sweep
-from softtune.experiments.views import in_words
+from softtune.experiments.views import finished, in_words
 from softtune.training.recipe import holds_adapter
 
 PAGE_NAME, MARKDOWN_NAME = "report.html", "report.md"
@@ -72,10 +72,10 @@ def of_comparison(entries: Sequence[Entry], title: str) -> Page:
 
 def table_of(entries: Sequence[Entry], metric: str | None = None) -> Table:
     """A table, the best entry by a metric on top, by default the first; those that failed are not in it."""
-    finished = [entry for entry in entries if entry.outcomes]
-    metrics = finished[0].metrics if finished else []
+    found = finished(entries)
+    metrics = found[0].metrics if found else []
     order = metric or next(iter(metrics), "")
-    ranked = sorted(finished, key=lambda entry: -entry.mean(order))
+    ranked = sorted(found, key=lambda entry: -entry.mean(order))
     own = {"seconds": _seconds, "stored": _stored, "peak memory": _memory}  # points of a sweep share theirs
     costs = {"trained": _trained, "share": _share, **({} if any(entry.at for entry in entries) else own)}
     return Table(

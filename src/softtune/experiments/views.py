@@ -17,7 +17,7 @@ FEWEST = 3
 
 def of_comparison(entries: Sequence[Entry]) -> list[Picture]:
     """Quality, quality against what is trained, time and memory."""
-    found = _finished(entries)
+    found = finished(entries)
     if not found:
         return []
     metric = found[0].metrics[0]
@@ -45,7 +45,7 @@ def of_sweep(entries: Sequence[Entry], metric: str | None, *, searched: bool) ->
         metric: what is shown; by default the first.
         searched: whether the points are not a grid's.
     """
-    found = _finished(entries)
+    found = finished(entries)
     if not found:
         return []
     metric = metric or found[0].metrics[0]
@@ -65,7 +65,8 @@ def in_words(name: str) -> str:
     return name.rpartition(".")[2].replace("_", " ")
 
 
-def _finished(entries: Sequence[Entry]) -> list[Entry]:
+def finished(entries: Sequence[Entry]) -> list[Entry]:
+    """Those that came to something."""
     return [entry for entry in entries if entry.outcomes]
 
 
