@@ -363,6 +363,26 @@ def test_a_run_stops_when_held_out_rows_say_so_and_keeps_the_best(
     assert [int(path.rpartition("-")[2]) for path in kept] == [report.steps - 2 * 2]
 
 
+STOPPING = {"schedule": "constant", "epochs": 20, "save_steps": 2, "patience": 2, "validation_size": 4}
+
+
+@pytest.mark.parametrize("rate", [3.0, 0.02])
+@pytest.mark.parametrize("step", [3, 5, 6, 8])
+def test_patience_goes_on_after_an_interrupt(fields: dict[str, Any], tmp_path: Path, rate: float, step: int) -> None:
+    whole, broken = (
+        Recipe.of({**fields, **STOPPING, "learning_rate": rate, "epochs": 4, "output": str(tmp_path / name)})
+        for name in ("whole", "broken")
+    )
+    expected = train(whole)
+    first = train(broken, progress=interrupt_at(step))
+    if step < expected.steps:
+        assert not first.finished
+        assert Path(broken.output, "checkpoints", f"checkpoint-{step}").is_dir()
+        assert train(broken, resume=True).steps == expected.steps
+    a, b = tensors(whole.output), tensors(broken.output)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_run_that_is_shorter_than_an_interval_is_validated(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import save_models
-from tests.training.test_run import interrupt_at, no_work, tensors
+from tests.training.test_run import STOPPING, interrupt_at, no_work, tensors
 
 from softtune import CheckpointError, ConfigError, TaskType, TrainingError
 from softtune.data import LabelTask, Template, Verbalizer
@@ -17,6 +17,7 @@ from softtune.evaluation.answers import Answers
 from softtune.evaluation.ensemble import by_mean, by_vote
 from softtune.training.recipe import Recipe
 from softtune.training.run import Report, train, train_all
+from softtune.training.trainer import AdapterTrainer
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,15 @@ def test_recipes_at_once_come_out_as_each_alone(fields: dict[str, Any], tmp_path
         assert_same_adapter(tmp_path / "at once" / str(i), expected.folder)
 
 
-def test_heads_are_drawn_by_each_ones_seed(fields: dict[str, Any], models: dict[str, str], tmp_path: Path) -> None:
-    classifier = fields | {"task": "SEQ_CLS", "model": models["bert"]}
+NO_KEYS = {"method": "BITFIT", "options": {"roles": ["query", "value", "intermediate", "output", "layer_norm"]}}
+"""A key's bias changes no attention: its gradients are what rounding leaves, which the optimiser scales up."""
+
+
+@pytest.mark.parametrize("own", [{}, NO_KEYS], ids=["prefix", "BitFit"])
+def test_heads_are_drawn_by_each_ones_seed(
+    fields: dict[str, Any], models: dict[str, str], tmp_path: Path, own: dict[str, Any]
+) -> None:
+    classifier = fields | {"task": "SEQ_CLS", "model": models["bert"], **own}
     train_all(recipes(classifier, tmp_path / "at once", {"seed": 1}, {"seed": 2}))
     for i, recipe in enumerate(recipes(classifier, tmp_path / "alone", {"seed": 1}, {"seed": 2})):
         assert_same_adapter(tmp_path / "at once" / str(i), train(recipe).folder)
@@ -101,6 +109,57 @@ def test_a_run_that_fails_leaves_the_others_alone(fields: dict[str, Any], tmp_pa
     assert isinstance(found[0], Report)
     assert isinstance(found[1], TrainingError)
     assert Recipe.of_adapter(tmp_path / "1").learning_rate == 1e38
+
+
+def test_a_run_that_has_stopped_by_itself_stays_so_when_another_is_interrupted(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = [{**STOPPING, "learning_rate": 3.0, "warmup_steps": 0}, {"epochs": 10}]
+    whole, broken = (recipes(fields, tmp_path / name, *changes) for name in ("whole", "broken"))
+    [expected, _] = train_all(whole)
+    assert isinstance(expected, Report)
+
+    def progress(phase: str, *step: Any) -> None:
+        interrupt_at(expected.steps + 3)(phase.removeprefix("1: "), *step)
+
+    train_all(broken, progress=progress)
+    [found, _] = train_all(broken, resume=True)
+    assert isinstance(found, Report)
+    assert found.steps == expected.steps
+    for own, other in zip(broken, whole, strict=True):
+        assert_same_adapter(own.output, other.output)
+
+
+def test_an_interrupt_keeps_an_ensemble_beside_its_failed_member(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = AdapterTrainer._check_numbers
+
+    def blow_up(self: AdapterTrainer) -> None:
+        if self.args.seed == 1 and self.state.global_step >= 4:
+            raise TrainingError("no number")
+        check(self)
+
+    monkeypatch.setattr(AdapterTrainer, "_check_numbers", blow_up)
+    [recipe] = recipes(fields, tmp_path, {"ensemble": 2, "epochs": 2})
+
+    def progress(phase: str, *step: Any) -> None:
+        interrupt_at(6)("training" if phase == "training 1" else phase, *step)
+
+    assert not train(recipe, progress=progress).finished
+    assert Path(recipe.output, "checkpoints", "1", "checkpoint-6").is_dir()
+    with pytest.raises(TrainingError, match="no number"):
+        train(recipe, resume=True)
+    assert Recipe.of_adapter(recipe.output) == recipe
+
+
+@pytest.mark.parametrize("changes", [[{}, {}], [{"ensemble": 2}]])
+def test_parts_of_texts_are_learnt_by_one_adapter_at_a_time(
+    fields: dict[str, Any], tmp_path: Path, changes: list[dict[str, Any]]
+) -> None:
+    reader = {"task": "QUESTION_ANS", "labels": None, "template": "{label} {text}"}
+    with pytest.raises(ConfigError, match="QUESTION_ANS trains one adapter at a time: run one recipe"):
+        train_all(recipes(fields | reader, tmp_path, *changes), progress=no_work)
 
 
 @pytest.mark.parametrize(

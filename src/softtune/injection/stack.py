@@ -249,10 +249,12 @@ class StackInjection:
     def _lay_out(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put everything that comes with a token in its slot."""
         self.layout, features = self._layout_of(step, here), features_of(call)
-        words = call["inputs_embeds"] if call.get("input_ids") is None else self.stack.embed(call["input_ids"])
-        vectors = words[:, :0] if here.vectors is None else here.vectors
-        call["inputs_embeds"] = self.layout.merge(words, vectors)
-        call["input_ids"] = None
+        if here.vectors is not None:
+            words = call["inputs_embeds"] if call.get("input_ids") is None else self.stack.embed(call["input_ids"])
+            call["inputs_embeds"], call["input_ids"] = self.layout.merge(words, here.vectors), None
+        else:
+            name = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
+            call[name] = self.layout.merge(call[name], call[name][:, :0])
         if step.mask is not None or here.is_ragged:
             call["attention_mask"] = self.layout.merge(step.full_mask(), here.is_vector)
         for name in features:

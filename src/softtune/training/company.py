@@ -10,16 +10,19 @@ from typing import Any
 
 from softtune.errors import ConfigError
 from softtune.training.recipe import Recipe
+from softtune.training.together import TASKS
 
 
 def check_company(recipes: Sequence[Recipe]) -> None:
     """Refuse recipes that cannot run, or not at once, before any work.
 
     Raises:
-        ConfigError: two differ in what they share or have one output, a tracker is not installed, or W&B is asked to
-            follow more than one adapter.
+        ConfigError: two differ in what they share or have one output, their task trains one adapter at a time, a
+            tracker is not installed, or W&B is asked to follow more than one adapter.
     """
     _check_trackers(recipes)
+    if recipes[0].task not in TASKS and sum(recipe.ensemble for recipe in recipes) > 1:
+        raise ConfigError(f"{recipes[0].task.value} trains one adapter at a time: run one recipe, without an ensemble")
     outputs = Counter(str(Path(recipe.output).resolve()) for recipe in recipes)
     if twice := [output for output, count in outputs.items() if count > 1]:
         raise ConfigError(f"{twice[0]} is the output of {outputs[twice[0]]} recipes: give each one its own")

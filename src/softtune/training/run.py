@@ -6,7 +6,7 @@ Recipes that share a base model run at once, and so do the members of an ensembl
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
         befores.append(_begin(setup, next(alike, None) if before else {}))
     fits = _fit(setups)
     for setup, fit in zip(setups, fits, strict=True):
-        if fit.error is not None or not fit.interrupted:
+        if fit.finished:
             setup.folder.save(setup.model, fit.histories)
     return [_result(setup, before, fit) for setup, before, fit in zip(setups, befores, fits, strict=True)]
 
@@ -127,8 +127,10 @@ class _Fit:
     """How a recipe's training ended."""
 
     steps: int
-    interrupted: bool
+    finished: bool
+    """Whether nothing is left to do, not even by an adapter that did not fail beside one that did."""
     error: TrainingError | None
+    """Why it failed."""
     seconds: float
     histories: list[list[dict[str, float]]]
     """What each adapter's steps came to."""
@@ -144,18 +146,27 @@ def _fit(setups: Sequence[Setup]) -> list[_Fit]:
     with interrupt:
         errors = _errors(trainers, starts)
     seconds = time.perf_counter() - clock
-    failed = dict(zip(trainers, errors, strict=True))
-    ends = [trainer.state.global_step >= trainer.state.max_steps for trainer in trainers if not failed[trainer]]
-    return [
-        _Fit(
-            steps=max(trainer.state.global_step for trainer in each),
-            interrupted=interrupt.interrupted and not all(ends),
-            error=next((failed[trainer] for trainer in each if failed[trainer]), None),
-            seconds=seconds,
-            histories=[trainer.history for trainer in each],
-        )
-        for each in own
-    ]
+    failed = {trainer: error for trainer, error in zip(trainers, errors, strict=True) if error is not None}
+    interrupted = interrupt.interrupted and not all(t in failed or t.has_ended for t in trainers)
+    return [_fit_of(each, failed, interrupted, seconds) for each in own]
+
+
+def _fit_of(
+    trainers: Sequence[AdapterTrainer],
+    failed: Mapping[AdapterTrainer, TrainingError],
+    interrupted: bool,
+    seconds: float,
+) -> _Fit:
+    """How the training of one recipe's adapters ended, of which some may have failed."""
+    error = next((failed[trainer] for trainer in trainers if trainer in failed), None)
+    has_ended = error is not None and all(t in failed or t.has_ended for t in trainers)
+    return _Fit(
+        steps=max(trainer.state.global_step for trainer in trainers),
+        finished=has_ended or not interrupted,
+        error=error,
+        seconds=seconds,
+        histories=[trainer.history for trainer in trainers],
+    )
 
 
 def _errors(trainers: Sequence[AdapterTrainer], starts: Sequence[str | None]) -> list[TrainingError | None]:
@@ -170,15 +181,15 @@ def _errors(trainers: Sequence[AdapterTrainer], starts: Sequence[str | None]) ->
 
 def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
     """Evaluate what was trained, unless it is still to go on."""
-    if fit.error is not None:
+    if fit.finished and fit.error is not None:
         return fit.error
     try:
-        evaluation = Evaluation() if fit.interrupted else _evaluated(setup)
+        evaluation = _evaluated(setup) if fit.finished else Evaluation()
     except AdapterError as error:
         return TrainingError(str(error))
     trained, total = setup.model.get_nb_trainable_parameters()
     return Report(
-        finished=not fit.interrupted,
+        finished=fit.finished,
         steps=fit.steps,
         before=before,
         evaluation=evaluation,

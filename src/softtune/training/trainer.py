@@ -17,8 +17,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -56,7 +63,8 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self._last_good: dict[str, Tensor] = {}
+        self._last_good: list[Tensor] = []
+        """What was trained when the loss was last a number."""
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -70,12 +78,27 @@ class AdapterTrainer(Trainer):
             if name in entry
         ]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, with the trunk cache."""
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing more to train: all steps are done, or rows held out have said to stop."""
+        callbacks: Any = self.state.stateful_callbacks
+        stopping = callbacks.get(EarlyStoppingCallback.__name__)
+        is_out_of_patience = (
+            stopping is not None
+            and stopping["attributes"]["early_stopping_patience_counter"] >= stopping["args"]["early_stopping_patience"]
+        )
+        return self.state.global_step >= self.state.max_steps or is_out_of_patience
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:  # type: ignore[override]
+        """The Trainer's, with the trunk cache; nothing where the checkpoint is of a training that has ended."""
+        if resume_from_checkpoint is not None:
+            self.state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE_FILE)))
+            if self.has_ended:
+                self._load_from_checkpoint(self.state.best_model_checkpoint or resume_from_checkpoint)
+                return
         with self._trunk():
-            output = super().train(*args, **kwargs)
+            super().train(resume_from_checkpoint=resume_from_checkpoint)
         self._check_numbers()
-        return output
 
     def _trunk(self) -> AbstractContextManager[Any]:
         if self.gradients is not None or not any(self.trunk_cache):
@@ -99,15 +122,20 @@ class AdapterTrainer(Trainer):
         """
         if isinstance(labels := inputs.get("labels"), Tensor) and bool((labels == IGNORED).all()):
             raise DataError(f"no label in the batch of step {self.state.global_step + 1}: drop rows without an answer")
-        state = {name: p.detach().clone() for name, p in self._trained()}
         if self.gradients is None:
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         else:
             loss = self.gradients(self._prepare_inputs(inputs))
         if not torch.isfinite(loss):
             raise self._blown_up(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
-        self._last_good = state
+        self._keep()
         return loss
+
+    def _keep(self) -> None:
+        """Note what is trained as good; the update of the step comes later."""
+        self._last_good = self._last_good or [torch.empty_like(p) for p in self._trained()]
+        for kept, parameter in zip(self._last_good, self._trained(), strict=True):
+            kept.copy_(parameter.detach())
 
     def _check_numbers(self) -> None:
         """Raise TrainingError where the last step left what is trained, or the prompt that it makes, with something
@@ -115,13 +143,13 @@ class AdapterTrainer(Trainer):
         assert isinstance(self.model, PeftModel)
         prompts = [self.model.adapter(name).baked_state() for name in self.model.active_adapters]
         made = [x for prompt in prompts for x in prompt.values()]
-        if not all(torch.isfinite(x).all() for x in (*dict(self._trained()).values(), *made)):
+        if not all(torch.isfinite(x).all() for x in (*self._trained(), *made)):
             raise self._blown_up(f"the adapter is no longer made of numbers after step {self.state.global_step}")
 
     def _blown_up(self, what: str) -> TrainingError:
         """Put back the numbers of the last finite loss, and say so."""
-        for name, parameter in self._trained():
-            parameter.data.copy_(self._last_good.get(name, parameter))
+        for kept, parameter in zip(self._last_good, self._trained(), strict=False):
+            parameter.data.copy_(kept)
         return TrainingError(f"{what}: lower the learning rate; the adapter is kept as it was at the last finite loss")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,9 +157,12 @@ class AdapterTrainer(Trainer):
         with baked():
             return super().evaluation_loop(*args, **kwargs)
 
-    def _trained(self) -> list[tuple[str, Tensor]]:
-        assert self.model is not None
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+    def _trained(self) -> list[nn.Parameter]:
+        """What the adapters train; nothing of a base model that is trained itself."""
+        assert isinstance(self.model, PeftModel)
+        adapters = [self.model.adapter(name) for name in self.model.active_adapters]
+        parts: list[nn.Module] = [part for own in adapters for part in (own.module, *own.heads.values())]
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter alone: its folder holds all that training goes on from. Raises TrainingError where it is no
@@ -221,11 +252,13 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def training_arguments(folder: str | os.PathLike[str], **settings: Any) -> TrainingArguments:
-    """The Trainer's arguments with what is fixed here: AdamW, a log line a step, only the newest checkpoint kept."""
+    """The Trainer's arguments with what is fixed here: AdamW, a log line a step, only the newest checkpoint kept, and
+    the best one where that counts."""
     return TrainingArguments(
         output_dir=os.fspath(folder),
         logging_steps=1,
-        save_total_limit=1,
+        save_total_limit=2 if settings.get("load_best_model_at_end") else 1,  # of 1, the end leaves the best alone
+        restore_callback_states_from_checkpoint=True,
         save_strategy="steps",
         report_to="none",
         disable_tqdm=True,
