@@ -172,9 +172,12 @@ def write_reviews(source: Path, target: Path) -> None:
         rows.writerows([line[2:], TASKS["sst2"]["labels"][int(line[0])]] for line in lines)
 
 
-def quality(result: Report | TrainingError) -> dict[str, float]:
+def quality(result: Report | TrainingError | None) -> dict[str, float]:
+    """A run's; it ends all where it failed or was stopped."""
     if isinstance(result, TrainingError):
-        return {"accuracy": 0.0, "balanced_accuracy": 0.0, "steps": 0}
+        raise SystemExit(str(result))
+    if result is None or not result.finished:
+        raise SystemExit("stopped")
     return {**result.after, "steps": result.steps}
 
 
