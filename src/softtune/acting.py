@@ -145,13 +145,13 @@ def _prompt(backbone: Backbone, adapter: Adapter, *, ahead: bool) -> Prompt:
     """What an adapter contributes; its virtual tokens run ahead through its own trained modules."""
     known, module = _BAKED.get(), adapter.module
     if known is None or not ahead or module.training or torch.is_grad_enabled():
-        return _computed_prompt(backbone, adapter, ahead=ahead)
+        return computed_prompt(backbone, adapter, ahead=ahead)
     if module not in known:
-        known[module] = _computed_prompt(backbone, adapter, ahead=ahead)
+        known[module] = computed_prompt(backbone, adapter, ahead=ahead)
     return known[module]
 
 
-def _computed_prompt(backbone: Backbone, adapter: Adapter, *, ahead: bool) -> Prompt:
+def computed_prompt(backbone: Backbone, adapter: Adapter, *, ahead: bool) -> Prompt:
     prompt: Prompt = adapter.module.prompt()
     if not ahead:
         return prompt

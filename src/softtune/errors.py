@@ -7,7 +7,11 @@
     │   ├── AdapterMismatchError    an adapter trained on another base model
     │   └── CheckpointError         a folder or file that is missing, truncated, or in an unsafe format
     ├── DataError               a file, column, label or template that does not fit
-    └── TrainingError           training had to stop; the message says what was kept
+    ├── TrainingError           training had to stop; the message says what was kept
+    └── RequestError            a server cannot do what a request asks for
+        ├── TooLongError            its text, with what is to be written, is longer than the model takes
+        ├── FullError               too many others wait
+        └── ClosedError             the server is shutting down
 
 Each message is one line: what is wrong, then what to do. All derive from ``ValueError``, as PEFT's do.
 """
@@ -43,3 +47,19 @@ class DataError(SofttuneError):
 
 class TrainingError(SofttuneError):
     """Training had to stop; the message says what was kept."""
+
+
+class RequestError(SofttuneError):
+    """A server cannot do what a request asks for."""
+
+
+class TooLongError(RequestError):
+    """A request's text, with what is to be written, is longer than the model takes."""
+
+
+class FullError(RequestError):
+    """Too many others wait."""
+
+
+class ClosedError(RequestError):
+    """The server is shutting down."""

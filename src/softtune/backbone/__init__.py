@@ -234,6 +234,10 @@ class Backbone:
         above = {name for name, module in self.model.named_modules() if module not in below}
         return with_rows(self.model, self._outputs) | above
 
+    def is_by_head(self, name: str) -> bool:
+        """Whether a module's output is [B, heads, T, ...], as that of a norm of queries may be."""
+        return any(call.is_by_head for call in self._outputs.get(name, ()))
+
     @cached_property
     def _outputs(self) -> Outputs:
         with turn(self.model), evaluating(self.model):

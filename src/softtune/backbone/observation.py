@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softtune.backbone.interface import WRAPPER, AttentionRecorder
-from softtune.backbone.outputs import Outputs, observing
+from softtune.backbone.outputs import TOKENS, Outputs, observing
 from softtune.backbone.stack import AttentionLayer, Site, Stack
 
 
@@ -50,7 +50,7 @@ def seen_attention(model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Te
 def seen_outputs(model: PreTrainedModel, stacks: Sequence[Stack]) -> Outputs:
     """What all modules of the base model return for two rows of seven tokens."""
     embeddings = [stack.module.get_input_embeddings() for stack in stacks]
-    ids = stacks[0].some_ids(14).view(2, 7)  # so many that no expert gets all by chance
+    ids = stacks[0].some_ids(2 * TOKENS).view(2, TOKENS)
     with observing(model, embeddings) as outputs:
         _run(model, stacks, {"input_ids": ids})
     return outputs

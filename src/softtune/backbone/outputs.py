@@ -21,6 +21,10 @@ Outputs = dict[str, list["Output"]]
 """What each module returned, call by call, by name; nothing of those that were not called."""
 
 
+TOKENS = 7
+"""Of each of the two rows: so many that no expert gets all by chance."""
+
+
 @dataclass(frozen=True)
 class Output:
     """What one call of a module returned."""
@@ -29,6 +33,8 @@ class Output:
     """The number of features; None where it is no tensor."""
     has_rows: bool
     """Whether it has the rows one after another, as [B, ...] or [B·T, ...]."""
+    is_by_head: bool = False
+    """Whether it is [B, heads, T, ...]."""
 
     @classmethod
     def of(cls, output: Any) -> Output:
@@ -37,7 +43,8 @@ class Output:
             return cls(None, has_rows=False)
         lost = output.isnan().flatten(1)
         is_second = torch.arange(len(lost), device=lost.device) * 2 >= len(lost)
-        return cls(output.shape[-1], has_rows=len(lost) % 2 == 0 and bool((lost == is_second[:, None]).all()))
+        has_rows = len(lost) % 2 == 0 and bool((lost == is_second[:, None]).all())
+        return cls(output.shape[-1], has_rows, is_by_head=output.dim() == 4 and output.shape[1] != TOKENS)
 
 
 @contextmanager

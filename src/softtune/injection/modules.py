@@ -42,7 +42,7 @@ class ModuleChanges:
         self._model = backbone.model
         self._hooks: dict[nn.Module, list[Any]] = {}
         self._is_acting = False
-        for name, hook in [*_adders(biases, rows), *_answers(heads, rows)]:
+        for name, hook in [*_adders(backbone, biases, rows), *_answers(heads, rows)]:
             hook = hook if rows is None or name in backbone.row_modules else partial(_refuse, name)
             self._hooks.setdefault(self._model.get_submodule(name), []).append(hook)
 
@@ -85,7 +85,7 @@ def _refuse(name: str, *_: Any) -> None:
     )
 
 
-def _adders(adapters: Sequence[Additions], rows: Tensor | None) -> list[tuple[str, Any]]:
+def _adders(backbone: Backbone, adapters: Sequence[Additions], rows: Tensor | None) -> list[tuple[str, Any]]:
     """Names of modules, and the hooks that add each adapter's changes to their outputs."""
     changes: dict[str, list[Tensor | None]] = {}
     slots: dict[str, BiasSlot] = {}
@@ -93,10 +93,11 @@ def _adders(adapters: Sequence[Additions], rows: Tensor | None) -> list[tuple[st
         for slot, change in additions:
             slots[slot.name] = slot
             changes.setdefault(slot.name, [None] * len(adapters))[number] = change
-    return [(slot.module, _adder(slot, changes[name], rows)) for name, slot in slots.items()]
+    by_head = {slot.module: rows is not None and backbone.is_by_head(slot.module) for slot in slots.values()}
+    return [(slot.module, _adder(slot, changes[name], rows, by_head[slot.module])) for name, slot in slots.items()]
 
 
-def _adder(slot: BiasSlot, changes: Sequence[Tensor | None], rows: Tensor | None) -> Any:
+def _adder(slot: BiasSlot, changes: Sequence[Tensor | None], rows: Tensor | None, is_by_head: bool) -> Any:
     some = next(change for change in changes if change is not None)
 
     def add(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -104,13 +105,16 @@ def _adder(slot: BiasSlot, changes: Sequence[Tensor | None], rows: Tensor | None
         if slot.index is not None:
             index = slot.index.to(added.device)
             added = added.new_zeros(len(added), output.shape[-1]).index_copy(1, index, added)
-        return output + (added[0] if rows is None else _per_row(added, rows, output))
+        return output + (added[0] if rows is None else _per_row(added, rows, output, is_by_head))
 
     return add
 
 
-def _per_row(added: Tensor, rows: Tensor, output: Tensor) -> Tensor:
-    """[B, 1, ..., N] each row's addition [N]; an output of B·T tokens in one dimension counts as B rows of T."""
+def _per_row(added: Tensor, rows: Tensor, output: Tensor, is_by_head: bool) -> Tensor:
+    """[B, 1, ..., N] each row's addition [N]; an output of B·T tokens in one dimension counts as B rows of T, and one
+    row of B tokens as B rows."""
+    if len(output) == 1 and output.shape[1 + is_by_head] == len(rows):
+        return added[rows].view(1, *[1] * is_by_head, len(rows), *[1] * (output.dim() - 3 - is_by_head), -1)
     return added[multiplied(rows, len(output))].view(len(output), *[1] * (output.dim() - 2), -1)
 
 

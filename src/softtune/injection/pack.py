@@ -88,7 +88,7 @@ class Pack:
         self.places[self.rows, own] = torch.arange(len(own), device=mask.device)
         for row, owner, length in shared:
             self.places[row, :length] = self.places[owner, :length]
-        self.groups = [self._group(rows, common[rows]) for rows in _alike_long(self.lengths, self.lengths - common)]
+        self.groups = [self._group(rows, common[rows]) for rows in alike_long(self.lengths, self.lengths - common)]
         self._by_column = self.places.gather(
             1, (torch.arange(mask.shape[1], device=mask.device) - starts) % len(numbers)
         )
@@ -211,7 +211,7 @@ def _common(numbers: Tensor, is_token: Tensor) -> list[tuple[int, int, int]]:
     return [common for common in zip(rows.tolist(), before.tolist(), lengths.tolist(), strict=True) if common[2]]
 
 
-def _alike_long(lengths: Tensor, queries: Tensor) -> list[Tensor]:
+def alike_long(lengths: Tensor, queries: Tensor) -> list[Tensor]:
     """Numbers of the rows with queries, in groups of like many queries and tokens."""
     asking = queries.nonzero().flatten().tolist()
     groups = [g for some in _halved(asking, queries.tolist()) for g in _halved(some, lengths.tolist())]

@@ -6,12 +6,12 @@ P virtual tokens, H key/value heads, K key size, V value size, W = the sum of HÂ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from softtune.backbone import AttentionLayer, Backbone, Site
+from softtune.backbone import AttentionLayer, Backbone, Place, Site
 from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.methods.base import KeyValue, PromptLearningConfig
 
@@ -82,6 +82,12 @@ def split_prefix(flat: Tensor, layers: Sequence[AttentionLayer]) -> dict[tuple[S
         return next(parts).view(len(flat), layer.heads, -1).transpose(0, 1)
 
     return {(a.site, a.index): KeyValue(key=heads(a), value=heads(a)) for a in layers}
+
+
+def joined_prefix(prefixes: Mapping[Place, KeyValue], layers: Sequence[AttentionLayer]) -> Tensor:
+    """[P, W] out of each layer's key [H, P, K] and value [H, P, V]."""
+    parts = [part for layer in layers for part in prefixes[layer.place]]
+    return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
 
 
 def flat_prefix(backbone: Backbone, layers: Sequence[AttentionLayer], words: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""The inference form of an adapter: what requests need of it, in one file that is read in milliseconds.
+
+An MLP or LSTM is dropped, and virtual tokens in front of a decoder's text become their keys and values, which don't
+depend on what follows. Letters: P virtual tokens, D hidden size, W numbers of one virtual token in all layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from softtune import checkpoint
+from softtune.acting import computed_prompt
+from softtune.adapter import Adapter
+from softtune.backbone import AttentionLayer, Backbone, turn
+from softtune.errors import UnsupportedModelError
+from softtune.methods import PeftConfig
+from softtune.methods.base import Prompt
+from softtune.methods.flat import joined_prefix, split_prefix
+
+
+def load(backbone: Backbone, folder: Path) -> Adapter:
+    """A saved adapter, for inference.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or pickled.
+        AdapterMismatchError, UnsupportedModelError: it was trained on another base model.
+        ConfigError: it has a key that softtune does not know.
+    """
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = True
+    checkpoint.check_base_model(folder, backbone)
+    adapter = Adapter.new(config, backbone)
+    checkpoint.load(folder, adapter)
+    for part in (adapter.module, *adapter.heads.values()):
+        part.eval().requires_grad_(False)
+    return adapter
+
+
+@torch.no_grad()
+def bake(backbone: Backbone, adapter: Adapter) -> Prompt:
+    """What an adapter contributes to the texts of a decoder.
+
+    Raises:
+        UnsupportedModelError: it trains whole modules, which texts of other adapters share.
+    """
+    if adapter.heads:
+        raise UnsupportedModelError(
+            f"the adapter has a {next(iter(adapter.heads))} of its own, beside which no other adapter writes: "
+            "train it without modules_to_save"
+        )
+    with turn(backbone.model):
+        return computed_prompt(backbone, adapter, ahead=True)
+
+
+def save(prompt: Prompt, backbone: Backbone, file: Path) -> None:
+    """Write a baked prompt."""
+    layers = _layers(prompt, backbone)
+    tensors = {f"addition.{slot.name}": added for slot, added in prompt.additions}
+    if prompt.vectors is not None:
+        tensors["vectors"] = prompt.vectors
+    if layers:
+        tensors["prefix"] = joined_prefix(prompt.prefixes, layers)
+    facts = {
+        "num_virtual_tokens": prompt.num_virtual_tokens,
+        "layers": [backbone.attention_layers.index(layer) for layer in layers],
+        "after_text": prompt.after_text,
+        "shifts_positions": prompt.shifts_positions,
+    }
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, {"prompt": json.dumps(facts)})
+
+
+def read(file: Path, backbone: Backbone) -> Prompt:
+    """A baked prompt, out of the file that ``save`` wrote."""
+    with safe_open(file, "pt", device=str(backbone.model.device)) as opened:
+        facts = json.loads(opened.metadata()["prompt"])
+        tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    layers = [backbone.attention_layers[number] for number in facts["layers"]]
+    slots = {f"addition.{slot.name}": slot for slot in backbone.bias_slots()} if tensors.keys() - _OTHERS else {}
+    return Prompt(
+        num_virtual_tokens=facts["num_virtual_tokens"],
+        vectors=tensors.get("vectors"),
+        prefixes=split_prefix(tensors["prefix"], layers) if layers else {},
+        additions=[(slots[name], added) for name, added in tensors.items() if name in slots],
+        after_text=facts["after_text"],
+        shifts_positions=facts["shifts_positions"],
+    )
+
+
+_OTHERS = {"vectors", "prefix"}
+
+
+def _layers(prompt: Prompt, backbone: Backbone) -> Sequence[AttentionLayer]:
+    """Those that have the prompt's prefix."""
+    return [layer for layer in backbone.attention_layers if layer.place in prompt.prefixes]

@@ -1,0 +1,180 @@
+"""Adapters by name and version: checked and baked once, held in memory while they are asked for, else on disk.
+
+A request holds on to the version that it began with; one that is replaced or removed is forgotten with its last
+request. Knows nothing about requests, and nothing about what adapters do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import RLock
+from typing import Generic, Protocol, TypeVar
+
+from softtune.data import Task
+from softtune.errors import AdapterError
+from softtune.methods import PeftConfig
+
+
+@dataclass(eq=False)
+class Version:
+    """One state of an adapter."""
+
+    name: str
+    number: int
+    config: PeftConfig
+    task: Task | None
+    """What it was trained for; None where nobody noted it."""
+    file: Path
+    """Its inference form."""
+    leases: int = 0
+    """Requests that hold on to it."""
+    is_retired: bool = False
+    """Whether new requests see another one, or none."""
+
+
+class Loaded(Protocol):
+    """An adapter in memory."""
+
+    @property
+    def bytes(self) -> int:
+        """What it takes there."""
+        ...
+
+    def release(self) -> None:
+        """Forget it."""
+        ...
+
+
+Held = TypeVar("Held", bound=Loaded)
+
+
+class Registry:
+    """The adapters that are served.
+
+    Args:
+        bake: checks the adapter in a folder and writes its inference form into a file; returns its config and task.
+        folder: where inference forms are kept.
+        forget: told of a version that nobody holds on to any more.
+    """
+
+    def __init__(
+        self,
+        bake: Callable[[Path, Path], tuple[PeftConfig, Task | None]],
+        folder: Path,
+        forget: Callable[[Version], None],
+    ) -> None:
+        self._bake = bake
+        self._folder = folder
+        self._forget = forget
+        self._versions: dict[str, Version] = {}
+        self._numbers = itertools.count(1)
+        self._lock = RLock()
+
+    @property
+    def versions(self) -> list[Version]:
+        """Those that new requests see, by name."""
+        with self._lock:
+            return [self._versions[name] for name in sorted(self._versions)]
+
+    def add(self, name: str, folder: Path) -> Version:
+        """Serve the adapter in a folder by a name, from now on in place of what had it.
+
+        Raises:
+            SofttuneError: it cannot be served; what had the name is still there.
+        """
+        number = next(self._numbers)
+        file = self._folder / f"{number}.safetensors"
+        config, task = self._bake(folder, file)
+        version = Version(name, number, config, task, file)
+        with self._lock:
+            before, self._versions[name] = self._versions.get(name), version
+        self._retire(before)
+        return version
+
+    def remove(self, name: str) -> None:
+        """Serve an adapter no longer. Raises AdapterError where there is none of that name."""
+        with self._lock:
+            version = self._versions.pop(name, None)
+        if version is None:
+            raise self._unknown(name)
+        self._retire(version)
+
+    def lease(self, name: str) -> Version:
+        """The version that a request sees from its first token to its last. Raises AdapterError for an unknown name."""
+        with self._lock:
+            if name not in self._versions:
+                raise self._unknown(name)
+            self._versions[name].leases += 1
+            return self._versions[name]
+
+    def release(self, version: Version) -> None:
+        """A request with this version has ended."""
+        with self._lock:
+            version.leases -= 1
+        self._forget_unused(version)
+
+    def _retire(self, version: Version | None) -> None:
+        if version is not None:
+            version.is_retired = True
+            self._forget_unused(version)
+
+    def _forget_unused(self, version: Version) -> None:
+        if version.is_retired and not version.leases:
+            version.file.unlink(missing_ok=True)
+            self._forget(version)
+
+    def _unknown(self, name: str) -> AdapterError:
+        some = ", ".join(sorted(self._versions)[:5]) or "none"
+        return AdapterError(f"no adapter is named {name!r}: among those that are served are {some}")
+
+
+@dataclass
+class Hot(Generic[Held]):
+    """The adapters in memory. Those in use stay there, others while there is room."""
+
+    load: Callable[[Version], Held]
+    """Brings an adapter into memory."""
+    _held: OrderedDict[Version, Held] = field(default_factory=OrderedDict)
+    _uses: dict[Version, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(held.bytes for held in self._held.values())
+
+    def use(self, version: Version) -> Held:
+        """An adapter in memory, which stays there until ``done``."""
+        held = self._held.get(version)
+        if held is None:
+            held = self._held[version] = self.load(version)
+        self._held.move_to_end(version)
+        self._uses[version] = self._uses.get(version, 0) + 1
+        return held
+
+    def done(self, version: Version) -> None:
+        """A use has ended."""
+        self._uses[version] -= 1
+        if not self._uses[version]:
+            del self._uses[version]
+
+    @property
+    def idle(self) -> list[Held]:
+        """Those that nobody uses, asked for longest ago first."""
+        return [held for version, held in self._held.items() if version not in self._uses]
+
+    def shrink(self, bound: int) -> None:
+        """Forget what is retired, and what is beyond a bound."""
+        for version in [v for v in self._held if v.is_retired and v not in self._uses]:
+            self._held.pop(version).release()
+        while self.bytes > bound and self.drop_one():
+            pass
+
+    def drop_one(self) -> bool:
+        """Forget what was asked for longest ago; False where all are in use."""
+        idle = next((version for version in self._held if version not in self._uses), None)
+        if idle is not None:
+            self._held.pop(idle).release()
+        return idle is not None
