@@ -65,9 +65,16 @@ def test_a_name_that_leads_nowhere(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_task_without_a_recipe() -> None:
-    with pytest.raises(ConfigError, match="FEATURE_EXTRACTION has no recipe"):
-        load_base_model("anything", TaskType.FEATURE_EXTRACTION)
+@pytest.mark.parametrize("task", [TaskType.FEATURE_EXTRACTION, "FEATURE_EXTRACTION", "NER"])
+def test_a_task_without_a_class_of_model(task: TaskType | str) -> None:
+    name = "NER" if task == "NER" else "FEATURE_EXTRACTION"
+    with pytest.raises(ConfigError, match=f"no base model is loaded for task {name}: use one of CAUSAL_LM, .*ANS$"):
+        load_base_model("anything", task)
+
+
+def test_a_task_by_its_name(models: dict[str, str]) -> None:
+    model, _ = load_base_model(models["bert"], "SEQ_CLS", num_labels=3)
+    assert model.num_labels == 3
 
 
 def test_a_model_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

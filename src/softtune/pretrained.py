@@ -54,21 +54,20 @@ PACKAGED = {
 
 
 def load_base_model(
-    name: str, task: TaskType = TaskType.CAUSAL_LM, *, num_labels: int | None = None
+    name: str, task: TaskType | str = TaskType.CAUSAL_LM, *, num_labels: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base model in evaluation mode and fp32, and its tokenizer.
 
     Args:
         name: a folder, a hub name, ``smollm2-135m`` or ``minilm``.
-        task: which class of model to load.
+        task: which class of model to load, or its name.
         num_labels: classes of a new head.
 
     Raises:
-        ConfigError: there is no such model, or it has no such task: no language head, or an encoder's.
+        ConfigError: there is no such model or task, or it has no such task: no language head, or an encoder's.
     """
+    task = known_task(task)
     source = locate_base_model(name)
-    if task not in MODEL_CLASSES:
-        raise ConfigError(f"task {task.value} has no recipe: use one of {', '.join(t.value for t in MODEL_CLASSES)}")
     options = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -89,6 +88,14 @@ def load_base_model(
     if model.config.get_text_config().pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def known_task(task: TaskType | str) -> TaskType:
+    """A task by itself or by its name. Raises ConfigError where no base model is loaded for it."""
+    if task in MODEL_CLASSES:
+        return TaskType(task)
+    names = ", ".join(known.value for known in MODEL_CLASSES)
+    raise ConfigError(f"no base model is loaded for task {getattr(task, 'value', task)}: use one of {names}")
 
 
 def locate_base_model(name: str) -> str:

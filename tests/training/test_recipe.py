@@ -59,6 +59,8 @@ def test_every_field_says_what_it_is_for() -> None:
         ({"options": {"num_virtual_tokens": 0}}, "num_virtual_tokens = 0.*greater than or equal to 1"),
         ({"options": {"num_virtual_token": 3}}, "did you mean num_virtual_tokens"),
         ({"task": "SEQ_CLS"}, "SEQ_CLS needs labels"),
+        ({"task": "NER"}, "task is 'NER': use one of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS$"),
+        ({"task": "FEATURE_EXTRACTION"}, "task is 'FEATURE_EXTRACTION': use one of CAUSAL_LM, .*QUESTION_ANS$"),
         ({"shares": {"a": 1.0}}, "shares needs examples"),
         (
             {"template": "{prompt:3} {text}", "method": "P_TUNING", "options": {"num_virtual_tokens": 4}},

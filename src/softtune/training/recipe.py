@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from softtune.data import LabelTask, Task, Template
 from softtune.errors import CheckpointError
 from softtune.methods import PeftConfig, PeftType, TaskType
 from softtune.methods.base import CONFIG_NAME
+from softtune.pretrained import MODEL_CLASSES, known_task
 from softtune.training.definition import check_task, task_of
 from softtune.training.fields import checked, read_fields
 
@@ -47,6 +48,7 @@ NOT_OPTIONS = {
 """Fields of the method's config that are not for ``options``, and what to do instead."""
 
 HINTS = {
+    "task": f"use one of {', '.join(task.value for task in MODEL_CLASSES)}",
     "labels": "list texts, or name a text for each label, with quotes around numbers, yes, no, true and false",
     "test_size": "name a number of rows, or a share of them below 1",
     "validation_size": "name a number of rows of 1 or more, or a share of them between 0 and 1",
@@ -70,7 +72,7 @@ class Recipe(BaseModel):
 
     model: str
     """Base model: a folder, a hub name, smollm2-135m or minilm."""
-    task: TaskType = TaskType.CAUSAL_LM
+    task: Annotated[TaskType, AfterValidator(known_task)] = TaskType.CAUSAL_LM
     """CAUSAL_LM and SEQ_2_SEQ_LM write the label, a choice or a text; SEQ_CLS has a head for labels, TOKEN_CLS one for
     the tags of words, QUESTION_ANS one for parts of a text."""
     train: str | Annotated[list[str], Field(min_length=1)]
