@@ -254,7 +254,7 @@ def test_split_is_seeded_and_loses_nothing():
 
 @pytest.mark.parametrize("test_size", [0, 10, 1.5, -1])
 def test_split_of_an_impossible_size(test_size):
-    with pytest.raises(DataError, match="cannot split 10 rows: test_size"):
+    with pytest.raises(DataError, match=f"cannot hold out {test_size} of 10 rows: hold out 1 or more, and leave"):
         split_records(labelled(a=10), test_size=test_size, seed=0)
 
 

@@ -35,10 +35,12 @@ def test_a_saved_recipe_is_the_same_when_it_is_read(tmp_path: Path) -> None:
     assert Recipe.of_adapter(tmp_path) == recipe
 
 
-def test_a_saved_recipe_with_evaluation_data_can_be_read(tmp_path: Path) -> None:
-    """Its test_size is nobody's wish; and to hold out nothing contradicts no evaluation data."""
-    for fields in ({}, {"test_size": 0}):
-        recipe = Recipe.of({**FIELDS, "evaluation": "more.csv", **fields})
+@pytest.mark.parametrize("task", [{}, {"labels": ["a"]}, {"task": "QUESTION_ANS", "template": "{q} {c}", "stride": 9}])
+def test_a_saved_recipe_with_fields_that_do_nothing_can_be_read(tmp_path: Path, task: dict[str, Any]) -> None:
+    """It has all fields, and nobody asked for what they are by default. To hold out nothing, or to switch patience off,
+    contradicts nothing either."""
+    for fields in ({}, {"test_size": 0}, {"patience": None, "validation_size": 4}):
+        recipe = Recipe.of({**FIELDS, "evaluation": "more.csv", **task, **fields})
         recipe.save(tmp_path / "recipe.yaml")
         assert Recipe.of_adapter(tmp_path) == recipe
 
@@ -75,8 +77,17 @@ def test_every_field_says_what_it_is_for() -> None:
             {"template": "{prompt:3} {text}", "method": "PROMPT_TUNING", "options": {"placement": "suffix"}},
             "the template says where virtual tokens stand",
         ),
-        ({"evaluation": "more.csv", "test_size": 0.2}, "test_size holds rows out where there is no evaluation"),
+        ({"evaluation": "more.csv", "test_size": 0.3}, "test_size holds rows out where there is no evaluation"),
+        ({"evaluation_split": "dev"}, "evaluation_split needs evaluation: name the data set there too"),
+        ({"evaluation_examples": 8, "test_size": 0}, "evaluation_examples needs rows to evaluate on: set evaluation"),
+        ({"validation_size": 0.2}, "validation_size holds rows out for patience: set patience, or drop it"),
+        ({"stride": 8}, "stride is for QUESTION_ANS: drop it"),
+        ({"unanswerable": True}, "unanswerable is for QUESTION_ANS: drop it"),
+        ({"max_new_tokens": 8, "labels": ["a"]}, "max_new_tokens is for texts that a language model writes: drop it"),
+        ({"max_new_tokens": 8, "choices": "c"}, "max_new_tokens is for texts that a language model writes: drop it"),
         ({"template": "{text"}, "stray"),
+        ({"template": "text : "}, "the template names no column, so that all records read alike: write one, such as"),
+        ({"template": "{prompt:3} : ", "method": "P_TUNING"}, "the template names no column"),
         ({"compile": True, "trunk_cache": 10}, "compile does not go with the trunk cache"),
         ({"ensemble": 0}, "ensemble"),
         ({"patience": 0}, "patience"),
@@ -132,6 +143,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
         Recipe.load(tmp_path / "none.yaml")
     with pytest.raises(CheckpointError, match=r"has no recipe.yaml"):
         Recipe.of_adapter(tmp_path)
+
+
+def test_choices_may_differ_where_the_template_does_not() -> None:
+    assert Recipe.of({**FIELDS, "template": "Which is right? ", "choices": "c"}).definition.columns == ("c",)
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -400,9 +400,9 @@ def test_a_run_that_is_shorter_than_an_interval_is_validated(
         steps.clear()
 
 
-def test_rows_held_out_need_patience(fields: dict[str, Any]) -> None:
-    assert train(Recipe.of({**fields, "validation_size": 4})).validation_rows == 0
-    with pytest.raises(DataError, match="cannot split 18 rows"):
+def test_rows_held_out_leave_some_to_train_on(fields: dict[str, Any]) -> None:
+    assert train(Recipe.of({**fields, "patience": None, "validation_size": 4})).validation_rows == 0
+    with pytest.raises(DataError, match="cannot hold out 18 of 18 rows"):
         train(Recipe.of({**fields, "patience": 1, "validation_size": 18, "output": fields["output"] + "-2"}))
 
 

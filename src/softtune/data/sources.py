@@ -60,7 +60,9 @@ def split_records(dataset: Dataset, *, test_size: float, seed: int) -> tuple[Dat
     try:
         parts = dataset.train_test_split(test_size=test_size, seed=seed)
     except ValueError as error:
-        raise DataError(f"cannot split {len(dataset)} rows: {_first_line(error)}") from error
+        raise DataError(
+            f"cannot hold out {test_size} of {len(dataset)} rows: hold out 1 or more, and leave some to train on"
+        ) from error
     return parts["train"], parts["test"]
 
 

@@ -25,11 +25,11 @@ def check_task(recipe: Recipe) -> None:
         raise ValueError("QUESTION_ANS answers with parts of a text: drop labels")
     if recipe.choices and (labels or kind is not TaskType.CAUSAL_LM):
         raise ValueError("choices are for a decoder that writes one: set task: CAUSAL_LM, and drop labels")
-    if recipe.calibrate and (not labels or kind.has_head):
-        raise ValueError("calibrate is for labels that a language model writes: list labels, or drop it")
     template, example = Template(recipe.template), READ_AS_THEY_ARE.get(kind)
     if example and not _is_like(template, Template(example)):
         raise ValueError(f"{kind.value} reads its columns as they are: write a template such as {example!r}")
+    if not template.fields and not recipe.choices:
+        raise ValueError("the template names no column, so that all records read alike: write one, such as {text}")
 
 
 def task_of(recipe: Recipe) -> Task:

@@ -21,6 +21,7 @@ from softtune.methods.base import CONFIG_NAME
 from softtune.pretrained import MODEL_CLASSES, known_task
 from softtune.training.definition import check_task, task_of
 from softtune.training.fields import checked, read_fields
+from softtune.training.needs import check_needs
 
 RECIPE_NAME = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
@@ -168,8 +169,7 @@ class Recipe(BaseModel):
         check_task(self)
         if twice := [label for label, count in Counter(list(self.labels or ())).items() if count > 1]:
             raise ValueError(f"labels has {twice[0]!r} more than once: list every label once")
-        if self.shares and self.examples is None:
-            raise ValueError("shares needs examples: say how many rows to sample")
+        check_needs(self)
         if self.shots and (self.examples or not isinstance(self.definition, LabelTask)):
             raise ValueError("shots samples rows of each label: drop examples, and list labels of whole records")
         places, tokens = Template(self.template).num_virtual_tokens, self.options.get("num_virtual_tokens")
@@ -179,10 +179,6 @@ class Recipe(BaseModel):
             raise ValueError("the template says where virtual tokens stand: drop placement, or the template's places")
         if fixed := NOT_OPTIONS.keys() & self.options:
             raise ValueError(f"options has {min(fixed)}: {NOT_OPTIONS[min(fixed)]}")
-        if self.evaluation is not None and self.test_size and "test_size" in self.model_fields_set:
-            raise ValueError("test_size holds rows out where there is no evaluation data: drop one of the two")
-        if self.evaluation is None and self.evaluation_split != "train":
-            raise ValueError("evaluation_split needs evaluation: name the data set there too")
         if self.compile and self.has_trunk_cache:
             raise ValueError("compile does not go with the trunk cache, which leaves layers out: drop one of the two")
         if self.seed + self.ensemble > 2**32:
@@ -221,9 +217,8 @@ class Recipe(BaseModel):
         return cls.load(Path(folder) / RECIPE_NAME)
 
     def save(self, path: Path) -> None:
-        """Write all fields as YAML, but for a ``test_size`` that nothing uses."""
-        unused = {"test_size"} if self.evaluation is not None and self.test_size else None
-        fields = self.model_dump(mode="json", exclude=unused)
+        """Write all fields as YAML."""
+        fields = self.model_dump(mode="json")
         path.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @property

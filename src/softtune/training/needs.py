@@ -1,0 +1,49 @@
+"""Fields of a recipe that do something only beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from softtune.methods import TaskType
+
+if TYPE_CHECKING:
+    from softtune.training.recipe import Recipe
+
+
+def _writes_texts(recipe: Recipe) -> bool:
+    return not (recipe.labels or recipe.choices or recipe.task.has_head)
+
+
+NEEDS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
+    "shares": (lambda r: r.examples is not None, "needs examples: say how many rows to sample"),
+    "test_size": (
+        lambda r: r.evaluation is None,
+        "holds rows out where there is no evaluation data: drop one of the two",
+    ),
+    "evaluation_split": (lambda r: r.evaluation is not None, "needs evaluation: name the data set there too"),
+    "evaluation_examples": (
+        lambda r: r.evaluation is not None or bool(r.test_size),
+        "needs rows to evaluate on: set evaluation or test_size",
+    ),
+    "validation_size": (
+        lambda r: "patience" in r.model_fields_set,  # null too: a run without patience drops no other field
+        "holds rows out for patience: set patience, or drop it",
+    ),
+    "calibrate": (
+        lambda r: bool(r.labels) and not r.task.has_head,
+        "is for labels that a language model writes: list labels, or drop it",
+    ),
+    "stride": (lambda r: r.task is TaskType.QUESTION_ANS, "is for QUESTION_ANS: drop it"),
+    "unanswerable": (lambda r: r.task is TaskType.QUESTION_ANS, "is for QUESTION_ANS: drop it"),
+    "max_new_tokens": (_writes_texts, "is for texts that a language model writes: drop it, or the labels or choices"),
+}
+"""When each of these does something, and what it needs."""
+
+
+def check_needs(recipe: Recipe) -> None:
+    """Raise ValueError where a field is set to something else than its default, and does nothing."""
+    for name, (is_used, message) in NEEDS.items():
+        value = getattr(recipe, name)
+        if value and value != type(recipe).model_fields[name].default and not is_used(recipe):
+            raise ValueError(f"{name} {message}")
