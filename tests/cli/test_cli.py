@@ -142,6 +142,18 @@ def test_profile_writes_no_messages_of_its_libraries(models: dict[str, str], tmp
     assert not done.stderr
 
 
+def test_the_learning_rate_finder_says_where_it_stopped_and_what_to_try(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softtune.training.learning_rate.HIGHEST", 1e38)  # a tiny model takes much
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter", method="BITFIT")
+    assert run("train", recipe, "--find-learning-rate") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"Stopped after step [0-9]+ of 40: (the loss was more than 2 times|at the next rate the)", shown)
+    assert re.search(r"Try --learning-rate [0-9]e[-+][0-9]+, a tenth of the rate at which the loss was lowest\.", shown)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_failures_are_told_before_an_interrupt_and_what_is_finished_after(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

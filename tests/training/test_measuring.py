@@ -11,8 +11,10 @@ from tests.training.test_run import no_dropout
 from torch.profiler import profile as Profiler
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from softtune import ConfigError
+from softtune import ConfigError, TrainingError
 from softtune.injection.trunk import Trunk
+from softtune.pretrained import load_base_model
+from softtune.training.learning_rate import RangeTest
 from softtune.training.measuring import find_learning_rate, profile_recipe
 from softtune.training.profile import ROUNDS, WARM_UP, ProductRecorder, _shares, _Timer
 from softtune.training.recipe import Recipe
@@ -85,7 +87,8 @@ def test_the_range_test_finds_where_the_loss_turns(fields: dict[str, Any], monke
     assert 0 < turn < len(found.losses) - 1
     assert found.losses[turn] < found.losses[0]
     assert found.losses[turn] < found.losses[-1]
-    assert found.suggestion == found.lowest / 3
+    assert found.suggestion == pytest.approx(found.lowest / 10)
+    assert found.end in (None, "the loss was more than 2 times its lowest")
 
 
 def test_a_range_test_that_leaves_the_numbers_ends(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +96,20 @@ def test_a_range_test_that_leaves_the_numbers_ends(fields: dict[str, Any], monke
     monkeypatch.setattr("softtune.training.learning_rate.RISEN", float("inf"))
     found = find_learning_rate(Recipe.of({**fields, "method": "BITFIT", "options": {"add_missing": True}}))
     assert len(found.rates) < 40
+    assert found.end == "at the next rate the loss was no number"
+
+
+def test_a_range_test_without_any_number_says_so(fields: dict[str, Any], tmp_path: Path) -> None:
+    base, tokenizer = load_base_model(fields["model"])
+    base.lm_head.weight.data.fill_(float("nan"))
+    for part in (base, tokenizer):
+        part.save_pretrained(tmp_path / "broken")
+    with pytest.raises(TrainingError, match="the loss is no number before anything is trained: check the base model"):
+        find_learning_rate(Recipe.of({**fields, "model": str(tmp_path / "broken")}))
+
+
+def test_the_suggestion_is_an_order_of_magnitude_below_the_lowest_loss() -> None:
+    found = RangeTest(rates=[1e-3, 1e-2, 1e-1, 1.0], losses=[3.0, 1.0, 0.5, 1.1])
+    assert found.suggestion == pytest.approx(1e-2)
+    assert found.end == "the loss was more than 2 times its lowest"
+    assert RangeTest(rates=[1e-3, 1e-2], losses=[3.0, 2.9]).suggestion is None

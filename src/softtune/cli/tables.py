@@ -12,7 +12,7 @@ from softtune.cli.console import console, show_pairs
 from softtune.evaluation.metrics import Quality
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.report import failures, table_of
-from softtune.training.learning_rate import RangeTest
+from softtune.training.learning_rate import STEPS, RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
 
@@ -89,10 +89,12 @@ def show_range_test(test: RangeTest) -> None:
         mark = "  lowest" if rate == test.lowest else ""
         table.add_row(f"{rate:.1e}", f"{loss:.3f}", "█" * round(40 * loss / highest) + mark)
     console.print(table)
+    if test.end is not None:
+        console.print(f"Stopped after step {len(test.losses)} of {STEPS}: {test.end}.")
     if test.suggestion is None:
         console.print("The loss has hardly fallen at any rate: keep the method's own.")
         return
-    console.print(f"Try --learning-rate {test.suggestion:.0e}, a third of the rate at which the loss was lowest.")
+    console.print(f"Try --learning-rate {test.suggestion:.0e}, a tenth of the rate at which the loss was lowest.")
 
 
 def show_entries(entries: Sequence[Entry], metric: str | None = None) -> None:

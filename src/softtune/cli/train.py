@@ -81,8 +81,6 @@ with_flags(
         argument("recipes", list[str], help="The recipe, a YAML file; or several that share a base model."),
         option("resume", bool, False, help="Go on with an interrupted run."),
         option("profile", bool, False, help="Measure where a step's time goes, and save nothing."),
-        option(
-            "find_learning_rate", bool, False, help="Try ever higher learning rates for 40 steps, and save nothing."
-        ),
+        option("find_learning_rate", bool, False, help="Try ever higher rates for up to 40 steps, and save nothing."),
     ],
 )

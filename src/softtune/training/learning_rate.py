@@ -1,12 +1,14 @@
-"""Finds a learning rate by a range test: Smith, 2017, Cyclical Learning Rates for Training Neural Networks, §3.3.
+"""Looks for a learning rate by a range test: Smith, 2017, Cyclical Learning Rates for Training Neural Networks, §3.3.
 
 The rate grows by the same factor from step to step. Too low a rate changes the loss little, too high a one raises it.
+Training goes on all the while, so that the loss is lowest late, at a rate already too high for a run. What is suggested
+is one order of magnitude below it, a rule of thumb: Gugger, 2018, How Do You Find A Good Learning Rate. It is a rate to
+begin with, and not the best one.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,8 @@ FALLEN = 0.9
 """A loss that never is so small a part of the first one has not fallen."""
 RISEN = 2.0
 """The test ends where the loss is so many times its lowest."""
+SHARE = 0.1
+"""Of the rate at which the loss was lowest."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,26 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float | None:
-        """A third of the rate at which the loss was lowest, where it is about to rise. None where it hardly fell."""
-        return self.lowest / 3 if min(self.losses) < FALLEN * self.losses[0] else None
+        """A tenth of the rate at which the loss was lowest. None where it hardly fell."""
+        return SHARE * self.lowest if min(self.losses) < FALLEN * self.losses[0] else None
+
+    @property
+    def end(self) -> str | None:
+        """Why there are fewer steps than asked for; None where there are all."""
+        if len(self.losses) == STEPS:
+            return None
+        risen = self.losses[-1] > RISEN * min(self.losses)
+        return (
+            f"the loss was more than {RISEN:g} times its lowest" if risen else "at the next rate the loss was no number"
+        )
 
 
 def range_test(trainer: AdapterTrainer) -> RangeTest:
-    """Train with a learning rate from 1e-4 to 1 in 40 steps, or until the loss rises; the adapter is spoiled by it."""
+    """Train with a learning rate from 1e-4 to 1 in 40 steps, or until the loss rises; the adapter is spoiled by it.
+
+    Raises:
+        TrainingError: the loss is no number from the beginning.
+    """
     optimizer = trainer.create_optimizer()
     for group in optimizer.param_groups:
         group["lr"] = LOWEST
@@ -54,8 +72,13 @@ def range_test(trainer: AdapterTrainer) -> RangeTest:
     trainer.args.max_steps, trainer.args.save_strategy = STEPS, "no"
     watcher = _Watcher()
     trainer.add_callback(watcher)
-    with suppress(TrainingError):  # at a rate where the loss is no number, the test is over
+    try:
         trainer.train()
+    except TrainingError as error:  # at a rate where the loss is no number, the test is over
+        if not watcher.found.losses:
+            raise TrainingError(
+                "the loss is no number before anything is trained: check the base model's weights, and bf16"
+            ) from error
     return watcher.found
 
 

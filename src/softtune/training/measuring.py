@@ -30,6 +30,7 @@ def find_learning_rate(recipe: Recipe) -> RangeTest:
 
     Raises:
         ConfigError, DataError: as from ``train``; or the recipe trains an ensemble.
+        TrainingError: the loss is no number from the beginning.
     """
     with _trainer_without_output(recipe) as trainer:
         return range_test(trainer)
