@@ -319,8 +319,8 @@ def test_ctrl_c_twice_says_what_is_kept(
         patch.setattr(torch.optim.AdamW, "step", interrupt_twice)
         assert run("train", recipe) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("softtune: stopped at once; no checkpoint is kept")
-    for command in ("predict", "generate", "inspect"):
-        assert run(command, str(tmp_path / "adapter"), *([] if command == "inspect" else ["--text", "red"])) == 2
+    for command, *text in (["predict", "--text", "red"], ["generate", "--text", "red"], ["inspect"], ["report"]):
+        assert run(command, str(tmp_path / "adapter"), *text) == 2
         assert "is unfinished: go on with softtune train --resume, or train anew" in capsys.readouterr().err
     assert run("train", recipe) == 0
 
@@ -359,10 +359,14 @@ def test_predict_refuses_before_any_work(
     monkeypatch.setattr("softtune.cli.predict.load_trained", None)
     data = write_rows(tmp_path / "new.csv", 6)
     (tmp_path / "bad.csv").write_text("words,label\nred sky,warm\nblue sky,tepid\n")
+    (tmp_path / "other.csv").write_text("text,label\nred sky,warm\n")
     (tmp_path / "folder").mkdir()
+    other = str(tmp_path / "other.csv")
     answers = str(tmp_path / "answers.csv")
     for arguments, message in (
-        ([data, "--output", str(tmp_path / "folder")], "folder is a folder: name a CSV file"),
+        ([data, "--output", str(tmp_path / "folder")], "folder is a folder: name a CSV or JSONL file"),
+        ([data, "--output", str(tmp_path / "a.txt")], "a.txt is neither CSV nor JSONL: let its name end in .csv"),
+        ([other], f"reads the column 'words', which {other} lacks; it has 'text', 'label': rename one of them"),
         ([data, "--output", f"{data}/below.csv"], "new.csv is a file: name a folder"),
         ([str(tmp_path / "bad.csv"), "--output", answers], "row 2: label 'tepid' is not one of 'warm', 'cold'"),
     ):

@@ -9,7 +9,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from softtune.data import Task, load_records
-from softtune.errors import ConfigError
+from softtune.data.formats import quoted
+from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import fitted
 from softtune.methods import PeftConfig, TaskType
 from softtune.model import PeftModel
@@ -62,12 +63,23 @@ def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[
 
 
 def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str) -> Dataset:
-    """Records of a file or hub name, or one for each text given on the command line."""
+    """Records of a file or hub name, or one for each text given on the command line.
+
+    Raises:
+        ConfigError: there are neither or both, or a text alone is no record.
+        DataError: the data cannot be read, or lacks a column that the template names.
+    """
     if bool(data) == bool(texts):
         raise ConfigError("name a data file, or give --text; one of the two")
-    if data:
-        return load_records(data, split=split, columns=recipe.columns)
     fields = recipe.definition.columns
+    if data:
+        records = load_records(data, split=split, columns=recipe.columns)
+        if missing := [name for name in fields if name not in records.column_names]:
+            raise DataError(
+                f"the adapter reads the column {quoted(missing)}, which {data} lacks; it has "
+                f"{quoted(records.column_names)}: rename one of them"
+            )
+        return records
     if len(fields) != 1:
         raise ConfigError(f"--text fills one field, the template has {', '.join(fields)}: give a data file")
     return Dataset.from_dict({fields[0]: texts})

@@ -25,6 +25,10 @@ from softtune.training.recipe import Recipe
 
 SHOWN = 20
 """Rows to show of a long result."""
+ENDINGS = (".csv", ".jsonl")
+"""Of files that answers can be written to."""
+VOTE = """Of an ensemble, take the answer that most members give; its probability is then the share of votes. Between
+labels with as many votes the mean probability decides, between texts or tags the earliest member."""
 
 
 def command(
@@ -33,9 +37,7 @@ def command(
     text: Annotated[list[str] | None, typer.Option(help="A text to answer instead; may be repeated.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write all answers to this CSV or JSONL file.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    vote: Annotated[
-        bool, typer.Option("--vote", help="Of an ensemble, take the label that most members answer.")
-    ] = False,
+    vote: Annotated[bool, typer.Option("--vote", help=VOTE)] = False,
     model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
 ) -> None:
     """Answer records with a trained adapter; measure the answers where the records have labels.
@@ -71,13 +73,15 @@ def _written(output: Path | None) -> Iterator[Callable[[Dataset], None]]:
         yield lambda answered: None
         return
     if output.is_dir():
-        raise ConfigError(f"{output} is a folder: name a CSV file to write the answers to")
+        raise ConfigError(f"{output} is a folder: name a CSV or JSONL file to write the answers to")
+    if output.suffix.lower() not in ENDINGS:
+        raise ConfigError(f"{output} is neither CSV nor JSONL: let its name end in {' or '.join(ENDINGS)}")
     with storage.staged(output.parent) as stage:
         yield lambda answered: _write(answered, stage / output.name)
 
 
 def _write(answered: Dataset, file: Path) -> None:
-    """JSON lines by the file's ending, else CSV, with lists and objects as JSON."""
+    """JSON lines or CSV by the file's ending, with lists and objects as JSON."""
     if file.suffix.lower() == ".jsonl":
         answered.to_json(file, force_ascii=False)
         return

@@ -9,9 +9,11 @@ import typer
 
 from softtune.cli.console import console, quiet
 from softtune.experiments import report
+from softtune.training.recipe import check_finished
 
 
 def command(folder: Annotated[Path, typer.Argument(help="The folder of a comparison, a sweep or an adapter.")]) -> None:
     """Write the page of a comparison or a sweep, of what is finished; or of an adapter, with its losses and traits."""
     quiet()
+    check_finished(folder)
     console.print(f"The page is {report.write(folder, title=folder.name)}.", soft_wrap=True)
