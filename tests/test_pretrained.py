@@ -116,9 +116,29 @@ def test_a_path_that_is_not_there_is_refused_without_the_hub(name: str, monkeypa
         load_base_model(name)
 
 
-def test_a_hub_that_cannot_be_reached() -> None:
+@pytest.mark.parametrize("name", ["nowhere/at-all", "nope"])
+def test_a_hub_that_cannot_be_reached(name: str) -> None:
     with pytest.raises(ConfigError, match="there is no such folder, and the hub could not be reached"):
-        load_base_model("nowhere/at-all")
+        load_base_model(name)
+
+
+def test_the_hub_is_asked_once_where_there_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ConnectError(Exception):
+        """What the hub's HTTP client raises where a name cannot be resolved or nobody listens."""
+
+    asked = []
+
+    def ask(address: str) -> None:
+        asked.append(address)
+        raise errors[-1]
+
+    monkeypatch.setattr("softtune.pretrained.get_hf_file_metadata", ask)
+    errors: list[Exception] = [ConnectError()]
+    with pytest.raises(ConfigError, match="the hub could not be reached"):
+        locate_base_model("nope")
+    assert asked == ["https://huggingface.co/nope/resolve/main/config.json"]
+    errors.append(TimeoutError())  # a slow hub is asked again
+    assert locate_base_model("nope") == "nope"
 
 
 @pytest.mark.parametrize("name", PACKAGED)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import (
+    CONFIG_NAME,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -102,7 +104,7 @@ def locate_base_model(name: str) -> str:
     """The folder or hub name that ``from_pretrained`` takes. Converts SmolLM2 at its first use, in half a minute.
 
     Raises:
-        ConfigError: there is no such folder, or the model's package is not installed.
+        ConfigError: there is no such folder, the model's package is not installed, or the hub cannot be reached.
     """
     if name == "minilm":
         return str(_package(PACKAGED[name]) / "model")
@@ -112,6 +114,7 @@ def locate_base_model(name: str) -> str:
             _convert_gguf(next(_package(PACKAGED[name]).glob("*.gguf")), folder)
         return str(folder)
     if not storage.is_path(name):
+        _check_reachable(name)
         return name
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -128,6 +131,22 @@ def name_here(name: str) -> str:
 def cache_folder() -> Path:
     """Where converted models are kept: below ``XDG_CACHE_HOME``, or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softtune"
+
+
+def _check_reachable(name: str) -> None:
+    """Ask the hub once for a model that is not in its cache: ``from_pretrained`` asks a dozen times, over 45 seconds.
+
+    Raises:
+        ConfigError: there is no connection. Whatever else is wrong ``from_pretrained`` finds too.
+    """
+    if isinstance(try_to_load_from_cache(name, CONFIG_NAME), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME))
+    except Exception as error:  # the hub's HTTP client, and so its types, change with the hub's version
+        if isinstance(error, OfflineModeIsEnabled) or type(error).__name__ == "ConnectError":
+            reason = "there is no such folder, and the hub could not be reached"
+            raise ConfigError(f"cannot load the base model {name!r} ({reason}): check its name") from error
 
 
 def _check_weights(name: str, task: TaskType, model: PreTrainedModel, missing: list[str]) -> None:
