@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import softtune
 from softtune import (
     AdapterMismatchError,
+    BitFitConfig,
     CheckpointError,
     PeftModel,
     PrefixTuningConfig,
@@ -22,6 +23,7 @@ from softtune import (
     set_peft_model_state_dict,
 )
 from tests.families import CAUSAL_LM, FAMILIES, SEQ_2_SEQ_LM, SEQ_CLS, VOCABULARY, adapted, base_model, cases
+from tests.tiny import save_models
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -67,15 +69,48 @@ def test_fields_of_softtune_stand_in_its_own_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "pipeline"), [("gpt2", CAUSAL_LM, "text-generation"), ("t5", SEQ_2_SEQ_LM, None)]
+    ("family", "task", "pipeline", "peft"),
+    [
+        ("gpt2", CAUSAL_LM, "text-generation", "reads it too"),
+        ("t5", SEQ_2_SEQ_LM, None, "does not compute the same from it"),
+    ],
 )
-def test_model_card(family: str, task: str, pipeline: str | None, tmp_path: Path) -> None:
+def test_model_card(family: str, task: str, pipeline: str | None, peft: str, tmp_path: Path) -> None:
     adapted(family, task, "prefix").save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft"
     assert card.data.pipeline_tag == pipeline
     adapted(family, task, "prefix").save_pretrained(tmp_path)
-    assert ModelCard.load(tmp_path / "README.md").text.count(f"- softtune {softtune.__version__}") == 1
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert text.count(f"- Trained with: softtune {softtune.__version__}") == 1
+    for part in ("- Method: PREFIX_TUNING, 5 virtual tokens", f"- Task: {task}\n", f"PEFT's `PeftModel` {peft}."):
+        assert part in text
+    assert "More Information Needed" not in text
+
+
+def test_a_model_cards_lines_load_the_adapter(tmp_path: Path) -> None:
+    bert = save_models(tmp_path)["bert"]
+    base = AutoModelForSequenceClassification.from_pretrained(bert)
+    model = get_peft_model(base, BitFitConfig(task_type="SEQ_CLS")).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"- Base model: {bert}" in card
+    assert "PEFT's `PeftModel` does not compute the same from it." in card
+    lines = card.partition("```python\n")[2].partition("```")[0]
+    found: dict[str, PeftModel] = {}
+    exec(lines.replace("the folder of this file", str(tmp_path / "adapter")), found)
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(found["model"](ids).logits, model(ids).logits)
+
+
+def test_a_model_card_follows_the_adapter_and_keeps_what_others_wrote(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n\nTrained on tea leaves.\n", encoding="utf-8")
+    for method, name in (("prefix", "PREFIX_TUNING"), ("prompt", "PROMPT_TUNING")):
+        adapted("gpt2", CAUSAL_LM, method).save_pretrained(tmp_path)
+        text = card.read_text(encoding="utf-8")
+        assert text.count("- Method: ") == text.count(f"- Method: {name}") == 1
+        assert text.count("Trained on tea leaves.") == text.count("license: mit") == 1
 
 
 @pytest.mark.promise(4, families=("bert",))

@@ -11,11 +11,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,12 +21,12 @@ from torch import Tensor
 from softtune import storage
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
+from softtune.card import CARD_NAME, model_card
 from softtune.errors import AdapterMismatchError, CheckpointError
 from softtune.methods.base import OWN_CONFIG_NAME, PeftConfig
 from softtune.methods.initialization import OWN_KEY, PROMPT_KEY, WEIGHTS_NAME
 
 STATE_NAME = "training_state.safetensors"
-CARD_NAME = "README.md"
 PICKLED_NAME = "adapter_model.bin"
 SAMPLE_KEY = "embedding_sample"
 ROWS_KEY = "embedding_rows"
@@ -53,7 +51,7 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -
         _write(stage / WEIGHTS_NAME, export(adapter, backbone))
         if adapter.is_reparameterised:
             _write(stage / STATE_NAME, adapter.module.state_dict())
-        _card(Path(folder) / CARD_NAME, config).save(stage / CARD_NAME)
+        model_card(Path(folder) / CARD_NAME, config, backbone).save(stage / CARD_NAME)
         rows = backbone.embedding.num_embeddings
         config.write(stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows})
     if not adapter.is_reparameterised:
@@ -178,18 +176,3 @@ def _check(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None
 
 def _write(path: Path, state: Mapping[str, Tensor]) -> None:
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, path, metadata={"format": "pt"})
-
-
-def _card(existing: Path, config: PeftConfig) -> ModelCard:
-    """The model card as PEFT writes it, so that hub pages know the adapter and its base model."""
-    card: ModelCard = ModelCard.load(existing) if existing.is_file() else ModelCard.from_template(ModelCardData())
-    data: Any = card.data
-    data.library_name = "peft"
-    data.base_model = config.base_model_name_or_path or ""
-    data.tags = sorted({*(data.tags or []), f"base_model:adapter:{data.base_model}"})
-    if config.task_type == "CAUSAL_LM":
-        data.pipeline_tag = data.pipeline_tag or "text-generation"
-    version = f"- softtune {metadata.version('softtune')}"
-    if version not in card.text:
-        card.text = f"{card.text.rstrip()}\n\n### Framework versions\n\n{version}\n"
-    return card

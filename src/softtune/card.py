@@ -1,0 +1,78 @@
+"""The model card: what an adapter is and how to load it, in the README of its folder, with a header for hub pages."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from softtune.backbone import Backbone
+from softtune.methods import PeftConfig
+
+CARD_NAME = "README.md"
+BEGIN, END = "<!-- softtune writes what is between here -->", "<!-- and here -->"
+
+
+def model_card(existing: Path, config: PeftConfig, backbone: Backbone) -> ModelCard:
+    """An adapter's card. In one that is there already, what others wrote stays.
+
+    Args:
+        existing: where there may be one.
+        config: the adapter's, as it is saved.
+        backbone: the base model's.
+    """
+    card = ModelCard.load(existing) if existing.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
+    data: Any = card.data
+    data.library_name = "peft"
+    data.base_model = config.base_model_name_or_path or ""
+    data.tags = sorted({*(data.tags or []), f"base_model:adapter:{data.base_model}"})
+    if config.task_type == "CAUSAL_LM":
+        data.pipeline_tag = data.pipeline_tag or "text-generation"
+    before, _, rest = card.text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    parts = (before.strip(), f"{BEGIN}\n{_description(config, backbone)}\n{END}", after.strip())
+    card.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"
+    return card
+
+
+def _description(config: PeftConfig, backbone: Backbone) -> str:
+    """What the config says, and how to load the adapter."""
+    assert config.peft_type is not None
+    tokens = getattr(config, "num_virtual_tokens", None)
+    facts = {
+        "Base model": config.base_model_name_or_path or "not named",
+        "Method": config.peft_type.value + (f", {tokens} virtual tokens" if tokens else ""),
+        "Task": config.task_type.value if config.task_type else type(backbone.model).__name__,
+        "Trained with": f"softtune {metadata.version('softtune')}",
+    }
+    also = "reads it too" if config.is_readable_by_peft(backbone) else "does not compute the same from it"
+    return "\n".join(
+        [
+            f"# {config.peft_type.value} adapter",
+            "",
+            "Trained on a frozen base model, which it needs:",
+            "",
+            *(f"- {name}: {fact}" for name, fact in facts.items()),
+            "",
+            "```python",
+            *_loading(config, backbone),
+            "```",
+            "",
+            f"PEFT's `PeftModel` {also}.",
+        ]
+    )
+
+
+def _loading(config: PeftConfig, backbone: Backbone) -> list[str]:
+    """The lines that load an adapter from its folder."""
+    name, source = type(backbone.model).__name__, config.base_model_name_or_path or "the base model"
+    head = f", num_labels={backbone.model.config.num_labels}" if config.task_type and config.task_type.has_head else ""
+    return [
+        f"from transformers import {name}",
+        "from softtune import PeftModel",
+        "",
+        f'base = {name}.from_pretrained("{source}"{head})',
+        'model = PeftModel.from_pretrained(base, "the folder of this file")',
+    ]
