@@ -126,6 +126,8 @@ def test_profile_shows_where_a_step_goes(
     assert run("train", recipe, "--profile") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("matrix products alone", "reading the weights", "tokens/s"))
+    limit = "(its matrix products alone|reading the weights twice), the higher of these two limits"
+    assert re.search(rf"A step takes [0-9.]+ times as long as {limit}\.", shown)
     assert not (tmp_path / "adapter").exists()
     assert run("train", recipe, recipe, "--profile") == 2
     assert "one recipe is measured at a time" in capsys.readouterr().err

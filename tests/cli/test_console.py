@@ -9,7 +9,8 @@ import pytest
 from tests.cli.test_cli import run, write_recipe
 from tests.tiny import save_models
 
-from softtune.cli.console import console, show_pairs
+from softtune import ConfigError
+from softtune.cli.console import console, progress_bars, show_pairs
 
 
 def test_brackets_and_colons_are_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,6 +20,16 @@ def test_brackets_and_colons_are_text(capsys: pytest.CaptureFixture[str]) -> Non
     assert "[INST] is it :heart: or :x:? [/INST]" in shown
     console.print("[/b] https://a.b/c?d=1")
     assert capsys.readouterr().out == "[/b] https://a.b/c?d=1\n"
+
+
+def test_bars_without_a_task_leave_no_empty_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError), progress_bars():
+        raise ConfigError("the recipe is wrong: mend it")
+    assert capsys.readouterr().err == ""
+    with progress_bars() as progress:
+        progress("training", 3, 3, "")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("training")
 
 
 @pytest.fixture(scope="module")

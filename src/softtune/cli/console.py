@@ -27,7 +27,10 @@ console = _plain()
 
 @contextmanager
 def progress_bars() -> Iterator[Reporting]:
-    """A function to report progress to, and a bar for every thing that it reports, for the length of the block."""
+    """A function to report progress to, and a bar for every thing that it reports, for the length of the block.
+
+    Nothing is shown before the first report, not even the empty line that bars without a task leave behind.
+    """
     columns = (
         TextColumn("{task.description:<26}", markup=False),
         BarColumn(),
@@ -36,14 +39,19 @@ def progress_bars() -> Iterator[Reporting]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=_plain(stderr=True)) as progress:
+    progress = Progress(*columns, console=_plain(stderr=True))
 
-        def report(phase: str, done: int, total: int, notes: str) -> None:
-            if phase not in bars:
-                bars[phase] = progress.add_task(phase, total=total, notes="")
-            progress.update(bars[phase], completed=done, total=total, notes=notes)
+    def report(phase: str, done: int, total: int, notes: str) -> None:
+        if phase not in bars:
+            bars[phase] = progress.add_task(phase, total=total, notes="")
+            progress.start()
+        progress.update(bars[phase], completed=done, total=total, notes=notes)
 
+    try:
         yield report
+    finally:
+        if bars:
+            progress.stop()
 
 
 @contextmanager

@@ -75,9 +75,11 @@ def show_profile(profile: Profile) -> None:
     for name, seconds in limits.items():
         table.add_row(name, f"{1000 * seconds:.1f}", f"{seconds / profile.seconds:.0%}")
     console.print(table)
+    limit = max(limits, key=limits.__getitem__)
     console.print(
-        f"{profile.tokens / profile.seconds:.0f} tokens/s, "
-        f"{profile.seconds / max(limits.values()):.2f} times the higher limit."
+        f"{profile.tokens / profile.seconds:.0f} tokens/s. A step takes {profile.seconds / limits[limit]:.2f} times as "
+        f"long as {limit}, the higher of these two limits.",
+        soft_wrap=True,
     )
 
 
