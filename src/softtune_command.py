@@ -1,16 +1,49 @@
-"""What the command ``softtune`` runs. It stands beside the package, whose imports take seconds that Ctrl-C may end."""
+"""What the command ``softtune`` runs. It stands beside the package, whose imports take seconds: the overview of the
+commands needs none of them, and a command is imported when it is called."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+COMMANDS = {
+    "train": "Train an adapter by a recipe, or those of several recipes at once, and show what came of it.",
+    "predict": "Answer records with a trained adapter; measure the answers where the records have labels.",
+    "generate": "Write the text that follows each record, one a line.",
+    "inspect": "Show an adapter's config and sizes, and the words nearest to its virtual tokens, or norms by layer.",
+    "compare": "Compare methods and baselines on the task of a recipe: quality, trained parameters, time and memory.",
+    "sweep": "Run a recipe at many points: every combination of some fields' values, or as many as a search tries.",
+    "report": "Write the page of a comparison or a sweep, or of an adapter, with its losses and traits.",
+}
+"""The commands, and how their descriptions begin."""
 
 
-def main() -> None:
-    """Import the command line and run it."""
+class _Imported(TyperCommand):
+    """A command that is imported when it is called."""
+
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        return _import(str(self.name)).make_context(info_name, args, parent, **extra)
+
+
+def _import(name: str) -> Any:
+    """A command of the package. Ctrl-C ends the imports with one line."""
     try:
-        from softtune.cli import main as run
+        from softtune.cli import load
 
-        run()
+        return load(name)
     except KeyboardInterrupt:
         print("softtune: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+main = typer.Typer(
+    help="Soft-prompt tuning of frozen Hugging Face transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for _name, _help in COMMANDS.items():
+    main.command(_name, cls=_Imported, help=_help)(lambda: None)

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import softtune_command
 from softtune import PeftModel
-from softtune.cli import main
 from softtune.cli.console import quiet
 from softtune.training.recipe import Recipe
 
@@ -67,7 +67,7 @@ def run(*arguments: str) -> int:
         patch.setattr(sys, "argv", ["softtune", *arguments])
         patch.setenv("COLUMNS", "200")
         try:
-            main()
+            softtune_command.main()
         except SystemExit as stop:
             return int(stop.code or 0)
     return 0
@@ -217,6 +217,15 @@ def test_every_field_of_the_recipe_is_a_flag(capsys: pytest.CaptureFixture[str])
     assert all(f"--{name.replace('_', '-')}" in shown for name in Recipe.model_fields)
 
 
+def test_the_overview_imports_no_command_and_says_what_they_do() -> None:
+    code = "import sys, softtune_command\ntry: softtune_command.main()\nfinally: assert 'softtune' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in softtune_command.COMMANDS)
+    for name, summary in softtune_command.COMMANDS.items():
+        described = import_module(f"softtune.cli.{name}").command.__doc__.partition("\n\n")[0]
+        assert " ".join(described.split()) == summary
+
+
 def test_help_shows_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--help") == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -349,9 +358,7 @@ def test_ctrl_c_while_the_library_is_imported(
         return find(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        softtune_command.main()
-    assert stop.value.code == 130
+    assert run("inspect", "adapter") == 130
     assert capsys.readouterr().err == "softtune: stopped\n"
 
 

@@ -28,7 +28,7 @@ def command(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
 ) -> None:
-    """Show an adapter's config and sizes, and the words nearest to its virtual tokens, or its norms by layer."""
+    """Show an adapter's config and sizes, and the words nearest to its virtual tokens, or norms by layer."""
     quiet()
     check_finished(adapter)
     check_single(adapter)

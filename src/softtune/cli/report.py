@@ -13,7 +13,10 @@ from softtune.training.recipe import check_finished
 
 
 def command(folder: Annotated[Path, typer.Argument(help="The folder of a comparison, a sweep or an adapter.")]) -> None:
-    """Write the page of a comparison or a sweep, of what is finished; or of an adapter, with its losses and traits."""
+    """Write the page of a comparison or a sweep, or of an adapter, with its losses and traits.
+
+    Of a comparison or a sweep it shows what is finished.
+    """
     quiet()
     check_finished(folder)
     console.print(f"The page is {report.write(folder, title=folder.name)}.", soft_wrap=True)

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from softtune.cli import INTERRUPTED
 from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.flags import argument, option, overrides, with_flags, words
 from softtune.cli.tables import show_profile, show_range_test, show_report
@@ -16,8 +17,6 @@ from softtune.training.recipe import Recipe
 from softtune.training.report import Report
 from softtune.training.run import train_all
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 SILENT = 99
 """Level of the messages that torch's profiler may write to the standard error: none has so high a one."""
 
