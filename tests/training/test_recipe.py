@@ -53,6 +53,8 @@ def test_every_field_says_what_it_is_for() -> None:
     ("change", "message"),
     [
         ({"lerning_rate": 1}, "lerning_rate: no such field: use learning_rate$"),
+        ({"num_virtual_tokens": 3}, "num_virtual_tokens: no such field: put it into options$"),
+        ({"peft_type": "P_TUNING"}, "peft_type: no such field: set method instead$"),
         ({"xyz": 1}, "xyz: no such field: use one of model, task"),
         ({"learning_rate": -1}, "learning_rate is -1: it should be greater than 0"),
         ({"batch_size": "many"}, "batch_size is 'many': it should be a valid integer"),

@@ -47,7 +47,8 @@ def checked(model: type[Model], fields: Mapping[str, Any], kind: str, hints: Map
         model: pydantic's.
         fields: its fields.
         kind: what an error calls it.
-        hints: what to write in fields of several types or parts, of which pydantic tells only its own names.
+        hints: what to write in fields of several types or parts, of which pydantic tells only its own names, and where
+            to put what is none of them.
 
     Raises:
         ConfigError: a field is unknown, missing or out of range.
@@ -68,7 +69,8 @@ def _what_is_wrong(
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
         close = difflib.get_close_matches(name, known, n=1)
-        return f"{name}: no such field: use {close[0] if close else 'one of ' + ', '.join(known)}"
+        remedy = hints.get(name) or f"use {close[0] if close else 'one of ' + ', '.join(known)}"
+        return f"{name}: no such field: {remedy}"
     if name not in fields:
         return f"{name} is missing: add it"
     shown = repr(fields[name])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from softtune.data import LabelTask, Task, Template
 from softtune.errors import CheckpointError
-from softtune.methods import PeftConfig, PeftType, TaskType
+from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, TaskType
 from softtune.methods.base import CONFIG_NAME
 from softtune.pretrained import MODEL_CLASSES, known_task
 from softtune.training.definition import check_task, task_of
@@ -58,6 +59,9 @@ HINTS = {
     "report_to": "list tensorboard, wandb or both, such as [tensorboard]",
 }
 """What to write in fields of several types or parts, of which pydantic tells only its own names."""
+
+OPTIONS = {field.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in fields_of(config)}
+"""Fields of the methods' configs."""
 
 
 class Recipe(BaseModel):
@@ -202,7 +206,8 @@ class Recipe(BaseModel):
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Recipe:
         """A recipe of these fields. Raises ConfigError where one is unknown, missing or out of range."""
-        return checked(cls, fields, "recipe", HINTS)
+        misplaced = dict.fromkeys(OPTIONS - cls.model_fields.keys(), "put it into options")
+        return checked(cls, fields, "recipe", {**misplaced, **NOT_OPTIONS, **HINTS})
 
     @classmethod
     def of_adapter(cls, folder: str | os.PathLike[str]) -> Recipe:
