@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": "Show an adapter's config and sizes, and the words nearest to its virtual tokens, or norms by layer.",
     "compare": "Compare methods and baselines on the task of a recipe: quality, trained parameters, time and memory.",
     "sweep": "Run a recipe at many points: every combination of some fields' values, or as many as a search tries.",
+    "serve": "Serve adapters on one base model over HTTP: OpenAI's API, labels and tags, and a page to try them.",
     "report": "Write the page of a comparison or a sweep, or of an adapter, with its losses and traits.",
 }
 """The commands, and how their descriptions begin."""

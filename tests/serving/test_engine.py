@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softtune import PeftModel
 from softtune.errors import ClosedError, FullError, RequestError, TooLongError
 from softtune.serving import baking
-from softtune.serving.engine import Engine, Limits
+from softtune.serving.engine import Engine
 from softtune.serving.jobs import Scoring, Writing
-from softtune.serving.registry import Registry
+from softtune.serving.limits import Limits
+from softtune.serving.registry import Facts, Registry
 from softtune.serving.sampling import Sampling, Writer
 from softtune.serving.waiting import Ticket
 
@@ -36,10 +37,10 @@ class Served:
             self.model.load_adapter(path, path.name)
         self.model.eval()
 
-    def _bake(self, folder: Path, file: Path) -> Any:
+    def _bake(self, folder: Path, own: Path) -> Any:
         adapter = baking.load(self.model.backbone, folder)
-        baking.save(baking.bake(self.model.backbone, adapter), self.model.backbone, file)
-        return adapter.config, None
+        baking.save(baking.bake(self.model.backbone, adapter), self.model.backbone, own)
+        return Facts(adapter.config, None, self.engine)
 
     def write(self, name: str | None, text: str, **asked: Any) -> tuple[Writing, Ticket, list[Exception]]:
         """Ask for a text; the base model where there is no name."""
@@ -167,9 +168,9 @@ def test_a_version_lasts_as_long_as_its_requests(served: Callable[..., Served], 
     s.registry.release(kept)
     s.registry.add("prefix", adapters / "prompt")
     new, *_ = s.write("prefix", TEXTS[0], max_tokens=8)
-    assert kept.file.exists()
+    assert kept.folder.exists()
     s.finish()
-    assert not kept.file.exists()
+    assert not kept.folder.exists()
     for job, text in zip([old, *waiting], TEXTS, strict=False):
         assert job.written == s.expected("prefix", text, 8)
     assert new.written == s.expected("prompt", TEXTS[0], 8)
@@ -184,7 +185,7 @@ def test_what_does_not_fit_is_refused(served: Callable[..., Served]) -> None:
     with pytest.raises(FullError, match="2 requests are waiting: try again later"):
         s.write(None, TEXTS[0])
     s.finish()
-    s.engine.close(grace=0)
+    s.engine.waiting.is_closed = True
     with pytest.raises(ClosedError, match="shutting down"):
         s.write(None, TEXTS[0])
 
@@ -193,7 +194,7 @@ def test_a_damaged_file_fails_its_own_requests(served: Callable[..., Served]) ->
     s = served()
     version = s.registry.lease("prefix")
     s.registry.release(version)
-    version.file.write_bytes(b"nothing")
+    (version.folder / baking.PROMPT_NAME).write_bytes(b"nothing")
     *_, failures = s.write("prefix", TEXTS[0])
     good, *_ = s.write("prompt", TEXTS[0], max_tokens=4)
     s.finish()

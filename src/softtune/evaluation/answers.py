@@ -44,10 +44,14 @@ def fitted(task: Task, model: PeftModel, *, written: int | None = None) -> Task:
     Raises:
         ConfigError: that leaves no position for a record.
     """
-    positions = model.backbone.max_positions
+    virtual = max((getattr(own, "num_virtual_tokens", 0) for own in model.peft_config.values()), default=0)
+    return fitted_beside(task, model.backbone.max_positions, virtual, written=written)
+
+
+def fitted_beside(task: Task, positions: int | None, virtual: int, *, written: int | None = None) -> Task:
+    """See ``fitted``; for a model of so many positions and an adapter of so many virtual tokens."""
     if positions is None:
         return task
-    virtual = max((getattr(own, "num_virtual_tokens", 0) for own in model.peft_config.values()), default=0)
     if task.kind is TaskType.SEQ_2_SEQ_LM:
         return _with_limits(task, positions - virtual, max_answer=positions - virtual)
     if written is None:
@@ -199,12 +203,12 @@ def _spans(task: SpanTask, asked: _Question) -> Answers:
         advance=lambda done: asked.advance(done * len(parts) // len(owners)),
     )
     every = iter(logits)
-    found = [_best_span(task, [(part, *next(every)) for part in own]) for own in parts]
+    found = [best_span(task, [(part, *next(every)) for part in own]) for own in parts]
     contexts = asked.records[task.context]
     return Answers([text[start:end] for text, (start, end) in zip(contexts, found, strict=True)], None, 0)
 
 
-def _best_span(task: SpanTask, parts: Sequence[tuple[Stride, Tensor, Tensor]]) -> tuple[int, int]:
+def best_span(task: SpanTask, parts: Sequence[tuple[Stride, Tensor, Tensor]]) -> tuple[int, int]:
     """The characters of the likeliest answer in any part of a context; (0, 0) where no answer is likelier in all of
     them, if the task knows questions without one (Devlin et al. 2019, section 4.3)."""
     best, place = -torch.inf, (0, 0)

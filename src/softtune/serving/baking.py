@@ -24,6 +24,8 @@ from softtune.methods import PeftConfig
 from softtune.methods.base import Prompt
 from softtune.methods.flat import joined_prefix, split_prefix
 
+PROMPT_NAME = "prompt.safetensors"
+
 
 def load(backbone: Backbone, folder: Path) -> Adapter:
     """A saved adapter, for inference.
@@ -59,8 +61,8 @@ def bake(backbone: Backbone, adapter: Adapter) -> Prompt:
         return computed_prompt(backbone, adapter, ahead=True)
 
 
-def save(prompt: Prompt, backbone: Backbone, file: Path) -> None:
-    """Write a baked prompt."""
+def save(prompt: Prompt, backbone: Backbone, folder: Path) -> None:
+    """Write a baked prompt into a folder."""
     layers = _layers(prompt, backbone)
     tensors = {f"addition.{slot.name}": added for slot, added in prompt.additions}
     if prompt.vectors is not None:
@@ -73,16 +75,18 @@ def save(prompt: Prompt, backbone: Backbone, file: Path) -> None:
         "after_text": prompt.after_text,
         "shifts_positions": prompt.shifts_positions,
     }
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, {"prompt": json.dumps(facts)})
+    numbers = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(numbers, folder / PROMPT_NAME, {"prompt": json.dumps(facts)})
 
 
-def read(file: Path, backbone: Backbone) -> Prompt:
-    """A baked prompt, out of the file that ``save`` wrote."""
-    with safe_open(file, "pt", device=str(backbone.model.device)) as opened:
+def read(folder: Path, backbone: Backbone) -> Prompt:
+    """A baked prompt, out of the folder that ``save`` wrote into."""
+    with safe_open(folder / PROMPT_NAME, "pt", device=str(backbone.model.device)) as opened:
         facts = json.loads(opened.metadata()["prompt"])
         tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     layers = [backbone.attention_layers[number] for number in facts["layers"]]
-    slots = {f"addition.{slot.name}": slot for slot in backbone.bias_slots()} if tensors.keys() - _OTHERS else {}
+    has_additions = any(name.startswith("addition.") for name in tensors)
+    slots = {f"addition.{slot.name}": slot for slot in backbone.bias_slots()} if has_additions else {}
     return Prompt(
         num_virtual_tokens=facts["num_virtual_tokens"],
         vectors=tensors.get("vectors"),
@@ -91,9 +95,6 @@ def read(file: Path, backbone: Backbone) -> Prompt:
         after_text=facts["after_text"],
         shifts_positions=facts["shifts_positions"],
     )
-
-
-_OTHERS = {"vectors", "prefix"}
 
 
 def _layers(prompt: Prompt, backbone: Backbone) -> Sequence[AttentionLayer]:

@@ -7,16 +7,33 @@ request. Knows nothing about requests, and nothing about what adapters do.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import RLock
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from softtune.data import Task
 from softtune.errors import AdapterError
 from softtune.methods import PeftConfig
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What there is to know of an adapter."""
+
+    config: PeftConfig
+    task: Task | None
+    """What it was trained for; None where nobody noted it."""
+    lane: Any
+    """Where its requests are worked on."""
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return getattr(self.config, "num_virtual_tokens", 0)
 
 
 @dataclass(eq=False)
@@ -25,10 +42,8 @@ class Version:
 
     name: str
     number: int
-    config: PeftConfig
-    task: Task | None
-    """What it was trained for; None where nobody noted it."""
-    file: Path
+    facts: Facts
+    folder: Path
     """Its inference form."""
     leases: int = 0
     """Requests that hold on to it."""
@@ -56,14 +71,14 @@ class Registry:
     """The adapters that are served.
 
     Args:
-        bake: checks the adapter in a folder and writes its inference form into a file; returns its config and task.
+        bake: checks the adapter in a folder and writes its inference form into another.
         folder: where inference forms are kept.
         forget: told of a version that nobody holds on to any more.
     """
 
     def __init__(
         self,
-        bake: Callable[[Path, Path], tuple[PeftConfig, Task | None]],
+        bake: Callable[[Path, Path], Facts],
         folder: Path,
         forget: Callable[[Version], None],
     ) -> None:
@@ -87,9 +102,14 @@ class Registry:
             SofttuneError: it cannot be served; what had the name is still there.
         """
         number = next(self._numbers)
-        file = self._folder / f"{number}.safetensors"
-        config, task = self._bake(folder, file)
-        version = Version(name, number, config, task, file)
+        own = self._folder / str(number)
+        own.mkdir()
+        try:
+            facts = self._bake(folder, own)
+        except BaseException:
+            shutil.rmtree(own, ignore_errors=True)
+            raise
+        version = Version(name, number, facts, own)
         with self._lock:
             before, self._versions[name] = self._versions.get(name), version
         self._retire(before)
@@ -111,6 +131,12 @@ class Registry:
             self._versions[name].leases += 1
             return self._versions[name]
 
+    def hold(self, version: Version) -> Callable[[], None]:
+        """Lease a version once more; what to call at the end of that."""
+        with self._lock:
+            version.leases += 1
+        return partial(self.release, version)
+
     def release(self, version: Version) -> None:
         """A request with this version has ended."""
         with self._lock:
@@ -124,7 +150,7 @@ class Registry:
 
     def _forget_unused(self, version: Version) -> None:
         if version.is_retired and not version.leases:
-            version.file.unlink(missing_ok=True)
+            shutil.rmtree(version.folder, ignore_errors=True)
             self._forget(version)
 
     def _unknown(self, name: str) -> AdapterError:
@@ -153,6 +179,10 @@ class Hot(Generic[Held]):
         self._held.move_to_end(version)
         self._uses[version] = self._uses.get(version, 0) + 1
         return held
+
+    def __getitem__(self, version: Version) -> Held:
+        """One that is in use."""
+        return self._held[version]
 
     def done(self, version: Version) -> None:
         """A use has ended."""

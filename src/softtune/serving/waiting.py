@@ -1,18 +1,22 @@
-"""Requests that wait for a place in the running batch: one of each adapter in turn."""
+"""Requests that wait for their turn: one of each adapter after the other."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from threading import Lock
+from typing import Generic, TypeVar
 
-from softtune.serving.jobs import Job
+from softtune.errors import ClosedError, FullError
 from softtune.serving.registry import Version
+
+Job = TypeVar("Job")
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A request in the engine."""
+class Ticket(Generic[Job]):
+    """A request."""
 
     version: Version | None
     """Whose it is; None for the base model."""
@@ -20,53 +24,82 @@ class Ticket:
     fail: Callable[[Exception], None]
     """Told of the error that ended it."""
     end: Callable[[], None] = field(default=lambda: None)
-    """Told that the engine has let go of it, however it ended."""
+    """Told that all is over with it, however it ended."""
     is_cancelled: bool = False
     """Set by anyone to give up on it; its place is free after the running step."""
 
 
-class Waiting:
-    """The queue."""
+class Waiting(Generic[Job]):
+    """The queue, which any thread may add to.
 
-    def __init__(self) -> None:
-        self._queues: OrderedDict[Version | None, deque[Ticket]] = OrderedDict()
+    Args:
+        bound: how many may wait.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self.is_closed = False
+        self._queues: OrderedDict[Version | None, deque[Ticket[Job]]] = OrderedDict()
+        self._lock = Lock()
 
     def __len__(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
-
-    def __iter__(self) -> Iterator[Ticket]:
-        for queue in self._queues.values():
-            yield from queue
-
-    def add(self, ticket: Ticket) -> None:
-        """Behind the others of its adapter."""
-        self._queues.setdefault(ticket.version, deque()).append(ticket)
-
-    def add_first(self, ticket: Ticket) -> None:
-        """Before all others, where it had a place already."""
-        self._queues.setdefault(ticket.version, deque()).appendleft(ticket)
-        self._queues.move_to_end(ticket.version, last=False)
+        with self._lock:
+            return self._count
 
     @property
-    def first(self) -> Ticket:
-        """The one whose turn it is, if any waits."""
-        return next(iter(self._queues.values()))[0]
+    def _count(self) -> int:
+        return sum(len(queue) for queue in self._queues.values())
 
-    def pop(self) -> Ticket:
-        """Take out the first one; then it is the next adapter's turn."""
-        version = self.first.version
-        queue = self._queues.pop(version)
-        ticket = queue.popleft()
-        if queue:
-            self._queues[version] = queue
-        return ticket
+    def __iter__(self) -> Iterator[Ticket[Job]]:
+        with self._lock:
+            return iter([ticket for queue in self._queues.values() for ticket in queue])
 
-    def remove_cancelled(self) -> list[Ticket]:
+    def add(self, ticket: Ticket[Job]) -> None:
+        """Let a request wait behind the others of its adapter.
+
+        Raises:
+            FullError: too many wait already.
+            ClosedError: no more requests are taken.
+        """
+        with self._lock:
+            if self.is_closed:
+                raise ClosedError("the server is shutting down: try again later")
+            if self._count >= self.bound:
+                raise FullError(f"{self.bound} requests are waiting: try again later")
+            self._queues.setdefault(ticket.version, deque()).append(ticket)
+
+    def add_first(self, ticket: Ticket[Job]) -> None:
+        """Before all others, where it had its turn already."""
+        with self._lock:
+            self._queues.setdefault(ticket.version, deque()).appendleft(ticket)
+            self._queues.move_to_end(ticket.version, last=False)
+
+    @property
+    def first(self) -> Ticket[Job] | None:
+        """The one whose turn it is."""
+        with self._lock:
+            return next((queue[0] for queue in self._queues.values()), None)
+
+    def pop(self) -> Ticket[Job]:
+        """Take out the first one, which there is; then it is the next adapter's turn."""
+        with self._lock:
+            version, queue = self._queues.popitem(last=False)
+            ticket = queue.popleft()
+            if queue:
+                self._queues[version] = queue
+            return ticket
+
+    def remove(self, tickets: list[Ticket[Job]]) -> None:
+        """Take out some."""
+        with self._lock:
+            for ticket in tickets:
+                queue = self._queues[ticket.version]
+                queue.remove(ticket)
+                if not queue:
+                    del self._queues[ticket.version]
+
+    def remove_cancelled(self) -> list[Ticket[Job]]:
         """Take out those that were given up on."""
         cancelled = [ticket for ticket in self if ticket.is_cancelled]
-        for ticket in cancelled:
-            queue = self._queues[ticket.version]
-            queue.remove(ticket)
-            if not queue:
-                del self._queues[ticket.version]
+        self.remove(cancelled)
         return cancelled

@@ -1,0 +1,61 @@
+"""``softtune serve``: a folder of adapters as an HTTP server."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from softtune.cli.console import console, quiet
+from softtune.errors import ConfigError
+from softtune.serving.folder import AdapterFolder
+from softtune.serving.http.app import Settings, create_app
+from softtune.serving.limits import Limits
+from softtune.serving.service import Service
+
+KEYS, ADMIN_KEYS = "SOFTTUNE_API_KEYS", "SOFTTUNE_ADMIN_KEYS"
+"""Environment variables with keys, several with commas between them: other users of a machine see command lines."""
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Base model: a folder, a hub name, smollm2-135m or minilm.")],
+    adapters: Annotated[Path | None, typer.Option(help="The folder with a folder for each adapter.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    rows: Annotated[int, typer.Option(min=1, help="Requests in the running batch.")] = Limits.rows,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that wait for a place in it.")] = Limits.waiting,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = Limits.tokens,
+    slots: Annotated[int, typer.Option(min=64, help="Tokens in memory of all requests together.")] = Limits.slots,
+    hot: Annotated[int, typer.Option(min=0, help="Megabytes of adapters to keep in memory.")] = Limits.hot // 2**20,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = Settings.seconds,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that answers have at shutdown.")] = Settings.grace,
+) -> None:
+    """Serve adapters on one base model over HTTP: OpenAI's API, labels and tags, and a page to try them.
+
+    Keys come by the environment: SOFTTUNE_API_KEYS for those who may ask, SOFTTUNE_ADMIN_KEYS for those who may load
+    and unload adapters, several with commas between them.
+    """
+    quiet()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if adapters is not None and not adapters.is_dir():
+        raise ConfigError(f"there is no folder {adapters}: check the path")
+    limits = Limits(rows=rows, waiting=waiting, tokens=tokens, slots=slots, hot=hot * 2**20)
+    with console.status("loading"):
+        service = Service(model, limits)
+        folder = AdapterFolder(adapters)
+        folder.load_all(service.registry)
+    served = len(service.registry.versions)
+    console.print(
+        f"{served} adapters on {model}: http://{host}:{port}, its API http://{host}:{port}/docs", soft_wrap=True
+    )
+    settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace)
+    uvicorn.run(create_app(service, folder, settings), host=host, port=port, log_level="warning")
+
+
+def _keys(variable: str) -> tuple[str, ...]:
+    return tuple(key.strip() for key in os.environ.get(variable, "").split(",") if key.strip())

@@ -1,0 +1,47 @@
+"""The frozen base model, with a head for every kind of task that is served."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from softtune.methods import TaskType
+from softtune.model import PeftModel
+from softtune.pretrained import load_base_model
+
+
+class Bases:
+    """Models that share all tensors but their heads.
+
+    Args:
+        name: the base model's, see ``load_base_model``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._models: dict[tuple[TaskType, int | None], PeftModel] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def model(self, task: TaskType, num_labels: int | None = None) -> PeftModel:
+        """The base model with a task's head. Raises ConfigError where it has no such task."""
+        key = (task, num_labels)
+        if key not in self._models:
+            base, self._tokenizer = load_base_model(self.name, task, num_labels=num_labels)
+            self._share(base)
+            self._models[key] = PeftModel(base).eval()
+        return self._models[key]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's; there is one as soon as there is a model."""
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    def _share(self, base: nn.Module) -> None:
+        """Let a new model use the tensors that others have already."""
+        for name, parameter in base.named_parameters():
+            known = self._tensors.setdefault(name, parameter.data)
+            if known.shape == parameter.shape and torch.equal(known, parameter):
+                parameter.data = known

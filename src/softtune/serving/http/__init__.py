@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API around what is served, and a page to try it."""

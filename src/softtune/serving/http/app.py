@@ -1,0 +1,145 @@
+"""The HTTP application: which endpoints there are, who may ask them, and what becomes of errors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from softtune.errors import AdapterError, ClosedError, FullError, SofttuneError
+from softtune.serving.folder import AdapterFolder
+from softtune.serving.http.guard import BodyLimit, error_of, key_check
+from softtune.serving.http.metrics import Metrics
+from softtune.serving.http.server import Server
+from softtune.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+STATUS: dict[type[Exception], int] = {SofttuneError: 400, AdapterError: 404, FullError: 429, ClosedError: 503}
+"""What errors are over HTTP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a server is to be used."""
+
+    keys: tuple[str, ...] = ()
+    """Who may ask; anyone where there is none."""
+    admin_keys: tuple[str, ...] = ()
+    """Who may load and unload adapters; nobody where there is none."""
+    body_limit: int = 2**20
+    """Bytes of a request."""
+    seconds: float = 300.0
+    """That an answer may take."""
+    grace: float = 30.0
+    """Seconds that answers have to end when the server is shut down."""
+
+
+def create_app(service: Service, folder: AdapterFolder, settings: Settings) -> FastAPI:
+    """The application.
+
+    Args:
+        service: what is served; started and closed with the application.
+        folder: where further adapters are loaded from.
+        settings: how it is to be used.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await run_in_threadpool(service.close, settings.grace)
+
+    app = FastAPI(title="softtune", version=metadata.version("softtune"), lifespan=lifespan)
+    metrics = Metrics(service)
+    app.add_middleware(BodyLimit, limit=settings.body_limit)
+    app.add_middleware(Counting, metrics=metrics)
+    for kind, status in STATUS.items():
+        app.add_exception_handler(kind, partial(_told, status))
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(Exception, _broken)
+    _add_endpoints(app, Server(service, folder, settings.seconds, metrics), settings)
+    return app
+
+
+def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
+    asking = [Depends(key_check(settings.keys))] if settings.keys else []
+    ruling = [Depends(key_check(settings.admin_keys))]
+    app.get("/", response_class=HTMLResponse, include_in_schema=False)(server.page)
+    app.get("/healthz")(server.health)
+    app.get("/metrics", dependencies=asking, response_class=Response)(server.metrics)
+    app.get("/v1/models", dependencies=asking)(server.models)
+    app.get("/v1/models/{name:path}", dependencies=asking)(server.model)
+    app.post("/v1/completions", dependencies=asking)(server.complete)
+    app.post("/v1/chat/completions", dependencies=asking)(server.chat)
+    app.post("/v1/classify", dependencies=asking)(server.classify)
+    app.post("/v1/tag", dependencies=asking)(server.tag)
+    app.post("/v1/answer", dependencies=asking)(server.answer)
+    app.get("/v1/adapters", dependencies=ruling)(server.adapters)
+    app.post("/v1/adapters", dependencies=ruling)(server.load)
+    app.delete("/v1/adapters/{name:path}", dependencies=ruling)(server.unload)
+
+
+class Counting:
+    """ASGI middleware that counts requests by adapter, endpoint and status.
+
+    Args:
+        app: the application.
+        metrics: told of each request.
+    """
+
+    def __init__(self, app: Any, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        clock, status = time.perf_counter(), 500
+
+        async def noting(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        scope.setdefault("state", {})
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            path = getattr(scope.get("route"), "path", "unknown")
+            self.metrics.ended(scope["state"].get("adapter", ""), path, status, time.perf_counter() - clock)
+
+
+async def _told(status: int, request: Request, error: Exception) -> JSONResponse:
+    code = "model_not_found" if status == 404 else None
+    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    return JSONResponse(error_of(status, str(error), code), status, headers)
+
+
+async def _invalid(request: Request, error: Any) -> JSONResponse:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:]) if first["type"] != "json_invalid" else "the body"
+    return JSONResponse(error_of(400, f"{place or 'the body'}: {first['msg']}"), 400)
+
+
+async def _refused(request: Request, error: Any) -> JSONResponse:
+    cause = error.__cause__ if isinstance(error.__cause__, HTTPException) else error  # FastAPI wraps those of the body
+    return JSONResponse(error_of(cause.status_code, str(cause.detail)), cause.status_code, cause.headers)
+
+
+async def _broken(request: Request, error: Exception) -> JSONResponse:
+    logger.error("a request failed", exc_info=error)
+    return JSONResponse(error_of(500, "the server failed, and its log says why"), 500)

@@ -1,0 +1,56 @@
+"""What Prometheus is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from softtune.serving.service import Service
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+"""Bounds of the histograms' buckets."""
+
+
+class Metrics:
+    """Counts of one server.
+
+    Args:
+        service: what is served.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._all = all_ = CollectorRegistry()
+        self._requests = Counter("softtune_requests", "Ended requests.", ("adapter", "path", "status"), registry=all_)
+        self._tokens = Counter("softtune_tokens", "Tokens read and written.", ("adapter", "kind"), registry=all_)
+        self._seconds, self._first = (
+            Histogram(f"softtune_{name}_seconds", text, ("adapter",), buckets=SECONDS, registry=all_)
+            for name, text in (("request", "Until a request's end."), ("first_token", "Until a text's first token."))
+        )
+        gauges: dict[str, tuple[str, Callable[[], int]]] = {
+            "waiting": ("Requests that wait for a place.", lambda: sum(len(x.waiting) for x in service.loop.lanes)),
+            "running": ("Requests in the batch.", lambda: sum(len(x.running) for x in service.loop.lanes)),
+            "adapters": ("Adapters that are served.", lambda: len(service.registry.versions)),
+            "adapter_bytes": ("Bytes of adapters in memory.", lambda: sum(x.hot.bytes for x in service.loop.lanes)),
+        }
+        for name, (text, value) in gauges.items():
+            Gauge(f"softtune_{name}", text, registry=all_).set_function(value)
+
+    @property
+    def text(self) -> bytes:
+        """All of them, as Prometheus reads them."""
+        return generate_latest(self._all)
+
+    def ended(self, adapter: str, path: str, status: int, seconds: float) -> None:
+        """A request has ended with an HTTP status."""
+        self._requests.labels(adapter, path, str(status)).inc()
+        self._seconds.labels(adapter).observe(seconds)
+
+    def began_to_write(self, adapter: str, read: int, seconds: float) -> None:
+        """The first token of the answer to so many was written."""
+        self._tokens.labels(adapter, "read").inc(read)
+        self._first.labels(adapter).observe(seconds)
+
+    def wrote(self, adapter: str) -> None:
+        """One more token was written."""
+        self._tokens.labels(adapter, "written").inc()

@@ -1,0 +1,150 @@
+"""What requests may say: OpenAI's fields, and those of labels, tags and answers. What has no effect is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from softtune.serving.sampling import Sampling
+
+Id = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Record = StrictStr | dict[str, Any]
+"""A record's columns, or the text of the only one."""
+
+MOST = 32
+"""Texts or records of one request."""
+
+
+class Request(BaseModel):
+    """What all requests have."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: StrictStr
+    """The adapter's name, or the base model's."""
+    user: StrictStr | None = None
+    """Taken, and of no use here."""
+
+
+class StreamOptions(BaseModel):
+    """How a streamed answer ends."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    include_usage: StrictBool = False
+    """End with the counts of tokens."""
+
+
+class Sampled(Request):
+    """What all requests for texts have."""
+
+    temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
+    """0 takes the likeliest token."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that have so much of the probability together."""
+    n: Annotated[StrictInt, Field(ge=1, le=8)] = 1
+    """Answers to each text."""
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    """The same seed draws the same tokens."""
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    """Texts that end the answer."""
+    stream: StrictBool = False
+    """Send tokens as they come."""
+    stream_options: StreamOptions | None = None
+    """How a streamed answer ends."""
+    frequency_penalty: Literal[0] = 0
+    """Not served."""
+    presence_penalty: Literal[0] = 0
+    """Not served."""
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    """Not served."""
+
+    def sampling(self, number: int, max_tokens: int, logprobs: int | None) -> Sampling:
+        """How the answer of this number is written."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=None if self.seed is None else (self.seed + number) % 2**63,
+            stop=tuple(stop),
+            logprobs=logprobs,
+        )
+
+
+class CompletionRequest(Sampled):
+    """A text, or several, to go on with."""
+
+    prompt: StrictStr | Annotated[list[StrictStr] | list[Id] | list[list[Id]], Field(min_length=1, max_length=10**6)]
+    """A text or its tokens, or a list of either."""
+    max_tokens: Annotated[StrictInt, Field(ge=1)] = 16
+    """Tokens to write at most."""
+    logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
+    """How many of the likeliest tokens to tell beside each."""
+    echo: Literal[False] = False
+    """Not served."""
+    best_of: Literal[1] | None = None
+    """Not served."""
+    suffix: Literal[None] = None
+    """Not served."""
+
+
+class Part(BaseModel):
+    """A part of a message."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: StrictStr
+
+
+class Message(BaseModel):
+    """One of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: StrictStr | Annotated[list[Part], Field(min_length=1)]
+    name: StrictStr | None = None
+    """Taken, and of no use here."""
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Sampled):
+    """A conversation to go on with."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Tokens to write at most; by default as many as the model has positions for."""
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    """The same by its newer name."""
+    logprobs: StrictBool = False
+    """Tell each token's log-probability."""
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    """How many of the likeliest tokens to tell beside each; needs logprobs."""
+
+
+class RecordsRequest(Request):
+    """Records to label, to tag or to read."""
+
+    input: Record | Annotated[list[Record], Field(min_length=1, max_length=MOST)]
+    """A record by its columns, or the text of the only column; or a list of records."""
+
+    @property
+    def records(self) -> list[Any]:
+        return self.input if isinstance(self.input, list) else [self.input]
+
+
+class LoadRequest(BaseModel):
+    """An adapter to load."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    name: StrictStr
+    """Its name in the folder of adapters."""

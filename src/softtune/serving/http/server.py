@@ -1,0 +1,211 @@
+"""What the endpoints do.
+
+What a request names is looked up among what is served, or in the listing of the adapters' folder: nothing of a request
+ever becomes a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
+
+from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask
+from softtune.errors import RequestError, SofttuneError
+from softtune.serving.folder import AdapterFolder
+from softtune.serving.http.guard import error_of, while_asked
+from softtune.serving.http.metrics import Metrics
+from softtune.serving.http.schemas import ChatRequest, CompletionRequest, LoadRequest, RecordsRequest
+from softtune.serving.http.texts import ChatCompletions, Completions, Texts, asked_to_chat, asked_to_complete
+from softtune.serving.registry import Version
+from softtune.serving.service import Service
+
+ENDPOINTS = {LabelTask: "/v1/classify", ChoiceTask: "/v1/classify", TagTask: "/v1/tag", SpanTask: "/v1/answer"}
+"""Where adapters that write no texts are asked."""
+
+
+class Server:
+    """The endpoints.
+
+    Args:
+        service: what is served.
+        folder: where further adapters are loaded from.
+        seconds: that an answer may take.
+        metrics: told of tokens.
+    """
+
+    def __init__(self, service: Service, folder: AdapterFolder, seconds: float, metrics: Metrics) -> None:
+        self._service = service
+        self._folder = folder
+        self._seconds = seconds
+        self._metrics = metrics
+
+    async def page(self) -> HTMLResponse:
+        """A page to try what is served."""
+        return HTMLResponse((files("softtune.serving.http") / "page.html").read_text(encoding="utf-8"))
+
+    async def health(self) -> dict[str, str]:
+        """Whether the server works."""
+        return {"status": "ok"}
+
+    async def metrics(self) -> Response:
+        """Counts for Prometheus."""
+        return Response(self._metrics.text, media_type="text/plain; version=0.0.4")
+
+    async def models(self) -> dict[str, Any]:
+        """The base model and all adapters."""
+        versions = self._service.registry.versions
+        return {"object": "list", "data": [self._base, *(self._described(version) for version in versions)]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """The base model or an adapter."""
+        if name == self._service.name:
+            return self._base
+        with self._service.using(name) as version:
+            return self._described(version)
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        """Go on with texts."""
+        kind = Completions(self._service.tokenizer, body.logprobs is not None)
+        return await self._write(request, body, lambda _: asked_to_complete(body, self._service), kind)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """Go on with a conversation."""
+        kind = ChatCompletions(self._service.tokenizer, body.logprobs)
+        return await self._write(request, body, lambda version: asked_to_chat(body, self._service, version), kind)
+
+    async def classify(self, body: RecordsRequest, request: Request) -> dict[str, Any]:
+        """Tell the labels of records, with their probabilities."""
+
+        async def label(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
+            scores = await self._service.label(version, record)
+            return {"label": max(scores, key=scores.__getitem__), "scores": scores}
+
+        return await self._each(body, request, label)
+
+    async def tag(self, body: RecordsRequest, request: Request) -> dict[str, Any]:
+        """Tell the tags of records' words."""
+
+        async def tag(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
+            return {"tags": await self._service.tag(version, record)}
+
+        return await self._each(body, request, tag)
+
+    async def answer(self, body: RecordsRequest, request: Request) -> dict[str, Any]:
+        """Tell which parts of records' texts answer their questions; an empty one where none does."""
+
+        async def read(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
+            start, end, text = await self._service.answer(version, record)
+            return {"answer": text, "start": start, "end": end}
+
+        return await self._each(body, request, read)
+
+    async def adapters(self) -> dict[str, Any]:
+        """The adapters that are served, and those in the folder."""
+        versions = self._service.registry.versions
+        served = [{"name": v.name, "version": v.number, "requests": v.leases} for v in versions]
+        return {"served": served, "available": self._folder.names}
+
+    async def load(self, body: LoadRequest) -> dict[str, Any]:
+        """Serve an adapter of the folder, in place of what had its name; where it is broken, that stays."""
+        version = await run_in_threadpool(self._folder.load, body.name, self._service.registry)
+        return {"name": version.name, "version": version.number}
+
+    async def unload(self, name: str) -> dict[str, str]:
+        """Serve an adapter no longer; requests that have begun end as they would."""
+        self._service.registry.remove(name)
+        return {"removed": name}
+
+    async def _write(
+        self, request: Request, body: CompletionRequest | ChatRequest, ask: Callable[[Version | None], Any], kind: Any
+    ) -> Response:
+        if body.stream_options is not None and not body.stream:
+            raise RequestError("stream_options needs stream: set stream to true")
+        with ExitStack() as stack:
+            version = stack.enter_context(self._named(body.model, request))
+            texts = Texts(self._service, self._metrics, version, body.model, ask(version), kind)
+            if not body.stream:
+                whole = await while_asked(request, self._seconds, texts.whole())
+                return Response(json.dumps(whole), media_type="application/json")
+            parts = texts.parts(with_usage=bool(body.stream_options and body.stream_options.include_usage))
+            first = await while_asked(
+                request, self._seconds, anext(parts)
+            )  # errors before it have a status of their own
+            lease = stack.pop_all()
+        events = _events(first, parts, lease, self._seconds)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def _each(
+        self, body: RecordsRequest, request: Request, work: Callable[[Version, Mapping[str, Any]], Awaitable[Any]]
+    ) -> dict[str, Any]:
+        """The results of all records, which are worked on together."""
+        with self._named(body.model, request) as version:
+            if version is None:
+                raise RequestError(f"{body.model} is the base model: ask an adapter")
+            records = [self._service.record(version, record) for record in body.records]
+            together = asyncio.gather(*(work(version, record) for record in records))
+            results = await while_asked(request, self._seconds, together)
+        return {"object": "list", "model": body.model, "data": [{"index": i, **r} for i, r in enumerate(results)]}
+
+    @contextmanager
+    def _named(self, name: str, request: Request) -> Iterator[Version | None]:
+        """The adapter of a request; None for the base model."""
+        if name == self._service.name:
+            request.state.adapter = name
+            yield None
+            return
+        with self._service.using(name) as version:
+            request.state.adapter = name
+            yield version
+
+    @property
+    def _base(self) -> dict[str, Any]:
+        return {"id": self._service.name, "object": "model", "created": 0, "owned_by": "softtune"}
+
+    def _described(self, version: Version) -> dict[str, Any]:
+        """An adapter, as OpenAI's clients and people read it."""
+        task = version.facts.task
+        more: dict[str, Any] = {"endpoint": ENDPOINTS.get(type(task), "/v1/completions")}
+        if task is not None:
+            more["columns"] = list(task.columns)
+        if isinstance(task, LabelTask):
+            more["labels"] = list(task.verbalizer.labels)
+        method = version.facts.config.peft_type
+        return {
+            **self._base,
+            "id": version.name,
+            "parent": self._service.name,
+            "version": version.number,
+            "method": None if method is None else method.value,
+            **more,
+        }
+
+
+async def _events(
+    first: dict[str, Any], parts: AsyncGenerator[dict[str, Any], None], lease: ExitStack, seconds: float
+) -> AsyncGenerator[str, None]:
+    """Server-sent events; an error on the way is the last one."""
+    with lease:
+        try:
+            yield _event(first)
+            async with asyncio.timeout(seconds):
+                async for part in parts:
+                    yield _event(part)
+            yield "data: [DONE]\n\n"
+        except SofttuneError as error:
+            yield _event(error_of(500, str(error)))
+        except TimeoutError:
+            yield _event(error_of(504, f"the answer takes longer than {seconds:g} seconds: ask for less"))
+        finally:
+            await parts.aclose()
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"

@@ -1,0 +1,339 @@
+"""Adapters of any kind on one base model, and what they answer. Knows no HTTP.
+
+Coroutines on one side, the working thread on the other. An answer holds on to its adapter's version from its beginning
+to its end, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softtune import checkpoint
+from softtune.data import IGNORED, ChoiceTask, Example, LabelTask, SpanTask, TagTask, TextTask
+from softtune.data.tagging import OUTSIDE
+from softtune.errors import CheckpointError, RequestError, UnsupportedModelError
+from softtune.evaluation.answers import best_span, fitted_beside
+from softtune.methods import PeftConfig, TaskType
+from softtune.serving import baking
+from softtune.serving.bases import Bases
+from softtune.serving.engine import Engine
+from softtune.serving.heads import OUTPUTS, Heads, Judging
+from softtune.serving.jobs import Scoring, Writing
+from softtune.serving.limits import Limits
+from softtune.serving.loop import Loop
+from softtune.serving.registry import Facts, Registry, Version
+from softtune.serving.sampling import Choice, Sampling, Writer
+from softtune.serving.waiting import Ticket
+from softtune.training.recipe import RECIPE_NAME, Recipe
+
+
+@dataclass(frozen=True)
+class Written:
+    """A piece of a text that is being written."""
+
+    choice: Choice
+    """The token."""
+    text: str
+    """What is added for sure; a token's text may come later."""
+    reason: str | None
+    """Why it was the last one, stop or length; None where more comes."""
+
+
+class Service:
+    """What is served.
+
+    Args:
+        model: the base model's name, see ``load_base_model``.
+        limits: how much is done at once.
+
+    Raises:
+        ConfigError: there is no such base model.
+    """
+
+    def __init__(self, model: str, limits: Limits | None = None) -> None:
+        self.name = model
+        self.bases = Bases(model)
+        self.limits = limits or Limits()
+        self.loop = Loop([])
+        self._folder = Path(tempfile.mkdtemp(prefix="softtune-"))
+        self.registry = Registry(self._bake, self._folder, lambda version: self.loop.wake())
+        self._engine: Engine | None = None
+        self._heads: dict[tuple[TaskType, int | None], Heads] = {}
+        self._baking = Lock()
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self.loop.start()
+
+    def close(self, grace: float) -> None:
+        """Take no more requests, and wait for the end of those that there are; after some seconds, the rest fail."""
+        self.loop.close(grace)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def engine(self) -> Engine:
+        """Writes and scores texts; made when it is first asked for.
+
+        Raises:
+            ConfigError, UnsupportedModelError: the base model writes no texts, or not several at once.
+        """
+        if self._engine is None:
+            self._engine = Engine(self.bases.model(TaskType.CAUSAL_LM).backbone, self.limits)
+            self.loop.lanes.append(self._engine)
+        return self._engine
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        return self.bases.tokenizer
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Version]:
+        """An adapter, which stays what it is for the length of the block. Raises AdapterError for an unknown name."""
+        version = self.registry.lease(name)
+        try:
+            yield version
+        finally:
+            self.registry.release(version)
+
+    def tokenized(self, text: str) -> list[int]:
+        """A text's tokens."""
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def checked(self, tokens: list[int]) -> list[int]:
+        """Tokens that a request brings along. Raises RequestError where the base model has no such token."""
+        count = self.engine.backbone.embedding.num_embeddings
+        if tokens and max(tokens) >= count:
+            raise RequestError(f"{max(tokens)} is no token: they go from 0 to {count - 1}")
+        return tokens
+
+    def conversation(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation's tokens. Raises RequestError where the base model has no template for it."""
+        if not self.tokenizer.chat_template:
+            raise RequestError(f"{self.name} knows no conversations: use /v1/completions")
+        try:
+            found: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise RequestError(f"the messages do not fit the model's template ({error}): change their order") from error
+        return list(found["input_ids"])
+
+    def room(self, version: Version | None, words: Sequence[int]) -> int:
+        """Tokens that can be written behind a text, one at least."""
+        virtual = 0 if version is None else version.facts.num_virtual_tokens
+        return max(1, self.engine.longest - virtual - len(words))
+
+    def record(self, version: Version, given: Any) -> dict[str, Any]:
+        """A record by its columns, which may be given as the text of the only one.
+
+        Raises:
+            RequestError: the adapter reads several, or one is missing.
+        """
+        task = version.facts.task
+        columns = () if task is None else task.columns
+        if isinstance(given, str) and len(columns) == 1:
+            return {columns[0]: given}
+        if isinstance(given, str):
+            raise RequestError(f"{version.name} reads {', '.join(columns) or 'no records'}: send an object with these")
+        return dict(given)
+
+    async def write(
+        self, version: Version | None, words: Sequence[int], asked: Sampling
+    ) -> AsyncGenerator[Written, None]:
+        """Go on with a text.
+
+        Args:
+            version: whose adapter; None for the base model alone.
+            words: the text's tokens.
+            asked: how to go on.
+
+        Raises:
+            TooLongError, FullError, ClosedError: see ``Engine.submit``.
+            RequestError: there is no text.
+        """
+        if not words:
+            raise RequestError("the text is empty: write some words")
+        if version is not None and not isinstance(version.facts.lane, Engine):
+            raise RequestError(f"{version.name} has a head and writes no texts: ask it for labels")
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        tell = _from_thread(answers.put_nowait)
+        writer = Writer(self.tokenizer, asked.stop)
+        job = Writing(words, asked, writer, self._ends, lambda *piece: tell(Written(*piece)))
+        with self._submitted(self.engine, version, job, tell):
+            while True:
+                piece = await answers.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+                if piece.reason:
+                    return
+
+    async def label(self, version: Version, record: Mapping[str, Any]) -> dict[str, float]:
+        """Each label's probability, or each choice's.
+
+        Raises:
+            RequestError: the adapter has no labels for whole records.
+            DataError: the record lacks a column, or does not fit.
+            TooLongError, FullError, ClosedError: see ``Engine.submit``.
+        """
+        task = _checked(version, record, LabelTask, ChoiceTask)
+        if isinstance(task, ChoiceTask):
+            labels = task.of(record)
+            scores = await self._score(version, [task.encode(record, self.tokenizer, choice) for choice in labels])
+        else:
+            labels = task.verbalizer.labels
+            scores = await self._scores_of_labels(version, task, record)
+            if task.is_calibrated:
+                scores = scores - await self._scores_of_labels(version, task, task.nothing_said)
+        return dict(zip(labels, scores.softmax(-1).tolist(), strict=True))
+
+    async def tag(self, version: Version, record: Mapping[str, Any]) -> list[str]:
+        """The tag of each word. Raises as ``label`` does."""
+        task = _checked(version, record, TagTask)
+        example, firsts = task.prompt(record, self.tokenizer)
+        [(logits,)] = await self._judge(version, [example])
+        classes = logits.argmax(-1).tolist()
+        return [OUTSIDE if first is None else task.labels[classes[first]] for first in firsts]
+
+    async def answer(self, version: Version, record: Mapping[str, Any]) -> tuple[int, int, str]:
+        """The part of the text that answers the question: its first character, the one behind it, and what it reads; an
+        empty one for none. Raises as ``label`` does."""
+        task = _checked(version, record, SpanTask)
+        parts = task.prompts(record, self.tokenizer)
+        found = await self._judge(version, [part.example for part in parts])
+        start, end = best_span(task, [(part, own[0], own[1]) for part, own in zip(parts, found, strict=True)])
+        return start, end, record[task.context][start:end]
+
+    async def _scores_of_labels(self, version: Version, task: LabelTask, record: Mapping[str, Any]) -> Tensor:
+        if task.has_head:
+            [(logits,)] = await self._judge(version, [task.encode(record, self.tokenizer)])
+            return logits
+        labels = task.verbalizer.labels
+        return await self._score(version, [task.encode(record, self.tokenizer, label=label) for label in labels])
+
+    async def _score(self, version: Version, examples: Sequence[Example]) -> Tensor:
+        """[N] log-probabilities of the answers of examples that begin with the same text."""
+        ids, labels = examples[0].input_ids, examples[0].labels
+        count = next(number for number, label in enumerate(labels) if label != IGNORED)
+        answers = [example.input_ids[count:] for example in examples]
+        places = examples[0].prompt_positions
+        scores = await self._told(self.engine, version, lambda tell: Scoring(ids[:count], answers, tell, places))
+        return torch.tensor(scores)
+
+    async def _judge(self, version: Version, examples: Sequence[Example]) -> list[tuple[Tensor, ...]]:
+        """What the adapter's head says to examples."""
+        found: list[tuple[Tensor, ...]]
+        found = await self._told(version.facts.lane, version, lambda tell: Judging(examples, tell))
+        return found
+
+    async def _told(self, lane: Any, version: Version, job: Callable[[Callable[[Any], None]], Any]) -> Any:
+        """What a job tells at its end."""
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        tell = _from_thread(answers.put_nowait)
+        with self._submitted(lane, version, job(tell), tell):
+            if isinstance(answer := await answers.get(), Exception):
+                raise answer
+            return answer
+
+    @contextmanager
+    def _submitted(
+        self, lane: Any, version: Version | None, job: Any, fail: Callable[[Exception], None]
+    ) -> Iterator[None]:
+        """Have a lane work on a job, which is given up on where the block ends before it."""
+        end: Callable[[], None] = (lambda: None) if version is None else self.registry.hold(version)
+        ticket: Ticket[Any] = Ticket(version, job, fail, end)
+        try:
+            lane.submit(ticket)
+        except BaseException:
+            end()
+            raise
+        self.loop.wake()
+        try:
+            yield
+        finally:
+            ticket.is_cancelled = True
+            self.loop.wake()
+
+    @property
+    def _ends(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        ends = self.engine.backbone.model.generation_config.eos_token_id
+        return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+    def _bake(self, folder: Path, own: Path) -> Facts:
+        """See ``Registry``."""
+        with self._baking:
+            config = PeftConfig.from_pretrained(folder)
+            recipe = Recipe.of_adapter(folder) if (folder / RECIPE_NAME).is_file() else None
+            kind = config.task_type or TaskType.CAUSAL_LM
+            lane = self._lane(kind, recipe)
+            adapter = baking.load(lane.backbone, folder)
+            if isinstance(lane, Engine):
+                baking.save(baking.bake(lane.backbone, adapter), lane.backbone, own)
+            else:
+                checkpoint.save(own, adapter, lane.backbone)
+            virtual = getattr(config, "num_virtual_tokens", 0)
+            positions = lane.backbone.max_positions
+            task = None if recipe is None else fitted_beside(recipe.definition, positions, virtual)
+            return Facts(config, task, lane)
+
+    def _lane(self, kind: TaskType, recipe: Recipe | None) -> Engine | Heads:
+        """Where an adapter's requests are worked on."""
+        if kind is TaskType.CAUSAL_LM:
+            return self.engine
+        if kind not in OUTPUTS:
+            raise UnsupportedModelError(
+                f"adapters for {kind.value} are not served: use a decoder's, or one with a head"
+            )
+        if recipe is None:
+            raise CheckpointError(f"there is no {RECIPE_NAME}, which names the labels: copy the whole folder")
+        key = (kind, recipe.num_labels)
+        if key not in self._heads:
+            backbone = self.bases.model(*key).backbone
+            self._heads[key] = Heads(backbone, kind, int(self.tokenizer.pad_token_id), self.limits)
+            self.loop.lanes.append(self._heads[key])
+        return self._heads[key]
+
+
+def _from_thread(put: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A function that another thread may call, for one that the event loop must."""
+    loop = asyncio.get_running_loop()
+
+    def call(item: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed, nobody waits any more
+            loop.call_soon_threadsafe(put, item)
+
+    return call
+
+
+def _checked(version: Version, record: Mapping[str, Any], *kinds: type) -> Any:
+    """The adapter's task, which a request may ask about this record."""
+    task: Any = version.facts.task
+    if type(task) not in kinds:
+        raise RequestError(f"{version.name} was not trained for that: ask it for {_ASKED[type(task)]}")
+    if missing := [column for column in task.columns if column not in record]:
+        raise RequestError(f"the record lacks {missing[0]!r}: {version.name} reads {', '.join(task.columns)}")
+    return task
+
+
+_ASKED: dict[type, str] = {
+    LabelTask: "labels",
+    ChoiceTask: "labels",
+    TagTask: "tags",
+    SpanTask: "answers",
+    TextTask: "texts",
+    type(None): "texts",
+}
+"""What each kind of task is asked for."""

@@ -1,0 +1,252 @@
+"""The HTTP server: OpenAI's client, labels and tags, keys, adapters that come and go, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softtune import PeftModel
+from softtune.serving.folder import AdapterFolder
+from softtune.serving.http.app import Settings, create_app
+from softtune.serving.limits import Limits
+from softtune.serving.service import Service
+
+ADMIN = {"Authorization": "Bearer boss"}
+CHAT = (
+    "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}text :{% endif %}"
+)
+
+
+@contextmanager
+def serving(model: str, folder: Path | None, limits: Limits | None = None, **settings: Any) -> Iterator[httpx.Client]:
+    """A server in a thread, and a client for it."""
+    service, adapters = Service(model, limits or Limits(slots=600)), AdapterFolder(folder)
+    adapters.load_all(service.registry)
+    app = create_app(
+        service, adapters, Settings(**{"admin_keys": ("boss",), "seconds": 20.0, "grace": 1.0, **settings})
+    )
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert service.loop.is_idle
+    assert not any(version.leases for version in service.registry.versions)
+
+
+@pytest.fixture(scope="module")
+def client(llama: str, adapters: Path) -> Iterator[httpx.Client]:
+    """A server of all kinds of adapters."""
+    with serving(llama, adapters, Limits(rows=4, slots=600)) as client:
+        yield client
+
+
+def generated(llama: str, folder: Path | None, text: str, tokens: int) -> str:
+    """What ``generate`` writes alone."""
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(llama).eval(), AutoTokenizer.from_pretrained(llama)
+    model = base if folder is None else PeftModel.from_pretrained(base, folder)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    written = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def complete(client: httpx.Client, **body: Any) -> httpx.Response:
+    return client.post("/v1/completions", json={"model": "prefix", "prompt": "the sky is", "temperature": 0, **body})
+
+
+def test_models_are_listed(client: httpx.Client, llama: str) -> None:
+    listed = client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed][:3] == [llama, "bitfit_added", "infix"]
+    assert client.get("/v1/models/prefix").json()["method"] == "PREFIX_TUNING"
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("name", [None, "prefix", "prompt_suffix", "bitfit_added"])
+def test_completions_are_those_of_generate(client: httpx.Client, llama: str, adapters: Path, name: str | None) -> None:
+    texts = ["the sky is", "red good"]
+    found = complete(client, model=name or llama, prompt=texts, max_tokens=9)
+    assert found.status_code == 200, found.text
+    written = [choice["text"] for choice in found.json()["choices"]]
+    assert written == [generated(llama, name and adapters / name, text, 9) for text in texts]
+
+
+def test_the_official_client_works_unchanged(client: httpx.Client, llama: str, adapters: Path) -> None:
+    asking = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")
+    assert "prefix" in {model.id for model in asking.models.list()}
+    whole = asking.completions.create(model="prefix", prompt="the sky is", max_tokens=9, temperature=0, logprobs=2)
+    assert whole.choices[0].text == generated(llama, adapters / "prefix", "the sky is", 9)
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, len(whole.choices[0].logprobs.tokens))
+    likeliest = [max(top.values()) for top in whole.choices[0].logprobs.top_logprobs]
+    assert likeliest == whole.choices[0].logprobs.token_logprobs
+    parts = asking.completions.create(
+        model="prefix",
+        prompt="the sky is",
+        max_tokens=9,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    events = list(parts)
+    assert "".join(event.choices[0].text for event in events[:-1]) == whole.choices[0].text
+    assert events[-1].usage == whole.usage
+    with pytest.raises(openai.NotFoundError, match="no adapter is named 'nobody': among those that are served are"):
+        asking.completions.create(model="nobody", prompt="red")
+
+
+def test_conversations(llama: str, adapters: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "talking")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(model)
+    with serving(str(model), adapters) as client:
+        asking = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")
+        messages: Any = [{"role": "user", "content": "is the sky blue"}]
+        whole = asking.chat.completions.create(
+            model="prompt", messages=messages, temperature=0, max_tokens=7, logprobs=True, top_logprobs=1
+        )
+        parts = asking.chat.completions.create(
+            model="prompt", messages=messages, temperature=0, max_tokens=7, stream=True
+        )
+        expected = generated(str(model), adapters / "prompt", "u is the sky blue text :", 7)
+        assert whole.choices[0].message.content == expected
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
+        assert all(token.top_logprobs[0].logprob == token.logprob for token in whole.choices[0].logprobs.content)
+        open_end = asking.chat.completions.create(model="prompt", messages=messages, temperature=0)
+        assert open_end.usage.total_tokens <= 64
+
+
+def test_a_model_without_a_template_has_no_conversations(client: httpx.Client) -> None:
+    found = client.post(
+        "/v1/chat/completions", json={"model": "prefix", "messages": [{"role": "user", "content": "red"}]}
+    )
+    assert found.status_code == 400
+    assert "knows no conversations: use /v1/completions" in found.json()["error"]["message"]
+
+
+def test_several_answers_from_seeds_and_stops(client: httpx.Client) -> None:
+    found = complete(client, temperature=1.5, n=3, seed=4, max_tokens=12).json()["choices"]
+    again = complete(client, temperature=1.5, n=3, seed=4, max_tokens=12).json()["choices"]
+    assert found == again
+    assert len({choice["text"] for choice in found}) > 1
+    whole = complete(client, max_tokens=12).json()["choices"][0]["text"]
+    stop = whole.strip().split()[2]
+    stopped = complete(client, max_tokens=12, stop=[stop, "nothing"]).json()["choices"][0]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == whole[: whole.index(stop)]
+
+
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"model": "nobody"}, 404, "no adapter is named 'nobody'"),
+    ({"prompt": ""}, 400, "the text is empty"),
+    ({"prompt": [[1, 999]]}, 400, "999 is no token: they go from 0 to 16"),
+    ({"prompt": "red " * 60}, 400, "are more than the 64 that the model takes: shorten the text"),
+    ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
+    ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
+    ({"top_p": 0}, 400, "top_p: Input should be greater than 0"),
+    ({"n": 8, "prompt": ["red"] * 5}, 400, "the request asks for 40 texts: ask for 32 at most"),
+    ({"best_of": 3}, 400, "best_of: Input should be 1"),
+    ({"frequency_penalty": 1}, 400, "frequency_penalty: Input should be 0"),
+    ({"colour": "red"}, 400, "colour: Extra inputs are not permitted"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options needs stream"),
+    ({"prompt": "red " * 2000}, 413, "the request has more than 5000 bytes: send less"),
+]
+
+
+@pytest.fixture(scope="module")
+def strict(llama: str, adapters: Path) -> Iterator[httpx.Client]:
+    """A server with a small limit, which only wants requests with a key."""
+    with serving(llama, adapters, body_limit=5000, keys=("mine", "yours")) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("body", "status", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(strict: httpx.Client, body: dict[str, Any], status: int, message: str) -> None:
+    strict.headers["Authorization"] = "Bearer yours"
+    found = complete(strict, **body)
+    assert (found.status_code, message in found.json()["error"]["message"]) == (status, True), found.text
+
+
+def test_keys(strict: httpx.Client) -> None:
+    del strict.headers["Authorization"]
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer mine2"}, ADMIN):
+        assert strict.get("/v1/models", headers=headers).status_code == 401
+    assert strict.get("/v1/models", headers={"Authorization": "Bearer mine"}).status_code == 200
+    assert strict.get("/v1/adapters", headers={"Authorization": "Bearer mine"}).status_code == 401
+    assert strict.get("/v1/adapters", headers=ADMIN).status_code == 200
+    assert strict.get("/healthz").status_code == 200
+
+
+def test_malformed_bodies(client: httpx.Client) -> None:
+    found = client.post("/v1/completions", content=b'{"model": ', headers={"Content-Type": "application/json"})
+    assert (found.status_code, found.json()["error"]["message"]) == (400, "the body: JSON decode error")
+    chunks = (b"x" * 2**19 for _ in range(3))
+    assert client.post("/v1/completions", content=chunks).status_code == 413
+    assert client.get("/v1/nothing").status_code == 404
+
+
+def test_too_many_wait(llama: str, adapters: Path) -> None:
+    with serving(llama, adapters, Limits(rows=1, waiting=2, slots=600)) as client:
+        found = complete(client, prompt=["red"] * 8)
+        assert found.status_code == 429
+        assert found.headers["Retry-After"] == "1"
+        assert "2 requests are waiting: try again later" in found.text
+
+
+def test_adapters_come_and_go(llama: str, adapters: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(adapters / "prefix", folder / "one")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_config.json").write_text("{}")
+    with serving(llama, folder) as client:
+        assert [v["name"] for v in client.get("/v1/adapters", headers=ADMIN).json()["served"]] == ["one"]
+        before = complete(client, model="one").json()["choices"]
+        shutil.copytree(adapters / "prompt", folder / "two")
+        assert client.post("/v1/adapters", json={"name": "two"}, headers=ADMIN).json() == {"name": "two", "version": 3}
+        assert complete(client, model="two").status_code == 200
+        assert client.post("/v1/adapters", json={"name": "../one"}, headers=ADMIN).status_code == 404
+        (folder / "one" / "adapter_model.safetensors").write_bytes(b"broken")
+        assert client.post("/v1/adapters", json={"name": "one"}, headers=ADMIN).status_code == 404
+        assert complete(client, model="one").json()["choices"] == before
+        assert client.delete("/v1/adapters/two", headers=ADMIN).json() == {"removed": "two"}
+        assert complete(client, model="two").status_code == 404
+        assert client.delete("/v1/adapters/two", headers=ADMIN).status_code == 404
+
+
+def test_who_hangs_up_leaves_a_place(llama: str, adapters: Path) -> None:
+    with serving(llama, adapters, Limits(rows=1, slots=600)) as client:
+        body = {"model": "prefix", "prompt": "red", "max_tokens": 55, "stream": True}
+        for _ in range(3):
+            with client.stream("POST", "/v1/completions", json=body) as stream:
+                next(stream.iter_lines())
+        assert complete(client, max_tokens=3).status_code == 200
+
+
+def test_metrics(client: httpx.Client) -> None:
+    complete(client, max_tokens=4, prompt="red good bad")
+    text = client.get("/metrics").text
+    assert 'softtune_requests_total{adapter="prefix",path="/v1/completions",status="200"}' in text
+    assert 'softtune_tokens_total{adapter="prefix",kind="written"}' in text
+    assert 'softtune_first_token_seconds_bucket{adapter="prefix",le="10.0"}' in text
+    assert "softtune_waiting 0.0" in text
+    complete(client, model="somebody")
+    assert "somebody" not in client.get("/metrics").text
