@@ -17,7 +17,7 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
-from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask
+from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask
 from softtune.errors import RequestError, SofttuneError
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.guard import error_of, while_asked
@@ -175,8 +175,10 @@ class Server:
         more: dict[str, Any] = {"endpoint": ENDPOINTS.get(type(task), "/v1/completions")}
         if task is not None:
             more["columns"] = list(task.columns)
+        if isinstance(task, LabelTask | TextTask | ChoiceTask):
+            more["template"] = task.template.text
         if isinstance(task, LabelTask):
-            more["labels"] = list(task.verbalizer.labels)
+            more["labels"] = task.verbalizer.words
         method = version.facts.config.peft_type
         return {
             **self._base,

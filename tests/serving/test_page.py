@@ -1,0 +1,76 @@
+"""The page, in a browser of a phone's width: texts and labels side by side, by the keyboard alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+from tests.serving.test_http import generated, serving
+from tests.serving.test_tasks import LABELLED, ROWS, trained
+from tests.training.test_tasks import recipe
+
+BROWSER = shutil.which("chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+@pytest.fixture
+def folder(llama: str, adapters: Path, tmp_path: Path) -> Path:
+    """Two adapters that write, and one that labels."""
+    folder = trained(tmp_path / "adapters", {"labels": recipe(tmp_path, llama, ROWS, **LABELLED)})
+    for kind in ("prefix", "prompt"):
+        shutil.copytree(adapters / kind, folder / kind)
+    return folder
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield browser.new_page(viewport={"width": 390, "height": 844})
+        browser.close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs the browser chromium")
+def test_the_page_shows_answers_side_by_side(page: Page, llama: str, adapters: Path, folder: Path) -> None:
+    problems: list[Any] = []
+    page.on("pageerror", lambda error: problems.append(error))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    with serving(llama, folder) as client:
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#choices input:checked")
+        for box in page.query_selector_all("#choices input:not(:checked)"):
+            box.focus()
+            page.keyboard.press("Space")
+        for column in ("text", "x"):
+            page.get_by_label(column, exact=True).fill("the sky is")
+        page.get_by_label("Tokens at most").fill("9")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_function("document.querySelectorAll('article').length === 4 && !asking")
+        cards = {
+            card.query_selector("h2").inner_text(): card.inner_text() for card in page.query_selector_all("article")
+        }
+        for name in (None, "prefix", "prompt"):
+            assert (
+                generated(llama, name and adapters / name, "the sky is", 9).split()
+                == cards[name or llama].split("\n")[1].split()
+            )
+        assert "tokens/s" in cards["prefix"]
+        assert [bar.inner_text()[-1] for bar in page.query_selector_all(".bar")] == ["%", "%"]
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert not problems
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs the browser chromium")
+def test_the_page_asks_for_a_key_and_shows_errors(page: Page, llama: str, folder: Path) -> None:
+    with serving(llama, folder, keys=("mine",)) as client:
+        page.goto(str(client.base_url))
+        page.get_by_label("API key").fill("mine")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#choices input")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector("article .wrong")
+        assert "the text is empty: write some words" in page.inner_text("#answers")
