@@ -6,7 +6,7 @@ from pathlib import Path
 
 from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.flags import argument, option, overrides, with_flags
-from softtune.cli.tables import show_entries
+from softtune.cli.tables import exit_on_failures, show_entries
 from softtune.experiments import report
 from softtune.experiments.cases import ENTRIES
 from softtune.experiments.compare import compare
@@ -25,6 +25,7 @@ def command(recipe: str, output: str, entries: str, seeds: int, **flags: str | N
         found = compare(chosen, [name.strip() for name in entries.split(",")], seeds=seeds, progress=progress)
     show_entries(found)
     console.print(f"The page is {report.write(Path(output), title=Path(recipe).stem)}.", soft_wrap=True)
+    exit_on_failures(found)
 
 
 with_flags(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.flags import argument, option, overrides, read, with_flags
-from softtune.cli.tables import show_entries
+from softtune.cli.tables import exit_on_failures, show_entries
 from softtune.experiments import report
 from softtune.experiments.experiment import run_here
 from softtune.experiments.on_ray import on_ray
@@ -37,6 +37,7 @@ def command(
         found = sweep(asked, Recipe.load(asked.recipe, {"output": output}), run=runner, progress=progress)
     show_entries(found, asked.metric)
     console.print(f"The page is {report.write(Path(output), title=Path(file).stem)}.", soft_wrap=True)
+    exit_on_failures(found)
 
 
 with_flags(

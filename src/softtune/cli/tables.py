@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 
 from datasets import Dataset
@@ -16,6 +17,8 @@ from softtune.training.learning_rate import STEPS, RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
 
+FAILED = 1
+"""Exit code where a part of an experiment failed."""
 MOST_CLASSES, MOST_MISTAKES, LONGEST = 40, 10, 200
 """Labels and mistakes to show, and characters of a cell."""
 
@@ -108,9 +111,19 @@ def show_entries(entries: Sequence[Entry], metric: str | None = None) -> None:
         column.justify, column.overflow = "right", "fold"
     for line in found.lines:
         table.add_row(*line)
-    console.print(table)
+    if found.lines:
+        console.print(table)
     for failure in failures(entries):
         console.print(failure)
+
+
+def exit_on_failures(entries: Sequence[Entry]) -> None:
+    """End the command with one line and exit code 1 where entries failed; those that do not fit are no failures."""
+    failed = [entry for entry in entries if entry.failure and not entry.is_left_out]
+    if failed:
+        count = f"{len(failed)} of {len(entries)}"
+        print(f"softtune: {count} failed: mend what is told above, and run the same command again", file=sys.stderr)
+        sys.exit(FAILED)
 
 
 def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iterator[tuple[str, str]]:

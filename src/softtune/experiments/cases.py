@@ -107,7 +107,8 @@ class Case:
 
     @property
     def kept(self) -> list[Entry] | None:
-        """What it came to in an earlier run. Raises ConfigError where that is of another experiment."""
+        """What it came to in an earlier run, but for failures that may be mended. Raises ConfigError where that is of
+        another experiment."""
         return outcomes.kept(self.folder, self.stem, self.asked)
 
     def keep(self, entries: Sequence[Entry]) -> None:
@@ -116,7 +117,7 @@ class Case:
 
     def failed(self, error: SofttuneError) -> list[Entry]:
         """What it came to where it cannot be run."""
-        return [Entry(name=self.name, at=self.at, outcomes=[], failure=str(error))]
+        return [Entry(name=self.name, at=self.at, outcomes=[], failure=str(error), failed_by=type(error).__name__)]
 
 
 def with_changes(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from softtune.errors import ConfigError, SofttuneError
+from softtune.errors import ConfigError, DataError, SofttuneError
 from softtune.experiments.cases import Case
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.runs import run_at_once
@@ -62,10 +62,13 @@ def bundles(cases: Sequence[Case], at_once: int) -> list[list[Case]]:
 
 
 def run_bundle(cases: Sequence[Case], progress: Progress) -> Iterator[tuple[Case, list[Entry]]]:
-    """Run cases at once. Where one of several does not fit its task or base model, each is run alone to tell which."""
+    """Run cases at once. Where one of several fails, each is run alone to tell which. Raises DataError where the data
+    does not fit."""
     try:
         yield from zip(cases, run_at_once(cases, progress), strict=True)
     except SofttuneError as error:
+        if len(cases) == 1 and isinstance(error, DataError):
+            raise DataError(f"{cases[0].name}: {error}") from error
         if len(cases) == 1:
             yield cases[0], cases[0].failed(error)
             return

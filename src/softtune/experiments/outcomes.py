@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from softtune import storage
-from softtune.errors import ConfigError
+from softtune.errors import ConfigError, TrainingError, UnsupportedModelError
 
 ENTRIES_NAME = "entries"
 """The folder in an experiment's where its entries are."""
@@ -55,6 +55,18 @@ class Entry:
     """One a seed; empty where it failed."""
     failure: str = ""
     """Why it failed, or does not go with this task or base model."""
+    failed_by: str = ""
+    """The name of the error's class, where there is a failure."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the same would come of another run: it has outcomes, or is a training that blew up."""
+        return not self.failure or self.failed_by == TrainingError.__name__
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether it does not go with this task or base model, which nobody needs to mend."""
+        return self.failed_by == UnsupportedModelError.__name__
 
     @property
     def metrics(self) -> list[str]:
@@ -101,7 +113,7 @@ def keep(folder: Path, stem: str, number: int, asked: Mapping[str, Any], entries
 
 
 def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | None:
-    """What the same part came to in an earlier run; None where there was none.
+    """What the same part came to in an earlier run; None where there was none, or it failed by what may be mended now.
 
     Raises:
         ConfigError: it is of another experiment.
@@ -110,9 +122,12 @@ def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | Non
     if not file.is_file():
         return None
     found = storage.read_json(file)
+    entries = _entries(found)
+    if not all(entry.is_final for entry in entries):
+        return None
     if found["asked"] != asked:
         raise ConfigError(f"{file.parent} is of another experiment: name another output, or delete it")
-    return _entries(found)
+    return entries
 
 
 def stem_of(name: str) -> str:

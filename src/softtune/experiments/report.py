@@ -64,7 +64,7 @@ def of_comparison(entries: Sequence[Entry], title: str) -> Page:
     return Page(
         title=title,
         texts=[f"{_rows(entries)} Mean over seeds ± standard deviation; stored is what a task needs beside the model."],
-        tables=[table_of(entries)],
+        tables=_tables(entries),
         notes=failures(entries),
         pictures=views.of_comparison(entries),
     )
@@ -91,6 +91,11 @@ def table_of(entries: Sequence[Entry], metric: str | None = None) -> Table:
     )
 
 
+def _tables(entries: Sequence[Entry], metric: str | None = None) -> list[Table]:
+    """The table; none where all failed."""
+    return [table_of(entries, metric)] if finished(entries) else []
+
+
 def failures(entries: Sequence[Entry]) -> list[str]:
     """Why entries are not in the table."""
     return [f"{entry.name}: {entry.failure}" for entry in entries if entry.failure]
@@ -103,7 +108,7 @@ def of_sweep(sweep: Sweep, entries: Sequence[Entry], title: str) -> Page:
     return Page(
         title=sweep.question or title,
         texts=[f"{_rows(entries)}{spread}", *(f"{who}: {text}" for who, text in says.items() if text)],
-        tables=[table_of(entries, sweep.metric)],
+        tables=_tables(entries, sweep.metric),
         notes=failures(entries),
         pictures=views.of_sweep(entries, sweep.metric, searched=sweep.trials is not None),
     )

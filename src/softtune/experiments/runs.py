@@ -13,8 +13,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from softtune.data import LabelTask, Template, TextTask
-from softtune.errors import ConfigError, TrainingError
+from softtune.data import ChoiceTask, LabelTask, Task, Template, TextTask
+from softtune.errors import TrainingError, UnsupportedModelError
 from softtune.evaluation.answers import answer, fitted, judge
 from softtune.experiments.baselines import BASELINES, Baseline
 from softtune.experiments.cases import PROMPTS, Case
@@ -187,7 +187,7 @@ def _prompt(case: Case, progress: Progress) -> list[Outcome]:
     """The base model alone, with some training rows in front of each record. Without them, all seeds are the same."""
     shots, recipe = PROMPTS[case.entry], case.recipe
     if recipe.task.has_head:
-        raise ConfigError("a head that is not trained answers nothing: leave this entry out")
+        raise UnsupportedModelError("a head that is not trained answers nothing: leave this entry out")
     base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
     model, rows = PeftModel(base), Rows.of(recipe)
     total = sum(p.numel() for p in base.parameters())
@@ -212,21 +212,26 @@ def _prompt(case: Case, progress: Progress) -> list[Outcome]:
     return found
 
 
-def _with_shots(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _with_shots(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The recipe's task, with labelled rows in front of the template."""
     task = recipe.definition
+    assert isinstance(task, (LabelTask, TextTask, ChoiceTask))
     if not len(rows):
         return task
-    if not isinstance(task, (LabelTask, TextTask)):
-        raise ConfigError("rows in front of a record are for labels and texts that are written: leave this entry out")
     shots = "".join(f"{task.template.filled(row)}{_answer(task, row)}\n\n" for row in rows)
     more = len(tokenizer(shots)["input_ids"])
     template = Template(shots.replace("{", "{{").replace("}", "}}") + task.template.text)
     return dataclasses.replace(task, template=template, max_length=task.max_length + more)
 
 
-def _answer(task: LabelTask | TextTask, row: Mapping[str, Any]) -> str:
-    return task.verbalizer.word(task.right(row)) if isinstance(task, LabelTask) else task.right(row)[0]
+def _answer(task: LabelTask | TextTask | ChoiceTask, row: Mapping[str, Any]) -> str:
+    match task:
+        case LabelTask():
+            return task.verbalizer.word(task.right(row))
+        case TextTask():
+            return task.right(row)[0]
+        case ChoiceTask():
+            return task.right(row)
 
 
 def _evaluated(rows: Rows) -> Dataset:

@@ -1,0 +1,94 @@
+"""What fails in an experiment: what is kept, what runs again, and what the commands say of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softtune import DataError
+from softtune.experiments import report
+from softtune.experiments.compare import compare
+from softtune.experiments.outcomes import Entry, entries_of
+from softtune.training.recipe import Recipe
+from tests.cli.test_cli import run, write_recipe
+from tests.experiments.test_sweep import asked, sweep
+from tests.tiny import save_models
+
+BLOWN_UP = {"learning_rate": 1e38, "max_grad_norm": 1e9}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"), max_position_embeddings=128)
+
+
+def test_what_may_be_mended_runs_again(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "unused"), str(tmp_path / "out")
+    command = ("compare", recipe, "--output", out, "--entries", "lora,zero-shot,head", "--seeds", "1")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        assert run(*command) == 1
+    shown = capsys.readouterr()
+    assert "lora: the baseline lora comes with the package peft" in shown.out
+    assert shown.err.splitlines()[-1].startswith("softtune: 1 of 3 failed: ")
+    assert run(*command) == 0
+    shown = capsys.readouterr().out
+    assert "head: LlamaForCausalLM has no head to train" in shown
+    assert [(entry.name, bool(entry.outcomes)) for entry in entries_of(tmp_path / "out")] == [
+        ("head", False),
+        ("lora", True),
+        ("zero-shot", True),
+    ]
+
+
+def test_a_training_that_blew_up_is_a_result(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], BLOWN_UP, over={"seed": [0]})
+    found = sweep(*own)
+    assert found[0].failed_by == "TrainingError"
+    monkeypatch.setattr("softtune.experiments.experiment.run_bundle", None)
+    assert sweep(*own) == found
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_where_all_failed_there_is_no_table(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "unused", **BLOWN_UP)
+    options = {"compare": ["--entries", "prefix-tuning", "--seeds", "1"], "sweep": ["--over", "seed: [0]"]}
+    assert run(command, recipe, "--output", str(tmp_path / "out"), *options[command]) == 1
+    shown = capsys.readouterr()
+    assert "┃" not in shown.out
+    assert "the loss is " in shown.out
+    assert shown.err.splitlines()[-1].startswith("softtune: 1 of 1 failed: ")
+    page = (tmp_path / "out" / report.PAGE_NAME).read_text(encoding="utf-8")
+    assert "<table>" not in page
+
+
+@pytest.mark.parametrize("changes", [{"train": "nowhere.csv"}, {"label_column": "tag"}])
+def test_data_that_does_not_fit_ends_all_and_says_where(
+    models: dict[str, str], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"data": {"good": {}, "bad": changes}}, at_once=1)
+    with pytest.raises(DataError, match="bad: "):
+        sweep(*own)
+
+
+def test_choices_take_rows_in_front(models: dict[str, str], tmp_path: Path) -> None:
+    rows = "".join(f'{{"text": "red sky", "of": ["warm", "cold"], "right": {i % 2}}}\n' for i in range(10))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    fields = {"train": str(tmp_path / "rows.jsonl"), "labels": None, "choices": "of", "label_column": "right"}
+    fields |= {"template": "text : {text} label : "}
+    recipe = Recipe.load(write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "out", **fields))
+    [found] = compare(recipe, ["few-shot"], seeds=1)
+    assert found.outcomes[0].training_rows == 4
+
+
+def test_entries_of_before_have_no_class_of_error() -> None:
+    assert not Entry(name="old", outcomes=[], failure="it has failed").is_final
