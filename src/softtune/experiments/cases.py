@@ -47,6 +47,8 @@ class Case:
     seeds: int
     at: dict[str, Any] = field(default_factory=dict)
     """See ``Entry``."""
+    is_alone: bool = False
+    """Whether its runs train one after the other, so that time and memory are each one's own."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any], **own: Any) -> Case:
@@ -67,9 +69,11 @@ class Case:
         if method and method["method"] != Recipe.of(fields).method:
             fields = {**fields, "options": {}, "learning_rate": None, **no_trunk, **method}
         if entry in BASELINES:
-            rate = BASELINES[entry].learning_rate
-            fields = {**fields, "learning_rate": rate, "patience": None, "ensemble": 1, **no_trunk}
-        return cls(entry=entry, recipe=Recipe.of(with_changes(fields, changes)), **own)
+            fields = {**fields, "learning_rate": BASELINES[entry].learning_rate, "ensemble": 1, **no_trunk}
+        recipe = Recipe.of(with_changes(fields, changes))
+        if entry in BASELINES and recipe.patience is not None:  # the best step would be a copy of a whole model
+            raise ConfigError(f"patience stops adapters, and not {entry}: leave one of the two out")
+        return cls(entry=entry, recipe=recipe, **own)
 
     @property
     def folder(self) -> Path:

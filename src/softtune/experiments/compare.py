@@ -28,7 +28,15 @@ def compare(
     """
     fields = recipe.model_dump(exclude_unset=True) | {"ensemble": 1}
     cases = [
-        Case.of(fields, name, {}, name=name, number=ENTRIES.index(name) if name in ENTRIES else 0, seeds=seeds)
+        Case.of(
+            fields,
+            name,
+            {},
+            name=name,
+            number=ENTRIES.index(name) if name in ENTRIES else 0,
+            seeds=seeds,
+            is_alone=True,
+        )
         for name in names
     ]
     return [entry for entries in run_cases(cases, at_once=1, progress=progress) for entry in entries]

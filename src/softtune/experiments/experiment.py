@@ -79,4 +79,4 @@ def run_bundle(cases: Sequence[Case], progress: Progress) -> Iterator[tuple[Case
 def _fit_together(cases: Sequence[Case], at_once: int) -> bool:
     runs = sum(case.seeds * case.recipe.ensemble for case in cases)
     alike = all(case.is_adapter and shared(case.recipe) == shared(cases[0].recipe) for case in cases)
-    return alike and runs <= at_once
+    return alike and runs <= at_once and not any(case.is_alone for case in cases)

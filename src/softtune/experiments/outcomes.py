@@ -34,11 +34,11 @@ class Outcome:
     total: int
     """All numbers of the model."""
     stored: int
-    """Bytes that a task needs on disk beside the base model."""
+    """Bytes of the tensors that a task needs beside the base model."""
     seconds: float
-    """Of training; of runs that trained at once, each one's share."""
+    """Of training alone; 0 of runs that trained at once, or not at all."""
     memory: int
-    """Most bytes in use while training, the base model's and those of all that trained at once among them."""
+    """Most bytes in use while training, the base model's among them; 0 as for the seconds."""
     steps: int
     training_rows: int
     evaluation_rows: int
@@ -80,6 +80,10 @@ class Entry:
     def mean(self, metric: str) -> float:
         """Over seeds."""
         return statistics.mean(self.values(metric))
+
+    def cost(self, name: str) -> float:
+        """The mean over seeds of one of the outcomes' own numbers."""
+        return statistics.mean(float(getattr(outcome, name)) for outcome in self.outcomes)
 
     def spread(self, metric: str) -> float:
         """Standard deviation over seeds; 0 of one."""

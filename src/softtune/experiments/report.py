@@ -8,7 +8,7 @@ from pathlib import Path
 from softtune import storage
 from softtune.errors import CheckpointError
 from softtune.experiments import views
-from softtune.experiments.outcomes import Entry, Outcome, entries_of
+from softtune.experiments.outcomes import Entry, entries_of
 from softtune.experiments.page import Page, Table, as_html, as_markdown, file_of
 from softtune.experiments.portrait import portrait
 from softtune.experiments.sweep import SWEEP_NAME, Sweep
@@ -84,7 +84,7 @@ def table_of(entries: Sequence[Entry], metric: str | None = None) -> Table:
             [
                 entry.name,
                 *(_value(entry, name) for name in metrics),
-                *(cost(entry.outcomes[0]) for cost in costs.values()),
+                *(cost(entry) for cost in costs.values()),
             ]
             for entry in ranked
         ],
@@ -131,21 +131,21 @@ def _value(entry: Entry, metric: str) -> str:
     return f"{entry.mean(metric):.3f}{spread}"
 
 
-def _trained(outcome: Outcome) -> str:
-    return f"{outcome.trained:,}"
+def _trained(entry: Entry) -> str:
+    return f"{entry.cost('trained'):,.0f}"
 
 
-def _share(outcome: Outcome) -> str:
-    return f"{outcome.trained / outcome.total:.3%}"
+def _share(entry: Entry) -> str:
+    return f"{entry.cost('trained') / entry.cost('total'):.3%}"
 
 
-def _seconds(outcome: Outcome) -> str:
-    return f"{outcome.seconds:.0f}" if outcome.steps else ""
+def _seconds(entry: Entry) -> str:
+    return f"{entry.cost('seconds'):.0f}" if entry.cost("steps") else ""
 
 
-def _stored(outcome: Outcome) -> str:
-    return storage.in_units(outcome.stored)
+def _stored(entry: Entry) -> str:
+    return storage.in_units(entry.cost("stored"))
 
 
-def _memory(outcome: Outcome) -> str:
-    return storage.in_units(outcome.memory) if outcome.steps else ""
+def _memory(entry: Entry) -> str:
+    return storage.in_units(entry.cost("memory")) if entry.cost("steps") else ""

@@ -1,34 +1,21 @@
-"""How cases are run: adapters over one base model at once; a baseline, which changes the base model, alone; text
-prompts without training."""
+"""How cases are run: adapters over one base model at once, all others alone."""
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
-
-from softtune.data import ChoiceTask, LabelTask, Task, Template, TextTask
-from softtune.errors import TrainingError, UnsupportedModelError
-from softtune.evaluation.answers import answer, fitted, judge
-from softtune.experiments.baselines import BASELINES, Baseline
+from softtune.errors import TrainingError
+from softtune.experiments.alone import clear, stored, train_alone
 from softtune.experiments.cases import PROMPTS, Case
-from softtune.experiments.memory import peak
 from softtune.experiments.outcomes import Entry, Outcome
-from softtune.model import PeftModel
-from softtune.pretrained import load_base_model
+from softtune.experiments.prompting import answer_alone
 from softtune.training.folder import RunFolder
 from softtune.training.recipe import Recipe
 from softtune.training.report import Report
 from softtune.training.run import Result, train_all
-from softtune.training.setup import Progress, Rows, Setup
+from softtune.training.setup import Progress
 from softtune.training.together import TASKS
-from softtune.training.trainer import InterruptSaver
 
 
 def run_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
@@ -45,11 +32,11 @@ def run_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
         SofttuneError: one does not fit its task or base model.
     """
     told = _Sum(progress, cases[0].name + (f" and {len(cases) - 1} more" if len(cases) > 1 else ""))
-    if cases[0].is_adapter:
-        return _train_adapters(cases, told)
+    if cases[0].is_adapter and not cases[0].is_alone:
+        return _train_at_once(cases, told)
     [case] = cases
-    run = _prompt if case.entry in PROMPTS else _train_baselines
-    return [_entries(case, [{"": outcome} for outcome in run(case, told)])]
+    found = answer_alone(case, told) if case.entry in PROMPTS else [train_alone(case, run, told) for run in case.runs]
+    return [_entries(case, [{"": outcome} for outcome in found])]
 
 
 class _Sum:
@@ -73,23 +60,20 @@ class _Sum:
         self._progress(f"{self._name}: {what}", all_done, all_there, notes if len(counts) == 1 else "")
 
 
-def _train_adapters(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
+def _train_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
     """All seeds of all cases at once, where their task allows it."""
     runs = [run for case in cases for run in case.runs]
     for run in runs:
-        if RunFolder(run).is_finished:  # and was stopped before it was evaluated
-            shutil.rmtree(run.output)
+        if RunFolder(run).is_finished:
+            clear(run)
     companies = [runs] if runs[0].task in TASKS else [[run] for run in runs]
-    results, memory = peak(lambda: [result for company in companies for result in _train(company, progress)])
-    each = iter(results)
+    each = iter([result for company in companies for result in _train(company, progress)])
     found = []
     for case in cases:
         own = [next(each) for _ in range(case.seeds)]
         failed = next((result for result in own if isinstance(result, TrainingError)), None)
         reports = [result for result in own if isinstance(result, Report)]
-        share = len(companies[0])
-        outcomes = [_outcomes(report, memory, report.seconds / share) for report in reports]
-        found.append(case.failed(failed) if failed else _entries(case, outcomes))
+        found.append(case.failed(failed) if failed else _entries(case, [_outcomes(report) for report in reports]))
     return found
 
 
@@ -101,7 +85,7 @@ def _train(runs: Sequence[Recipe], progress: Progress) -> list[Result]:
     return results
 
 
-def _outcomes(report: Report, memory: int, seconds: float) -> dict[str, Outcome]:
+def _outcomes(report: Report) -> dict[str, Outcome]:
     """What a run came to; an ensemble's by how its members answer: together, and each alone."""
     found = report.evaluation
     metrics = {"": report.after}
@@ -116,9 +100,9 @@ def _outcomes(report: Report, memory: int, seconds: float) -> dict[str, Outcome]
             metrics=own,
             trained=report.trained,
             total=report.total,
-            stored=report.size,
-            seconds=seconds,
-            memory=memory,
+            stored=stored(report.folder),
+            seconds=0,
+            memory=0,
             steps=report.steps,
             training_rows=report.training_rows,
             evaluation_rows=report.evaluation_rows,
@@ -137,108 +121,3 @@ def _entries(case: Case, found: Sequence[Mapping[str, Outcome]]) -> list[Entry]:
         )
         for way in found[0]
     ]
-
-
-class _Prepared:
-    """A base model as a baseline trains it."""
-
-    def __init__(self, baseline: Baseline) -> None:
-        self.baseline = baseline
-
-    def adapted(self, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-        """See ``Models``."""
-        set_seed(recipe.seed)
-        base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
-        model = PeftModel(base)
-        self.baseline.prepare(base)
-        return model, tokenizer
-
-
-def _train_baselines(case: Case, progress: Progress) -> list[Outcome]:
-    """One after the other, since each trains a base model of its own."""
-    return [_baseline(run, BASELINES[case.entry], progress) for run in case.runs]
-
-
-def _baseline(recipe: Recipe, baseline: Baseline, progress: Progress) -> Outcome:
-    rows = Rows.of(recipe)
-    setup = Setup.of(RunFolder(recipe), rows, _Prepared(baseline), progress)
-    trainer = setup.trainer(setup.model, "default", 0, InterruptSaver())
-    trainer.args.save_strategy = "no"
-    clock = time.perf_counter()
-    with setup.model.disable_adapter():
-        _, memory = peak(trainer.train)
-        seconds = time.perf_counter() - clock
-        answers = answer(setup.model, setup.tokenizer, setup.task, _evaluated(rows), advance=_counted(progress, rows))
-    trained, total = setup.model.get_nb_trainable_parameters()
-    return Outcome(
-        metrics=judge(setup.task, _evaluated(rows), answers).metrics,
-        trained=trained,
-        total=total,
-        stored=sum(p.nbytes for p in setup.model.parameters() if p.requires_grad),
-        seconds=seconds,
-        memory=memory,
-        steps=trainer.state.global_step,
-        training_rows=len(setup.examples),
-        evaluation_rows=len(_evaluated(rows)),
-    )
-
-
-def _prompt(case: Case, progress: Progress) -> list[Outcome]:
-    """The base model alone, with some training rows in front of each record. Without them, all seeds are the same."""
-    shots, recipe = PROMPTS[case.entry], case.recipe
-    if recipe.task.has_head:
-        raise UnsupportedModelError("a head that is not trained answers nothing: leave this entry out")
-    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
-    model, rows = PeftModel(base), Rows.of(recipe)
-    total = sum(p.numel() for p in base.parameters())
-    found = []
-    for run in case.runs if shots else case.runs[:1]:
-        task = _with_shots(recipe, rows.training.shuffle(seed=run.seed).select(range(shots)), tokenizer)
-        with model.disable_adapter():
-            answers = answer(model, tokenizer, fitted(task, model), _evaluated(rows), advance=_counted(progress, rows))
-        found.append(
-            Outcome(
-                metrics=judge(task, _evaluated(rows), answers).metrics,
-                trained=0,
-                total=total,
-                stored=0,
-                seconds=0,
-                memory=0,
-                steps=0,
-                training_rows=shots,
-                evaluation_rows=len(_evaluated(rows)),
-            )
-        )
-    return found
-
-
-def _with_shots(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The recipe's task, with labelled rows in front of the template."""
-    task = recipe.definition
-    assert isinstance(task, (LabelTask, TextTask, ChoiceTask))
-    if not len(rows):
-        return task
-    shots = "".join(f"{task.template.filled(row)}{_answer(task, row)}\n\n" for row in rows)
-    more = len(tokenizer(shots)["input_ids"])
-    template = Template(shots.replace("{", "{{").replace("}", "}}") + task.template.text)
-    return dataclasses.replace(task, template=template, max_length=task.max_length + more)
-
-
-def _answer(task: LabelTask | TextTask | ChoiceTask, row: Mapping[str, Any]) -> str:
-    match task:
-        case LabelTask():
-            return task.verbalizer.word(task.right(row))
-        case TextTask():
-            return task.right(row)[0]
-        case ChoiceTask():
-            return task.right(row)
-
-
-def _evaluated(rows: Rows) -> Dataset:
-    assert rows.evaluation is not None
-    return rows.evaluation
-
-
-def _counted(progress: Progress, rows: Rows) -> Callable[[int], None]:
-    total = len(_evaluated(rows))
-    return lambda done: progress("evaluating", done, total, "")

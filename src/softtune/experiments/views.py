@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import mean
 from typing import Any
 
 from softtune.experiments.outcomes import Entry
@@ -22,12 +21,12 @@ def of_comparison(entries: Sequence[Entry]) -> list[Picture]:
         return []
     metric = found[0].metrics[0]
     name = in_words(metric)
-    trained = [entry for entry in found if entry.outcomes[0].steps]
+    trained = [entry for entry in found if entry.cost("steps")]
     drawn = [_bars(found, metric)]
     if trained:
-        points = {e.name: (e.outcomes[0].trained / e.outcomes[0].total, e.mean(metric)) for e in trained}
-        seconds = [Bar(entry.name, mean(o.seconds for o in entry.outcomes)) for entry in trained]
-        memory = [Bar(entry.name, max(o.memory for o in entry.outcomes) / 1e9) for entry in trained]
+        points = {e.name: (e.cost("trained") / e.cost("total"), e.mean(metric)) for e in trained}
+        seconds = [Bar(entry.name, entry.cost("seconds")) for entry in trained]
+        memory = [Bar(entry.name, entry.cost("memory") / 1e9) for entry in trained]
         drawn += [
             scatter("Quality against what is trained", points, across="share of the parameters", up=name),
             bars("Time", seconds, unit="seconds of training, one seed"),

@@ -1,0 +1,28 @@
+"""What a model is worth on the rows that a recipe holds out."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from softtune.data import Task
+from softtune.errors import AdapterError, TrainingError
+from softtune.evaluation.answers import answer, judge
+from softtune.model import PeftModel
+from softtune.training.setup import Progress, Rows
+
+
+def metrics_of(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Rows, progress: Progress
+) -> dict[str, float]:
+    """The metrics of the task. Raises TrainingError where the model answers with no numbers."""
+    held_out = rows.evaluation
+    assert held_out is not None
+
+    def advance(done: int) -> None:
+        progress("evaluating", done, len(held_out), "")
+
+    try:
+        answers = answer(model, tokenizer, task, held_out, advance=advance)
+    except AdapterError as error:
+        raise TrainingError(str(error)) from error
+    return judge(task, held_out, answers).metrics

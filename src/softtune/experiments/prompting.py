@@ -1,0 +1,76 @@
+"""The base model alone, which a text prompt asks: nothing is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from softtune.data import ChoiceTask, LabelTask, Task, Template, TextTask
+from softtune.errors import ConfigError, UnsupportedModelError
+from softtune.evaluation.answers import fitted
+from softtune.experiments.answering import metrics_of
+from softtune.experiments.cases import PROMPTS, Case
+from softtune.experiments.outcomes import Outcome
+from softtune.model import PeftModel
+from softtune.pretrained import load_base_model
+from softtune.training.recipe import Recipe
+from softtune.training.setup import Progress, Rows
+
+
+def answer_alone(case: Case, progress: Progress) -> list[Outcome]:
+    """The base model alone, with some training rows in front of each record. Without them, all seeds are the same."""
+    shots, recipe = PROMPTS[case.entry], case.recipe
+    if recipe.task.has_head:
+        raise UnsupportedModelError("a head that is not trained answers nothing: leave this entry out")
+    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+    model, rows = PeftModel(base), Rows.of(recipe)
+    if shots > len(rows.training):
+        raise ConfigError(
+            f"{shots} rows stand in front of a record, there are {len(rows.training)}: leave this entry out"
+        )
+    total = sum(p.numel() for p in base.parameters())
+    found = []
+    for run in case.runs if shots else case.runs[:1]:
+        task = _with_shots(recipe, rows.training.shuffle(seed=run.seed).select(range(shots)), tokenizer)
+        with model.disable_adapter():
+            metrics = metrics_of(model, tokenizer, fitted(task, model), rows, progress)
+        found.append(
+            Outcome(
+                metrics=metrics,
+                trained=0,
+                total=total,
+                stored=0,
+                seconds=0,
+                memory=0,
+                steps=0,
+                training_rows=shots,
+                evaluation_rows=len(rows.evaluation or ()),
+            )
+        )
+    return found
+
+
+def _with_shots(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The recipe's task, with labelled rows in front of the template."""
+    task = recipe.definition
+    assert isinstance(task, (LabelTask, TextTask, ChoiceTask))
+    if not len(rows):
+        return task
+    shots = "".join(f"{task.template.filled(row)}{_answer(task, row)}\n\n" for row in rows)
+    more = len(tokenizer(shots)["input_ids"])
+    template = Template(shots.replace("{", "{{").replace("}", "}}") + task.template.text)
+    return dataclasses.replace(task, template=template, max_length=task.max_length + more)
+
+
+def _answer(task: LabelTask | TextTask | ChoiceTask, row: Mapping[str, Any]) -> str:
+    match task:
+        case LabelTask():
+            return task.verbalizer.word(task.right(row))
+        case TextTask():
+            return task.right(row)[0]
+        case ChoiceTask():
+            return task.right(row)
