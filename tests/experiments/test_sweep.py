@@ -15,6 +15,7 @@ from softtune import ConfigError
 from softtune.experiments import experiment as room
 from softtune.experiments import report
 from softtune.experiments.cases import Case
+from softtune.experiments.compare import compare
 from softtune.experiments.experiment import bundles
 from softtune.experiments.outcomes import Entry, entries_of
 from softtune.experiments.sweep import Range, Sweep, sweep
@@ -80,6 +81,54 @@ def test_an_ensemble_has_a_line_for_each_way_to_answer(models: dict[str, str], t
     assert [entry.name for entry in entries] == ["ensemble 1", *(f"ensemble 3, {way}" for way in ways)]
     assert all(len(entry.outcomes) == 2 for entry in entries)
     assert all(entries[4].mean("accuracy") >= entry.mean("accuracy") for entry in entries[3:])
+
+
+@pytest.mark.parametrize("sizes", [[3, 1], [1, 2, 3]])
+def test_a_page_shows_ensembles_beside_adapters_alone(models: dict[str, str], tmp_path: Path, sizes: list[int]) -> None:
+    """Of which only the ensembles have a way to answer."""
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"ensemble": sizes})
+    entries = sweep(*own)
+    page = report.page_of(tmp_path / "out", "ensembles")
+    assert [len(table.lines) for table in page.tables] == [len(entries)]
+    assert len(page.pictures) == 1
+
+
+def test_another_experiment_in_the_folder_is_refused_before_any_work(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = {"learning_rate": [0.01, 0.1], "options.num_virtual_tokens": [2]}
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over=over)
+    before = sweep(*own)
+    larger = {**over, "learning_rate": [0.01, 0.05, 0.1]}
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "run_bundle", None)
+        for other in (
+            {"over": {"epochs": [1]}},
+            {"over": {**over, "learning_rate": [0.01, 0.05]}},
+            {"over": larger, "seeds": 2},
+            {"over": {"learning_rate": {"low": 0.01, "high": 1.0}}, "trials": 2},
+        ):
+            with pytest.raises(ConfigError, match="out has another experiment: name another output, or delete it"):
+                sweep(*asked(tmp_path / "sweep.yaml", models["llama"], **other))
+        with pytest.raises(ConfigError, match="out has another experiment"):
+            sweep(own[0].model_copy(update={"fields": {"epochs": 2}}), own[1])
+        with pytest.raises(ConfigError, match="out has another experiment"):
+            compare(own[1], ["lora"])
+        assert sweep(*own) == before
+    found = sweep(*asked(tmp_path / "sweep.yaml", models["llama"], over=larger))
+    assert [found[0], found[2]] == before
+
+
+def test_runs_of_another_recipe_are_refused_before_any_work(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1, 2]})
+    case = Case.of(own[1].model_dump(exclude_unset=True), "", {}, name="epochs 2", number=1, seeds=1)
+    train(case.runs[0].model_copy(update={"epochs": 3.0}))
+    monkeypatch.setattr(room, "run_bundle", None)
+    with pytest.raises(ConfigError, match="in the run in"):
+        sweep(*own)
+    assert Recipe.of_adapter(case.runs[0].output).epochs == 3
 
 
 def test_what_is_finished_is_kept(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

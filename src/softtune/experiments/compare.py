@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from softtune.errors import ConfigError
 from softtune.experiments.cases import ENTRIES, Case
 from softtune.experiments.experiment import run_cases
-from softtune.experiments.outcomes import Entry
+from softtune.experiments.outcomes import SWEEP_NAME, Entry
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
 
@@ -23,9 +25,11 @@ def compare(
         progress: told of every step.
 
     Raises:
-        ConfigError: an unknown name, or a recipe without evaluation rows.
+        ConfigError: an unknown name, a recipe without evaluation rows, or there is another experiment in the folder.
         DataError: the data does not fit.
     """
+    if (Path(recipe.output) / SWEEP_NAME).is_file():
+        raise ConfigError(f"{recipe.output} has another experiment: name another output, or delete it")
     fields = recipe.model_dump(exclude_unset=True) | {"ensemble": 1}
     cases = [
         Case.of(

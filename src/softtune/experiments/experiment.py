@@ -9,6 +9,7 @@ from softtune.experiments.cases import Case
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.runs import run_at_once
 from softtune.training.company import shared
+from softtune.training.folder import RunFolder
 from softtune.training.setup import Progress
 
 Runner = Callable[[Sequence[Sequence[Case]], Progress], Iterator[tuple[Case, list[Entry]]]]
@@ -43,11 +44,19 @@ def run_cases(
         raise ConfigError("an experiment needs rows to evaluate on: set evaluation or test_size")
     found = {case.stem: case.kept for case in cases}
     left = list({case.stem: case for case in cases if found[case.stem] is None}.values())
+    _check_folders(left)
     for done, (case, entries) in enumerate(run(bundles(left, at_once), progress), start=1):
         case.keep(entries)
         found[case.stem] = entries
         progress("all", len(found) - len(left) + done, len(found), "")
     return [found[case.stem] or [] for case in cases]
+
+
+def _check_folders(cases: Sequence[Case]) -> None:
+    """Raise ConfigError where another recipe has made what is in the folder of a run."""
+    for folder in (RunFolder(run) for case in cases if case.is_adapter for run in case.runs):
+        if folder.is_finished or folder.is_unfinished:
+            folder.check_recipe()
 
 
 def bundles(cases: Sequence[Case], at_once: int) -> list[list[Case]]:

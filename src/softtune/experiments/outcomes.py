@@ -20,6 +20,9 @@ from softtune.errors import ConfigError, TrainingError, UnsupportedModelError
 ENTRIES_NAME = "entries"
 """The folder in an experiment's where its entries are."""
 
+SWEEP_NAME = "sweep.yaml"
+"""A sweep, in its folder; a comparison's has none."""
+
 LONGEST_STEM = 60
 """Characters of a file's name that come from an entry's."""
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from softtune import storage
 from softtune.errors import CheckpointError
 from softtune.experiments import views
-from softtune.experiments.outcomes import Entry, entries_of
+from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
 from softtune.experiments.page import Page, Table, as_html, as_markdown, file_of
 from softtune.experiments.portrait import portrait
-from softtune.experiments.sweep import SWEEP_NAME, Sweep
+from softtune.experiments.sweep import Sweep
 from softtune.experiments.views import finished, in_words
 from softtune.training.recipe import holds_adapter
 

@@ -7,6 +7,7 @@ sweep goes on behind it: a grid's other points, or a search that is told what it
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,13 +21,10 @@ from softtune.errors import ConfigError
 from softtune.evaluation.answers import metric_names
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_cases, run_here
-from softtune.experiments.outcomes import Entry
+from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
 from softtune.training.fields import checked, read_fields
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
-
-SWEEP_NAME = "sweep.yaml"
-"""A sweep, in its folder."""
 
 HINTS = {"over": "for each field list values, or {low, high} to search in, or name fields by points"}
 """What to write in fields of several types."""
@@ -105,11 +103,23 @@ class Sweep(BaseModel):
         return sweep.model_copy(update={"recipe": str(Path(path).parent / sweep.recipe)})
 
     def save(self, folder: Path) -> None:
-        """Write it into its folder, where its page finds what it asks."""
+        """Write it into its folder, where its page finds what it asks. Raises ConfigError where another is there."""
+        there = Sweep.load(folder / SWEEP_NAME) if (folder / SWEEP_NAME).is_file() else None
+        if (entries_of(folder) and there is None) or (there is not None and not self._goes_on_from(there)):
+            raise ConfigError(f"{folder} has another experiment: name another output, or delete it")
         fields = self.model_dump(mode="json", exclude_unset=True)
         with storage.staged(folder) as stage:
             text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
             (stage / SWEEP_NAME).write_text(text, encoding="utf-8")
+
+    def _goes_on_from(self, other: Sweep) -> bool:
+        """Whether all points of another sweep are among this one's."""
+        if [*self.over] != [*other.over] or (self.fields, self.seeds) != (other.fields, other.seeds):
+            return False
+        if self.trials is not None or other.trials is not None:
+            same = (self.over, self.metric) == (other.over, other.metric)
+            return same and (self.trials or 0) >= (other.trials or math.inf)
+        return all(_has_all(self.over[name], axis) for name, axis in other.over.items())
 
     @property
     def points(self) -> Iterator[dict[str, Any]]:
@@ -124,6 +134,13 @@ class Sweep(BaseModel):
             axis = self.over[name]
             changes |= axis[value] if isinstance(axis, dict) else {name: value}
         return changes
+
+
+def _has_all(axis: Axis, other: Axis) -> bool:
+    """Whether an axis has all values, or named points, of another."""
+    if isinstance(axis, dict) and isinstance(other, dict):
+        return other.items() <= axis.items()
+    return isinstance(axis, list) and isinstance(other, list) and all(value in axis for value in other)
 
 
 def sweep(asked: Sweep, recipe: Recipe, *, run: Runner = run_here, progress: Progress = lambda *_: None) -> list[Entry]:

@@ -48,7 +48,8 @@ def of_sweep(entries: Sequence[Entry], metric: str | None, *, searched: bool) ->
     if not found:
         return []
     metric = metric or found[0].metrics[0]
-    axes = {name: list(dict.fromkeys(_key(entry.at[name]) for entry in found)) for name in found[0].at}
+    names = dict.fromkeys(name for entry in found for name in entry.at)
+    axes = {name: list(dict.fromkeys(_key(entry.at.get(name)) for entry in found)) for name in names}
     numbers = {name: keys for name, keys in axes.items() if all(_is_number(key) for key in keys)}
     if searched:
         return [_tried(found, metric, name) for name in numbers] or [_bars(found, metric)]
@@ -56,7 +57,8 @@ def of_sweep(entries: Sequence[Entry], metric: str | None, *, searched: bool) ->
     if along and len(numbers[along]) >= FEWEST:
         return [_curves(found, metric, along)]
     varied = [name for name, keys in axes.items() if len(keys) > 1]
-    return [_map(found, metric, *varied)] if len(varied) == 2 else [_bars(found, metric)]
+    is_map = len(varied) == 2 and all(name in entry.at for name in varied for entry in found)
+    return [_map(found, metric, *varied)] if is_map else [_bars(found, metric)]
 
 
 def in_words(name: str) -> str:
