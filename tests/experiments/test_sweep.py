@@ -181,6 +181,20 @@ def test_a_search_goes_on_where_it_was(models: dict[str, str], tmp_path: Path, m
     assert by_name(sweep(*own)) == by_name(whole)
 
 
+def test_the_sweep_in_the_output_runs_from_there(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    write_recipe(tmp_path / "own" / "recipe.yaml", models["llama"], tmp_path / "unused")
+    monkeypatch.chdir(tmp_path)
+    over = "{learning_rate: {low: 1e-3, high: 1e-1, log: true}}"
+    flags = ["--over", over, "--trials", "2", "--output", "runs/out"]
+    assert run("sweep", "own/recipe.yaml", *flags) == 0
+    before = entries_of(Path("runs/out"))
+    assert run("sweep", "runs/out/sweep.yaml", "--output", "runs/again") == 0
+    assert by_name(entries_of(Path("runs/again"))) == by_name(before)
+
+
 @pytest.mark.parametrize("over", [{"learning_rate": [0.01, 0.1]}, {"entry": ["full", "lora"]}])
 def test_the_command_writes_a_page(models: dict[str, str], tmp_path: Path, over: dict[str, Any]) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "unused")

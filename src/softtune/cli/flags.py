@@ -14,6 +14,7 @@ from rich.markup import escape
 from softtune.errors import ConfigError
 from softtune.methods import TaskType
 from softtune.pretrained import MODEL_CLASSES
+from softtune.training.fields import from_yaml
 from softtune.training.recipe import Recipe
 
 
@@ -74,7 +75,7 @@ def _value(name: str, text: str) -> Any:
 def read(name: str, text: str) -> Any:
     """A flag's text as YAML. Raises ConfigError where it is none."""
     try:
-        return yaml.safe_load(text)
+        return from_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{flag(name)} {text!r} cannot be read: write it as in a YAML file") from error
 

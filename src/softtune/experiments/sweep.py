@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softtune import storage
@@ -22,7 +21,7 @@ from softtune.evaluation.answers import metric_names
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_cases, run_here
 from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
-from softtune.training.fields import checked, read_fields
+from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
 
@@ -60,7 +59,7 @@ class Sweep(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     recipe: str
-    """The recipe, a YAML file; its path starts at the sweep's folder."""
+    """The recipe, a YAML file; its path starts at the sweep's folder, unless it starts at the root."""
     fields: dict[str, Any] = {}
     """Fields of the recipe to replace; options.name is one option, entry a method or baseline of softtune compare."""
     over: Annotated[dict[str, Axis], Field(min_length=1)]
@@ -107,10 +106,9 @@ class Sweep(BaseModel):
         there = Sweep.load(folder / SWEEP_NAME) if (folder / SWEEP_NAME).is_file() else None
         if (entries_of(folder) and there is None) or (there is not None and not self._goes_on_from(there)):
             raise ConfigError(f"{folder} has another experiment: name another output, or delete it")
-        fields = self.model_dump(mode="json", exclude_unset=True)
+        fields = self.model_dump(mode="json", exclude_unset=True) | {"recipe": str(Path(self.recipe).resolve())}
         with storage.staged(folder) as stage:
-            text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-            (stage / SWEEP_NAME).write_text(text, encoding="utf-8")
+            (stage / SWEEP_NAME).write_text(to_yaml(fields), encoding="utf-8")
 
     def _goes_on_from(self, other: Sweep) -> bool:
         """Whether all points of another sweep are among this one's."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.resolver import Resolver
 
 from softtune.errors import ConfigError
 
@@ -17,6 +19,44 @@ Model = TypeVar("Model", bound=BaseModel)
 
 LONGEST = 200
 """Characters of a wrong value to show."""
+
+
+FLOAT = "tag:yaml.org,2002:float"
+NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+"""YAML 1.2's numbers with a fraction, 1e-3 among them, which PyYAML's YAML 1.1 takes for a text."""
+
+
+Yaml = TypeVar("Yaml", bound=Resolver)
+
+
+def _with_numbers(own: type[Yaml]) -> type[Yaml]:
+    """A loader or dumper that knows ``NUMBER``."""
+    own.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != FLOAT]
+        for first, known in own.yaml_implicit_resolvers.items()
+    }
+    own.add_implicit_resolver(FLOAT, re.compile(rf"(?:{NUMBER})$"), list("-+.0123456789"))
+    return own
+
+
+@_with_numbers
+class _Loader(yaml.SafeLoader):
+    """YAML's, but for its numbers."""
+
+
+@_with_numbers
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that the loader would take for numbers."""
+
+
+def from_yaml(text: str) -> Any:
+    """What a text in YAML says. Raises yaml.YAMLError where it is none."""
+    return yaml.load(text, _Loader)
+
+
+def to_yaml(fields: Mapping[str, Any]) -> str:
+    """Fields in their order as YAML, which ``from_yaml`` reads as they were."""
+    return yaml.dump(dict(fields), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_fields(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -30,7 +70,7 @@ def read_fields(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         ConfigError: there is no such file, or it is no YAML mapping.
     """
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        fields = from_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"no {kind} at {path}: check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
