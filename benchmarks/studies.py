@@ -13,22 +13,26 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from timing import save
+import timing
 
 from softtune.cli.console import progress_bars, quiet
 from softtune.experiments import report
 from softtune.experiments.compare import compare
-from softtune.experiments.outcomes import Entry, entry_of
+from softtune.experiments.outcomes import Entry, entries_of, entry_of
 from softtune.experiments.page import Page
 from softtune.experiments.sweep import Sweep, sweep
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
 
 ROOT = Path(__file__).parents[1]
-STUDIES, RESULTS, RUNS = ROOT / "recipes" / "studies", ROOT / "docs" / "results", Path("runs", "studies")
+STUDIES, RESULTS, RUNS = ROOT / "recipes" / "studies", ROOT / "docs" / "results", ROOT / "runs" / "studies"
+STAMPS_NAME = "stamps.json"
+"""What each entry of a study comes from, in the study's folder."""
 
 HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "e2e": (
@@ -67,13 +71,31 @@ def main() -> None:
 
 
 def run(name: str) -> None:
-    """Run a study, and keep what it came to with hardware and commit."""
-    clock = time.perf_counter()
-    with progress_bars() as progress:
+    """Run what is left of a study, and keep what it came to with the hardware and the commit of each entry."""
+    with stamping(RUNS / name), progress_bars() as progress:
         entries = (headline if name in HEADLINES else study)(name, progress)
-    minutes = (time.perf_counter() - clock) / 60
-    content = {"minutes": round(minutes, 1), "entries": [dataclasses.asdict(entry) for entry in entries]}
-    save(name, content, RESULTS)
+    content = [dataclasses.asdict(entry) for entry in entries]
+    timing.write(RESULTS / f"{name}.json", {"runs": stamps(RUNS / name), "entries": content})
+
+
+@contextmanager
+def stamping(folder: Path) -> Iterator[None]:
+    """Note what the entries come from that are new in a folder when the block ends, be it by Ctrl-C."""
+    clock, before, stamp = time.perf_counter(), entries_of(folder), timing.stamp()
+    try:
+        yield
+    finally:
+        new = [entry.name for entry in entries_of(folder) if entry not in before]
+        older = [{**run, "entries": [name for name in run["entries"] if name not in new]} for run in stamps(folder)]
+        minutes = round((time.perf_counter() - clock) / 60, 1)
+        runs = [run for run in (*older, {**stamp, "minutes": minutes, "entries": new}) if run["entries"]]
+        timing.write(folder / STAMPS_NAME, {"runs": runs})
+
+
+def stamps(folder: Path) -> list[dict[str, Any]]:
+    """Hardware, commit, minutes and entries of each time that a study ran."""
+    file = folder / STAMPS_NAME
+    return json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else []
 
 
 def study(name: str, progress: Progress) -> list[Entry]:
@@ -108,13 +130,15 @@ def write_index() -> None:
 
 
 def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:
-    """A page that says where its numbers come from."""
-    hardware = kept["hardware"]
-    says = (
-        f"`python benchmarks/studies.py {name}`: {kept['minutes']} minutes on {hardware['cpu']}, "
-        f"{hardware['threads']} threads, torch {hardware['torch']}, commit {kept['commit']}."
-    )
-    return dataclasses.replace(page, notes=[*page.notes, says])
+    """A page that says where its numbers come from, entry by entry where not all ran at once."""
+    runs = kept.get("runs", [kept])
+    whose = [f" ({', '.join(run['entries'])})" if len(runs) > 1 else "" for run in runs]
+    says = [
+        f"`python benchmarks/studies.py {name}`{entries}: {run['minutes']} minutes on {run['hardware']['cpu']}, "
+        f"{run['hardware']['threads']} threads, torch {run['hardware']['torch']}, commit {run['commit']}."
+        for run, entries in zip(runs, whose, strict=True)
+    ]
+    return dataclasses.replace(page, notes=[*page.notes, *says])
 
 
 if __name__ == "__main__":

@@ -49,11 +49,19 @@ def report(name: str, measures: Sequence[dict[str, Any]]) -> None:
     save(name, {"measures": list(measures)})
 
 
-def save(name: str, results: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Write results to a folder's ``<name>.json``, with hardware and commit."""
-    content = {"hardware": _hardware(), "commit": _commit(), **results}
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def save(name: str, results: dict[str, Any]) -> None:
+    """Write results to ``results/<name>.json``, with hardware and commit."""
+    write(RESULTS / f"{name}.json", {**stamp(), **results})
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def stamp() -> dict[str, Any]:
+    """What results come from: hardware and commit."""
+    return {"hardware": _hardware(), "commit": _commit()}
 
 
 def _hardware() -> dict[str, Any]:

@@ -98,6 +98,18 @@ def test_bad_input_is_one_line(models: dict[str, str], tmp_path: Path, capsys: p
         report.write(tmp_path / "nothing", "nothing")
 
 
+def test_what_does_not_go_with_an_entry_is_told_with_its_name(models: dict[str, str], tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "out")
+    recipe = Recipe.load(file)
+    with pytest.raises(ConfigError, match="a comparison is of single adapters: set ensemble to 1, or sweep over it"):
+        compare(recipe.model_copy(update={"ensemble": 2}))
+    placed = Recipe.load(file, {"method": "PROMPT_TUNING", "template": "{prompt:3} {words} label : "})
+    with pytest.raises(ConfigError, match="prefix-tuning: recipe: only PROMPT_TUNING and P_TUNING have"):
+        compare(placed, ["prompt-tuning", "prefix-tuning"])
+    [found] = compare(Recipe.load(file, {"examples": 3}), ["few-shot"], seeds=1)
+    assert found.failure == "4 rows stand in front of a record, there are 3: leave this entry out"
+
+
 def test_the_best_is_on_top_and_text_is_no_markup() -> None:
     def entry(name: str, *accuracies: float) -> Entry:
         numbers = {"trained": 10, "total": 1000, "stored": 40, "seconds": 2.0, "memory": 10**9, "steps": 3}

@@ -21,6 +21,7 @@ from softtune.experiments.outcomes import Entry, entries_of
 from softtune.experiments.sweep import Range, Sweep, sweep
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
+from softtune.training.setup import Rows
 from tests.cli.test_cli import run, write_recipe
 from tests.tiny import save_models
 
@@ -246,6 +247,49 @@ def test_a_metric_of_another_task_is_told(models: dict[str, str], tmp_path: Path
     own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1]}, metric="bleu")
     with pytest.raises(ConfigError, match="'bleu' does not fit the task: use one of accuracy, balanced_accuracy"):
         sweep(*own)
+
+
+def test_fields_apply_before_the_seed_and_the_metric_are_read(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import optuna
+
+    seeds, sampler = list[Any](), optuna.samplers.TPESampler
+    monkeypatch.setattr(optuna.samplers, "TPESampler", lambda seed: (seeds.append(seed), sampler(seed=seed))[1])
+    over: dict[str, Any] = {"learning_rate": {"low": 0.001, "high": 1.0}}
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over=over, trials=1, metric="chrf")
+    fields = {"seed": 5, "labels": None, "max_new_tokens": 3}
+    [found] = sweep(own[0].model_copy(update={"fields": fields}), own[1])
+    assert seeds == [5]
+    assert "chrf" in found.metrics
+    over = {"epochs": [2], "task": {"labels": {}, "words": {"labels": None}}}
+    with pytest.raises(ConfigError, match="task words is not measured as epochs 2, task labels is"):
+        sweep(*asked(tmp_path / "sweep.yaml", models["llama"], over=over))
+
+
+def test_data_that_has_changed_is_noticed(models: dict[str, str], tmp_path: Path) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"learning_rate": [0.01]})
+    before = sweep(*own)
+    file = tmp_path / "recipe.csv"
+    rows = file.read_text()
+    file.write_text(rows.replace("red sky", "red green").replace("red red", "red blue"))
+    with pytest.raises(ConfigError, match=r"the data is not what .* came of: restore it, or name another output"):
+        sweep(*own)
+    file.write_text(rows)
+    assert sweep(*own) == before
+
+
+def test_rows_of_all_points_are_read_once(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1]})
+    read, of = list[Any](), Rows.of
+    monkeypatch.setattr(Rows, "of", lambda recipe: (read.append(recipe), of(recipe))[1])
+    fields = own[1].model_dump(exclude_unset=True)
+    points: list[dict[str, Any]] = [{"learning_rate": 0.1}, {"epochs": 2}, {"seed": 3}, {"data_seed": 3}]
+    cases = room.with_rows([Case.of(fields, "", c, name=str(c), number=0, seeds=1) for c in points])
+    assert len(read) == 2
+    assert cases[0].rows == cases[1].rows != cases[2].rows == cases[3].rows
 
 
 def test_bundles_share_a_base_model_and_are_no_larger_than_asked(models: dict[str, str], tmp_path: Path) -> None:

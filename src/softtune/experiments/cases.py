@@ -47,6 +47,8 @@ class Case:
     seeds: int
     at: dict[str, Any] = field(default_factory=dict)
     """See ``Entry``."""
+    rows: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of its rows, by "training" and "evaluation"."""
     is_alone: bool = False
     """Whether its runs train one after the other, so that time and memory are each one's own."""
 
@@ -61,19 +63,12 @@ class Case:
             own: the case's other fields.
 
         Raises:
-            ConfigError: an unknown entry, or fields that do not go together.
+            ConfigError: an unknown entry, or fields that do not go together; it names the case.
         """
-        if entry and entry not in ENTRIES:
-            raise ConfigError(f"no entry {entry!r}: use some of {', '.join(ENTRIES)}")
-        method, no_trunk = METHODS.get(entry, {}), {"trunk_cache": 0, "trunk_cache_disk": 0}
-        if method and method["method"] != Recipe.of(fields).method:
-            fields = {**fields, "options": {}, "learning_rate": None, **no_trunk, **method}
-        if entry in BASELINES:
-            fields = {**fields, "learning_rate": BASELINES[entry].learning_rate, "ensemble": 1, **no_trunk}
-        recipe = Recipe.of(with_changes(fields, changes))
-        if entry in BASELINES and recipe.patience is not None:  # the best step would be a copy of a whole model
-            raise ConfigError(f"patience stops adapters, and not {entry}: leave one of the two out")
-        return cls(entry=entry, recipe=recipe, **own)
+        try:
+            return cls(entry=entry, recipe=_recipe(fields, entry, changes), **own)
+        except ConfigError as error:
+            raise ConfigError(f"{own['name']}: {error}") from error
 
     @property
     def folder(self) -> Path:
@@ -94,7 +89,7 @@ class Case:
     def asked(self) -> dict[str, Any]:
         """What tells it from another of the same name."""
         recipe = self.recipe.model_dump(mode="json", exclude={"output"})
-        return {"entry": self.entry, "seeds": self.seeds, "recipe": recipe}
+        return {"entry": self.entry, "seeds": self.seeds, "recipe": recipe, "rows": self.rows}
 
     @property
     def runs(self) -> list[Recipe]:
@@ -122,6 +117,23 @@ class Case:
     def failed(self, error: SofttuneError) -> list[Entry]:
         """What it came to where it cannot be run."""
         return [Entry(name=self.name, at=self.at, outcomes=[], failure=str(error), failed_by=type(error).__name__)]
+
+
+def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe of an entry, some fields changed."""
+    if entry and entry not in ENTRIES:
+        raise ConfigError(f"no entry {entry!r}: use some of {', '.join(ENTRIES)}")
+    method, no_trunk = METHODS.get(entry, {}), {"trunk_cache": 0, "trunk_cache_disk": 0}
+    if method and method["method"] != Recipe.of(fields).method:
+        fields = {**fields, "options": {}, "learning_rate": None, **no_trunk, **method}
+    if entry in BASELINES:
+        fields = {**fields, "learning_rate": BASELINES[entry].learning_rate, **no_trunk}
+    recipe = Recipe.of(with_changes(fields, changes))
+    if entry in BASELINES and recipe.patience is not None:  # the best step would be a copy of a whole model
+        raise ConfigError(f"patience stops adapters, and not {entry}: leave one of the two out")
+    if entry not in METHODS and entry and recipe.ensemble > 1:
+        raise ConfigError(f"an ensemble is of adapters, and not of {entry}: set ensemble to 1, or leave the entry out")
+    return recipe
 
 
 def with_changes(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from softtune.errors import ConfigError
 from softtune.experiments.cases import ENTRIES, Case
-from softtune.experiments.experiment import run_cases
+from softtune.experiments.experiment import run_cases, with_rows
 from softtune.experiments.outcomes import SWEEP_NAME, Entry
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
@@ -25,12 +25,15 @@ def compare(
         progress: told of every step.
 
     Raises:
-        ConfigError: an unknown name, a recipe without evaluation rows, or there is another experiment in the folder.
+        ConfigError: an unknown name, a recipe of an ensemble or without evaluation rows, or there is another experiment
+            in the folder.
         DataError: the data does not fit.
     """
     if (Path(recipe.output) / SWEEP_NAME).is_file():
         raise ConfigError(f"{recipe.output} has another experiment: name another output, or delete it")
-    fields = recipe.model_dump(exclude_unset=True) | {"ensemble": 1}
+    if recipe.ensemble > 1:
+        raise ConfigError("a comparison is of single adapters: set ensemble to 1, or sweep over it")
+    fields = recipe.model_dump(exclude_unset=True)
     cases = [
         Case.of(
             fields,
@@ -43,4 +46,4 @@ def compare(
         )
         for name in names
     ]
-    return [entry for entries in run_cases(cases, at_once=1, progress=progress) for entry in entries]
+    return [entry for entries in run_cases(with_rows(cases), at_once=1, progress=progress) for entry in entries]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from softtune.errors import ConfigError, DataError, SofttuneError
@@ -10,10 +11,43 @@ from softtune.experiments.outcomes import Entry
 from softtune.experiments.runs import run_at_once
 from softtune.training.company import shared
 from softtune.training.folder import RunFolder
-from softtune.training.setup import Progress
+from softtune.training.setup import Progress, Rows
 
 Runner = Callable[[Sequence[Sequence[Case]], Progress], Iterator[tuple[Case, list[Entry]]]]
 """Runs bundles of cases somewhere, and gives each case with what it came to."""
+
+
+NOT_OF_ROWS = (
+    *("method", "options", "learning_rate", "schedule", "warmup_steps", "epochs", "batch_size", "weight_decay"),
+    *("max_grad_norm", "patience", "validation_size", "bf16", "gradient_checkpointing", "compile", "ensemble"),
+    *("trunk_cache", "trunk_cache_disk", "save_steps", "report_to", "output", "seed", "data_seed"),
+)
+"""Fields of a recipe that do not say which rows it has; the seeds do together."""
+
+
+def with_rows(cases: Sequence[Case], known: dict[str, dict[str, str]] | None = None) -> list[Case]:
+    """Cases with the fingerprints of their rows, each data set read once.
+
+    Args:
+        cases: of one experiment.
+        known: fingerprints from before; those that are found are added.
+
+    Raises:
+        ConfigError: a recipe without rows to evaluate on.
+        DataError: the data does not fit.
+    """
+    if any(case.recipe.evaluation is None and not case.recipe.test_size for case in cases):
+        raise ConfigError("an experiment needs rows to evaluate on: set evaluation or test_size")
+    known = {} if known is None else known
+    found = []
+    for case in cases:
+        key = repr((case.recipe.model_dump(exclude={*NOT_OF_ROWS}), case.recipe.rows_seed))
+        try:
+            known[key] = known.get(key) or Rows.of(case.recipe).fingerprints
+        except DataError as error:
+            raise DataError(f"{case.name}: {error}") from error
+        found.append(dataclasses.replace(case, rows=known[key]))
+    return found
 
 
 def run_here(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[tuple[Case, list[Entry]]]:
@@ -28,7 +62,7 @@ def run_cases(
     """Run those cases that are not kept from before, and keep them.
 
     Args:
-        cases: of one experiment.
+        cases: of one experiment, with their rows.
         at_once: runs that train at once over one base model.
         run: where; in this process by default.
         progress: told of every step.
@@ -37,11 +71,9 @@ def run_cases(
         What each case came to.
 
     Raises:
-        ConfigError: a recipe without rows to evaluate on, or there is another experiment in the folder.
+        ConfigError: there is another experiment in the folder.
         DataError: the data does not fit.
     """
-    if any(case.recipe.evaluation is None and not case.recipe.test_size for case in cases):
-        raise ConfigError("an experiment needs rows to evaluate on: set evaluation or test_size")
     found = {case.stem: case.kept for case in cases}
     left = list({case.stem: case for case in cases if found[case.stem] is None}.values())
     _check_folders(left)

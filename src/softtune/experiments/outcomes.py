@@ -132,7 +132,10 @@ def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | Non
     entries = _entries(found)
     if not all(entry.is_final for entry in entries):
         return None
-    if found["asked"] != asked:
+    then = found["asked"]
+    if then != asked and {**then, "rows": asked["rows"]} == asked:
+        raise ConfigError(f"the data is not what {file.parent} came of: restore it, or name another output")
+    if then != asked:
         raise ConfigError(f"{file.parent} is of another experiment: name another output, or delete it")
     return entries
 

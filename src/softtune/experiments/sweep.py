@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from softtune import storage
 from softtune.errors import ConfigError
 from softtune.evaluation.answers import metric_names
 from softtune.experiments.cases import Case
-from softtune.experiments.experiment import Runner, run_cases, run_here
+from softtune.experiments.experiment import Runner, run_cases, run_here, with_rows
 from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe import Recipe
@@ -155,17 +155,19 @@ def sweep(asked: Sweep, recipe: Recipe, *, run: Runner = run_here, progress: Pro
             the folder, Optuna is not installed, or a recipe without evaluation rows.
         DataError: the data does not fit.
     """
-    _check_metric(asked, recipe)
     if asked.trials is not None:
         return _search(asked, recipe, run, progress)
-    cases = [_case(asked, recipe, number, point) for number, point in enumerate(asked.points)]
+    cases = with_rows([_case(asked, recipe, number, point) for number, point in enumerate(asked.points)])
+    _check_metric(asked, cases)
     asked.save(Path(recipe.output))
     found = run_cases(cases, at_once=asked.at_once, run=run, progress=progress)
     return [entry for entries in found for entry in entries]
 
 
-def _check_metric(asked: Sweep, recipe: Recipe) -> None:
-    names = metric_names(recipe.definition)
+def _check_metric(asked: Sweep, cases: Sequence[Case]) -> None:
+    names = metric_names(cases[0].recipe.definition)
+    if other := next((case for case in cases if metric_names(case.recipe.definition) != names), None):
+        raise ConfigError(f"{other.name} is not measured as {cases[0].name} is: sweep over one kind of answers")
     if asked.metric is not None and asked.metric not in names:
         raise ConfigError(f"metric {asked.metric!r} does not fit the task: use one of {', '.join(names)}")
 
@@ -186,14 +188,17 @@ def _search(asked: Sweep, recipe: Recipe, run: Runner, progress: Progress) -> li
     except ImportError as error:
         raise ConfigError("trials needs the package optuna: pip install optuna, or drop trials") from error
     assert asked.trials is not None
-    asked.save(Path(recipe.output))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=recipe.seed))
+    sampler = optuna.samplers.TPESampler(seed=asked.fields.get("seed", recipe.seed))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     found: list[Entry] = []
+    rows: dict[str, dict[str, str]] = {}
     width = max(1, asked.at_once // asked.seeds)
     for first in range(0, asked.trials, width):
         trials = [study.ask() for _ in range(min(width, asked.trials - first))]
-        cases = [_case(asked, recipe, trial.number, _point(asked, trial)) for trial in trials]
+        cases = with_rows([_case(asked, recipe, trial.number, _point(asked, trial)) for trial in trials], rows)
+        _check_metric(asked, cases)
+        asked.save(Path(recipe.output))
         each = run_cases(cases, at_once=asked.at_once, run=run, progress=progress)
         for trial, entries in zip(trials, each, strict=True):
             if entries[0].failure:

@@ -1,0 +1,64 @@
+"""The studies say which hardware and commit each of their entries comes from."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softtune.experiments import outcomes
+from softtune.experiments.outcomes import Entry, Outcome
+from softtune.experiments.page import Page
+
+NUMBERS: dict[str, Any] = {"trained": 10, "total": 1000, "stored": 40, "seconds": 2.0, "memory": 10**9, "steps": 3}
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return import_module("studies")
+
+
+def keep(folder: Path, name: str, accuracy: float) -> None:
+    own = Outcome(metrics={"accuracy": accuracy}, training_rows=8, evaluation_rows=4, **NUMBERS)
+    outcomes.keep(folder, name, 0, {}, [Entry(name=name, outcomes=[own])])
+
+
+def test_only_what_ran_now_has_the_present_commit(
+    studies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs(commit: str, **entries: float) -> None:
+        monkeypatch.setattr(studies.timing, "_commit", lambda: commit)
+        with studies.stamping(tmp_path):
+            for name, accuracy in entries.items():
+                keep(tmp_path, name, accuracy)
+
+    def found() -> list[tuple[str, list[str]]]:
+        return [(run["commit"], sorted(run["entries"])) for run in studies.stamps(tmp_path)]
+
+    runs("one", a=0.5, b=0.5)
+    monkeypatch.setattr(studies.timing, "_commit", lambda: "two")
+    with suppress(KeyboardInterrupt), studies.stamping(tmp_path):
+        keep(tmp_path, "c", 0.5)
+        raise KeyboardInterrupt
+    runs("three")
+    assert found() == [("one", ["a", "b"]), ("two", ["c"])]
+    runs("four", b=0.6)
+    assert found() == [("one", ["a"]), ("two", ["c"]), ("four", ["b"])]
+    notes = studies.signed(Page(title=""), "name", {"runs": studies.stamps(tmp_path), "entries": []}).notes
+    assert ["(a)" in notes[0], "commit four" in notes[2]] == [True, True]
+
+
+def test_results_of_before_are_read(studies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    for file in (studies.ROOT / "docs" / "results").glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+        studies.write(file.stem)
+        assert "commit " in (tmp_path / file.stem / "README.md").read_text(encoding="utf-8")
+
+
+def test_runs_are_in_the_repository_wherever_one_stands(studies: Any) -> None:
+    assert studies.RUNS.is_absolute()
