@@ -134,7 +134,7 @@ def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:
     runs = kept.get("runs", [kept])
     whose = [f" ({', '.join(run['entries'])})" if len(runs) > 1 else "" for run in runs]
     says = [
-        f"`python benchmarks/studies.py {name}`{entries}: {run['minutes']} minutes on {run['hardware']['cpu']}, "
+        f"python benchmarks/studies.py {name}{entries}: {run['minutes']} minutes on {run['hardware']['cpu']}, "
         f"{run['hardware']['threads']} threads, torch {run['hardware']['torch']}, commit {run['commit']}."
         for run, entries in zip(runs, whose, strict=True)
     ]

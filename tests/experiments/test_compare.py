@@ -72,10 +72,10 @@ def test_the_page_stands_alone(compared: Path) -> None:
 
     Parser().feed(text)
     assert tags.count("svg") == 4
-    assert tags.count("tr") == len(ENTRIES)  # the head, and all but one entry
+    assert tags.count("tr") == 2 * len(ENTRIES)  # of two tables: the head, and all but one entry
     assert not re.search(r'(src|href)="(?!data:|#)', text)
     markdown = (compared / "out" / report.MARKDOWN_NAME).read_text(encoding="utf-8")
-    assert markdown.count("\n| ") == 1 + len(ENTRIES)  # the head and the rule below it, and all but one entry
+    assert markdown.count("\n| ") == 2 + 2 * len(ENTRIES)  # the head and the rule below it, and all but one entry
     assert "few-shot" in markdown
 
 
@@ -117,9 +117,11 @@ def test_the_best_is_on_top_and_text_is_no_markup() -> None:
         return Entry(name=name, outcomes=[Outcome(metrics={"accuracy": a}, **numbers) for a in accuracies])
 
     entries = [entry("worse", 0.5, 0.7), entry("better", 0.8, 0.9), Entry(name="none", outcomes=[], failure="a<b")]
-    table = report.table_of(entries)
-    assert table.head == ["", "accuracy", "trained", "share", "seconds", "stored", "peak memory"]
-    assert [line[:3] for line in table.lines] == [["better", "0.850 ± 0.071", "10"], ["worse", "0.600 ± 0.141", "10"]]
-    page = as_html(Page(title="a & b", tables=[table], notes=report.failures(entries)))
+    worth, costs = report.tables_of(entries)
+    assert worth.head == ["", "accuracy"]
+    assert worth.lines == [["better", "0.850 ± 0.071"], ["worse", "0.600 ± 0.141"]]
+    assert costs.head == ["", "trained", "share", "seconds", "stored", "peak memory"]
+    assert costs.lines[0] == ["better", "10", "1.000%", "2", "40 B", "1 GB"]
+    page = as_html(Page(title="a & b", tables=[worth], notes=report.failures(entries)))
     assert "none: a&lt;b" in page
     assert "<h1>a &amp; b</h1>" in page

@@ -114,5 +114,5 @@ def test_costs_in_the_table_are_means_over_seeds() -> None:
         )
         for seconds, memory in ((2.0, 10**9), (4.0, 2 * 10**9))
     ]
-    table = report.table_of([Entry(name="one", outcomes=outcomes)])
-    assert table.lines[0][-3:] == ["3", "40 B", "1.5 GB"]
+    _, costs = report.tables_of([Entry(name="one", outcomes=outcomes)])
+    assert costs.lines[0][-3:] == ["3", "40 B", "1.5 GB"]

@@ -16,13 +16,16 @@ from tests.cli.test_cli import run, write_recipe
 from tests.tiny import save_models
 
 BROWSER = shutil.which("chromium")
-PHONE = 390
+PHONE, DESKTOP = 390, 1280
 FRAME = """<!doctype html><iframe width="{width}" height="800" style="border: 0" srcdoc="{page}"></iframe><script>
 addEventListener("load", () => {{ const own = document.querySelector("iframe").contentDocument;
+  const hidden = [...own.querySelectorAll(".wide")].map(table => table.scrollWidth - table.clientWidth);
+  const first = own.querySelector("td:nth-child(2)").getBoundingClientRect().right;
   document.body.dataset.seen = [own.documentElement.clientWidth, own.documentElement.scrollWidth,
-    own.querySelectorAll("figure svg").length].join(" "); }});
+    own.querySelectorAll("figure svg").length, ...hidden, Math.round(first)].join(" "); }});
 </script>"""
-"""A page in a window as narrow as a phone's, which browsers do not open, and what is to be seen of it."""
+"""A page in a window as narrow as a phone's, which browsers do not open, and what is to be seen of it: its width,
+pictures, how far tables go on beyond what is shown, and where the first number ends."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_an_adapter_has_a_page(
 
 @pytest.mark.skipif(BROWSER is None, reason="needs the browser chromium")
 @pytest.mark.parametrize("command", ["train", "compare", "sweep"])
-def test_a_browser_shows_the_page_without_errors_at_a_phones_width(
+def test_a_browser_shows_the_page_without_errors_at_any_width(
     models: dict[str, str], tmp_path: Path, command: str
 ) -> None:
     recipe, out = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "out"), str(tmp_path / "out")
@@ -66,13 +69,16 @@ def test_a_browser_shows_the_page_without_errors_at_a_phones_width(
     assert run(command, recipe, *options[command]) == 0
     assert run("report", out) == 0
     page = (tmp_path / "out" / report.PAGE_NAME).read_text(encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width=PHONE, page=html.escape(page)), encoding="utf-8")
-    seen = browse(frame, tmp_path / "profile")
-    inner, width, shown = map(int, re.findall(r'data-seen="(\d+) (\d+) (\d+)"', seen.stdout)[0])
-    assert width == inner <= PHONE
-    assert shown == page.count("<figure>") > 0
-    assert "CONSOLE" not in seen.stderr
+    for size in (PHONE, DESKTOP):
+        frame = tmp_path / "frame.html"
+        frame.write_text(FRAME.format(width=size, page=html.escape(page)), encoding="utf-8")
+        seen = browse(frame, tmp_path / "profile")
+        inner, width, shown, *hidden, first = map(int, re.findall(r'data-seen="([\d ]+)"', seen.stdout)[0].split())
+        assert width == inner <= size
+        assert shown == page.count("<figure>") > 0
+        assert first < width or command == "train"
+        assert size == PHONE or not any(hidden)
+        assert "CONSOLE" not in seen.stderr
 
 
 def browse(page: Path, profile: Path) -> subprocess.CompletedProcess[str]:

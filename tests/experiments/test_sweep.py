@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,9 @@ from softtune.experiments import report
 from softtune.experiments.cases import Case
 from softtune.experiments.compare import compare
 from softtune.experiments.experiment import bundles
+from softtune.experiments.on_ray import DONE, _found, _telling
 from softtune.experiments.outcomes import Entry, entries_of
-from softtune.experiments.sweep import Range, Sweep, sweep
+from softtune.experiments.sweep import Range, Sweep, _case, sweep
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 from softtune.training.setup import Rows
@@ -263,7 +266,7 @@ def test_fields_apply_before_the_seed_and_the_metric_are_read(
     assert seeds == [5]
     assert "chrf" in found.metrics
     over = {"epochs": [2], "task": {"labels": {}, "words": {"labels": None}}}
-    with pytest.raises(ConfigError, match="task words is not measured as epochs 2, task labels is"):
+    with pytest.raises(ConfigError, match="epochs 2, words is not measured as epochs 2, labels is"):
         sweep(*asked(tmp_path / "sweep.yaml", models["llama"], over=over))
 
 
@@ -290,6 +293,47 @@ def test_rows_of_all_points_are_read_once(
     cases = room.with_rows([Case.of(fields, "", c, name=str(c), number=0, seeds=1) for c in points])
     assert len(read) == 2
     assert cases[0].rows == cases[1].rows != cases[2].rows == cases[3].rows
+
+
+def test_names_repeat_no_axis_whose_values_speak_for_themselves(models: dict[str, str], tmp_path: Path) -> None:
+    over = {"variant": {"prefix": {}, "infix": {}}, "rows": {"50": {}, "2.5": {}}, "epochs": [1]}
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over=over)
+    names = [_case(*own, 0, point).name for point in own[0].points]
+    assert names == [f"{variant}, rows {rows}, epochs 1" for variant in ("prefix", "infix") for rows in ("50", "2.5")]
+
+
+@pytest.mark.parametrize("fields", [{}, {"ensemble": 2}])
+def test_progress_has_a_line_for_each_phase_however_many_points(
+    models: dict[str, str], tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    told = dict[str, list[tuple[int, int, str]]]()
+    own = asked(tmp_path / "sweep.yaml", models["llama"], fields, over={"learning_rate": [0.1, 0.2]}, at_once=1)
+    sweep(*own, progress=lambda phase, *step: told.setdefault(phase, []).append(step))
+    assert list(told) == ["all", "training", "evaluating"]
+    assert told["all"] == [(0, 2, ""), (1, 2, ""), (2, 2, "")]
+    assert {notes.partition(",")[0] for _, _, notes in told["training"]} == {"learning_rate 0.1", "learning_rate 0.2"}
+
+
+def test_what_ray_was_stopped_at_is_no_result(models: dict[str, str], tmp_path: Path) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1, 2]})
+    cases = [_case(*own, number, point) for number, point in enumerate(own[0].points)]
+    failed = cases[0].failed(ConfigError("this may be mended"))
+    cases[0].keep(failed)
+    ran = SimpleNamespace(error=None, metrics={DONE: 1, "config": {"bundle": 0}})
+    stopped = SimpleNamespace(error=None, metrics=None)
+    found = _found([cases[:1], cases[1:]], [ran, stopped])
+    assert next(found) == (cases[0], failed)
+    with pytest.raises(KeyboardInterrupt, match="go on with the same command"):
+        next(found)
+
+
+def test_ray_tells_how_many_cases_are_done() -> None:
+    told = list[tuple[Any, ...]]()
+    telling = _telling(lambda *step: told.append(step), 5)
+    for trial, done in (("a", 1), ("b", 2), ("a", 2)):
+        telling.on_trial_result(0, [], SimpleNamespace(trial_id=trial), {DONE: done})
+    assert [done for _, done, _, _ in told] == [0, 1, 3, 4]
+    pickle.dumps(telling)
 
 
 def test_bundles_share_a_base_model_and_are_no_larger_than_asked(models: dict[str, str], tmp_path: Path) -> None:

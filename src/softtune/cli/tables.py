@@ -12,7 +12,8 @@ from softtune import storage
 from softtune.cli.console import console, show_pairs
 from softtune.evaluation.metrics import Quality
 from softtune.experiments.outcomes import Entry
-from softtune.experiments.report import failures, table_of
+from softtune.experiments.page import Table as Cells
+from softtune.experiments.report import failures, tables_of
 from softtune.training.learning_rate import STEPS, RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
@@ -103,16 +104,16 @@ def show_range_test(test: RangeTest) -> None:
 
 
 def show_entries(entries: Sequence[Entry], metric: str | None = None) -> None:
-    """The table of an experiment, and what failed in it."""
-    found = table_of(entries, metric)
-    table = Table(*found.head)
-    table.columns[0].no_wrap = len(entries) < 2 or not entries[0].at
-    for column in table.columns[1:]:
-        column.justify, column.overflow = "right", "fold"
-    for line in found.lines:
-        table.add_row(*line)
-    if found.lines:
-        console.print(table)
+    """The tables of an experiment, and what failed in it."""
+    for found in tables_of(entries, metric):
+        for columns in _fitting(found, console.width):
+            table = Table(*(found.head[i] for i in columns))
+            table.columns[0].max_width = console.width // 3
+            for column in table.columns[1:]:
+                column.justify = "right"
+            for line in found.lines:
+                table.add_row(*(line[i] for i in columns))
+            console.print(table)
     for failure in failures(entries):
         console.print(failure)
 
@@ -124,6 +125,20 @@ def exit_on_failures(entries: Sequence[Entry]) -> None:
         count = f"{len(failed)} of {len(entries)}"
         print(f"softtune: {count} failed: mend what is told above, and run the same command again", file=sys.stderr)
         sys.exit(FAILED)
+
+
+def _fitting(table: Cells, width: int) -> Iterator[list[int]]:
+    """The numbers of columns that stand beside each other in a console's width, the one with the names first of all."""
+    names, *sizes = (3 + max(map(len, column)) for column in zip(table.head, *table.lines, strict=True))
+    room = width - 1 - min(names, width // 3 + 3)
+    columns, used = [0], 0
+    for number, size in enumerate(sizes, start=1):
+        if used + size > room and len(columns) > 1:
+            yield columns
+            columns, used = [0], 0
+        columns.append(number)
+        used += size
+    yield columns
 
 
 def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iterator[tuple[str, str]]:

@@ -110,6 +110,11 @@ class Case:
         another experiment."""
         return outcomes.kept(self.folder, self.stem, self.asked)
 
+    @property
+    def came_to(self) -> list[Entry]:
+        """What it came to, once it has run; failures too."""
+        return outcomes.came_to(self.folder, self.stem)
+
     def keep(self, entries: Sequence[Entry]) -> None:
         """Write what it came to."""
         outcomes.keep(self.folder, self.stem, self.number, self.asked, entries)

@@ -77,6 +77,7 @@ def run_cases(
     found = {case.stem: case.kept for case in cases}
     left = list({case.stem: case for case in cases if found[case.stem] is None}.values())
     _check_folders(left)
+    progress("all", len(found) - len(left), len(found), "")
     for done, (case, entries) in enumerate(run(bundles(left, at_once), progress), start=1):
         case.keep(entries)
         found[case.stem] = entries

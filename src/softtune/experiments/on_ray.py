@@ -18,6 +18,9 @@ from softtune.experiments.experiment import Runner, run_bundle
 from softtune.experiments.outcomes import Entry
 from softtune.training.setup import Progress
 
+DONE = "cases"
+"""What a worker reports: how many cases of its bundle are kept."""
+
 
 def on_ray(address: str) -> Runner:
     """A runner on Ray Tune.
@@ -53,16 +56,46 @@ def _run(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[tupl
     tuner = tune.Tuner(
         tune.with_resources(trial, resources),
         param_space={"bundle": tune.grid_search([*range(len(bundles))])},
-        run_config=tune.RunConfig(storage_path=str((bundles[0][0].folder / "ray").resolve()), verbose=0),
+        run_config=tune.RunConfig(
+            storage_path=str((bundles[0][0].folder / "ray").resolve()),
+            verbose=0,
+            callbacks=[_telling(progress, sum(map(len, bundles)))],
+        ),
     )
-    progress("on Ray", 0, len(bundles), "")
     results = tuner.fit()
-    for result in (results[i] for i in range(len(results))):
+    yield from _found(bundles, [results[i] for i in range(len(results))])
+
+
+def _found(bundles: Sequence[Sequence[Case]], results: Sequence[Any]) -> Iterator[tuple[Case, list[Entry]]]:
+    """What the cases came to that have run. Raises KeyboardInterrupt where Ctrl-C has ended others: Ray takes it for
+    itself."""
+    for result in results:
         if result.error is not None:
             raise result.error
-        assert result.config is not None
-        bundle = bundles[result.config["bundle"]]
-        yield from ((case, case.kept or []) for case in bundle)
+    reports = [result.metrics for result in results if DONE in (result.metrics or {})]
+    for report in reports:
+        yield from ((case, case.came_to) for case in bundles[report["config"]["bundle"]][: report[DONE]])
+    if sum(report[DONE] for report in reports) < sum(map(len, bundles)):
+        raise KeyboardInterrupt("stopped; go on with the same command")
+
+
+def _telling(progress: Progress, total: int) -> Any:
+    """Ray's callback that tells how many cases are done."""
+    from ray import tune
+
+    class Telling(tune.Callback):
+        def __init__(self) -> None:
+            self.done: dict[str, int] = {}
+            progress("on Ray", 0, total, "")
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
+            self.done[trial.trial_id] = result[DONE]
+            progress("on Ray", sum(self.done.values()), total, "")
+
+        def __reduce__(self) -> tuple[Any, ...]:  # Ray writes down its settings, and the progress is of this process
+            return (tune.Callback, ())
+
+    return Telling()
 
 
 def _trial(config: dict[str, Any], bundles: Sequence[Sequence[Case]], start: str) -> None:
@@ -73,4 +106,4 @@ def _trial(config: dict[str, Any], bundles: Sequence[Sequence[Case]], start: str
     torch.set_num_threads(1)
     for done, (case, entries) in enumerate(run_bundle(bundles[config["bundle"]], lambda *_: None)):
         case.keep(entries)
-        tune.report({"cases": done + 1})
+        tune.report({DONE: done + 1})

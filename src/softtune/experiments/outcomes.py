@@ -125,7 +125,7 @@ def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | Non
     Raises:
         ConfigError: it is of another experiment.
     """
-    file = folder / ENTRIES_NAME / f"{stem}.json"
+    file = _file(folder, stem)
     if not file.is_file():
         return None
     found = storage.read_json(file)
@@ -140,12 +140,26 @@ def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | Non
     return entries
 
 
+def came_to(folder: Path, stem: str) -> list[Entry]:
+    """What a part of an experiment that has run came to, failures too."""
+    return _entries(storage.read_json(_file(folder, stem)))
+
+
+def said(axis: str, value: Any) -> str:
+    """A value on an axis as points' names have it: with the axis, unless it is a word, which speaks for itself."""
+    return value if isinstance(value, str) and not re.fullmatch(r"[-+.\d]+(e[-+\d]+)?", value) else f"{axis} {value}"
+
+
 def stem_of(name: str) -> str:
     """A name as a file's: the same where it can be, else with a digest that tells it from others like it."""
     plain = re.sub(r"[^\w.=+-]+", "_", name)
     if plain == name and len(plain) <= LONGEST_STEM:
         return name
     return f"{plain[:LONGEST_STEM]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _file(folder: Path, stem: str) -> Path:
+    return folder / ENTRIES_NAME / f"{stem}.json"
 
 
 def _entries(file: Mapping[str, Any]) -> list[Entry]:

@@ -16,14 +16,17 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #20262c; --paper: #ffffff; --line: #d5dbe1; }
 @media (prefers-color-scheme: dark) { :root { --ink: #dfe5ea; --paper: #14181c; --line: #333b43; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.wide { overflow-x: auto; }
+       max-width: 76rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; break-after: avoid; }
+p, figcaption { max-width: 60rem; }
+.wide { overflow-x: auto; margin: 1.2rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; max-width: 46rem; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 6.5rem; }
+figure { margin: 0; overflow-x: auto; break-inside: avoid; }
+figure svg { width: 100%; height: auto; min-width: 28rem; max-width: 46rem; }
 figcaption, footer { opacity: .8; }
+@media (max-width: 40rem) { th, td { padding: .3rem .45rem; font-size: .9rem; } }
 """
 
 

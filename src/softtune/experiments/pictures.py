@@ -1,4 +1,5 @@
-"""Pictures, as SVG: legible in print and on dark screens, for their paper is transparent and their ink of middle tone.
+"""Pictures, as SVG: legible in print and on dark screens, for their paper is transparent, and their ink is light on a
+dark screen.
 
 Knows nothing about runs.
 """
@@ -7,20 +8,27 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from textwrap import fill
 from typing import Any
 
-INK = "#7f8c99"
+INK, LIGHT_INK = "#4d5761", "#bcc6d0"
+ON_DARK = f"""<style>@media screen and (prefers-color-scheme: dark) {{
+[style*="fill: {INK}"] {{ fill: {LIGHT_INK} !important }}
+[style*="stroke: {INK}"] {{ stroke: {LIGHT_INK} !important }}
+}}</style>
+"""
 COLORS = ("#3b82c4", "#e07b39", "#4c9f70", "#b0589f", "#c9a227", "#6f7fd8", "#c0504d", "#2f9e9e")
 MARKS = ("o", "s", "^")
 WIDTH = 5.6
 """Inches."""
-WIDE = 20
+WIDE = 10
 """At least how many times the least number the greatest is on a logarithmic scale."""
 
-
+LONG = 26
+"""Characters of a name that stand beside the axes."""
 MANY = 12
 """Points of a curve that are told apart."""
 
@@ -66,7 +74,7 @@ def bars(title: str, own: Sequence[Bar], *, unit: str, says: str = "") -> Pictur
             label = f"{bar.value:.3g}" + (f" ± {bar.spread:.2g}" if bar.spread else "")
             edge = max(bar.value, *bar.points, 0.0)
             axes.text(edge + 0.015 * most, place, label, va="center", color=INK, fontsize=8.5)
-        axes.set_yticks(list(places), [bar.name for bar in own])
+        axes.set_yticks(list(places), [fill(bar.name, LONG) for bar in own])
         axes.set_xlim(0, 1.22 * most)
         axes.set_xlabel(unit)
     return Picture(title, finished[0], says)
@@ -74,7 +82,7 @@ def bars(title: str, own: Sequence[Bar], *, unit: str, says: str = "") -> Pictur
 
 def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: str, up: str, says: str = "") -> Picture:
     """Named points, on a logarithmic scale across; those at 0 stand at its left end."""
-    with _figure(3.6) as (axes, finished):
+    with _figure(3.6 + _below(points)) as (axes, finished):
         positive = [x for x, _ in points.values() if x > 0]
         least = min(positive, default=1.0) / 3
         for number, (name, (x, y)) in enumerate(points.items()):
@@ -82,7 +90,7 @@ def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: st
             axes.plot(max(x, least), y, style, color=COLORS[number % len(COLORS)], markersize=7, alpha=0.85, label=name)
         axes.set_xscale("log")
         axes.margins(x=0.1, y=0.15)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=INK, fontsize=8.5)
+        _legend(axes, points)
         axes.set_xlabel(across)
         axes.set_ylabel(up)
     return Picture(title, finished[0], says)
@@ -92,7 +100,7 @@ def curves(
     title: str, lines: Mapping[str, Sequence[Point]], *, across: str, up: str, says: str = "", joined: bool = True
 ) -> Picture:
     """Points by line, their spread as whiskers; joined or not. A wide range of positive numbers is logarithmic."""
-    with _figure(3.4) as (axes, finished):
+    with _figure(3.4 + _below(lines)) as (axes, finished):
         for number, (name, points) in enumerate(lines.items()):
             own = sorted(points, key=lambda point: point.x)
             x, y, spread = zip(*((point.x, point.y, point.spread) for point in own), strict=True)
@@ -107,7 +115,7 @@ def curves(
             axes.set_xticks(places, [f"{place:g}" for place in places])
             axes.minorticks_off()
         if len(lines) > 1:
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=INK, fontsize=8.5)
+            _legend(axes, lines)
         axes.set_xlabel(across)
         axes.set_ylabel(up)
     return Picture(title, finished[0], says)
@@ -149,6 +157,21 @@ def places(
     return Picture(title, finished[0], says)
 
 
+def _legend(axes: Any, names: Iterable[str]) -> None:
+    """Beside the axes, or below them where a name is long."""
+    style: Any = {"frameon": False, "labelcolor": INK, "fontsize": 9}
+    if _below(names):
+        axes.figure.legend(loc="outside lower left", **style)
+    else:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), **style)
+
+
+def _below(names: Iterable[str]) -> float:
+    """Inches that a legend below the axes takes; 0 where it has room beside them."""
+    sizes = [*map(len, names)]
+    return 0.2 * len(sizes) if max(sizes) > LONG else 0.0
+
+
 @contextmanager
 def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
     """Axes to draw on, and a list that has the SVG when the block ends."""
@@ -172,4 +195,5 @@ def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
         yield figure.subplots(), finished
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    finished.append(out.getvalue()[out.getvalue().index("<svg") :])
+    head, tag, rest = out.getvalue()[out.getvalue().index("<svg") :].partition("<defs>")
+    finished.append(head + ON_DARK + tag + rest)

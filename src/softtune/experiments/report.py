@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from softtune import storage
@@ -64,36 +65,32 @@ def of_comparison(entries: Sequence[Entry], title: str) -> Page:
     return Page(
         title=title,
         texts=[f"{_rows(entries)} Mean over seeds ± standard deviation; stored is what a task needs beside the model."],
-        tables=_tables(entries),
+        tables=tables_of(entries),
         notes=failures(entries),
         pictures=views.of_comparison(entries),
     )
 
 
-def table_of(entries: Sequence[Entry], metric: str | None = None) -> Table:
-    """A table, the best entry by a metric on top, by default the first; those that failed are not in it."""
+def tables_of(entries: Sequence[Entry], metric: str | None = None) -> list[Table]:
+    """What entries are worth and, of a comparison, apart from it what they take. The best by a metric is on top, by
+    default by the first; those that failed are not there, and where all did, there is no table."""
     found = finished(entries)
-    metrics = found[0].metrics if found else []
-    order = metric or next(iter(metrics), "")
+    if not found:
+        return []
+    metrics = found[0].metrics
+    order = metric or metrics[0]
     ranked = sorted(found, key=lambda entry: -entry.mean(order))
-    own = {"seconds": _seconds, "stored": _stored, "peak memory": _memory}  # points of a sweep share theirs
-    costs = {"trained": _trained, "share": _share, **({} if any(entry.at for entry in entries) else own)}
-    return Table(
-        head=["", *map(in_words, metrics), *costs],
-        lines=[
-            [
-                entry.name,
-                *(_value(entry, name) for name in metrics),
-                *(cost(entry) for cost in costs.values()),
-            ]
-            for entry in ranked
-        ],
-    )
+    worth = {in_words(name): partial(_value, metric=name) for name in metrics}
+    sizes = {"trained": _trained, "share": _share}
+    if any(entry.at for entry in entries):  # points of a sweep train at once
+        return [_table(ranked, {**worth, **sizes})]
+    costs = {**sizes, "seconds": _seconds, "stored": _stored, "peak memory": _memory}
+    return [_table(ranked, worth), _table(ranked, costs)]
 
 
-def _tables(entries: Sequence[Entry], metric: str | None = None) -> list[Table]:
-    """The table; none where all failed."""
-    return [table_of(entries, metric)] if finished(entries) else []
+def _table(entries: Sequence[Entry], columns: Mapping[str, Callable[[Entry], str]]) -> Table:
+    lines = [[entry.name, *(column(entry) for column in columns.values())] for entry in entries]
+    return Table(head=["", *columns], lines=lines)
 
 
 def failures(entries: Sequence[Entry]) -> list[str]:
@@ -108,7 +105,7 @@ def of_sweep(sweep: Sweep, entries: Sequence[Entry], title: str) -> Page:
     return Page(
         title=sweep.question or title,
         texts=[f"{_rows(entries)}{spread}", *(f"{who}: {text}" for who, text in says.items() if text)],
-        tables=_tables(entries, sweep.metric),
+        tables=tables_of(entries, sweep.metric),
         notes=failures(entries),
         pictures=views.of_sweep(entries, sweep.metric, searched=sweep.trials is not None),
     )

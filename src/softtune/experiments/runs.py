@@ -40,7 +40,7 @@ def run_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
 
 
 class _Sum:
-    """Progress of several runs as that of one.
+    """Progress of several runs as that of one: of their training, and of their evaluation.
 
     Args:
         progress: told of the sum.
@@ -53,11 +53,12 @@ class _Sum:
         self._counts: dict[str, dict[str, tuple[int, int]]] = {}
 
     def __call__(self, phase: str, done: int, total: int, notes: str) -> None:
-        run, _, what = phase.rpartition(": ")
+        what = phase.rpartition(": ")[2].partition(" ")[0]  # without the run's name, and a member's
         counts = self._counts.setdefault(what, {})
-        counts[run] = (done, total)
+        counts[phase] = (done, total)
         all_done, all_there = (sum(side) for side in zip(*counts.values(), strict=True))
-        self._progress(f"{self._name}: {what}", all_done, all_there, notes if len(counts) == 1 else "")
+        own = notes if len(counts) == 1 else ""
+        self._progress(what, all_done, all_there, ", ".join(filter(None, (self._name, own))))
 
 
 def _train_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:

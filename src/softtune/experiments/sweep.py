@@ -20,7 +20,7 @@ from softtune.errors import ConfigError
 from softtune.evaluation.answers import metric_names
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_cases, run_here, with_rows
-from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
+from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of, said
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
@@ -175,7 +175,7 @@ def _check_metric(asked: Sweep, cases: Sequence[Case]) -> None:
 def _case(asked: Sweep, recipe: Recipe, number: int, point: dict[str, Any]) -> Case:
     changes = {**asked.fields, **asked.changes(point)}
     entry = changes.pop(ENTRY, "")
-    name = ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in point.items())
+    name = ", ".join(said(axis.rpartition(".")[2], value) for axis, value in point.items())
     fields = recipe.model_dump(exclude_unset=True)
     return Case.of(fields, entry, changes, name=name, number=number, seeds=asked.seeds, at=point)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from softtune.experiments.outcomes import Entry
+from softtune.experiments.outcomes import Entry, said
 from softtune.experiments.pictures import Bar, Picture, Point, bars, curves, heat, scatter
 
 FEWEST = 3
@@ -81,8 +81,8 @@ def _curves(found: Sequence[Entry], metric: str, along: str) -> Picture:
     """Along one axis, a line for each combination of the others' values."""
     lines: dict[str, list[Point]] = defaultdict(list)
     for entry in found:
-        others = [f"{in_words(name)} {_key(value)}" for name, value in entry.at.items() if name != along]
-        lines[", ".join(others)].append(Point(entry.at[along], entry.mean(metric), entry.spread(metric)))
+        others = [said(in_words(name), value) for name, value in entry.at.items() if name != along]
+        lines[", ".join(others) or "alone"].append(Point(entry.at[along], entry.mean(metric), entry.spread(metric)))
     return curves(_over(metric, along), lines, across=in_words(along), up=in_words(metric))
 
 
