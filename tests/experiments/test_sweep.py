@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -293,6 +294,21 @@ def test_rows_of_all_points_are_read_once(
     cases = room.with_rows([Case.of(fields, "", c, name=str(c), number=0, seeds=1) for c in points])
     assert len(read) == 2
     assert cases[0].rows == cases[1].rows != cases[2].rows == cases[3].rows
+
+
+def test_the_least_perplexity_is_best(models: dict[str, str], tmp_path: Path) -> None:
+    over = {"learning_rate": {"low": 1e-5, "high": 1.0, "log": True}}
+    fields = {"labels": None, "max_new_tokens": 3, "epochs": 4}
+    own = asked(tmp_path / "sweep.yaml", models["llama"], fields, over=over, trials=8, at_once=2, metric="perplexity")
+    found = sweep(*own)
+    values = [entry.mean("perplexity") for entry in found]
+    [table] = report.tables_of(found, "perplexity")
+    assert [float(line[table.head.index("perplexity")].split()[0]) for line in table.lines] == sorted(
+        round(value, 3) for value in values
+    )
+    assert statistics.mean(values[4:]) < statistics.mean(values[:4])
+    picture = report.page_of(tmp_path / "out", "").pictures[0]
+    assert "perplexity, less is better" in picture.svg
 
 
 def test_names_repeat_no_axis_whose_values_speak_for_themselves(models: dict[str, str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,10 @@ def test_the_mean_decides_between_labels_with_as_many_votes() -> None:
 def test_texts_are_voted_on_whole() -> None:
     members = [Answers(list(texts), None, 0) for texts in ("xy", "zy", "zw")]
     assert by_vote(TASK, members).texts == ["z", "y"]
+
+
+def test_members_give_a_reference_their_mean_probability() -> None:
+    members = [Answers(["x"], None, 0, torch.tensor([[math.log(p), 3.0]])) for p in (0.5, 0.1)]
+    found = by_vote(TASK, members).likelihoods
+    assert found is not None
+    torch.testing.assert_close(found, torch.tensor([[math.log(0.3), 3.0]]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.tiny import save_models, tokenizer
 from transformers import BertConfig, BertForQuestionAnswering
 
 from softtune import ConfigError, DataError, PeftModel
+from softtune.cli.loading import load_trained
 from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask
 from softtune.evaluation.answers import Answers, answer, judge, metric_names
 from softtune.methods import TaskType
@@ -90,7 +93,49 @@ def test_texts_are_compared_with_all_references(tmp_path: Path, models: dict[str
     fields = {"template": "{x} label : ", "label_column": "y", "evaluation": file, "max_new_tokens": 4}
     report = train(recipe(tmp_path, models["llama"], rows, **fields, test_size=0))
     assert (report.training_rows, report.evaluation_rows) == (6, 2)
-    assert {"bleu", "rouge_l", "chrf", "exact_match"} == report.after.keys()
+    assert {"bleu", "rouge_l", "chrf", "exact_match", "perplexity"} == report.after.keys()
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
+def test_perplexity_is_that_of_the_models_own_loss(
+    tmp_path: Path, models: dict[str, str], family: str, task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the first reference, token by token."""
+    rows: list[dict[str, Any]] = [{"x": "red", "y": ["the sky is good", "bad"]}, {"x": "blue blue", "y": ["bad"]}]
+    fields = {"template": "{x} label : ", "label_column": "y", "max_new_tokens": 16, "task": task, "test_size": 0}
+    asked = recipe(tmp_path, models[family], rows, **fields, epochs=2)
+    train(asked)
+    trained = load_trained(tmp_path / "out", None)
+    records = Dataset.from_list(rows)
+    quality = judge(trained.task, records, answer(trained.model, trained.tokenizer, trained.task, records))
+    losses, counts = [], []
+    for row in rows:
+        example = trained.task.encode(row, trained.tokenizer, text=row["y"][0])  # type: ignore[call-arg]
+        batch = {"input_ids": torch.tensor([example.input_ids]), "labels": torch.tensor([example.labels])}
+        with torch.no_grad():
+            losses.append(float(trained.model(**batch).loss))
+        counts.append(sum(x != -100 for x in example.labels))
+    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert quality.metrics["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert list(quality.metrics) == list(metric_names(trained.task))
+    file = write(tmp_path / "again.jsonl", rows)
+    capsys.readouterr()
+    assert run("predict", str(tmp_path / "out"), file) == 0
+    assert re.search(rf"perplexity +│ {quality.metrics['perplexity']:.2f} \(", capsys.readouterr().out)
+
+
+def test_perplexity_reads_no_more_of_a_reference_than_may_be_written(tmp_path: Path, models: dict[str, str]) -> None:
+    rows = [{"x": "red", "y": "the sky"}, {"x": "blue", "y": "bad"}]
+    fields = {"template": "{x} label : ", "label_column": "y", "max_new_tokens": 4, "test_size": 0, "max_length": 12}
+    train(recipe(tmp_path, models["llama"], rows, **fields))
+    own = load_trained(tmp_path / "out", None)
+    long = Dataset.from_list([{"x": "red", "y": "the sky is good " * 20}])
+    found = answer(own.model, own.tokenizer, own.task, long)
+    assert found.likelihoods is not None
+    assert int(found.likelihoods[0, 1]) == 5  # a space, three words and spaces, the end
+    for labels in ({}, {"y": None}):
+        records = Dataset.from_list([{"x": "red", **labels}])
+        assert answer(own.model, own.tokenizer, own.task, records).likelihoods is None
 
 
 def test_choices_are_made(tmp_path: Path, models: dict[str, str]) -> None:

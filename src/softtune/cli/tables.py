@@ -10,7 +10,7 @@ from rich.table import Table
 
 from softtune import storage
 from softtune.cli.console import console, show_pairs
-from softtune.evaluation.metrics import Quality
+from softtune.evaluation.metrics import PERPLEXITY, Quality
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.page import Table as Cells
 from softtune.experiments.report import failures, tables_of
@@ -42,10 +42,10 @@ def show_report(report: Report, title: str = "") -> None:
 
 def show_quality(quality: Quality) -> None:
     """Metrics with their intervals, and what they are for each label."""
-    intervals = quality.intervals()
+    intervals, metrics = quality.intervals(), quality.metrics.items()
     show_pairs(
         f"{quality.rows} records",
-        [(_words(name), f"{value:.1%} ({_between(intervals[name])})") for name, value in quality.metrics.items()],
+        [(_words(name), f"{_figure(name, value)} ({_between(name, intervals[name])})") for name, value in metrics],
     )
     if not 0 < len(quality.classes) <= MOST_CLASSES:
         return
@@ -144,23 +144,25 @@ def _fitting(table: Cells, width: int) -> Iterator[list[int]]:
 def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iterator[tuple[str, str]]:
     """A metric's lines in the table: before and after and, of an ensemble, the vote's and its members'."""
     label, found = _words(metric), report.evaluation
-    yield label, f"{report.before[metric]:.1%} before, {report.after[metric]:.1%} after ({_between(interval)})"
+    before, after = (_figure(metric, side[metric]) for side in (report.before, report.after))
+    yield label, f"{before} before, {after} after ({_between(metric, interval)})"
     if found.members:
         members = [member[metric] for member in found.members]
-        yield f"{label} by vote", f"{found.vote[metric]:.1%}"
-        yield (
-            f"{label} of one",
-            f"{min(members):.1%} to {max(members):.1%}, {sum(members) / len(members):.1%} on average",
-        )
+        mean = _figure(metric, sum(members) / len(members))
+        yield f"{label} by vote", _figure(metric, found.vote[metric])
+        yield f"{label} of one", f"{_between(metric, (min(members), max(members)))}, {mean} on average"
 
 
 def _words(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def _between(interval: tuple[float, float]) -> str:
-    low, high = interval
-    return f"{low:.1%} to {high:.1%}"
+def _figure(metric: str, value: float) -> str:
+    return f"{value:.2f}" if metric == PERPLEXITY else f"{value:.1%}"
+
+
+def _between(metric: str, interval: tuple[float, float]) -> str:
+    return " to ".join(_figure(metric, end) for end in interval)
 
 
 def _shortened(text: str) -> str:

@@ -11,11 +11,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, Task, TextTask, each_row
+from softtune.data import IGNORED, ChoiceTask, LabelTask, SpanTask, TagTask, Task, TextTask, each_row
 from softtune.data.spans import Stride
 from softtune.data.tagging import OUTSIDE
 from softtune.errors import AdapterError, ConfigError
-from softtune.evaluation.metrics import Quality, label_quality, span_quality, tag_quality, text_quality
+from softtune.evaluation.metrics import PERPLEXITY, Quality, label_quality, span_quality, tag_quality, text_quality
 from softtune.evaluation.predict import Advance, score_head, score_spans, score_words, tag_words, unwatched, write_texts
 from softtune.methods import TaskType
 from softtune.model import PeftModel
@@ -31,6 +31,9 @@ class Answers:
     """[B, N] log-probabilities of the labels; None where records have no labels in common."""
     truncated: int
     """How many records were cut to fit."""
+    likelihoods: Tensor | None = None
+    """[B, 2] the log-probability of each record's first reference, and how many tokens it has; None but for texts to
+    write whose records all have one."""
 
 
 def fitted(task: Task, model: PeftModel, *, written: int | None = None) -> Task:
@@ -124,7 +127,7 @@ def metric_names(task: Task) -> tuple[str, ...]:
     """What the answers to a task are measured by, the foremost first."""
     match task:
         case TextTask():
-            return ("bleu", "rouge_l", "chrf", "exact_match")
+            return ("bleu", "rouge_l", "chrf", "exact_match", PERPLEXITY)
         case TagTask():
             return ("f1", "precision", "recall", "accuracy")
         case SpanTask():
@@ -142,7 +145,7 @@ def judge(task: Task, records: Dataset, answers: Answers) -> Quality:
     right: list[Any] = each_row(records, [*task.columns, task.label_column], task.right)
     match task:
         case TextTask():
-            return text_quality(right, answers.texts)
+            return text_quality(right, answers.texts, answers.likelihoods)
         case TagTask():
             return tag_quality(right, answers.texts)
         case SpanTask():
@@ -162,8 +165,7 @@ def _labels(task: LabelTask, asked: _Question) -> Answers:
         scores = score_words(asked.model, rows, asked.pad, advance=asked.advance)
         if task.is_calibrated:
             scores = scores[:-1] - scores[-1]
-    if not bool(scores.isfinite().all()):
-        raise AdapterError("the scores are no numbers, as after a training that blew up: train anew at a lower rate")
+    _check_numbers(scores)
     return Answers([labels[i] for i in scores.argmax(1)], scores, sum(p.truncated > 0 for p in prompts))
 
 
@@ -171,7 +173,36 @@ def _texts(task: TextTask, asked: _Question) -> Answers:
     prompts = each_row(asked.records, task.columns, lambda record: task.encode(record, asked.tokenizer))
     options = {"do_sample": False, "max_new_tokens": task.max_new_tokens}
     texts = write_texts(asked.model, asked.tokenizer, prompts, advance=asked.advance, **options)
-    return Answers(texts, None, sum(p.truncated > 0 for p in prompts))
+    return Answers(texts, None, sum(p.truncated > 0 for p in prompts), _likelihoods(task, asked))
+
+
+def _likelihoods(task: TextTask, asked: _Question) -> Tensor | None:
+    """[B, 2] see ``Answers``. Of a reference count as many tokens as the model may write, and its end."""
+    column = task.label_column
+    if column not in asked.records.column_names or any(text in (None, "", []) for text in asked.records[column]):
+        return None
+    is_apart = task.kind is TaskType.SEQ_2_SEQ_LM
+    wide = task if is_apart else replace(task, max_length=task.max_length + task.max_new_tokens)
+    rows = [
+        wide.encode(record, asked.tokenizer, text=_shortened(text, asked.tokenizer, max(1, task.max_new_tokens - 1)))
+        for record in asked.records
+        for text in task.right(record)[:1]
+    ]
+    scores = score_words(asked.model, [[row] for row in rows], asked.pad, batch_size=8)
+    _check_numbers(scores)
+    counts = torch.tensor([[float(sum(x != IGNORED for x in row.labels))] for row in rows])
+    return torch.cat([scores, counts], dim=1)
+
+
+def _shortened(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
+    """The first tokens of a text."""
+    ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return text if len(ends) <= count else text[: ends[count - 1][1]]
+
+
+def _check_numbers(scores: Tensor) -> None:
+    if not bool(scores.isfinite().all()):
+        raise AdapterError("the scores are no numbers, as after a training that blew up: train anew at a lower rate")
 
 
 def _choices(task: ChoiceTask, asked: _Question) -> Answers:

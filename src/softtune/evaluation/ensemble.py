@@ -6,6 +6,7 @@ Letters: B records, N labels, M members.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,11 +62,13 @@ def by_mean(task: Task, members: Sequence[Answers]) -> Answers:
 def by_vote(task: Task, members: Sequence[Answers]) -> Answers:
     """Each record's label, text or tags that most of M members answer; scores are logarithms of the shares of votes.
 
-    Between labels with as many votes the mean probability decides, between texts the earliest member.
+    Between labels with as many votes the mean probability decides, between texts the earliest member. Likelihoods of
+    references are of the members' mean probability.
     """
     if members[0].scores is None:
         columns = zip(*(member.texts for member in members), strict=True)
-        return Answers([_majority(answers) for answers in columns], None, members[0].truncated)
+        texts = [_majority(answers) for answers in columns]
+        return Answers(texts, None, members[0].truncated, _mean_likelihoods(members))
     probabilities = _probabilities(members)
     votes = torch.nn.functional.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).sum(dim=0)
     return _labelled(task, votes + probabilities.mean(dim=0) / 2, (votes / len(members)).log(), members)
@@ -90,6 +93,15 @@ def _majority(answers: Sequence[Any]) -> Any:
     if isinstance(answers[0], tuple):
         return tuple(_majority(tags) for tags in zip(*answers, strict=True))
     return Counter(answers).most_common(1)[0][0]
+
+
+def _mean_likelihoods(members: Sequence[Answers]) -> Tensor | None:
+    """[B, 2] of the members' mean probability of each reference."""
+    each = [member.likelihoods for member in members if member.likelihoods is not None]
+    if not each:
+        return None
+    scores = torch.stack([own[:, 0] for own in each]).logsumexp(0) - math.log(len(each))
+    return torch.stack([scores, each[0][:, 1]], dim=1)
 
 
 def _after(done: int, advance: Advance) -> Advance:

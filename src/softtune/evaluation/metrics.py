@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 RESAMPLES = 1000
+PERPLEXITY = "perplexity"
 
 Rows = NDArray[np.intp]
 Statistic = Callable[[Rows], float]
@@ -26,7 +28,7 @@ class Quality:
     """What answers are worth."""
 
     metrics: dict[str, float]
-    """From 0 to 1, 1 being the best; BLEU and chrF too."""
+    """From 0 to 1, 1 being the best; BLEU and chrF too. Only perplexity is 1 or more, 1 being the best."""
     mistakes: list[int]
     """Numbers of the rows, from 0, that are not answered right to the letter."""
     classes: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -40,6 +42,11 @@ class Quality:
         generator = np.random.default_rng(0)
         samples = generator.integers(0, self.rows, (RESAMPLES, self.rows))
         return {name: _middle([metric(rows) for rows in samples]) for name, metric in self.statistics.items()}
+
+
+def direction(metric: str) -> int:
+    """1 where more is better, -1 where less is."""
+    return -1 if metric == PERPLEXITY else 1
 
 
 def label_quality(right: Sequence[str], answers: Sequence[str]) -> Quality:
@@ -120,9 +127,16 @@ def span_quality(right: Sequence[Sequence[str]], answers: Sequence[str]) -> Qual
     )
 
 
-def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str]) -> Quality:
+def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str], likelihoods: Tensor | None = None) -> Quality:
     """``bleu`` and ``chrf`` of sacreBLEU, ``rouge_l`` (F of stems, nearest reference) and ``exact_match``, against
-    all references of each text."""
+    all references of each text.
+
+    Args:
+        right: the references of each text.
+        answers: what was written.
+        likelihoods: [B, 2] of each first reference the log-probability and the number of tokens; with them
+            ``perplexity``, to which each of these tokens counts as much.
+    """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
@@ -131,15 +145,16 @@ def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str]) -> Qual
     pairs = list(zip(right, answers, strict=True))
     rouge = np.array([scorer.score_multi(list(several), answer)["rougeL"].fmeasure for several, answer in pairs])
     exact = np.array([any(answer.strip() == one.strip() for one in several) for several, answer in pairs], dtype=float)
-    return _quality(
-        {
-            "bleu": _of_corpus(BLEU(), right, answers),
-            "rouge_l": lambda rows: float(rouge[rows].mean()),
-            "chrf": _of_corpus(CHRF(), right, answers),
-            "exact_match": lambda rows: float(exact[rows].mean()),
-        },
-        mistakes=exact < 1,
-    )
+    statistics: dict[str, Statistic] = {
+        "bleu": _of_corpus(BLEU(), right, answers),
+        "rouge_l": lambda rows: float(rouge[rows].mean()),
+        "chrf": _of_corpus(CHRF(), right, answers),
+        "exact_match": lambda rows: float(exact[rows].mean()),
+    }
+    if likelihoods is not None:
+        sums, counts = likelihoods.double().numpy().T
+        statistics[PERPLEXITY] = lambda rows: float(np.exp(-sums[rows].sum() / counts[rows].sum()))
+    return _quality(statistics, mistakes=exact < 1)
 
 
 def _of_corpus(metric: Any, right: Sequence[Sequence[str]], answers: Sequence[str]) -> Statistic:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from softtune import storage
 from softtune.errors import CheckpointError
+from softtune.evaluation.metrics import direction
 from softtune.experiments import views
 from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
 from softtune.experiments.page import Page, Table, as_html, as_markdown, file_of
@@ -79,7 +80,7 @@ def tables_of(entries: Sequence[Entry], metric: str | None = None) -> list[Table
         return []
     metrics = found[0].metrics
     order = metric or metrics[0]
-    ranked = sorted(found, key=lambda entry: -entry.mean(order))
+    ranked = sorted(found, key=lambda entry: -direction(order) * entry.mean(order))
     worth = {in_words(name): partial(_value, metric=name) for name in metrics}
     sizes = {"trained": _trained, "share": _share}
     if any(entry.at for entry in entries):  # points of a sweep train at once

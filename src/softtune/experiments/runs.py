@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from softtune.errors import TrainingError
+from softtune.evaluation.metrics import direction
 from softtune.experiments.alone import clear, stored, train_alone
 from softtune.experiments.cases import PROMPTS, Case
 from softtune.experiments.outcomes import Entry, Outcome
@@ -92,7 +93,7 @@ def _outcomes(report: Report) -> dict[str, Outcome]:
     metrics = {"": report.after}
     if found.members:
         first = next(iter(report.after))
-        ranked = sorted(found.members, key=lambda member: member[first])
+        ranked = sorted(found.members, key=lambda member: direction(first) * member[first])
         mean = {name: statistics.mean(member[name] for member in ranked) for name in report.after}
         together = {} if report.after is found.vote else {"mean probability": report.after}
         metrics = {**together, "majority vote": found.vote, "mean of members": mean, "best member": ranked[-1]}

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from softtune import storage
 from softtune.errors import ConfigError
 from softtune.evaluation.answers import metric_names
+from softtune.evaluation.metrics import direction
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_cases, run_here, with_rows
 from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of, said
@@ -69,7 +70,7 @@ class Sweep(BaseModel):
     trials: Annotated[int, Field(ge=1)] | None = None
     """Points that Optuna chooses; by default all points of the grid run."""
     metric: str | None = None
-    """What a search maximises and a picture shows; by default the task's first metric."""
+    """What a search makes as good as it can and a picture shows; by default the task's first metric."""
     at_once: Annotated[int, Field(ge=1)] = 8
     """Runs to train at once over one base model."""
     question: str = ""
@@ -204,7 +205,8 @@ def _search(asked: Sweep, recipe: Recipe, run: Runner, progress: Progress) -> li
             if entries[0].failure:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
-                study.tell(trial, entries[0].mean(asked.metric or entries[0].metrics[0]))
+                metric = asked.metric or entries[0].metrics[0]
+                study.tell(trial, direction(metric) * entries[0].mean(metric))
             found += entries
     return found
 

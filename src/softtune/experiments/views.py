@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from softtune.evaluation.metrics import direction
 from softtune.experiments.outcomes import Entry, said
 from softtune.experiments.pictures import Bar, Picture, Point, bars, curves, heat, scatter
 
@@ -20,7 +21,7 @@ def of_comparison(entries: Sequence[Entry]) -> list[Picture]:
     if not found:
         return []
     metric = found[0].metrics[0]
-    name = in_words(metric)
+    name = _measure(metric)
     trained = [entry for entry in found if entry.cost("steps")]
     drawn = [_bars(found, metric)]
     if trained:
@@ -73,8 +74,7 @@ def finished(entries: Sequence[Entry]) -> list[Entry]:
 
 def _bars(found: Sequence[Entry], metric: str) -> Picture:
     own = [Bar(entry.name, entry.mean(metric), entry.spread(metric), entry.values(metric)) for entry in found]
-    name = in_words(metric)
-    return bars(f"Quality: {name}", own, unit=f"{name}, dots are seeds")
+    return bars(f"Quality: {in_words(metric)}", own, unit=f"{_measure(metric)}, dots are seeds")
 
 
 def _curves(found: Sequence[Entry], metric: str, along: str) -> Picture:
@@ -83,12 +83,12 @@ def _curves(found: Sequence[Entry], metric: str, along: str) -> Picture:
     for entry in found:
         others = [said(in_words(name), value) for name, value in entry.at.items() if name != along]
         lines[", ".join(others) or "alone"].append(Point(entry.at[along], entry.mean(metric), entry.spread(metric)))
-    return curves(_over(metric, along), lines, across=in_words(along), up=in_words(metric))
+    return curves(_over(metric, along), lines, across=in_words(along), up=_measure(metric))
 
 
 def _tried(found: Sequence[Entry], metric: str, along: str) -> Picture:
     points = [Point(entry.at[along], entry.mean(metric), entry.spread(metric)) for entry in found]
-    return curves(_over(metric, along), {"": points}, across=in_words(along), up=in_words(metric), joined=False)
+    return curves(_over(metric, along), {"": points}, across=in_words(along), up=_measure(metric), joined=False)
 
 
 def _map(found: Sequence[Entry], metric: str, down: str, across: str) -> Picture:
@@ -96,13 +96,19 @@ def _map(found: Sequence[Entry], metric: str, down: str, across: str) -> Picture
     for entry in found:
         cells[str(_key(entry.at[down]))][str(_key(entry.at[across]))] = entry.mean(metric)
     title = f"{in_words(metric).capitalize()} by {in_words(down)} and {in_words(across)}"
-    return heat(title, filled(cells), across=in_words(across), down=in_words(down))
+    says = "" if direction(metric) > 0 else "Less is better."
+    return heat(title, filled(cells), across=in_words(across), down=in_words(down), says=says)
 
 
 def filled(cells: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """A table whose missing cells are no numbers."""
     columns = dict.fromkeys(column for row in cells.values() for column in row)
     return {name: {column: row.get(column, math.nan) for column in columns} for name, row in cells.items()}
+
+
+def _measure(metric: str) -> str:
+    """A metric on an axis of a picture."""
+    return in_words(metric) + ("" if direction(metric) > 0 else ", less is better")
 
 
 def _over(metric: str, along: str) -> str:
