@@ -23,8 +23,9 @@ import timing
 from softtune.cli.console import progress_bars, quiet
 from softtune.experiments import report
 from softtune.experiments.compare import compare
-from softtune.experiments.outcomes import Entry, entries_of, entry_of
+from softtune.experiments.outcomes import Entry, entries_of, entry_of, stem_of
 from softtune.experiments.page import Page
+from softtune.experiments.portrait import bias_cells, biases
 from softtune.experiments.sweep import Sweep, sweep
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
@@ -52,6 +53,10 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 """Recipes to compare methods on: the page's title, the entries, and fields to replace."""
 
+LOOKED_INTO = {"biases": "all"}
+"""Studies in whose pages a point's first adapter is shown, by how much its biases have changed (Ben Zaken et al. 2022,
+figure 2)."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,8 +79,10 @@ def run(name: str) -> None:
     """Run what is left of a study, and keep what it came to with the hardware and the commit of each entry."""
     with stamping(RUNS / name), progress_bars() as progress:
         entries = (headline if name in HEADLINES else study)(name, progress)
-    content = [dataclasses.asdict(entry) for entry in entries]
-    timing.write(RESULTS / f"{name}.json", {"runs": stamps(RUNS / name), "entries": content})
+    content = {"runs": stamps(RUNS / name), "entries": [dataclasses.asdict(entry) for entry in entries]}
+    if name in LOOKED_INTO:
+        content["bias_changes"] = bias_cells(RUNS / name / f"{stem_of(LOOKED_INTO[name])}-1")
+    timing.write(RESULTS / f"{name}.json", content)
 
 
 @contextmanager
@@ -117,6 +124,8 @@ def write(name: str) -> None:
         page = report.of_comparison(entries, HEADLINES[name][0])
     else:
         page = report.of_sweep(Sweep.load(STUDIES / f"{name}.yaml"), entries, name)
+    if "bias_changes" in kept:
+        page = dataclasses.replace(page, pictures=[*page.pictures, biases(kept["bias_changes"])])
     report.write_page(signed(page, name, kept), RESULTS / name, "README.md")
 
 

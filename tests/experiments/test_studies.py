@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from softtune.experiments import outcomes
 from softtune.experiments.outcomes import Entry, Outcome
 from softtune.experiments.page import Page
+from tests.cli.test_cli import write_recipe
+from tests.tiny import save_models
 
 NUMBERS: dict[str, Any] = {"trained": 10, "total": 1000, "stored": 40, "seconds": 2.0, "memory": 10**9, "steps": 3}
 
@@ -62,3 +66,21 @@ def test_results_of_before_are_read(studies: Any, tmp_path: Path, monkeypatch: p
 
 def test_runs_are_in_the_repository_wherever_one_stands(studies: Any) -> None:
     assert studies.RUNS.is_absolute()
+
+
+def test_the_study_of_biases_shows_how_they_have_changed(
+    studies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_models(tmp_path)["llama"]
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, tmp_path / "unused", method="BITFIT")
+    over = {"trained": {"query": {"options.roles": ["query"]}, "all": {}}}
+    (tmp_path / "biases.yaml").write_text(yaml.safe_dump({"recipe": recipe, "over": over}))
+    for name in ("STUDIES", "RESULTS", "RUNS"):
+        monkeypatch.setattr(studies, name, tmp_path / ("" if name == "STUDIES" else name))
+    studies.run("biases")
+    studies.write("biases")
+    page = (tmp_path / "RESULTS" / "biases" / "README.md").read_text(encoding="utf-8")
+    assert "(mean_absolute_change_of_the_biases.svg)" in page
+    kept = json.loads((tmp_path / "RESULTS" / "biases.json").read_text(encoding="utf-8"))
+    assert list(kept["bias_changes"]["query"]) == ["0", "1"]
+    assert len(kept["bias_changes"]) > 1

@@ -65,9 +65,8 @@ def _smoothed(points: list[Point]) -> list[Point]:
 
 
 def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
-    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
-    model = PeftModel.from_pretrained(base, folder)
-    module: Any = model.adapter(model.active_adapter).module
+    model, tokenizer = _loaded(folder, recipe)
+    module = _module(model)
     with torch.no_grad():
         prompt = module.prompt()
         if prompt.vectors is not None:
@@ -75,7 +74,16 @@ def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
         if prompt.prefixes:
             return [_norms(prompt.prefixes)]
         changes = bias_changes_by_layer(module)
-    return [_biases(changes)] if changes else []
+    return [biases(_cells(changes))] if changes else []
+
+
+def _loaded(folder: Path, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+    return PeftModel.from_pretrained(base, folder), tokenizer
+
+
+def _module(model: PeftModel) -> Any:
+    return model.adapter(model.active_adapter).module
 
 
 def _words(backbone: Backbone, vectors: Tensor, tokenizer: PreTrainedTokenizerBase) -> Picture:
@@ -107,6 +115,16 @@ def _norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> Picture:
     return curves("Norms of the prefix by layer", lines, across="layer", up="mean norm over heads and tokens")
 
 
-def _biases(changes: Mapping[str, Mapping[int, float]]) -> Picture:
-    cells = {in_words(role): {str(layer): own[layer] for layer in own} for role, own in changes.items()}
+def biases(cells: Mapping[str, Mapping[str, float]]) -> Picture:
+    """How much biases have changed, by bias and layer."""
     return heat("Mean absolute change of the biases", filled(cells), across="layer", down="", form=".1e")
+
+
+def bias_cells(folder: Path) -> dict[str, dict[str, float]]:
+    """How much the biases of a BitFit adapter have changed, by bias and layer. Raises as ``portrait`` does."""
+    model, _ = _loaded(folder, Recipe.of_adapter(folder))
+    return _cells(bias_changes_by_layer(_module(model)))
+
+
+def _cells(changes: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
+    return {in_words(role): {str(layer): own[layer] for layer in own} for role, own in changes.items()}
