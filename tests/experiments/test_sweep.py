@@ -184,6 +184,9 @@ def test_a_search_goes_on_where_it_was(models: dict[str, str], tmp_path: Path, m
     for file in sorted((tmp_path / "out" / "entries").iterdir())[3:]:
         file.unlink()
     assert by_name(sweep(*own)) == by_name(whole)
+    for change in ({"trials": 5}, {"at_once": 1}):
+        with pytest.raises(ConfigError, match="has another experiment"):
+            sweep(own[0].model_copy(update=change), own[1])
 
 
 def test_the_sweep_in_the_output_runs_from_there(

@@ -116,8 +116,8 @@ class Sweep(BaseModel):
         if [*self.over] != [*other.over] or (self.fields, self.seeds) != (other.fields, other.seeds):
             return False
         if self.trials is not None or other.trials is not None:
-            same = (self.over, self.metric) == (other.over, other.metric)
-            return same and (self.trials or 0) >= (other.trials or math.inf)
+            own, others = ((each.over, each.metric, each.at_once) for each in (self, other))  # all steer a search
+            return own == others and (self.trials or 0) >= (other.trials or math.inf)
         return all(_has_all(self.over[name], axis) for name, axis in other.over.items())
 
     @property
