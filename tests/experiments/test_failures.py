@@ -11,7 +11,7 @@ import pytest
 from softtune import DataError
 from softtune.experiments import report
 from softtune.experiments.compare import compare
-from softtune.experiments.outcomes import Entry, entries_of
+from softtune.experiments.outcomes import Entry, Outcome, entries_of, keep
 from softtune.training.recipe import Recipe
 from tests.cli.test_cli import run, write_recipe
 from tests.experiments.test_sweep import asked, sweep
@@ -88,6 +88,15 @@ def test_choices_take_rows_in_front(models: dict[str, str], tmp_path: Path) -> N
     recipe = Recipe.load(write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "out", **fields))
     [found] = compare(recipe, ["few-shot"], seeds=1)
     assert found.outcomes[0].training_rows == 4
+
+
+def test_what_is_kept_has_its_metrics_and_axes_in_order(tmp_path: Path) -> None:
+    numbers: dict[str, Any] = {"trained": 1, "total": 2, "stored": 4, "seconds": 1.0, "memory": 1, "steps": 3}
+    outcome = Outcome(metrics={"f1": 0.5, "accuracy": 0.9}, training_rows=8, evaluation_rows=4, **numbers)
+    keep(tmp_path, "one", 0, {}, [Entry(name="one", at={"start": "text", "epochs": 1}, outcomes=[outcome])])
+    [found] = entries_of(tmp_path)
+    assert found.metrics == ["f1", "accuracy"]
+    assert [*found.at] == ["start", "epochs"]
 
 
 def test_entries_of_before_have_no_class_of_error() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -105,7 +106,7 @@ def entries_of(folder: Path) -> list[Entry]:
 
 
 def keep(folder: Path, stem: str, number: int, asked: Mapping[str, Any], entries: Sequence[Entry]) -> None:
-    """Write what a part of an experiment came to.
+    """Write what a part of an experiment came to, metrics and axes in their order: the first ones are the foremost.
 
     Args:
         folder: of the experiment.
@@ -116,7 +117,7 @@ def keep(folder: Path, stem: str, number: int, asked: Mapping[str, Any], entries
     """
     content = {"number": number, "asked": asked, "entries": [dataclasses.asdict(entry) for entry in entries]}
     with storage.staged(folder / ENTRIES_NAME) as stage:
-        storage.write_json(stage / f"{stem}.json", content)
+        (stage / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | None:

@@ -82,6 +82,8 @@ def bars(title: str, own: Sequence[Bar], *, unit: str, says: str = "") -> Pictur
 
 def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: str, up: str, says: str = "") -> Picture:
     """Named points, on a logarithmic scale across; those at 0 stand at its left end."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with _figure(3.6 + _below(points)) as (axes, finished):
         positive = [x for x, _ in points.values() if x > 0]
         least = min(positive, default=1.0) / 3
@@ -89,6 +91,10 @@ def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: st
             style = MARKS[number // len(COLORS) % len(MARKS)]
             axes.plot(max(x, least), y, style, color=COLORS[number % len(COLORS)], markersize=7, alpha=0.85, label=name)
         axes.set_xscale("log")
+        most = max(x for x, _ in points.values())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if most > 100 * least else (1.0, 3.0)))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.1, y=0.15)
         _legend(axes, points)
         axes.set_xlabel(across)
