@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.tiny import write_rows
 from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import EvalLoopOutput
 
 from softtune import CheckpointError, ConfigError, DataError, PeftModel, TrainingError
+from softtune.backbone import Backbone
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 from softtune.training.trainer import AdapterTrainer
@@ -406,6 +408,64 @@ def test_rows_held_out_leave_some_to_train_on(fields: dict[str, Any]) -> None:
         train(Recipe.of({**fields, "patience": 1, "validation_size": 18, "output": fields["output"] + "-2"}))
 
 
+def test_a_recipes_settings_are_the_trainers(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them at its default."""
+    seen: list[AdapterTrainer] = []
+    monkeypatch.setattr(AdapterTrainer, "train", lambda self, **_: seen.append(self))
+    monkeypatch.setattr(AdapterTrainer, "has_ended", True)
+    compiled: list[Backbone] = []
+    monkeypatch.setattr(Backbone, "compile_layers", lambda self: compiled.append(self))
+    settings = {
+        "learning_rate": 0.003,
+        "warmup_steps": 0.3,
+        "epochs": 3.0,
+        "weight_decay": 0.2,
+        "max_grad_norm": 0.5,
+        "save_steps": 7,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "seed": 5,
+    }
+    own = {"schedule": "cosine", "batch_size": 3, "compile": True, "patience": 2}
+    train(Recipe.of({**fields, **settings, **own, "evaluation": None, "test_size": 0}))
+    [trainer] = seen
+    names = {"epochs": "num_train_epochs"}
+    assert {name: getattr(trainer.args, names.get(name, name)) for name in settings} == settings
+    assert trainer.args.lr_scheduler_type == "cosine"
+    assert trainer.args.per_device_train_batch_size == 3
+    assert trainer.args.load_best_model_at_end
+    assert trainer.args.eval_steps == 7
+    assert [backbone.model for backbone in compiled] == [trainer.model.base_model]
+
+
+def test_patience_keeps_the_best_of_a_run_that_blows_up(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, best = AdapterTrainer.training_step, dict[str, torch.Tensor]()
+
+    def blow_up(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 6:
+            best.update(load_file(Path(str(self.state.best_model_checkpoint), "adapter_model.safetensors")))
+            assert str(self.state.best_model_checkpoint).endswith("-4")
+            raise self._blown_up("the loss is nan at step 7")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", blow_up)
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(
+        AdapterTrainer, "evaluation_loop", lambda *_, **__: EvalLoopOutput(None, None, {"eval_loss": next(losses)}, 4)
+    )
+    with pytest.raises(TrainingError, match="kept as it was at its lowest validation loss"):
+        train(Recipe.of({**fields, **STOPPING, "patience": 5}))
+    kept = load_file(Path(fields["output"], "adapter_model.safetensors"))
+    assert all(torch.equal(kept[name], best[name]) for name in best)
+
+
+def test_every_label_is_trained_on_beside_rows_held_out_for_patience(fields: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="none of 1 training rows is labelled"):
+        train(Recipe.of({**fields, "shots": 1, "patience": 1, "validation_size": 1}), progress=no_work)
+
+
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 @pytest.mark.parametrize(("how", "share"), [("gradient_checkpointing", 1e-4), ("compile", 1e-4), ("bf16", 0.2)])
 def test_ways_to_compute_come_to_the_same(fields: dict[str, Any], tmp_path: Path, how: str, share: float) -> None:
@@ -418,6 +478,7 @@ def test_ways_to_compute_come_to_the_same(fields: dict[str, Any], tmp_path: Path
         states[name] = torch.cat([tensor.flatten() for _, tensor in sorted(tensors(str(tmp_path / name)).items())])
     way = states["plain"] - states["start"]
     assert (states["other"] - states["plain"]).norm() < share * way.norm()
+    assert how != "bf16" or not torch.equal(states["other"], states["plain"])
 
 
 def no_dropout(model: str, folder: Path) -> str:

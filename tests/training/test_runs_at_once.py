@@ -16,6 +16,7 @@ from softtune import CheckpointError, ConfigError, TaskType, TrainingError
 from softtune.data import LabelTask, Template, Verbalizer
 from softtune.evaluation.answers import Answers
 from softtune.evaluation.ensemble import by_mean, by_vote
+from softtune.injection.store import Store
 from softtune.training.recipe import Recipe
 from softtune.training.run import Report, train, train_all
 from softtune.training.trainer import AdapterTrainer
@@ -76,6 +77,9 @@ def test_heads_are_drawn_by_each_ones_seed(
     train_all(recipes(classifier, tmp_path / "at once", {"seed": 1}, {"seed": 2}))
     for i, recipe in enumerate(recipes(classifier, tmp_path / "alone", {"seed": 1}, {"seed": 2})):
         assert_same_adapter(tmp_path / "at once" / str(i), train(recipe).folder)
+    first, second = (tensors(str(tmp_path / "alone" / name)) for name in "01")
+    head = next(name for name in first if "classifier.weight" in name)
+    assert not torch.equal(first[head], second[head])
 
 
 def test_an_encoder_decoder(fields: dict[str, Any], models: dict[str, str], tmp_path: Path) -> None:
@@ -129,6 +133,37 @@ def test_a_run_that_has_stopped_by_itself_stays_so_when_another_is_interrupted(
     assert found.steps == expected.steps
     for own, other in zip(broken, whole, strict=True):
         assert_same_adapter(own.output, other.output)
+
+
+def test_dropout_goes_on_as_it_would_have(fields: dict[str, Any], tmp_path: Path) -> None:
+    own = {
+        "ensemble": 2,
+        "epochs": 2,
+        "method": "P_TUNING_V2",
+        "options": {"num_virtual_tokens": 3, "prefix_dropout": 0.5},
+    }
+    whole, broken = recipes(fields, tmp_path, own, own)
+    train(whole)
+
+    def progress(phase: str, *step: Any) -> None:
+        interrupt_at(6)("training" if phase == "training 1" else phase, *step)
+
+    train(broken, progress=progress)
+    train(broken, resume=True)
+    for name in "12":
+        ours, theirs = tensors(str(tmp_path / "0" / name)), tensors(str(tmp_path / "1" / name))
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], atol=1e-5, rtol=1e-5)
+
+
+def test_members_share_the_trunk_caches_memory(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[float] = []
+    monkeypatch.setattr("softtune.model.Store", lambda *own: sizes.append(own[0]) or Store(*own))
+    deep = {"num_virtual_tokens": 3, "layers": "last:1"}
+    train(recipes(fields, tmp_path, {"ensemble": 3, "trunk_cache": 1, "options": deep})[0])
+    assert sizes[-1] == pytest.approx(1.0)
 
 
 def test_an_interrupt_keeps_an_ensemble_beside_its_failed_member(

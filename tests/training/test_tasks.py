@@ -16,7 +16,7 @@ from tests.data.test_spans import pair_tokenizer
 from tests.tiny import save_models, tokenizer
 from transformers import BertConfig, BertForQuestionAnswering
 
-from softtune import ConfigError, DataError, PeftModel
+from softtune import ConfigError, DataError, PeftModel, TrainingError
 from softtune.cli.loading import load_trained
 from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask
 from softtune.evaluation.answers import Answers, answer, judge, metric_names
@@ -146,6 +146,21 @@ def test_choices_are_made(tmp_path: Path, models: dict[str, str]) -> None:
     fields = {"template": "{x} : ", "label_column": "y", "choices": "options", "epochs": 12, "learning_rate": 0.1}
     report = train(recipe(tmp_path, models["llama"], rows * 8, **fields))
     assert report.after["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["choices", "tags", "spans"])
+def test_answers_that_are_no_numbers_are_refused(tmp_path: Path, models: dict[str, str], kind: str) -> None:
+    rows = [{"x": "red", "options": ["warm", "cold"], "y": y} for y in ("warm", "cold")] * 4
+    choosing = {"template": "{x} : ", "label_column": "y", "choices": "options"}
+    wild = {"method": "BITFIT", "learning_rate": 1e30, "max_grad_norm": 1e9, "warmup_steps": 0, "epochs": 0.1}
+    wild["options"] = {"add_missing": True}
+    own = {
+        "choices": lambda: recipe(tmp_path, models["llama"], rows, **choosing, **wild),
+        "tags": lambda: tagging(tmp_path, models, **wild),
+        "spans": lambda: reading(tmp_path, models, **wild),
+    }
+    with pytest.raises(TrainingError, match=r"no numbers|made of numbers"):
+        train(own[kind]())
 
 
 def test_a_content_free_record_calibrates(tmp_path: Path, models: dict[str, str]) -> None:

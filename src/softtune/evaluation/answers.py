@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from softtune.data import IGNORED, ChoiceTask, LabelTask, SpanTask, TagTask, Task, TextTask, each_row
 from softtune.data.spans import Stride
 from softtune.data.tagging import OUTSIDE
-from softtune.errors import AdapterError, ConfigError
+from softtune.errors import ConfigError
 from softtune.evaluation.metrics import PERPLEXITY, Quality, label_quality, span_quality, tag_quality, text_quality
 from softtune.evaluation.predict import Advance, score_head, score_spans, score_words, tag_words, unwatched, write_texts
 from softtune.methods import TaskType
@@ -105,7 +105,7 @@ def answer(
 
     Raises:
         DataError: a column is missing, or a row does not fit.
-        AdapterError: the scores are no numbers.
+        AdapterError: what the model says is no number.
     """
     model.eval()
     asked = _Question(model, tokenizer, records, advance)
@@ -162,10 +162,9 @@ def _labels(task: LabelTask, asked: _Question) -> Answers:
     else:
         records = [*asked.records, task.nothing_said] if task.is_calibrated else asked.records
         rows = [[task.encode(record, asked.tokenizer, label=label) for label in labels] for record in records]
-        scores = score_words(asked.model, rows, asked.pad, advance=asked.advance)
+        scores = score_words(asked.model, rows, asked.pad, advance=lambda done: asked.advance(min(done, len(prompts))))
         if task.is_calibrated:
             scores = scores[:-1] - scores[-1]
-    _check_numbers(scores)
     return Answers([labels[i] for i in scores.argmax(1)], scores, sum(p.truncated > 0 for p in prompts))
 
 
@@ -189,7 +188,6 @@ def _likelihoods(task: TextTask, asked: _Question) -> Tensor | None:
         for text in task.right(record)[:1]
     ]
     scores = score_words(asked.model, [[row] for row in rows], asked.pad, batch_size=8)
-    _check_numbers(scores)
     counts = torch.tensor([[float(sum(x != IGNORED for x in row.labels))] for row in rows])
     return torch.cat([scores, counts], dim=1)
 
@@ -198,11 +196,6 @@ def _shortened(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str
     """The first tokens of a text."""
     ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return text if len(ends) <= count else text[: ends[count - 1][1]]
-
-
-def _check_numbers(scores: Tensor) -> None:
-    if not bool(scores.isfinite().all()):
-        raise AdapterError("the scores are no numbers, as after a training that blew up: train anew at a lower rate")
 
 
 def _choices(task: ChoiceTask, asked: _Question) -> Answers:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softtune.acting import baked
 from softtune.data import IGNORED, Collator, Example, answer_width, length_batches
+from softtune.errors import AdapterError
 from softtune.model import PeftModel
 
 Advance = Callable[[int], None]
@@ -52,7 +53,7 @@ def score_words(
         score, batch_size = _score_whole_answers, max(1, batch_size // max(1, scores.shape[1]))
     for batch in _batches([len(row[0].input_ids) for row in rows], batch_size, advance):
         with torch.no_grad():
-            found = score(model, [rows[i] for i in batch], pad_token_id)
+            found = _numbers(score(model, [rows[i] for i in batch], pad_token_id))
         scores[batch, : found.shape[1]] = found
     return scores
 
@@ -100,7 +101,7 @@ def score_head(
         inputs = _collate([examples[i] for i in batch], pad_token_id)
         inputs.pop("labels", None)
         with torch.no_grad():
-            scores[batch] = _forward(model, inputs).logits.float().log_softmax(-1).cpu()
+            scores[batch] = _numbers(_forward(model, inputs).logits.float().log_softmax(-1).cpu())
     return scores
 
 
@@ -125,7 +126,8 @@ def tag_words(
     found: list[list[int | None]] = [[] for _ in prompts]
     for batch in _batches([len(example.input_ids) for example, _ in prompts], batch_size, advance):
         with torch.no_grad():
-            classes = _forward(model, _collate([prompts[i][0] for i in batch], pad_token_id)).logits.argmax(-1).cpu()
+            logits = _forward(model, _collate([prompts[i][0] for i in batch], pad_token_id)).logits
+        classes = _numbers(logits).argmax(-1).cpu()
         for i, row in zip(batch, classes, strict=True):
             own = row[len(row) - len(prompts[i][0].input_ids) :].tolist()
             found[i] = [None if first is None else own[first] for first in prompts[i][1]]
@@ -154,7 +156,9 @@ def score_spans(
     for batch in _batches([len(example.input_ids) for example in examples], batch_size, advance):
         with torch.no_grad():
             output = _forward(model, _collate([examples[i] for i in batch], pad_token_id))
-        for i, first, last in zip(batch, output.start_logits.cpu(), output.end_logits.cpu(), strict=True):
+        for i, first, last in zip(
+            batch, _numbers(output.start_logits).cpu(), _numbers(output.end_logits).cpu(), strict=True
+        ):
             padding = len(first) - len(examples[i].input_ids)
             found[i] = first[padding:], last[padding:]
     return [found[i] for i in range(len(examples))]
@@ -199,6 +203,13 @@ def _batches(lengths: Sequence[int], batch_size: int, advance: Advance) -> Itera
         yield batch
         done += len(batch)
         advance(done)
+
+
+def _numbers(scores: Tensor) -> Tensor:
+    """The same. Raises AdapterError where one is none."""
+    if bool(scores.isnan().any()):
+        raise AdapterError("the scores are no numbers, as after a training that blew up: train anew at a lower rate")
+    return scores
 
 
 def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:

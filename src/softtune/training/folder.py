@@ -20,6 +20,8 @@ START_NAME = "start.json"
 """What a run began with: the metrics of the base model alone, and fingerprints of the data."""
 
 
+LOGS = "logs"
+"""The folder with TensorBoard's files."""
 HISTORY_NAME = "history.json"
 """What the steps of each adapter of a finished run came to."""
 
@@ -41,7 +43,7 @@ class RunFolder:
 
     def logs(self, name: str) -> Path:
         """Where TensorBoard's files of an adapter are."""
-        return self._own(self.path / "logs", name)
+        return self._own(self.path / LOGS, name)
 
     @property
     def starts(self) -> dict[str, str | None]:

@@ -34,6 +34,7 @@ class RangeTest:
     """Losses of steps with ever higher learning rates."""
 
     rates: list[float] = field(default_factory=list)
+    """The highest that each loss was computed behind; 0 for the first one."""
     losses: list[float] = field(default_factory=list)
     """Running means, one a step."""
 
@@ -88,12 +89,15 @@ class _Watcher(TrainerCallback):
     def __init__(self) -> None:
         self.found = RangeTest()
         self._mean = 0.0
+        self._rate = 0.0
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in (logs or {}):
             return
+        # A step's loss is that of the rates before it; the first one's is that of none.
+        rate, self._rate = self._rate, logs["learning_rate"]
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * logs["loss"]
         loss = self._mean / (1 - SMOOTHING ** (len(self.found.losses) + 1))
-        self.found.rates.append(logs["learning_rate"])
+        self.found.rates.append(rate)
         self.found.losses.append(loss)
         control.should_training_stop |= not math.isfinite(loss) or loss > RISEN * min(self.found.losses)

@@ -12,7 +12,6 @@ from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from softtune.data import LabelTask, Task, Template
@@ -21,7 +20,7 @@ from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, 
 from softtune.methods.base import CONFIG_NAME
 from softtune.pretrained import MODEL_CLASSES, known_task
 from softtune.training.definition import check_task, task_of
-from softtune.training.fields import checked, read_fields
+from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.needs import check_needs
 
 RECIPE_NAME = "recipe.yaml"
@@ -224,7 +223,7 @@ class Recipe(BaseModel):
     def save(self, path: Path) -> None:
         """Write all fields as YAML."""
         fields = self.model_dump(mode="json")
-        path.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        path.write_text(to_yaml(fields), encoding="utf-8")
 
     @property
     def has_trunk_cache(self) -> bool:

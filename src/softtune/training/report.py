@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from softtune.evaluation.metrics import Quality
-from softtune.training.folder import HISTORY_NAME
+from softtune.training.folder import HISTORY_NAME, LOGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,6 @@ class Report:
 
     @property
     def size(self) -> int:
-        """Bytes of the adapter's folder, but for the history of its training."""
-        files = (path for path in self.folder.rglob("*") if path.is_file() and path.name != HISTORY_NAME)
-        return sum(path.stat().st_size for path in files)
+        """Bytes of the adapter's folder, but for the history and logs of its training."""
+        files = [path for path in self.folder.rglob("*") if path.is_file() and path.name != HISTORY_NAME]
+        return sum(path.stat().st_size for path in files if LOGS not in path.relative_to(self.folder).parts)

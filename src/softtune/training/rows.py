@@ -38,11 +38,10 @@ def training_and_evaluation_rows(recipe: Recipe, task: Task) -> tuple[Dataset, D
         rows = _few_shot(recipe, task, rows)
     elif recipe.examples is not None:
         rows = _sample(recipe, rows, recipe.examples)
-    _check_every_label(task, rows)
     return rows, None if held_out is None else _evaluated(recipe, task, held_out)
 
 
-def _check_every_label(task: Task, rows: Dataset) -> None:
+def check_every_label(task: Task, rows: Dataset) -> None:
     """Raise DataError where no row to train on has one of the labels."""
     if not isinstance(task, LabelTask):
         return

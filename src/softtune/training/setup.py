@@ -19,7 +19,7 @@ from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.folder import RunFolder
 from softtune.training.recipe import Recipe
-from softtune.training.rows import fingerprints, training_and_evaluation_rows
+from softtune.training.rows import check_every_label, fingerprints, training_and_evaluation_rows
 from softtune.training.trainer import AdapterTrainer, InterruptSaver, ProgressReporter, trackers, training_arguments
 
 LABEL_NAMES = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
@@ -48,6 +48,7 @@ class Rows:
         validation = training.select([])
         if recipe.patience is not None:
             training, validation = split_records(training, test_size=recipe.validation_size, seed=recipe.rows_seed)
+        check_every_label(recipe.definition, training)
         return cls(training=training, validation=validation, evaluation=evaluation, fingerprints=prints)
 
 
@@ -131,8 +132,8 @@ class Setup:
             train_dataset=self.examples,
             eval_dataset=self.validation or None,
             data_collator=Collator(int(self.tokenizer.pad_token_id), padding_side="left"),
-            trunk_cache=recipe.trunk_cache,
-            trunk_cache_disk=recipe.trunk_cache_disk,
+            trunk_cache=recipe.trunk_cache / recipe.ensemble,
+            trunk_cache_disk=recipe.trunk_cache_disk / recipe.ensemble,
             callbacks=[
                 interrupt,
                 *([EarlyStoppingCallback(recipe.patience)] if recipe.patience is not None else []),

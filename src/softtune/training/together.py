@@ -108,16 +108,16 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint of the last step, where the run is between two."""
         if self._loop and self.trainer.state.global_step > 0:
-            with self._own(), suppress(TrainingError):
+            with self.own(), suppress(TrainingError, OSError):
                 self.trainer._save_checkpoint(self.model, trial=None)
 
     def _run(self, loss: Tensor | None) -> bool:
-        with self._own():
+        with self.own():
             self._loop.switch(loss)
         return not self._loop.dead
 
     @contextmanager
-    def _own(self) -> Iterator[None]:
+    def own(self) -> Iterator[None]:
         """The run's random numbers and its count of batches, for the length of the block."""
         shared = vars(GradientState())  # accelerate has one for all trainers of a process
         others = dict(shared)
@@ -168,8 +168,9 @@ def _step(model: PeftModel, runs: Sequence[_Run]) -> list[Tensor]:
     """Each run's loss; gradients are added up where its optimiser looks for them."""
     losses: dict[_Run, Tensor] = {}
     for group in _alike(runs):
-        found = _losses(model, group)
-        torch.stack(found).sum().backward()
+        with group[0].own():  # dropout draws from what the first run's checkpoints keep
+            found = _losses(model, group)
+            torch.stack(found).sum().backward()
         losses |= dict(zip(group, (loss.detach() for loss in found), strict=True))
     return [losses[run] for run in runs]
 

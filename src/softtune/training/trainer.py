@@ -80,21 +80,16 @@ class AdapterTrainer(Trainer):
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is nothing more to train: all steps are done, or rows held out have said to stop."""
-        callbacks: Any = self.state.stateful_callbacks
-        stopping = callbacks.get(EarlyStoppingCallback.__name__)
-        is_out_of_patience = (
-            stopping is not None
-            and stopping["attributes"]["early_stopping_patience_counter"] >= stopping["args"]["early_stopping_patience"]
-        )
-        return self.state.global_step >= self.state.max_steps or is_out_of_patience
+        """Whether a training has nothing more to do: all steps are done, or rows held out have said to stop."""
+        return self.state.global_step >= self.state.max_steps or _is_out_of_patience(self.state)
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:  # type: ignore[override]
-        """The Trainer's, with the trunk cache; nothing where the checkpoint is of a training that has ended."""
+        """The Trainer's, with the trunk cache; nothing where rows held out had said to stop at the checkpoint."""
         if resume_from_checkpoint is not None:
-            self.state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE_FILE)))
-            if self.has_ended:
-                self._load_from_checkpoint(self.state.best_model_checkpoint or resume_from_checkpoint)
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE_FILE)))
+            if _is_out_of_patience(state):
+                self.state = state
+                self._load_best_model()
                 return
         with self._trunk():
             super().train(resume_from_checkpoint=resume_from_checkpoint)
@@ -147,10 +142,16 @@ class AdapterTrainer(Trainer):
             raise self._blown_up(f"the adapter is no longer made of numbers after step {self.state.global_step}")
 
     def _blown_up(self, what: str) -> TrainingError:
-        """Put back the numbers of the last finite loss, and say so."""
-        for kept, parameter in zip(self._last_good, self._trained(), strict=False):
-            parameter.data.copy_(kept)
-        return TrainingError(f"{what}: lower the learning rate; the adapter is kept as it was at the last finite loss")
+        """Put back the numbers of the best checkpoint, where there is one, or else of the last finite loss, and say
+        so."""
+        when = "the last finite loss"
+        if self.state.best_model_checkpoint is not None:
+            when = "its lowest validation loss"
+            self._load_best_model()
+        elif self._last_good:
+            for kept, parameter in zip(self._last_good, self._trained(), strict=True):
+                parameter.data.copy_(kept)
+        return TrainingError(f"{what}: lower the learning rate; the adapter is kept as it was at {when}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the prompt computed once."""
@@ -180,6 +181,14 @@ class AdapterTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
+def _is_out_of_patience(state: TrainerState) -> bool:
+    callbacks: Any = state.stateful_callbacks
+    stopping = callbacks.get(EarlyStoppingCallback.__name__)
+    return stopping is not None and bool(
+        stopping["attributes"]["early_stopping_patience_counter"] >= stopping["args"]["early_stopping_patience"]
+    )
+
+
 def kept_logits(model: PeftModel, batch: Mapping[str, Any]) -> dict[str, int]:
     """How many logits at the rows' ends the loss of a batch needs, as an option of ``forward``; none where it needs all
     of them."""
@@ -190,12 +199,14 @@ def kept_logits(model: PeftModel, batch: Mapping[str, Any]) -> dict[str, int]:
 
 
 class InterruptSaver(TrainerCallback):
-    """Lets Ctrl-C within its block end trainings after the running step, with a checkpoint. A second one ends them at
-    once."""
+    """Lets Ctrl-C within its block end trainings after the running step, with a checkpoint; those that take steps
+    together, all after the same one. A second one ends them at once."""
 
     def __init__(self) -> None:
         self.interrupted = False
         self._previous: Any = None
+        self._begun: dict[int, int] = {}
+        """Steps that each training has begun, by the ``id`` of its arguments."""
 
     def __enter__(self) -> InterruptSaver:
         if threading.current_thread() is threading.main_thread():
@@ -206,8 +217,11 @@ class InterruptSaver(TrainerCallback):
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._begun[id(args)] = self._begun.get(id(args), 0) + 1
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.interrupted:
+        if self.interrupted and self._begun[id(args)] == max(self._begun.values()):
             control.should_save = control.should_training_stop = True
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
