@@ -10,7 +10,7 @@ MATRIX ?= $(if $(TRANSFORMERS),build/support-$(TRANSFORMERS).md,docs/support.md)
 SYSTEM_PYTHON ?= python3
 SST2 ?= data/sst2
 
-.PHONY: demo test test-all test-slow matrix check bench bench-steps setup clean
+.PHONY: demo test test-all test-slow matrix check bench bench-serve bench-steps setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -40,6 +40,11 @@ bench: $(VENV)/.models
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/core.py
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/modes.py
+	$(PYTHON) benchmarks/tables.py
+
+# The same for a server: twenty minutes.
+bench-serve: $(VENV)/.models
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/serving.py
 	$(PYTHON) benchmarks/tables.py
 
 # Which settings train well: two hours on two cores. SST2 is a folder with stsa.binary.train and stsa.binary.dev.

@@ -14,6 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 SECTIONS = {
     "core": "A step and generation",
     "training": "Training and scoring",
+    "serving": "Many adapters served",
     "modes": "Gradient checkpointing, bfloat16, compilation",
     "steps_sms_spam": "Half of the steps: SMS spam",
     "steps_sst2": "Half of the steps: SST-2",
@@ -26,7 +27,8 @@ def main() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench` and `make bench-steps`, from [benchmarks/results](../benchmarks/results).",
+        "Written by `make bench`, `make bench-serve` and `make bench-steps`, from",
+        "[benchmarks/results](../benchmarks/results).",
         "",
     ]
     for name, title in SECTIONS.items():

@@ -4,7 +4,8 @@ commands needs none of them, and a command is imported when it is called."""
 from __future__ import annotations
 
 import sys
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -43,8 +44,18 @@ def _import(name: str) -> Any:
 main = typer.Typer(
     help="Soft-prompt tuning of frozen Hugging Face transformers.",
     no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+@main.callback()
+def _show_version(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        print(metadata.version("softtune"))
+        raise typer.Exit
+
+
 for _name, _help in COMMANDS.items():
     main.command(_name, cls=_Imported, help=_help)(lambda: None)

@@ -78,6 +78,8 @@ def load_base_model(
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if reason.startswith("Unrecognized configuration class"):
+            raise ConfigError(f"the base model {name!r} is no model for {task.value}: use another task") from error
         if isinstance(error.__cause__, LocalEntryNotFoundError):
             reason = "there is no such folder, and the hub could not be reached"
         raise ConfigError(f"cannot load the base model {name!r} for {task.value} ({reason}): check its name") from error

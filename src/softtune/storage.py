@@ -85,6 +85,16 @@ def check_no_file(folder: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"{path} is a file: name a folder to save into")
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError where a folder to save into cannot be written, or made."""
+    check_no_file(folder)
+    above = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise CheckpointError(f"{above} cannot be written ({error.strerror}): name another folder") from error
+
+
 @contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` when the block ends well, and vanish when it does not.

@@ -32,8 +32,11 @@ CHAT = (
 @contextmanager
 def serving(model: str, folder: Path | None, limits: Limits | None = None, **settings: Any) -> Iterator[httpx.Client]:
     """A server in a thread, and a client for it."""
-    service, adapters = Service(model, limits or Limits(slots=600)), AdapterFolder(folder)
-    adapters.load_all(service.registry)
+    service, adapters = (
+        Service(model, limits or Limits(slots=600)),
+        AdapterFolder(None if folder is None else str(folder)),
+    )
+    adapters.follow(service.registry)
     app = create_app(
         service, adapters, Settings(**{"admin_keys": ("boss",), "seconds": 20.0, "grace": 1.0, **settings})
     )
@@ -91,10 +94,11 @@ def test_completions_are_those_of_generate(client: httpx.Client, llama: str, ada
 
 def test_the_official_client_works_unchanged(client: httpx.Client, llama: str, adapters: Path) -> None:
     asking = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")
-    assert "prefix" in {model.id for model in asking.models.list()}
+    [model] = [model for model in asking.models.list() if model.id == "prefix"]
     whole = asking.completions.create(model="prefix", prompt="the sky is", max_tokens=9, temperature=0, logprobs=2)
     assert whole.choices[0].text == generated(llama, adapters / "prefix", "the sky is", 9)
     assert whole.usage is not None
+    assert whole.system_fingerprint == f"prefix@{model.version}"
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, len(whole.choices[0].logprobs.tokens))
     likeliest = [max(top.values()) for top in whole.choices[0].logprobs.top_logprobs]
     assert likeliest == whole.choices[0].logprobs.token_logprobs

@@ -362,7 +362,7 @@ def test_a_run_stops_when_held_out_rows_say_so_and_keeps_the_best(
     assert report.finished
     assert (report.training_rows, report.validation_rows, report.evaluation_rows) == (14, 4, 6)
     assert report.steps < 20 * 4
-    assert [int(path.rpartition("-")[2]) for path in kept] == [report.steps - 2 * 2]
+    assert [int(path.rpartition("-")[2]) for path in kept] == [report.steps - 2 * 2] == report.best_steps
 
 
 STOPPING = {"schedule": "constant", "epochs": 20, "save_steps": 2, "patience": 2, "validation_size": 4}
@@ -383,6 +383,17 @@ def test_patience_goes_on_after_an_interrupt(fields: dict[str, Any], tmp_path: P
         assert train(broken, resume=True).steps == expected.steps
     a, b = tensors(whole.output), tensors(broken.output)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_any_work(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("softtune.storage.tempfile.TemporaryFile", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(Permission denied\): name another folder"):
+        train(Recipe.of({**fields, "output": f"{fields['output']}/new/one"}), progress=no_work)
 
 
 def test_a_run_that_is_shorter_than_an_interval_is_validated(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvicorn
 
 from softtune.cli.console import console, quiet
-from softtune.errors import ConfigError
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
 from softtune.serving.limits import Limits
+from softtune.serving.replicas import run
 from softtune.serving.service import Service
 
 KEYS, ADMIN_KEYS = "SOFTTUNE_API_KEYS", "SOFTTUNE_ADMIN_KEYS"
@@ -23,7 +22,14 @@ KEYS, ADMIN_KEYS = "SOFTTUNE_API_KEYS", "SOFTTUNE_ADMIN_KEYS"
 
 def command(
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name, smollm2-135m or minilm.")],
-    adapters: Annotated[Path | None, typer.Option(help="The folder with a folder for each adapter.")] = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option(help="The folder with a folder for each adapter, or an address such as s3://bucket/adapters."),
+    ] = None,
+    follow: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Seconds between two looks for adapters that are new, changed or gone."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     rows: Annotated[int, typer.Option(min=1, help="Requests in the running batch.")] = Limits.rows,
@@ -32,6 +38,7 @@ def command(
     slots: Annotated[int, typer.Option(min=64, help="Tokens in memory of all requests together.")] = Limits.slots,
     hot: Annotated[int, typer.Option(min=0, help="Megabytes of adapters to keep in memory.")] = Limits.hot // 2**20,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = Settings.seconds,
+    replicas: Annotated[int, typer.Option(min=1, help="Servers beside each other, by Ray Serve where several.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that answers have at shutdown.")] = Settings.grace,
 ) -> None:
     """Serve adapters on one base model over HTTP: OpenAI's API, labels and tags, and a page to try them.
@@ -42,18 +49,19 @@ def command(
     quiet()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if adapters is not None and not adapters.is_dir():
-        raise ConfigError(f"there is no folder {adapters}: check the path")
     limits = Limits(rows=rows, waiting=waiting, tokens=tokens, slots=slots, hot=hot * 2**20)
+    settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace, follow=follow)
+    if replicas > 1:
+        run(model, adapters, limits, settings, replicas=replicas, host=host, port=port)
+        return
+    folder = AdapterFolder(adapters)
     with console.status("loading"):
         service = Service(model, limits)
-        folder = AdapterFolder(adapters)
-        folder.load_all(service.registry)
+        folder.follow(service.registry)
     served = len(service.registry.versions)
     console.print(
         f"{served} adapters on {model}: http://{host}:{port}, its API http://{host}:{port}/docs", soft_wrap=True
     )
-    settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace)
     uvicorn.run(create_app(service, folder, settings), host=host, port=port, log_level="warning")
 
 

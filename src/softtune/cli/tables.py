@@ -31,7 +31,7 @@ def show_report(report: Report, title: str = "") -> None:
     pairs = [pair for name, interval in intervals.items() for pair in _quality(report, name, interval)]
     pairs += [
         ("trained on", f"{_rows(report.training_rows, report.truncated)}, {report.steps} steps"),
-        *([("validated on", _rows(report.validation_rows, 0))] if report.validation_rows else []),
+        *([("validated on", _validated(report))] if report.validation_rows else []),
         ("evaluated on", _rows(report.evaluation_rows, report.evaluation.truncated)),
         ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
         ("adapter", f"{report.folder} ({storage.in_units(report.size)})"),
@@ -168,6 +168,11 @@ def _between(metric: str, interval: tuple[float, float]) -> str:
 def _shortened(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+
+
+def _validated(report: Report) -> str:
+    best = ", ".join(map(str, report.best_steps))
+    return f"{_rows(report.validation_rows, 0)}; their loss was lowest at step {best}, which is kept"
 
 
 def _rows(count: int, truncated: int) -> str:

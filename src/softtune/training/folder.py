@@ -132,10 +132,10 @@ def check_folders(folders: Sequence[RunFolder], *, resume: bool) -> None:
 
     Raises:
         ConfigError: a run is in the way, or there is none to resume, or it is another recipe's.
-        CheckpointError: a file is in the way.
+        CheckpointError: a file is in the way, or the folder cannot be written.
     """
     for folder in folders:
-        storage.check_no_file(folder.path)
+        storage.check_writable(folder.path)
     finished = [folder for folder in folders if folder.is_finished]
     unfinished = [folder for folder in folders if folder.is_unfinished]
     if finished and (not resume or len(finished) == len(folders)):

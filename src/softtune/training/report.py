@@ -41,6 +41,8 @@ class Report:
     training_rows: int
     validation_rows: int
     """Held out of the training rows, to tell when to stop."""
+    best_steps: list[int]
+    """The step at which their loss was lowest, whose numbers are kept, of each adapter; empty where nothing told."""
     evaluation_rows: int
     truncated: int
     """Training rows that were cut to fit."""

@@ -132,6 +132,8 @@ class _Fit:
     error: TrainingError | None
     """Why it failed."""
     seconds: float
+    best_steps: list[int]
+    """See ``Report``."""
     histories: list[list[dict[str, float]]]
     """What each adapter's steps came to."""
 
@@ -165,6 +167,7 @@ def _fit_of(
         finished=has_ended or not interrupted,
         error=error,
         seconds=seconds,
+        best_steps=[step for trainer in trainers if (step := trainer.state.best_global_step) is not None],
         histories=[trainer.history for trainer in trainers],
     )
 
@@ -197,6 +200,7 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
         total=total,
         training_rows=len(setup.examples),
         validation_rows=len(setup.validation),
+        best_steps=fit.best_steps,
         evaluation_rows=len(setup.rows.evaluation or ()),
         truncated=sum(example.truncated > 0 for example in setup.examples),
         folder=setup.folder.path,

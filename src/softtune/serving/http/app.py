@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -42,6 +43,8 @@ class Settings:
     """Bytes of a request."""
     seconds: float = 300.0
     """That an answer may take."""
+    follow: float | None = None
+    """Seconds between two looks at the adapters' folder; only the first one by default."""
     grace: float = 30.0
     """Seconds that answers have to end when the server is shut down."""
 
@@ -58,7 +61,9 @@ def create_app(service: Service, folder: AdapterFolder, settings: Settings) -> F
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        following = asyncio.create_task(_follow(folder, service, settings.follow))
         yield
+        following.cancel()
         await run_in_threadpool(service.close, settings.grace)
 
     app = FastAPI(title="softtune", version=metadata.version("softtune"), lifespan=lifespan)
@@ -90,6 +95,15 @@ def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
     app.get("/v1/adapters", dependencies=ruling)(server.adapters)
     app.post("/v1/adapters", dependencies=ruling)(server.load)
     app.delete("/v1/adapters/{name:path}", dependencies=ruling)(server.unload)
+
+
+async def _follow(folder: AdapterFolder, service: Service, seconds: float | None) -> None:
+    while seconds is not None:
+        await asyncio.sleep(seconds)
+        try:
+            await run_in_threadpool(folder.follow, service.registry)
+        except Exception:  # a store that cannot be reached, for a while
+            logger.exception("the adapters' folder could not be read")
 
 
 class Counting:

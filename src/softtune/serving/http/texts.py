@@ -146,7 +146,12 @@ class Texts:
         self.asked = asked
         self.kind = kind
         self._counts = {"prompt_tokens": sum(len(one.words) for one in asked), "completion_tokens": 0}
-        self._head = {"id": f"{kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        self._head = {
+            "id": f"{kind.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": name,
+            "system_fingerprint": None if version is None else f"{name}@{version.number}",
+        }
 
     async def whole(self) -> dict[str, Any]:
         """All answers, when they are done."""

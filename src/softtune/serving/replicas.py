@@ -1,0 +1,70 @@
+"""Several servers behind Ray Serve, on one machine or a cluster's, each with the base model and the adapters' folder.
+
+Requests go to the replica that has the fewest. Replicas know nothing of each other: each follows the folder, so that
+what is put there, or taken away, is soon the same everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from softtune.errors import ConfigError
+from softtune.serving.folder import AdapterFolder
+from softtune.serving.http.app import Settings, create_app
+from softtune.serving.limits import Limits
+from softtune.serving.service import Service
+
+FOLLOW = 5.0
+"""Seconds between two looks at the folder, where the settings name none."""
+
+
+def run(
+    model: str, adapters: str | None, limits: Limits, settings: Settings, *, replicas: int, host: str, port: int
+) -> None:
+    """Start replicas and wait for Ctrl-C.
+
+    Args:
+        model: the base model's name, which every machine finds.
+        adapters: see ``AdapterFolder``; every machine finds the same there.
+        limits: of each replica.
+        settings: of each replica, but that nobody may load adapters into one alone.
+        replicas: how many.
+        host: address to listen at.
+        port: port to listen at.
+
+    Raises:
+        ConfigError: Ray Serve is not installed, or adapters are to be loaded by requests.
+    """
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ConfigError(
+            "replicas need the package of Ray Serve: pip install 'softtune[ray]', or serve one"
+        ) from error
+    if settings.admin_keys:
+        raise ConfigError(
+            "a request reaches one of the replicas: put adapters into their folder, and drop the admin keys"
+        )
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(application(model, adapters, limits, settings, replicas=replicas), name="softtune", blocking=True)
+
+
+def application(model: str, adapters: str | None, limits: Limits, settings: Settings, *, replicas: int) -> Any:
+    """What Ray Serve runs; see ``run``."""
+    from ray import serve
+
+    own = replace(settings, follow=settings.follow or FOLLOW)
+
+    def build() -> Any:
+        service, folder = Service(model, limits), AdapterFolder(adapters)
+        folder.follow(service.registry)
+        return create_app(service, folder, own)
+
+    @serve.deployment(name="softtune", num_replicas=replicas, max_ongoing_requests=limits.rows + limits.waiting)
+    @serve.ingress(build)
+    class Replica:
+        """A server of its own."""
+
+    bound: Any = Replica
+    return bound.bind()

@@ -1,0 +1,78 @@
+"""A folder that is followed: adapters that are new, changed, broken or gone, here and in an object store."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from softtune import AdapterError, ConfigError
+from softtune.serving.folder import AdapterFolder
+from softtune.serving.limits import Limits
+from softtune.serving.service import Service
+
+
+@pytest.fixture
+def service(llama: str) -> Service:
+    return Service(llama, Limits(slots=64))
+
+
+def served(service: Service) -> dict[str, int]:
+    return {version.name: version.number for version in service.registry.versions}
+
+
+def test_a_folder_is_followed(
+    service: Service, adapters: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = AdapterFolder(str(tmp_path))
+    shutil.copytree(adapters / "prefix", tmp_path / "one")
+    shutil.copytree(adapters / "prompt", tmp_path / "several" / "2")
+    folder.follow(service.registry)
+    before = served(service)
+    assert list(before) == ["one", "several/2"]
+    folder.follow(service.registry)
+    assert served(service) == before
+    shutil.copytree(adapters / "infix", tmp_path / "new")
+    shutil.copytree(adapters / "prompt", tmp_path / "one", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "several")
+    folder.follow(service.registry)
+    after = served(service)
+    assert list(after) == ["new", "one"]
+    assert after["one"] > before["one"]
+    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"broken")
+    with caplog.at_level(logging.WARNING):
+        folder.follow(service.registry)
+        folder.follow(service.registry)
+    assert served(service) == after
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["skipped one"]
+
+
+def test_an_object_store_is_followed(service: Service, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: Any = fsspec.filesystem("memory")
+    files.put(str(adapters / "prefix"), "/bucket/adapters/one", recursive=True)
+    folder = AdapterFolder("memory://bucket/adapters")
+    folder.follow(service.registry)
+    assert list(served(service)) == ["one"]
+    files.put(str(adapters / "prompt"), "/bucket/adapters/two", recursive=True)
+    files.rm("/bucket/adapters/one", recursive=True)
+    fetched: list[str] = []
+    get = files.get_file
+    monkeypatch.setattr(type(files), "get_file", lambda self, path, *own: (fetched.append(path), get(path, *own)))
+    folder.follow(service.registry)
+    assert list(served(service)) == ["two"]
+    count = len(fetched)
+    folder.follow(service.registry)
+    assert len(fetched) == count > 0
+
+
+def test_folders_that_are_not_there(tmp_path: Path, service: Service) -> None:
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere: check the path"):
+        AdapterFolder(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="nothing://x cannot be read"):
+        AdapterFolder("nothing://x")
+    with pytest.raises(AdapterError, match="the folder has no adapter 'x': among those that are there are none"):
+        AdapterFolder(None).load("x", service.registry)
