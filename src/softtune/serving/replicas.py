@@ -36,16 +36,16 @@ def run(
     Raises:
         ConfigError: Ray Serve is not installed, or adapters are to be loaded by requests.
     """
+    if settings.admin_keys:
+        raise ConfigError(
+            "a request reaches one of the replicas: put adapters into their folder, and drop the admin keys"
+        )
     try:
         from ray import serve
     except ImportError as error:
         raise ConfigError(
             "replicas need the package of Ray Serve: pip install 'softtune[ray]', or serve one"
         ) from error
-    if settings.admin_keys:
-        raise ConfigError(
-            "a request reaches one of the replicas: put adapters into their folder, and drop the admin keys"
-        )
     serve.start(http_options={"host": host, "port": port})
     serve.run(application(model, adapters, limits, settings, replicas=replicas), name="softtune", blocking=True)
 
