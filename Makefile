@@ -45,6 +45,7 @@ bench: $(VENV)/.models
 # The same for a server: twenty minutes.
 bench-serve: $(VENV)/.models
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/serving.py
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/scale.py
 	$(PYTHON) benchmarks/tables.py
 
 # Which settings train well: two hours on two cores. SST2 is a folder with stsa.binary.train and stsa.binary.dev.
