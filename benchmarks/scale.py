@@ -43,22 +43,25 @@ torch {torch}, commit `{commit}`.
 
 {adapters}
 
-Two servers beside each other answer {two:.2f} requests a second on two cores, and one {one:.2f}: {times:.2f} times as many.
+Two servers beside each other answer {two:.2f} requests a second on two cores, and one {one:.2f}: {times:.2f}
+times as many.
 
 ## What follows
 
-- **Requests.** From 8 to 64 of them, each adds {each:.1f} ms to a step: the layers' products for one more token, and its
-  attention. The first ones share the reading of the weights.
-- **Virtual tokens.** One adds {virtual:.1f} µs to a step for each request that sees it: its share of attention in every layer.
-  It is held once for all of them.
+- **Requests.** From 8 to 64 of them, each adds {each:.1f} ms to a step: the layers' products for one more
+  token, and its attention. The first ones share the reading of the weights.
+- **Virtual tokens.** One adds {virtual:.1f} µs to a step for each request that sees it: its share of attention
+  in every layer. It is held once for all of them.
 - **Adapters.** 64 requests of 64 adapters take {mixed:.2f} times as long as 64 of one.
-- **Memory.** A token takes {token:,} bytes in all layers (layers · 2 · key heads · head size · bytes of a number), and a prefix
-  of 20 virtual tokens {prefix:.2f} MB: `--hot 64` keeps {held} of them, and `--slots 16384` takes {full:.0f} MB when all are in use.
-  On disk an adapter takes as much, and again in the server's own copy.
-- **Larger models, computed and not measured.** With 32 layers, 8 key heads of 128 and 2 bytes a number, a token takes 131 kB,
-  a prefix of 20 virtual tokens 2.6 MB, and 1,000 such adapters 2.6 GB on disk; 1 GB in memory keeps 380.
-- **More machines.** Servers share nothing but the folder, so that their number multiplies requests a second as far as there are
-  cores or GPUs for them.
+- **Memory.** A token takes {token:,} bytes in all layers (layers · 2 · key heads · head size · bytes of a
+  number), and a prefix of 20 virtual tokens {prefix:.2f} MB: `--hot 64` keeps {held} of them, and `--slots
+  16384` takes {full:.0f} MB when all are in use. On disk an adapter takes as much, and again in the server's
+  own copy.
+- **Larger models, computed and not measured.** With 32 layers, 8 key heads of 128 and 2 bytes a number, a token
+  takes 131 kB, a prefix of 20 virtual tokens 2.6 MB, and 1,000 such adapters 2.6 GB on disk; 1 GB in memory
+  keeps 380.
+- **More machines.** Servers share nothing but the folder, so that their number multiplies requests a second as
+  far as there are cores or GPUs for them.
 """
 
 ROWS, LENGTHS, ADAPTERS = (1, 2, 4, 8, 16, 32, 64), (0, 20, 50, 100, 200), (1, 4, 16, 64)
