@@ -190,6 +190,20 @@ def test_what_does_not_fit_is_refused(served: Callable[..., Served]) -> None:
         s.write(None, TEXTS[0])
 
 
+def test_an_adapter_without_numbers_fails_its_own_requests(served: Callable[..., Served]) -> None:
+    s = served()
+    [broken] = [version for version in s.registry.versions if version.name == "prefix"]
+    prompt = baking.read(broken.folder, s.model.backbone)
+    for layer in prompt.prefixes.values():
+        layer.key.fill_(float("nan"))
+    baking.save(prompt, s.model.backbone, broken.folder)
+    *_, failures = s.write("prefix", TEXTS[0], max_tokens=4)
+    good, *_ = s.write("prompt", TEXTS[0], max_tokens=4)
+    s.finish()
+    assert "what is no number: train it anew" in str(failures[0])
+    assert good.written == s.expected("prompt", TEXTS[0], 4)
+
+
 def test_a_damaged_file_fails_its_own_requests(served: Callable[..., Served]) -> None:
     s = served()
     version = s.registry.lease("prefix")

@@ -13,7 +13,7 @@ from softtune.methods.base import Prompt
 from softtune.serving import baking
 from softtune.serving.jobs import Job
 from softtune.serving.limits import Limits
-from softtune.serving.loop import drop_cancelled
+from softtune.serving.loop import drop_cancelled, fail
 from softtune.serving.registry import Hot, Version
 from softtune.serving.texts import Held, Reading, read
 from softtune.serving.waiting import Ticket, Waiting
@@ -83,7 +83,12 @@ class Engine:
             return
         logits = iter(read(self.backbone, self.pool, [reading for _, own in plan for reading in own]))
         for ticket, own in plan:
-            ticket.job.take([next(logits) for _ in own])
+            each = [next(logits) for _ in own]
+            try:
+                ticket.job.take(each)
+            except Exception as error:  # of this request alone
+                fail(self, [ticket], error)
+                continue
             if ticket.job.is_done:
                 self.leave(ticket)
                 ticket.end()

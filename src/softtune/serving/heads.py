@@ -20,8 +20,9 @@ from softtune.data import Collator, Example
 from softtune.inputs import Inputs
 from softtune.methods import TaskType
 from softtune.serving import baking
+from softtune.serving.jobs import checked
 from softtune.serving.limits import Limits
-from softtune.serving.loop import drop_cancelled
+from softtune.serving.loop import drop_cancelled, fail
 from softtune.serving.registry import Hot, Version
 from softtune.serving.waiting import Ticket, Waiting
 
@@ -112,7 +113,12 @@ class Heads:
         parts = [pairs[first : first + size] for first in range(0, len(pairs), size)]
         each = iter([row for part in parts for row in self._forward(*zip(*part, strict=True))])
         for ticket in tickets:
-            ticket.job.tell([next(each) for _ in ticket.job.examples])
+            own = [next(each) for _ in ticket.job.examples]
+            try:
+                ticket.job.tell([tuple(checked(part) for part in row) for row in own])
+            except Exception as error:  # of this request alone
+                fail(self, [ticket], error)
+                continue
             self.leave(ticket)
             ticket.end()
 

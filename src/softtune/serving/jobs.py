@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from softtune.errors import AdapterError
 from softtune.serving.sampling import Choice, Sampler, Sampling, Writer
 from softtune.serving.texts import Held, Reading, Text
 
@@ -95,7 +96,7 @@ class Writing:
 
     def take(self, logits: Sequence[Tensor]) -> None:
         assert self._text is not None
-        for row in logits[0]:
+        for row in checked(logits[0]):
             choice = self._sampler.choose(row)
             self.written.append(choice.token)
             self._text.tokens.append(choice.token)
@@ -170,6 +171,8 @@ class Scoring:
 
     def take(self, logits: Sequence[Tensor]) -> None:
         assert self._text is not None
+        for rows in logits:
+            checked(rows)
         if not self._scores and len(logits[0]):
             self._begin(self._text, logits[0][0].float().log_softmax(-1))
         elif self._scores:
@@ -207,6 +210,13 @@ class Scoring:
     @property
     def longest(self) -> int:
         return len(self.words) + sum(len(answer) - 1 for answer in self.answers)
+
+
+def checked(logits: Tensor) -> Tensor:
+    """The same. Raises AdapterError where one is no number."""
+    if bool(logits.isnan().any()):
+        raise AdapterError("the adapter makes the model answer what is no number: train it anew at a lower rate")
+    return logits
 
 
 def _none() -> Tensor:
