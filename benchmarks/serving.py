@@ -75,7 +75,8 @@ def save_adapter(base: PreTrainedModel, folder: Path, config: Any) -> None:
 
 def vary(source: Path, target: Path, seed: int) -> None:
     """A copy of an adapter with other numbers of the same size."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    if source != target:
+        shutil.copytree(source, target)
     file = target / "adapter_model.safetensors"
     generator = torch.Generator().manual_seed(seed)
     states = {name: t[torch.randperm(len(t), generator=generator)] for name, t in load_file(file).items()}
