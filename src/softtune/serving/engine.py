@@ -6,12 +6,14 @@ write. Where the pool is full, the youngest request gives its place back and rea
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from softtune.adapter import Adapter
 from softtune.backbone import Backbone
-from softtune.errors import TooLongError
 from softtune.injection.pool import Pool
 from softtune.methods.base import Prompt
 from softtune.serving import baking
-from softtune.serving.jobs import Job
+from softtune.serving.jobs import Job, check_length
 from softtune.serving.limits import Limits
 from softtune.serving.loop import drop_cancelled, fail
 from softtune.serving.registry import Hot, Version
@@ -57,6 +59,10 @@ class Engine:
         self.running: list[Ticket[Job]] = []
         self._base = Held.of(self.pool, Prompt())
 
+    def keep(self, adapter: Adapter, folder: Path) -> None:
+        """See ``Lane``."""
+        baking.save(baking.bake(self.backbone, adapter), self.backbone, folder)
+
     @property
     def longest(self) -> int:
         """Tokens that a text may have together with virtual ones."""
@@ -70,7 +76,7 @@ class Engine:
             FullError: too many wait already.
             ClosedError: no more requests are taken.
         """
-        self._check_length(ticket)
+        check_length(ticket.job, ticket.virtual, self.longest)
         self.waiting.add(ticket)
 
     def step(self) -> None:
@@ -112,7 +118,7 @@ class Engine:
     def _admit(self) -> None:
         """Give places to those that wait, while there are places, and room to read their texts."""
         while len(self.running) < self.limits.rows and (first := self.waiting.first) is not None:
-            if self.running and first.job.length + _virtual(first) > self.pool.free + self._idle_slots:
+            if self.running and first.job.length + first.virtual > self.pool.free + self._idle_slots:
                 return
             ticket = self.waiting.pop()
             try:
@@ -151,16 +157,3 @@ class Engine:
         self.pool.give(ticket.job.slots)
         if ticket.version is not None:
             self.hot.done(ticket.version)
-
-    def _check_length(self, ticket: Ticket[Job]) -> None:
-        virtual, longest = _virtual(ticket), ticket.job.longest
-        if virtual + longest > self.longest:
-            raise TooLongError(
-                f"{ticket.job.length} tokens of text, {longest - ticket.job.length} to write and {virtual} virtual "
-                f"ones are more than the {self.longest} that the model takes: shorten the text or lower max_tokens"
-            )
-
-
-def _virtual(ticket: Ticket[Job]) -> int:
-    """P of a request's adapter."""
-    return 0 if ticket.version is None else ticket.version.facts.num_virtual_tokens

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from softtune import checkpoint
 from softtune.acting import Cast, acting, baked
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
@@ -78,6 +80,10 @@ class Heads:
         self.running: list[Ticket[Judging]] = []
         self._collate = Collator(pad_token_id, padding_side="left")
         self.hot: Hot[HeldAdapter] = Hot(lambda version: HeldAdapter(baking.load(backbone, version.folder)))
+
+    def keep(self, adapter: Adapter, folder: Path) -> None:
+        """See ``Lane``."""
+        checkpoint.save(folder, adapter, self.backbone)
 
     def submit(self, ticket: Ticket[Judging]) -> None:
         """Let a request wait for its turn. Raises FullError or ClosedError where it may not."""

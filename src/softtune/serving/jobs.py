@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from softtune.errors import AdapterError
+from softtune.errors import AdapterError, TooLongError
 from softtune.serving.sampling import Choice, Sampler, Sampling, Writer
 from softtune.serving.texts import Held, Reading, Text
 
@@ -80,7 +80,7 @@ class Writing:
         self.is_done = False
         self._sampler = Sampler(asked)
         self._writer = writer
-        self._ends = ends
+        self.ends = ends
         self._tell = tell
         self._text: Text | None = None
 
@@ -98,14 +98,18 @@ class Writing:
         assert self._text is not None
         for row in checked(logits[0]):
             choice = self._sampler.choose(row)
-            self.written.append(choice.token)
             self._text.tokens.append(choice.token)
-            text, stops = ("", True) if choice.token in self._ends else self._writer.write(choice.token)
-            reason = "stop" if stops else "length" if len(self.written) == self.asked.max_tokens else None
-            if reason == "length" or choice.token in self._ends:
-                text += self._writer.rest()
-            self.is_done = reason is not None
-            self._tell(choice, text, reason)
+            self.add(choice)
+
+    def add(self, choice: Choice) -> None:
+        """Write one more token."""
+        self.written.append(choice.token)
+        text, stops = ("", True) if choice.token in self.ends else self._writer.write(choice.token)
+        reason = "stop" if stops else "length" if len(self.written) == self.asked.max_tokens else None
+        if reason == "length" or choice.token in self.ends:
+            text += self._writer.rest()
+        self.is_done = reason is not None
+        self._tell(choice, text, reason)
 
     @property
     def slots(self) -> Tensor:
@@ -143,8 +147,8 @@ class Scoring:
     ) -> None:
         self.words = words
         self.answers = answers
+        self.places = places
         self._tell = tell
-        self._places = places
         self._text: Text | None = None
         self._scores: list[float] = []
         self._branches: dict[int, Text] = {}
@@ -153,7 +157,7 @@ class Scoring:
         self.is_done = False
 
     def start(self, held: Held) -> None:
-        self._text, self._scores, self._branches = Text.of(held, self.words, self._places), [], {}
+        self._text, self._scores, self._branches = Text.of(held, self.words, self.places), [], {}
 
     def readings(self, budget: int) -> list[Reading]:
         if self.is_done or self._text is None:
@@ -181,8 +185,12 @@ class Scoring:
                 answer = torch.tensor(self.answers[number][first : first + reading.count], device=own.device)
                 self._scores[number] += float(own.float().log_softmax(-1).gather(1, answer[:, None]).sum())
         if self._scores and not any(branch.pending for branch in self._branches.values()):
-            self.is_done = True
-            self._tell(self._scores)
+            self.end(self._scores)
+
+    def end(self, scores: list[float]) -> None:
+        """Tell each answer's log-probability."""
+        self.is_done = True
+        self._tell(scores)
 
     def _begin(self, text: Text, logprobs: Tensor) -> None:
         """Score the first token of each answer [V], and read on behind those that have more."""
@@ -217,6 +225,15 @@ def checked(logits: Tensor) -> Tensor:
     if bool(logits.isnan().any()):
         raise AdapterError("the adapter makes the model answer what is no number: train it anew at a lower rate")
     return logits
+
+
+def check_length(job: Job, virtual: int, longest: int) -> None:
+    """Raise TooLongError where there will never be room for a job: for its tokens, together with virtual ones."""
+    if virtual + job.longest > longest:
+        raise TooLongError(
+            f"{job.length} tokens of text, {job.longest - job.length} to write and {virtual} virtual ones are more "
+            f"than the {longest} that the model takes: shorten the text or lower max_tokens"
+        )
 
 
 def _none() -> Tensor:

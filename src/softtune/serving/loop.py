@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Protocol
 
+from softtune.adapter import Adapter
+from softtune.backbone import Backbone
 from softtune.errors import ClosedError
 from softtune.serving.registry import Hot
 from softtune.serving.waiting import Ticket, Waiting
@@ -18,8 +21,24 @@ logger = logging.getLogger(__name__)
 class Lane(Protocol):
     """Works on requests of one kind."""
 
+    backbone: Backbone
+    """The base model."""
     waiting: Waiting[Any]
     hot: Hot[Any]
+
+    def keep(self, adapter: Adapter, folder: Path) -> None:
+        """Write an adapter's inference form into a folder. Raises UnsupportedModelError where there is none here."""
+        ...
+
+    def submit(self, ticket: Ticket[Any]) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            TooLongError: there will never be room for it.
+            FullError: too many wait already.
+            ClosedError: no more requests are taken.
+        """
+        ...
 
     def step(self) -> None:
         """Do some of the work, and tell what it came to."""
@@ -32,6 +51,15 @@ class Lane(Protocol):
 
     def leave(self, ticket: Ticket[Any]) -> None:
         """Let go of a request that has been begun."""
+        ...
+
+
+class TextLane(Lane, Protocol):
+    """Writes and scores texts."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a text may have together with virtual ones."""
         ...
 
 

@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune import checkpoint
+from softtune.backbone import Backbone
 from softtune.data import IGNORED, ChoiceTask, Example, LabelTask, SpanTask, TagTask, TextTask
 from softtune.data.tagging import OUTSIDE
 from softtune.errors import CheckpointError, RequestError, UnsupportedModelError
@@ -33,7 +33,7 @@ from softtune.serving.engine import Engine
 from softtune.serving.heads import OUTPUTS, Heads, Judging
 from softtune.serving.jobs import Scoring, Writing
 from softtune.serving.limits import Limits
-from softtune.serving.loop import Loop
+from softtune.serving.loop import Lane, Loop, TextLane
 from softtune.serving.registry import Facts, Registry, Version
 from softtune.serving.sampling import Choice, Sampling, Writer
 from softtune.serving.waiting import Ticket
@@ -58,19 +58,26 @@ class Service:
     Args:
         model: the base model's name, see ``load_base_model``.
         limits: how much is done at once.
+        engine: makes what writes and scores texts, of the base model, the limits and the folder of inference forms.
 
     Raises:
         ConfigError: there is no such base model.
     """
 
-    def __init__(self, model: str, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        limits: Limits | None = None,
+        engine: Callable[[Backbone, Limits, Path], TextLane] = lambda backbone, limits, _: Engine(backbone, limits),
+    ) -> None:
         self.name = model
         self.bases = Bases(model)
         self.limits = limits or Limits()
         self.loop = Loop([])
         self._folder = Path(tempfile.mkdtemp(prefix="softtune-"))
         self.registry = Registry(self._bake, self._folder, lambda version: self.loop.wake())
-        self._engine: Engine | None = None
+        self._make_engine = engine
+        self._engine: TextLane | None = None
         self._heads: dict[tuple[TaskType, int | None], Heads] = {}
         self._baking = Lock()
 
@@ -84,14 +91,14 @@ class Service:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> TextLane:
         """Writes and scores texts; made when it is first asked for.
 
         Raises:
             ConfigError, UnsupportedModelError: the base model writes no texts, or not several at once.
         """
         if self._engine is None:
-            self._engine = Engine(self.bases.model(TaskType.CAUSAL_LM).backbone, self.limits)
+            self._engine = self._make_engine(self.bases.model(TaskType.CAUSAL_LM).backbone, self.limits, self._folder)
             self.loop.lanes.append(self._engine)
         return self._engine
 
@@ -160,12 +167,12 @@ class Service:
             asked: how to go on.
 
         Raises:
-            TooLongError, FullError, ClosedError: see ``Engine.submit``.
+            TooLongError, FullError, ClosedError: see ``Lane.submit``.
             RequestError: there is no text.
         """
         if not words:
             raise RequestError("the text is empty: write some words")
-        if version is not None and not isinstance(version.facts.lane, Engine):
+        if version is not None and isinstance(version.facts.lane, Heads):
             raise RequestError(f"{version.name} has a head and writes no texts: ask it for labels")
         answers: asyncio.Queue[Any] = asyncio.Queue()
         tell = _from_thread(answers.put_nowait)
@@ -186,7 +193,7 @@ class Service:
         Raises:
             RequestError: the adapter has no labels for whole records.
             DataError: the record lacks a column, or does not fit.
-            TooLongError, FullError, ClosedError: see ``Engine.submit``.
+            TooLongError, FullError, ClosedError: see ``Lane.submit``.
         """
         task = _checked(version, record, LabelTask, ChoiceTask)
         if isinstance(task, ChoiceTask):
@@ -280,16 +287,13 @@ class Service:
             kind = config.task_type or TaskType.CAUSAL_LM
             lane = self._lane(kind, recipe)
             adapter = baking.load(lane.backbone, folder)
-            if isinstance(lane, Engine):
-                baking.save(baking.bake(lane.backbone, adapter), lane.backbone, own)
-            else:
-                checkpoint.save(own, adapter, lane.backbone)
+            lane.keep(adapter, own)
             virtual = getattr(config, "num_virtual_tokens", 0)
             positions = lane.backbone.max_positions
             task = None if recipe is None else fitted_beside(recipe.definition, positions, virtual)
             return Facts(config, task, lane)
 
-    def _lane(self, kind: TaskType, recipe: Recipe | None) -> Engine | Heads:
+    def _lane(self, kind: TaskType, recipe: Recipe | None) -> Lane:
         """Where an adapter's requests are worked on."""
         if kind is TaskType.CAUSAL_LM:
             return self.engine

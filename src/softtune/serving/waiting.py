@@ -28,6 +28,11 @@ class Ticket(Generic[Job]):
     is_cancelled: bool = False
     """Set by anyone to give up on it; its place is free after the running step."""
 
+    @property
+    def virtual(self) -> int:
+        """P of its adapter."""
+        return 0 if self.version is None else self.version.facts.num_virtual_tokens
+
 
 class Waiting(Generic[Job]):
     """The queue, which any thread may add to.
