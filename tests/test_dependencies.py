@@ -15,7 +15,7 @@ NAMES = {"yaml": "pyyaml", "sklearn": "scikit-learn", "rouge_score": "rouge-scor
 UNDER_TRANSFORMERS = {"accelerate", "gguf"}
 """For its Trainer and its GGUF files: used without an import here."""
 
-ON_REQUEST = {"peft", "optuna", "ray"}
+ON_REQUEST = {"peft", "optuna", "ray", "vllm"}
 """Imported where a user asks for what needs them."""
 
 

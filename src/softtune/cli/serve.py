@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Annotated
+from functools import partial
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
 
 import typer
 import uvicorn
 
 from softtune.cli.console import console, quiet
+from softtune.errors import ConfigError
+from softtune.pretrained import locate_base_model
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
 from softtune.serving.limits import Limits
@@ -30,6 +34,10 @@ def command(
         float | None,
         typer.Option(min=0.1, help="Seconds between two looks for adapters that are new, changed or gone."),
     ] = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="What writes texts; vllm for GPUs and many users at once.")
+    ] = "transformers",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share each layer; with --engine vllm.")] = 1,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     rows: Annotated[int, typer.Option(min=1, help="Requests in the running batch.")] = Limits.rows,
@@ -51,18 +59,34 @@ def command(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     limits = Limits(rows=rows, waiting=waiting, tokens=tokens, slots=slots, hot=hot * 2**20)
     settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace, follow=follow)
+    made = _engine(engine, model, gpus)
     if replicas > 1:
-        run(model, adapters, limits, settings, replicas=replicas, host=host, port=port)
+        run(model, adapters, limits, settings, replicas=replicas, host=host, port=port, **made)
         return
     folder = AdapterFolder(adapters)
     with console.status("loading"):
-        service = Service(model, limits)
+        service = Service(model, limits, **made)
         folder.follow(service.registry)
     served = len(service.registry.versions)
     console.print(
         f"{served} adapters on {model}: http://{host}:{port}, its API http://{host}:{port}/docs", soft_wrap=True
     )
     uvicorn.run(create_app(service, folder, settings), host=host, port=port, log_level="warning")
+
+
+def _engine(name: str, model: str, gpus: int) -> dict[str, Any]:
+    """How a service's engine is made, where it is not its own. Raises ConfigError where the package is missing."""
+    if name == "transformers" and gpus > 1:
+        raise ConfigError("the engine transformers takes one GPU: add --engine vllm")
+    if name == "transformers":
+        return {}
+    if find_spec("vllm") is None:
+        raise ConfigError("the engine vllm comes with a package that is not installed: pip install 'softtune[vllm]'")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it asks nobody whether it may send them
+    from softtune.serving.vllm.engine import VllmEngine
+
+    return {"engine": partial(VllmEngine, locate_base_model(model), gpus=gpus)}
 
 
 def _keys(variable: str) -> tuple[str, ...]:

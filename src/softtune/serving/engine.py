@@ -157,3 +157,6 @@ class Engine:
         self.pool.give(ticket.job.slots)
         if ticket.version is not None:
             self.hot.done(ticket.version)
+
+    def close(self) -> None:
+        """Nothing runs but its steps."""

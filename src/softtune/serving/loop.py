@@ -62,6 +62,10 @@ class TextLane(Lane, Protocol):
         """Tokens that a text may have together with virtual ones."""
         ...
 
+    def close(self) -> None:
+        """No more steps come."""
+        ...
+
 
 class Loop:
     """The thread.

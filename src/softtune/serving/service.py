@@ -88,6 +88,8 @@ class Service:
     def close(self, grace: float) -> None:
         """Take no more requests, and wait for the end of those that there are; after some seconds, the rest fail."""
         self.loop.close(grace)
+        if self._engine is not None:
+            self._engine.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property

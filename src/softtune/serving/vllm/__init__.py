@@ -1,0 +1,1 @@
+"""The other engine for texts: vLLM, for GPUs and clusters."""

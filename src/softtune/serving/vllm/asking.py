@@ -1,0 +1,88 @@
+"""What vLLM is asked for a job: one request that writes, or some that tell how likely an answer's tokens are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from softtune.serving.jobs import Scoring, Writing
+from softtune.serving.sampling import Choice, Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One request to vLLM."""
+
+    tail: tuple[int, ...]
+    """Tokens behind the job's text."""
+    params: SamplingParams
+    take: Callable[[Any], None]
+    """Told of each ``CompletionOutput``, with the tokens that are new in it."""
+
+
+def parts_of(job: Writing | Scoring, adapter: str | None) -> list[Part]:
+    """All that a job asks, of an adapter whose virtual tokens the connector writes, or of none."""
+    common = {
+        "detokenize": False,
+        "ignore_eos": True,  # of the ends that the config names: a job knows them
+        "extra_args": None if adapter is None else {"kv_transfer_params": {"adapter": adapter}},
+    }
+    if isinstance(job, Writing):
+        return [Part((), _writing(job.asked, job.ends, common), lambda output: _add(job, output))]
+    return _scoring(job, common)
+
+
+def _writing(asked: Sampling, ends: frozenset[int], common: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=asked.max_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        seed=asked.seed,
+        logprobs=asked.logprobs,
+        stop_token_ids=[*ends],
+        output_kind=RequestOutputKind.DELTA,
+        **common,
+    )
+
+
+def _add(job: Writing, output: Any) -> None:
+    rows = output.logprobs or [None] * len(output.token_ids)
+    for token, row in zip(output.token_ids, rows, strict=True):
+        if not job.is_done:
+            job.add(Choice(token) if row is None else _choice(token, row, job.asked.logprobs or 0))
+
+
+def _choice(token: int, row: Any, count: int) -> Choice:
+    """A token with its log-probability, and those of the likeliest; vLLM names the chosen one among these in any
+    case."""
+    best = sorted(((other, found.logprob) for other, found in row.items()), key=lambda pair: -pair[1])
+    return Choice(token, row[token].logprob, dict(best[:count]))
+
+
+def _scoring(job: Scoring, common: dict[str, Any]) -> list[Part]:
+    """Each different beginning of an answer, and all tokens that go on from it in one request."""
+    following: dict[tuple[int, ...], set[int]] = {}
+    for answer in job.answers:
+        for count, token in enumerate(answer):
+            following.setdefault(tuple(answer[:count]), set()).add(token)
+    found: dict[tuple[int, ...], float] = {}
+
+    def take(beginning: tuple[int, ...], output: Any) -> None:
+        for token in following[beginning]:
+            found[(*beginning, token)] = output.logprobs[0][token].logprob
+        if len(found) == sum(map(len, following.values())):
+            job.end([_score(answer, found) for answer in job.answers])
+
+    def part(beginning: tuple[int, ...], tokens: set[int]) -> Part:
+        params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=sorted(tokens), **common)
+        return Part(beginning, params, lambda output: take(beginning, output))
+
+    return [part(beginning, tokens) for beginning, tokens in following.items()]
+
+
+def _score(answer: Sequence[int], found: dict[tuple[int, ...], float]) -> float:
+    return sum(found[tuple(answer[: count + 1])] for count in range(len(answer)))
