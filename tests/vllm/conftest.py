@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import CAUSAL_LM, METHODS, scramble
-from tests.tiny import WORDS, save_models, tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from softtune import PeftConfig, PeftModel, PrefixTuningConfig
+from tests.families import CAUSAL_LM, METHODS, scramble
+from tests.tiny import WORDS, save_models, tokenizer
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 
@@ -81,7 +81,10 @@ def adapters(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     configs: dict[str, PeftConfig] = {
         **{f"prefix_{n}": PrefixTuningConfig(num_virtual_tokens=n, task_type=CAUSAL_LM) for n in LENGTHS},
-        **{kind: METHODS[kind](task_type=CAUSAL_LM) for kind in ("prompt", "p_tuning_lstm", "p_tuning_v2", "prompt_suffix")},
+        **{
+            kind: METHODS[kind](task_type=CAUSAL_LM)
+            for kind in ("prompt", "p_tuning_lstm", "p_tuning_v2", "prompt_suffix")
+        },
     }
     for seed, (name, config) in enumerate(configs.items()):
         save_adapter(model, folder / name, config, seed)

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import CAUSAL_LM, METHODS
-from tests.vllm.conftest import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
@@ -18,12 +16,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from softtune import PeftModel
 from softtune.errors import RequestError, TooLongError, UnsupportedModelError
 from softtune.serving import baking
+from softtune.serving.engine import Engine
 from softtune.serving.jobs import Scoring, Writing
 from softtune.serving.limits import Limits
 from softtune.serving.registry import Facts, Registry
-from softtune.serving.sampling import Choice, Sampling, Writer
+from softtune.serving.sampling import Sampling, Writer
 from softtune.serving.vllm.engine import VllmEngine
 from softtune.serving.waiting import Ticket
+from tests.families import CAUSAL_LM, METHODS
+from tests.vllm.conftest import save_adapter, save_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM itself warns
 
@@ -121,3 +122,147 @@ def test_texts_are_those_of_generate_alone(served: Served, monkeypatch: pytest.M
         assert not failures
         assert job.written == served.expected(name, text, tokens), (name, text)
     assert bool(preempted) == (served.engine.limits.slots == 512)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama's folder."""
+    return save_model(tmp_path_factory.mktemp("models"), "llama")
+
+
+@pytest.fixture
+def few(llama: str, tmp_path: Path) -> Iterator[Served]:
+    """An engine with two places, and three adapters."""
+    for seed, kind in enumerate(("prefix", "prompt", "prompt_suffix")):
+        save_adapter(llama, tmp_path / "adapters" / kind, METHODS[kind](task_type=CAUSAL_LM), seed)
+    (tmp_path / "spool").mkdir()
+    served = Served(llama, tmp_path / "adapters", tmp_path / "spool", rows=2, waiting=40)
+    yield served
+    served.engine.close()
+
+
+def test_scores_are_those_of_a_forward_alone(few: Served) -> None:
+    answers = ["warm", "cold", "bad text", "the sky is", "bad text is"]
+    found: dict[tuple[str | None, str], list[float]] = {}
+    for name in few.names:
+        for text in TEXTS:
+            ids = [few.ids(answer) for answer in answers]
+            few.submit(name, Scoring(few.ids(text), ids, lambda x, at=(name, text): found.update({at: x})))
+    few.finish()
+    assert len(found) == len(TEXTS) * len(few.names)
+    for (name, text), scores in found.items():
+        for answer, score in zip(answers, scores, strict=True):
+            words, own = few.ids(text), few.ids(answer)
+            labels = torch.tensor([[-100] * len(words) + own])
+            acting = {"adapter_names": [name or "__base__"]}
+            with torch.no_grad():
+                logits = few.model(torch.tensor([words + own]), labels=labels, **acting).logits[0]
+            expected = logits[len(words) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(own)[:, None]).sum()
+            assert score == pytest.approx(float(expected), abs=1e-4), (name, text, answer)
+
+
+def test_tokens_are_told_as_the_other_engine_tells_them(few: Served) -> None:
+    other = Engine(few.model.backbone, Limits())
+    asked: dict[str, Any] = {"max_tokens": 12, "logprobs": 3, "stop": ("is",)}
+    _, ticket, told, _ = few.write("prefix", TEXTS[1], **asked)
+    expected: list[Any] = []
+    writer, ends = Writer(few.tokenizer, asked["stop"]), ticket.job.ends
+    job = Writing(few.ids(TEXTS[1]), Sampling(**asked), writer, ends, lambda *piece: expected.append(piece))
+    other.submit(Ticket(ticket.version, job, lambda error: None))
+    while not job.is_done:
+        other.step()
+    few.finish()
+    assert [piece[1:] for piece in told] == [piece[1:] for piece in expected]
+    for (choice, *_), (wanted, *_) in zip(told, expected, strict=True):
+        assert choice.token == wanted.token
+        assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+        assert choice.likeliest == pytest.approx(wanted.likeliest, abs=1e-4)
+
+
+def test_a_seed_draws_the_same_tokens_in_any_company(few: Served) -> None:
+    asked = {"max_tokens": 12, "temperature": 1.5, "top_p": 0.9, "seed": 5}
+    alone, *_ = few.write("prefix", TEXTS[0], **asked)
+    few.finish()
+    again, *_ = few.write("prefix", TEXTS[0], **asked)
+    few.write("prompt", TEXTS[2], max_tokens=9, temperature=1.0)
+    other, *_ = few.write("prefix", TEXTS[0], **{**asked, "seed": 6})
+    few.finish()
+    assert again.written == alone.written
+    assert other.written != alone.written
+
+
+def test_who_gives_up_leaves_a_place(few: Served) -> None:
+    first, ticket, *_ = few.write("prefix", TEXTS[0], max_tokens=200)
+    second, other, *_ = few.write("prompt", TEXTS[0], max_tokens=200)
+    last, *_ = few.write(None, TEXTS[2], max_tokens=4)
+    few.engine.step()
+    ticket.is_cancelled = other.is_cancelled = True
+    few.finish()
+    assert len(first.written) + len(second.written) < 20
+    assert last.written == few.expected(None, TEXTS[2], 4)
+
+
+def test_a_version_lasts_as_long_as_its_requests(few: Served) -> None:
+    folder = few.registry._folder.parent / "adapters"
+    old, *_ = few.write("prefix", TEXTS[0], max_tokens=8)
+    few.engine.step()
+    few.registry.add("prefix", folder / "prompt")
+    new, *_ = few.write("prefix", TEXTS[0], max_tokens=8)
+    few.finish()
+    assert old.written == few.expected("prefix", TEXTS[0], 8)
+    assert new.written == few.expected("prompt", TEXTS[0], 8)
+    assert old.written != new.written
+
+
+def test_what_does_not_fit_is_refused(few: Served) -> None:
+    with pytest.raises(TooLongError, match=r"3 tokens of text, 250 to write and 5 virtual ones are more than the 256"):
+        few.write("prefix", "the sky", max_tokens=250)
+    longest, *_, failures = few.write("prefix", "the sky", max_tokens=248, stop=("nothing",))
+    scores: list[list[float]] = []
+    few.submit("prefix", Scoring([3] * 249, [[4, 5]], scores.append))
+    with pytest.raises(TooLongError, match="250 tokens of text, 1 to write and 5 virtual ones are more than the 255"):
+        few.submit("prefix", Scoring([3] * 250, [[4, 5]], scores.append))
+    few.finish()
+    assert not failures
+    assert longest.is_done
+    assert len(scores) == 1
+
+
+REFUSED = {
+    "infix": "a prefix behind the text",
+    "prefix_last": "a prefix in some layers alone",
+    "bitfit_added": "trained biases",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_adapters_that_vllm_cannot_take_are_refused(few: Served, kind: str, tmp_path: Path) -> None:
+    save_adapter(few.model.backbone.model.name_or_path, tmp_path / kind, METHODS[kind](task_type=CAUSAL_LM), 1)
+    with pytest.raises(UnsupportedModelError) as refusal:
+        few.registry.add(kind, tmp_path / kind)
+    assert str(refusal.value) == f"vLLM takes no adapter with {REFUSED[kind]}: serve it by the engine transformers"
+
+
+def test_requests_that_the_connector_cannot_serve_end_alone(few: Served, llama: str, tmp_path: Path) -> None:
+    name = few.registry.versions[0].folder.name
+    bad = {
+        "unknown": ("nobody", "nobody", [0] * 40),
+        "a path": ("../spool/" + name, "../spool/" + name, [0] * 40),
+        "another salt": (name, "mine", [0] * 40),
+        "no salt": (name, None, [0] * 40),
+        "placeholders alone": (name, name, [0] * 5),
+    }
+    good, *_ = few.write("prefix", TEXTS[0], max_tokens=20)
+    few.engine.step()
+    llm = few.engine._llm
+    for number, (adapter, salt, ids) in bad.items():
+        params = SamplingParams(detokenize=False, extra_args={"kv_transfer_params": {"adapter": adapter}})
+        llm.add_request(number, tokens_input(ids, cache_salt=salt), params)
+    reasons = {}
+    while llm.has_unfinished_requests():
+        for output in llm.step():
+            few.engine._take(output)
+            reasons[output.request_id] = output.outputs[0].finish_reason
+    assert {reasons[number] for number in bad} == {"error"}
+    assert good.written == few.expected("prefix", TEXTS[0], 20)
+    few.finish()
