@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "Compare methods and baselines on the task of a recipe: quality, trained parameters, time and memory.",
     "sweep": "Run a recipe at many points: every combination of some fields' values, or as many as a search tries.",
     "serve": "Serve adapters on one base model over HTTP: OpenAI's API, labels and tags, and a page to try them.",
+    "bake": "Write adapters as keys and values, for softtune's connector in a vLLM of one's own.",
     "report": "Write the page of a comparison or a sweep, or of an adapter, with its losses and traits.",
 }
 """The commands, and how their descriptions begin."""

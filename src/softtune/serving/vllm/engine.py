@@ -180,7 +180,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM's processes."""
-        self._llm.engine_core.shutdown()
+        self._llm.engine_core.shutdown(timeout=30.0)
 
     def _load(self, version: Version) -> HeldVectors:
         return HeldVectors(baking.read(version.folder, self.backbone))

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from softtune import storage
 from softtune.backbone import Backbone
 from softtune.errors import UnsupportedModelError
 from softtune.methods.base import Prompt
 from softtune.methods.flat import is_even
+from softtune.serving import baking
+
+
+def bake(backbone: Backbone, adapter: Path, folder: Path) -> int:
+    """Write the keys and values of a saved adapter into a new folder.
+
+    Returns:
+        P, its virtual tokens.
+
+    Raises:
+        SofttuneError: the adapter cannot be read, or does not fit the model.
+        UnsupportedModelError: it has more than keys and values in front of a text.
+    """
+    prompt = baking.bake(backbone, baking.load(backbone, adapter))
+    check(prompt, backbone)
+    if prompt.vectors is not None:
+        raise UnsupportedModelError(f"{adapter} has vectors among the words: serve it by softtune serve")
+    with storage.staged(folder) as stage:
+        baking.save(prompt, backbone, stage)
+    return prompt.num_virtual_tokens
 
 
 def check(prompt: Prompt, backbone: Backbone) -> None:

@@ -1,0 +1,33 @@
+"""``softtune bake``: adapters in the form that a vLLM of one's own reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softtune.backbone import Backbone
+from softtune.cli.console import console, quiet
+from softtune.errors import ConfigError
+from softtune.pretrained import load_base_model
+from softtune.serving.vllm.fitting import bake
+
+
+def command(
+    adapters: Annotated[list[Path], typer.Argument(help="Folders of adapters.")],
+    model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or smollm2-135m.")],
+    to: Annotated[Path, typer.Option(help="The folder that vLLM's connector is told.")],
+) -> None:
+    """Write adapters as keys and values, for softtune's connector in a vLLM of one's own.
+
+    vLLM keeps what it has read: a changed adapter needs another name.
+    """
+    quiet()
+    for adapter in adapters:
+        if (to / adapter.name).exists():
+            raise ConfigError(f"{to / adapter.name} is there already: give the adapter's folder another name")
+    base, _ = load_base_model(model)
+    for adapter in adapters:
+        virtual = bake(Backbone(base), adapter, to / adapter.name)
+        console.print(f"{adapter.name}: texts begin with {virtual} placeholders", soft_wrap=True)
