@@ -40,10 +40,10 @@ LIMITS = {
 class Served:
     """An engine that is stepped by hand, with the adapters of a folder."""
 
-    def __init__(self, model: str, folder: Path, spool: Path, **limits: Any) -> None:
+    def __init__(self, model: str, folder: Path, spool: Path, gpus: int = 1, **limits: Any) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = PeftModel(AutoModelForCausalLM.from_pretrained(model).eval())
-        self.engine = VllmEngine(model, self.model.backbone, Limits(**limits), spool)
+        self.engine = VllmEngine(model, self.model.backbone, Limits(**limits), spool, gpus=gpus)
         self.registry = Registry(self._bake, spool, lambda version: None)
         for path in sorted(folder.iterdir()):
             self.registry.add(path.name, path)
@@ -251,12 +251,14 @@ def test_requests_that_the_connector_cannot_serve_end_alone(few: Served, llama: 
         "another salt": (name, "mine", [0] * 40),
         "no salt": (name, None, [0] * 40),
         "placeholders alone": (name, name, [0] * 5),
+        "prompt_logprobs": (name, name, [0] * 40),
     }
     good, *_ = few.write("prefix", TEXTS[0], max_tokens=20)
     few.engine.step()
     llm = few.engine._llm
     for number, (adapter, salt, ids) in bad.items():
         params = SamplingParams(detokenize=False, extra_args={"kv_transfer_params": {"adapter": adapter}})
+        params.prompt_logprobs = 1 if number == "prompt_logprobs" else None
         llm.add_request(number, tokens_input(ids, cache_salt=salt), params)
     reasons = {}
     while llm.has_unfinished_requests():
@@ -266,3 +268,18 @@ def test_requests_that_the_connector_cannot_serve_end_alone(few: Served, llama: 
     assert {reasons[number] for number in bad} == {"error"}
     assert good.written == few.expected("prefix", TEXTS[0], 20)
     few.finish()
+
+
+def test_processes_that_share_layers_write_the_same(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    for seed, kind in enumerate(("prefix", "prompt_suffix")):
+        save_adapter(llama, tmp_path / "adapters" / kind, METHODS[kind](task_type=CAUSAL_LM), seed)
+    (tmp_path / "spool").mkdir()
+    served = Served(llama, tmp_path / "adapters", tmp_path / "spool", gpus=2)
+    jobs = [(name, text, served.write(name, text, max_tokens=12)) for text in TEXTS for name in served.names]
+    served.finish()
+    served.engine.close()
+    for name, text, (job, *_) in jobs:
+        assert job.written == served.expected(name, text, 12), (name, text)

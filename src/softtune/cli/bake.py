@@ -12,6 +12,7 @@ from softtune.cli.console import console, quiet
 from softtune.errors import ConfigError
 from softtune.pretrained import load_base_model
 from softtune.serving.vllm.fitting import bake
+from softtune.serving.vllm.prompts import NAME
 
 
 def command(
@@ -25,6 +26,8 @@ def command(
     """
     quiet()
     for adapter in adapters:
+        if not NAME.fullmatch(adapter.name):
+            raise ConfigError(f"{adapter.name!r} cannot name it there: use letters, digits, '_', '-', '.' and '@'")
         if (to / adapter.name).exists():
             raise ConfigError(f"{to / adapter.name} is there already: give the adapter's folder another name")
     base, _ = load_base_model(model)

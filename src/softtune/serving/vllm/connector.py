@@ -2,8 +2,8 @@
 
 A request names its adapter twice: as ``kv_transfer_params={"adapter": name}``, and as ``cache_salt``, which keeps its
 blocks apart from those of others in vLLM's prefix cache. Its text begins with P placeholders, any token ids. A request
-that names no such adapter, or one but not the other, or has placeholders alone, ends with an error. Knows nothing about
-how prompts come into the folder.
+whose adapter is unknown or not its salt, that has placeholders alone or asks for ``prompt_logprobs``, ends with an
+error. Knows nothing about how prompts come into the folder.
 
 Letters: P virtual tokens, N of them that are written, H key/value heads, K size of a key or value.
 """
@@ -72,6 +72,7 @@ class PromptConnector(KVConnectorBase_V1):  # type: ignore[misc]
         adapter = _adapter(request)
         if adapter is None:
             return 0, False
+        request.skip_reading_prefix_cache = False  # else vLLM reads the placeholders as words, whatever is returned
         return max(0, self._virtual(request, adapter) - num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -139,8 +140,10 @@ class PromptConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def _fitting(self, request: Any, adapter: str) -> bool:
         """Whether a request is as it must be."""
+        if request.cache_salt != adapter or request.sampling_params.prompt_logprobs is not None:
+            return False
         try:
-            return bool(request.cache_salt == adapter and self._prompts.length(adapter) < request.num_prompt_tokens)
+            return self._prompts.length(adapter) < int(request.num_prompt_tokens)
         except Exception as error:  # one that leaves the scheduler would end the whole engine
             logger.warning("cannot serve the adapter %s: %s", adapter, error)
             return False

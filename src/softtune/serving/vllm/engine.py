@@ -70,12 +70,13 @@ class VllmEngine:
         backbone: the base model, a decoder, by which adapters are baked.
         limits: how much is done at once.
         folder: where inference forms of adapters are kept.
+        gpus: how many share each layer.
 
     Raises:
         ConfigError: vLLM does not run the model, or not with these limits.
     """
 
-    def __init__(self, source: str, backbone: Backbone, limits: Limits, folder: Path) -> None:
+    def __init__(self, source: str, backbone: Backbone, limits: Limits, folder: Path, *, gpus: int = 1) -> None:
         self.backbone = backbone
         self.limits = limits
         self.hot: Hot[HeldVectors] = Hot(self._load)
@@ -84,12 +85,12 @@ class VllmEngine:
         self._parts: dict[str, tuple[Ticket[Job], Part]] = {}
         self._numbers = itertools.count()
         try:
-            self._llm: Any = LLMEngine.from_engine_args(self._arguments(source, folder))
+            self._llm: Any = LLMEngine.from_engine_args(self._arguments(source, folder, gpus))
         except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"vLLM does not start with {source} ({reason}): use the engine transformers") from error
 
-    def _arguments(self, source: str, folder: Path) -> EngineArgs:
+    def _arguments(self, source: str, folder: Path, gpus: int) -> EngineArgs:
         limits, own = self.limits, connector.PromptConnector
         return EngineArgs(
             model=source,
@@ -98,6 +99,7 @@ class VllmEngine:
             max_model_len=self.longest,
             max_num_seqs=limits.rows,
             max_num_batched_tokens=max(limits.tokens, limits.rows),
+            tensor_parallel_size=gpus,
             block_size=BLOCK,
             num_gpu_blocks_override=limits.slots // BLOCK + 1,  # vLLM keeps one for itself
             kv_cache_memory_bytes=1,  # else vLLM measures the memory, although the number of blocks is given
