@@ -117,9 +117,11 @@ def test_what_an_adapter_is_not_for(tmp_path: Path, models: dict[str, str]) -> N
         for endpoint, (body, message) in found.items():
             refused = client.post(endpoint, json=body)
             assert (refused.status_code, message in refused.text) == (400, True), refused.text
-        wrong = client.post("/v1/classify", json={"model": "labels", "input": {"words": "red"}})
+        wrong = client.post("/v1/classify", json={"model": "labels", "input": {}})
         assert "the record lacks 'x': labels reads x" in wrong.text
         assert "holds no list of words" in client.post("/v1/tag", json={"model": "tags", "input": {"tokens": 3}}).text
         assert client.post("/v1/classify", json={"model": "labels", "input": "red"}).status_code == 200
+        unknown = client.post("/v1/classify", json={"model": "labels", "input": {"x": "red", "why": "not"}})
+        assert "labels does not read 'why': it reads x" in unknown.text
         base = client.post("/v1/classify", json={"model": models["bert"], "input": "red"})
         assert "is the base model: ask an adapter" in base.text

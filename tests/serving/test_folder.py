@@ -48,7 +48,8 @@ def test_a_folder_is_followed(
         folder.follow(service.registry)
         folder.follow(service.registry)
     assert served(service) == after
-    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["skipped one"]
+    told = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert told == ["several/2 is gone, and served no longer", "skipped one"]
 
 
 def test_an_object_store_is_followed(service: Service, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +70,28 @@ def test_an_object_store_is_followed(service: Service, adapters: Path, monkeypat
     assert len(fetched) == count > 0
 
 
+def test_keys_with_dots_stay_outside(service: Service, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: Any = fsspec.filesystem("memory")
+    files.put(str(adapters / "prefix"), "/dots/one", recursive=True)
+    folder = AdapterFolder("memory://dots")
+    find = type(files).find
+    evil = {"/dots/../../evil/adapter_config.json": {"name": "evil", "size": 1}}
+    monkeypatch.setattr(type(files), "find", lambda self, *own, **options: find(self, *own, **options) | evil)
+    folder.follow(service.registry)
+    assert list(served(service)) == ["one"]
+
+
 def test_folders_that_are_not_there(tmp_path: Path, service: Service) -> None:
     with pytest.raises(ConfigError, match=r"there is no folder .*nowhere: check the path"):
         AdapterFolder(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="there is nothing at memory://nowhere, or it cannot be reached"):
+        AdapterFolder("memory://nowhere")
+    shutil.rmtree(empty := tmp_path / "empty", ignore_errors=True)
+    empty.mkdir()
+    folder = AdapterFolder(str(empty))
+    empty.rmdir()
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*empty any more"):
+        folder.follow(service.registry)
     with pytest.raises(ConfigError, match="nothing://x cannot be read"):
         AdapterFolder("nothing://x")
     with pytest.raises(AdapterError, match="the folder has no adapter 'x': among those that are there are none"):

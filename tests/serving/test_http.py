@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -200,9 +201,27 @@ def test_keys(strict: httpx.Client) -> None:
     assert strict.get("/healthz").status_code == 200
 
 
+def test_fields_that_are_null_or_say_nothing_are_taken(client: httpx.Client) -> None:
+    plain = complete(client, max_tokens=4).json()
+    nulls = dict.fromkeys(("top_p", "n", "stream", "seed", "stop", "logprobs", "echo", "frequency_penalty", "user"))
+    silent = {"suffix": "", "store": False, "logit_bias": {}, "best_of": 1}
+    found = complete(client, max_tokens=4, **nulls, **silent).json()
+    assert found["choices"] == plain["choices"]
+    assert complete(client, max_tokens=4, n=3, temperature=0.5).json()["usage"]["prompt_tokens"] == 5
+
+
+def test_a_base_model_alone_is_served(llama: str) -> None:
+    with serving(llama, None) as client:
+        assert complete(client, model=llama, max_tokens=4).json()["usage"]["completion_tokens"] == 4
+
+
 def test_malformed_bodies(client: httpx.Client) -> None:
     found = client.post("/v1/completions", content=b'{"model": ', headers={"Content-Type": "application/json"})
     assert (found.status_code, found.json()["error"]["message"]) == (400, "the body: JSON decode error")
+    headers = {"Content-Type": "application/json"}
+    half = client.post("/v1/completions", content=json.dumps({"prompt": "\ud800"}), headers=headers)
+    assert (half.status_code, "half of a surrogate pair is no character" in half.text) == (400, True)
+    assert client.post("/v1/completions", content=b"nothing").status_code == 400
     chunks = (b"x" * 2**19 for _ in range(3))
     assert client.post("/v1/completions", content=chunks).status_code == 413
     assert client.get("/v1/nothing").status_code == 404
@@ -229,7 +248,7 @@ def test_adapters_come_and_go(llama: str, adapters: Path, tmp_path: Path) -> Non
         assert complete(client, model="two").status_code == 200
         assert client.post("/v1/adapters", json={"name": "../one"}, headers=ADMIN).status_code == 404
         (folder / "one" / "adapter_model.safetensors").write_bytes(b"broken")
-        assert client.post("/v1/adapters", json={"name": "one"}, headers=ADMIN).status_code == 404
+        assert client.post("/v1/adapters", json={"name": "one"}, headers=ADMIN).status_code == 400
         assert complete(client, model="one").json()["choices"] == before
         assert client.delete("/v1/adapters/two", headers=ADMIN).json() == {"removed": "two"}
         assert complete(client, model="two").status_code == 404

@@ -6,6 +6,7 @@ import logging
 import os
 from functools import partial
 from importlib.util import find_spec
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -71,7 +72,21 @@ def command(
     console.print(
         f"{served} adapters on {model}: http://{host}:{port}, its API http://{host}:{port}/docs", soft_wrap=True
     )
-    uvicorn.run(create_app(service, folder, settings), host=host, port=port, log_level="warning")
+    config = uvicorn.Config(create_app(service, folder, settings), host=host, port=port, log_level="warning")
+    _Server(config, service, grace).run()
+
+
+class _Server(uvicorn.Server):
+    """Lets requests end, or fail, from the signal on that ends it; uvicorn waits for their connections."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
+        super().__init__(config)
+        self._service = service
+        self._grace = grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.loop.end(self._grace)
+        super().handle_exit(sig, frame)
 
 
 def _engine(name: str, model: str, gpus: int) -> dict[str, Any]:

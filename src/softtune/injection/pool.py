@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ from softtune.injection.attention import PrefixAttention
 from softtune.injection.pack import alike_long
 from softtune.methods.base import KeyValue
 
-MASK_STEP = 64
-"""Masks are made for texts of so many tokens, or so many more, and kept."""
+SHORTEST_MASK = 64
+"""Tokens of the text that the first mask is made for."""
 
 
 class Pool:
@@ -58,7 +57,8 @@ class Pool:
             m: torch.empty(slots, a.heads, a.value_size, dtype=dtype, device=device) for m, a in self._each()
         }
         self._free = list(range(slots - 1, -1, -1))
-        self._mask = lru_cache(maxsize=8)(stack.causal_masks)
+        self.device = device
+        self._masks: tuple[int, Any] = (0, None)
 
     def _each(self) -> Iterator[tuple[nn.Module, AttentionLayer]]:
         yield from self.layers.items()
@@ -92,8 +92,11 @@ class Pool:
                 states[module][slots] = 0 if own is None else own.transpose(0, 1).to(states[module])
 
     def masks(self, length: int) -> Any:
-        """See ``Stack.causal_masks``, for texts of at least this length."""
-        return self._mask(-(-length // MASK_STEP) * MASK_STEP)
+        """See ``Stack.causal_masks``, for texts of at least this length; made anew for one longer than all before."""
+        if length > self._masks[0]:
+            longest = max(SHORTEST_MASK, 2 ** (length - 1).bit_length())
+            self._masks = longest, self.stack.causal_masks(longest)
+        return self._masks[1]
 
     @contextmanager
     def reading(self, pieces: Sequence[Piece]) -> Iterator[None]:
@@ -137,7 +140,7 @@ class PooledAttention:
 
     def __init__(self, pool: Pool, pieces: Sequence[Piece]) -> None:
         self.pool = pool
-        self.written = torch.cat([piece.slots[-piece.count :] for piece in pieces])
+        self.written = torch.cat([piece.slots[-piece.count :] for piece in pieces]).to(pool.device)
         ends = torch.tensor([piece.count for piece in pieces]).cumsum(0)
         lengths, counts = (torch.tensor(x) for x in ([len(p.slots) for p in pieces], [p.count for p in pieces]))
         self.groups = [
@@ -146,7 +149,7 @@ class PooledAttention:
         ]
         queries = torch.cat([group.queries[group.is_query] for group in self.groups])
         is_query = torch.cat([group.is_query.flatten() for group in self.groups])
-        self.order = is_query.nonzero().flatten()[queries.argsort()]
+        self.order = is_query.nonzero().flatten()[queries.argsort()].to(pool.device)
         """[N] where the groups' queries, one after the other, have each of the step's tokens."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types here
@@ -189,16 +192,16 @@ class _Group:
         firsts = torch.stack([piece.slots[0] for piece in pieces])  # what fills up must be numbers
         texts = _filled([piece.slots for piece in pieces], firsts, front=False)
         own = _filled([piece.prefix for piece in pieces], firsts, front=True)
-        self.slots = {False: texts, True: torch.cat([own, texts], dim=1)}
+        self.slots = {False: texts.to(pool.device), True: torch.cat([own, texts], dim=1).to(pool.device)}
         """[G, S] slots of all keys, by whether a layer has a prefix."""
         # The pool brings the prefixes along: what counts of them here is their length.
         nothing = KeyValue(*[torch.empty(1, 1, own.shape[1], 0)] * 2)
         having = {layer.place: [layer.place in piece.places for piece in pieces] for layer in pool.layers.values()}
         prefixes = {module: nothing for module, layer in pool.layers.items() if any(having[layer.place])}
-        seen = self._seen(pieces, own.shape[1])
+        seen = self._seen(pieces, own.shape[1]).to(pool.device)
         visible = {}
         for pattern in {tuple(having[pool.layers[module].place]) for module in prefixes}:
-            visible[pattern] = seen & torch.tensor(pattern)[:, None, None]
+            visible[pattern] = seen & torch.tensor(pattern, device=pool.device)[:, None, None]
         self.wrapper = PrefixAttention(
             prefixes,
             visible={m: v for m in prefixes if not bool((v := visible[(*having[pool.layers[m].place],)]).all())},
@@ -221,7 +224,7 @@ class _Group:
         slots = self.slots[module in self.wrapper.prefixes]
         states = (part.index_select(0, slots.flatten()).view(*slots.shape, *part.shape[1:]) for part in (keys, values))
         key, value = (part.transpose(1, 2) for part in states)
-        queries = query[0].transpose(0, 1).index_select(0, self.queries.flatten())
+        queries = query[0].transpose(0, 1).index_select(0, self.queries.flatten().to(query.device))
         own = queries.view(*self.queries.shape, *queries.shape[1:]).transpose(1, 2)
         output, _ = self.wrapper(attend, module, own, key, value, self._mask(mask), **{**kwargs, "is_causal": False})
         return output.flatten(0, 1)

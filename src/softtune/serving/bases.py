@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from softtune.methods import TaskType
 from softtune.model import PeftModel
-from softtune.pretrained import load_base_model
+from softtune.pretrained import load_base_model, locate_base_model
 
 
 class Bases:
@@ -32,6 +32,15 @@ class Bases:
             self._share(base)
             self._models[key] = PeftModel(base).eval()
         return self._models[key]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is such a base model, for one task or another."""
+        try:
+            AutoConfig.from_pretrained(locate_base_model(self.name))
+        except (OSError, ValueError):
+            return False
+        return True
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
+from softtune.errors import TooLongError
 from softtune.injection.pool import Pool
 from softtune.methods.base import Prompt
 from softtune.serving import baking
@@ -77,6 +78,11 @@ class Engine:
             ClosedError: no more requests are taken.
         """
         check_length(ticket.job, ticket.virtual, self.longest)
+        if ticket.virtual + ticket.job.most > self.limits.slots:
+            raise TooLongError(
+                f"the answers to choose from have {ticket.job.most} tokens with the text, more than the "
+                f"{self.limits.slots} that there is room for: ask for fewer"
+            )
         self.waiting.add(ticket)
 
     def step(self) -> None:
@@ -118,7 +124,8 @@ class Engine:
     def _admit(self) -> None:
         """Give places to those that wait, while there are places, and room to read their texts."""
         while len(self.running) < self.limits.rows and (first := self.waiting.first) is not None:
-            if self.running and first.job.length + first.virtual > self.pool.free + self._idle_slots:
+            planned = sum(ticket.job.pending for ticket in self.running)
+            if self.running and first.job.length + first.virtual + planned > self.pool.free + self._idle_slots:
                 return
             ticket = self.waiting.pop()
             try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
-from softtune.errors import AdapterError, ConfigError, SofttuneError
+from softtune.errors import AdapterError, ConfigError
 from softtune.methods.base import CONFIG_NAME
 from softtune.serving.registry import Registry, Version
 
@@ -36,6 +38,7 @@ class AdapterFolder:
             raise ConfigError(f"there is no folder {path}: check the path")
         self._loaded: dict[str, Stamps] = {}
         """What the files of each adapter were when it was tried."""
+        self._lock = RLock()
 
     @property
     def names(self) -> list[str]:
@@ -56,34 +59,39 @@ class AdapterFolder:
             AdapterError: there is none of that name.
             SofttuneError: it cannot be served.
         """
-        self._fetch()
-        listing = self._listing
-        if name not in listing:
-            some = ", ".join(sorted(listing)[:5]) or "none"
-            raise AdapterError(f"the folder has no adapter {name!r}: among those that are there are {some}")
-        self._loaded[name] = _stamps(listing[name])
-        return registry.add(name, listing[name])
+        with self._lock:
+            self._fetch()
+            listing = self._listing
+            if name not in listing:
+                some = ", ".join(sorted(listing)[:5]) or "none"
+                raise AdapterError(f"the folder has no adapter {name!r}: among those that are there are {some}")
+            self._loaded[name] = _stamps(listing[name])
+            return registry.add(name, listing[name])
 
     def follow(self, registry: Registry) -> None:
         """Serve what is new or has changed, and no longer what is gone. What cannot be served is skipped, with a line
         in the log; what had its name stays."""
-        self._fetch()
-        listing = self._listing
-        for name in self._loaded.keys() - listing.keys():
-            del self._loaded[name]
-            if name in {version.name for version in registry.versions}:
-                registry.remove(name)
-        for name in sorted(listing):
-            if self._loaded.get(name) == _stamps(listing[name]):
-                continue
-            try:
-                self.load(name, registry)
-            except (SofttuneError, OSError) as error:
-                logger.warning("skipped %s: %s", name, error)
+        with self._lock:
+            self._fetch()
+            listing = self._listing
+            for name in self._loaded.keys() - listing.keys():
+                del self._loaded[name]
+                if name in {version.name for version in registry.versions}:
+                    logger.warning("%s is gone, and served no longer", name)
+                    registry.remove(name)
+            for name in sorted(listing):
+                try:
+                    if self._loaded.get(name) != (stamps := _stamps(listing[name])):
+                        self._loaded[name] = stamps
+                        registry.add(name, listing[name])
+                except Exception as error:  # whatever is wrong with it, the others are served
+                    logger.warning("skipped %s: %s", name, error)
 
     def _fetch(self) -> None:
         if self._store is not None:
             self._store.fetch()
+        elif self._path is not None and not self._path.is_dir():
+            raise FileNotFoundError(f"there is no folder {self._path} any more")
 
 
 class _Store:
@@ -101,14 +109,23 @@ class _Store:
             self._files, self._root = fsspec.core.url_to_fs(address)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{address} cannot be read ({error}): check the address") from error
-        self.copy = Path(tempfile.mkdtemp(prefix="softtune-adapters-"))
+        if not self._files.exists(self._root):
+            raise ConfigError(f"there is nothing at {address}, or it cannot be reached: check the address")
+        self.copy = Path(tempfile.mkdtemp(prefix="softtune-adapters-")).resolve()
+        weakref.finalize(self, shutil.rmtree, self.copy, ignore_errors=True)
         self._known: Stamps = {}
 
     def fetch(self) -> None:
-        """Copy what is new or has changed, and remove what is gone."""
+        """Copy what is new or has changed, and remove what is gone. Raises OSError where the store has no such folder
+        any more, as some say that cannot be reached."""
+        files = self._files.find(self._root, detail=True, refresh=True)
+        if not files and not self._files.exists(self._root):
+            raise OSError(f"{self._address} cannot be read")
+        names = {path: path.removeprefix(self._root).lstrip("/") for path in files}
         found = {
-            path.removeprefix(self._root).lstrip("/"): {k: v for k, v in facts.items() if k != "name"}
-            for path, facts in self._files.find(self._root, detail=True, refresh=True).items()
+            names[path]: {k: v for k, v in facts.items() if k != "name"}
+            for path, facts in files.items()
+            if self.copy in (self.copy / names[path]).resolve().parents  # a key may have dots
         }
         for name in self._known.keys() - found.keys():
             (self.copy / name).unlink(missing_ok=True)

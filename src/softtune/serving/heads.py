@@ -19,6 +19,7 @@ from softtune.acting import Cast, acting, baked
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.data import Collator, Example
+from softtune.errors import TooLongError
 from softtune.inputs import Inputs
 from softtune.methods import TaskType
 from softtune.serving import baking
@@ -34,6 +35,10 @@ OUTPUTS = {
     TaskType.QUESTION_ANS: ("start_logits", "end_logits"),
 }
 """What each kind of head tells."""
+
+
+MOST_BATCHES = 4
+"""That one request may fill."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Heads:
         self.limits = limits
         self.waiting: Waiting[Judging] = Waiting(limits.waiting)
         self.running: list[Ticket[Judging]] = []
+        self._found: dict[Ticket[Judging], list[tuple[Tensor, ...]]] = {}
+        """What the head has said so far to the examples of those that have been begun."""
         self._collate = Collator(pad_token_id, padding_side="left")
         self.hot: Hot[HeldAdapter] = Hot(lambda version: HeldAdapter(baking.load(backbone, version.folder)))
 
@@ -86,47 +93,47 @@ class Heads:
         checkpoint.save(folder, adapter, self.backbone)
 
     def submit(self, ticket: Ticket[Judging]) -> None:
-        """Let a request wait for its turn. Raises FullError or ClosedError where it may not."""
+        """See ``Lane``. Raises TooLongError for more rows than some batches have."""
+        if len(ticket.job.examples) > MOST_BATCHES * self.limits.rows:
+            raise TooLongError(f"the text has {len(ticket.job.examples)} parts: shorten it")
         self.waiting.add(ticket)
 
     def step(self) -> None:
-        """Answer as many requests as a batch has rows for, one at least."""
+        """Run one batch of rows of those whose turn it is, and answer those of whom it was the last one."""
         drop_cancelled(self)
-        count = 0
-        while (ticket := self.waiting.first) is not None:
-            count += len(ticket.job.examples)
-            if self.running and count > self.limits.rows:
-                break
-            self.waiting.pop()
-            self._begin(ticket)
-        if self.running:
-            self._answer([*self.running])
+        while self.waiting.first is not None and len(self._pending) < self.limits.rows:
+            self._begin(self.waiting.pop())
+        if rows := self._pending[: self.limits.rows]:
+            outputs = self._forward([example for _, example in rows], [_version(ticket) for ticket, _ in rows])
+            for (ticket, _), output in zip(rows, outputs, strict=True):
+                self._found[ticket].append(output)
+            for ticket in [t for t in self.running if len(self._found[t]) == len(t.job.examples)]:
+                self._answer(ticket)
         self.hot.shrink(self.limits.hot)
 
+    @property
+    def _pending(self) -> list[tuple[Ticket[Judging], Example]]:
+        """Rows that have not been run, of all that have been begun."""
+        return [(ticket, row) for ticket in self.running for row in ticket.job.examples[len(self._found[ticket]) :]]
+
     def _begin(self, ticket: Ticket[Judging]) -> None:
-        assert ticket.version is not None
         try:
-            self.hot.use(ticket.version)
+            self.hot.use(_version(ticket))
         except Exception as error:
             ticket.fail(error)
             ticket.end()
             return
+        self._found[ticket] = []
         self.running.append(ticket)
 
-    def _answer(self, tickets: Sequence[Ticket[Judging]]) -> None:
-        pairs = [(example, ticket.version) for ticket in tickets for example in ticket.job.examples]
-        size = self.limits.rows
-        parts = [pairs[first : first + size] for first in range(0, len(pairs), size)]
-        each = iter([row for part in parts for row in self._forward(*zip(*part, strict=True))])
-        for ticket in tickets:
-            own = [next(each) for _ in ticket.job.examples]
-            try:
-                ticket.job.tell([tuple(checked(part) for part in row) for row in own])
-            except Exception as error:  # of this request alone
-                fail(self, [ticket], error)
-                continue
-            self.leave(ticket)
-            ticket.end()
+    def _answer(self, ticket: Ticket[Judging]) -> None:
+        try:
+            ticket.job.tell([tuple(checked(part) for part in row) for row in self._found[ticket]])
+        except Exception as error:  # of this request alone
+            fail(self, [ticket], error)
+            return
+        self.leave(ticket)
+        ticket.end()
 
     @torch.no_grad()
     def _forward(self, examples: Sequence[Example], versions: Sequence[Version]) -> list[tuple[Tensor, ...]]:
@@ -150,5 +157,10 @@ class Heads:
     def leave(self, ticket: Ticket[Judging]) -> None:
         """See ``Lane``."""
         self.running.remove(ticket)
-        assert ticket.version is not None
-        self.hot.done(ticket.version)
+        del self._found[ticket]
+        self.hot.done(_version(ticket))
+
+
+def _version(ticket: Ticket[Judging]) -> Version:
+    assert ticket.version is not None
+    return ticket.version

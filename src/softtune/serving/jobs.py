@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from softtune.errors import AdapterError, TooLongError
+from softtune.errors import RequestError, TooLongError
 from softtune.serving.sampling import Choice, Sampler, Sampling, Writer
 from softtune.serving.texts import Held, Reading, Text
 
@@ -51,7 +51,12 @@ class Job(Protocol):
 
     @property
     def longest(self) -> int:
-        """Tokens that it reads at most, without virtual ones."""
+        """Tokens of its longest text, without virtual ones."""
+        ...
+
+    @property
+    def most(self) -> int:
+        """Tokens that it has in the pool at most, without virtual ones."""
         ...
 
 
@@ -126,6 +131,10 @@ class Writing:
     @property
     def longest(self) -> int:
         return len(self.words) + self.asked.max_tokens
+
+    @property
+    def most(self) -> int:
+        return self.longest
 
 
 class Scoring:
@@ -217,13 +226,17 @@ class Scoring:
 
     @property
     def longest(self) -> int:
+        return len(self.words) + max(len(answer) - 1 for answer in self.answers)
+
+    @property
+    def most(self) -> int:
         return len(self.words) + sum(len(answer) - 1 for answer in self.answers)
 
 
 def checked(logits: Tensor) -> Tensor:
-    """The same. Raises AdapterError where one is no number."""
+    """The same. Raises RequestError where one is no number."""
     if bool(logits.isnan().any()):
-        raise AdapterError("the adapter makes the model answer what is no number: train it anew at a lower rate")
+        raise RequestError("the adapter makes the model answer what is no number: train it anew at a lower rate")
     return logits
 
 

@@ -88,13 +88,23 @@ class Loop:
         """There is something to do, or to give up on."""
         self._work.set()
 
-    def close(self, grace: float) -> None:
-        """Take no more requests, and wait until all are done; after some seconds, the rest fail."""
+    @property
+    def is_alive(self) -> bool:
+        """Whether it works."""
+        return self._thread.is_alive()
+
+    def end(self, grace: float) -> None:
+        """Take no more requests, and end when all are done; after some seconds, the rest fail."""
         for lane in self.lanes:
             lane.waiting.is_closed = True
-        self._deadline = time.monotonic() + grace
+        self._deadline = min(self._deadline, time.monotonic() + grace)
         self.wake()
-        self._thread.join()
+
+    def close(self, grace: float) -> None:
+        """End, and wait for it."""
+        self.end(grace)
+        if self._thread.is_alive():
+            self._thread.join()
 
     @property
     def is_idle(self) -> bool:

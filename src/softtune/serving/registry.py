@@ -166,16 +166,15 @@ class Hot(Generic[Held]):
     """Brings an adapter into memory."""
     _held: OrderedDict[Version, Held] = field(default_factory=OrderedDict)
     _uses: dict[Version, int] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        return sum(held.bytes for held in self._held.values())
+    bytes: int = 0
+    """Of all of them."""
 
     def use(self, version: Version) -> Held:
         """An adapter in memory, which stays there until ``done``."""
         held = self._held.get(version)
         if held is None:
             held = self._held[version] = self.load(version)
+            self.bytes += held.bytes
         self._held.move_to_end(version)
         self._uses[version] = self._uses.get(version, 0) + 1
         return held
@@ -198,7 +197,7 @@ class Hot(Generic[Held]):
     def shrink(self, bound: int) -> None:
         """Forget what is retired, and what is beyond a bound."""
         for version in [v for v in self._held if v.is_retired and v not in self._uses]:
-            self._held.pop(version).release()
+            self._release(version)
         while self.bytes > bound and self.drop_one():
             pass
 
@@ -206,5 +205,10 @@ class Hot(Generic[Held]):
         """Forget what was asked for longest ago; False where all are in use."""
         idle = next((version for version in self._held if version not in self._uses), None)
         if idle is not None:
-            self._held.pop(idle).release()
+            self._release(idle)
         return idle is not None
+
+    def _release(self, version: Version) -> None:
+        held = self._held.pop(version)
+        self.bytes -= held.bytes
+        held.release()

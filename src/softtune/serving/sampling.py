@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedTokenizerBase
+
+COLDEST = 1e-5
+"""A temperature below takes the likeliest token."""
+FEW = 256
+"""Tokens among which the likeliest are looked for first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +56,29 @@ class Sampler:
             self._random.seed()
         else:
             self._random.manual_seed(asked.seed)
-        self._warpers: list[Any] = []
-        if asked.temperature:
-            self._warpers.append(TemperatureLogitsWarper(asked.temperature))
-            if asked.top_p < 1:
-                self._warpers.append(TopPLogitsWarper(asked.top_p))
 
     def choose(self, logits: Tensor) -> Choice:
         """The next token by its logits [V]."""
-        if not self._warpers:
-            token = int(logits.argmax())
-        else:
-            warped = logits[None].float().cpu()
-            for warper in self._warpers:
-                warped = warper(None, warped)
-            token = int(torch.multinomial(warped[0].softmax(-1), 1, generator=self._random))
+        greedy = self.asked.temperature < COLDEST
+        token = int(logits.argmax()) if greedy else self._drawn((logits.float() / self.asked.temperature).softmax(-1))
         if self.asked.logprobs is None:
             return Choice(token)
         logprobs = logits.float().log_softmax(-1)
         top = logprobs.topk(self.asked.logprobs)
         likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return Choice(token, float(logprobs[token]), likeliest)
+
+    def _drawn(self, probabilities: Tensor) -> int:
+        """A token by its probability [V], one of the likeliest that have ``top_p`` together (Holtzman et al. 2020)."""
+        if self.asked.top_p == 1:
+            return int(torch.multinomial(probabilities.cpu(), 1, generator=self._random))
+        for count in (min(FEW, len(probabilities)), len(probabilities)):  # to sort all words takes long
+            likeliest = probabilities.topk(count)
+            before = likeliest.values.cumsum(0) - likeliest.values
+            if float(before[-1]) >= self.asked.top_p:
+                break
+        weights = likeliest.values.masked_fill(before >= self.asked.top_p, 0.0)
+        return int(likeliest.indices[torch.multinomial(weights.cpu(), 1, generator=self._random)])
 
 
 class Writer:
@@ -84,6 +91,9 @@ class Writer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self._tokenizer: Any = tokenizer.backend_tokenizer
+        self._tokens: list[int] = []
+        self._told = ""
+        """All text so far."""
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = stop
         self._held = ""
@@ -91,7 +101,10 @@ class Writer:
 
     def write(self, token: int) -> tuple[str, bool]:
         """The text that a token adds for sure, and whether the answer ends there."""
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        self._tokens.append(token)
+        new = self._stream.step(self._tokenizer, token) or ""
+        self._told += new
+        self._held += new
         places = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if places:
             return self._held[: min(places)[0]], True
@@ -100,8 +113,9 @@ class Writer:
         return text, False
 
     def rest(self) -> str:
-        """What is held back, where the answer ends without a stop."""
-        return self._held
+        """What is held back, where the answer ends without a stop: the bytes of half a character too."""
+        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return self._held + (whole[len(self._told) :] if whole.startswith(self._told) else "")
 
 
 def _overlap(text: str, stop: str) -> int:

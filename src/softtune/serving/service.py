@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jinja2 import TemplateError
@@ -24,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from softtune.backbone import Backbone
 from softtune.data import IGNORED, ChoiceTask, Example, LabelTask, SpanTask, TagTask, TextTask
 from softtune.data.tagging import OUTSIDE
-from softtune.errors import CheckpointError, RequestError, UnsupportedModelError
+from softtune.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 from softtune.evaluation.answers import best_span, fitted_beside
 from softtune.methods import PeftConfig, TaskType
 from softtune.serving import baking
@@ -38,6 +40,10 @@ from softtune.serving.registry import Facts, Registry, Version
 from softtune.serving.sampling import Choice, Sampling, Writer
 from softtune.serving.waiting import Ticket
 from softtune.training.recipe import RECIPE_NAME, Recipe
+
+MOST_CHOICES = 64
+"""Of one record."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Service:
         engine: makes what writes and scores texts, of the base model, the limits and the folder of inference forms.
 
     Raises:
-        ConfigError: there is no such base model.
+        ConfigError: there is no such base model, or it does nothing that is served.
     """
 
     def __init__(
@@ -76,10 +82,11 @@ class Service:
         self.loop = Loop([])
         self._folder = Path(tempfile.mkdtemp(prefix="softtune-"))
         self.registry = Registry(self._bake, self._folder, lambda version: self.loop.wake())
-        self._make_engine = engine
-        self._engine: TextLane | None = None
         self._heads: dict[tuple[TaskType, int | None], Heads] = {}
         self._baking = Lock()
+        self._nothing_said: WeakKeyDictionary[Version, Tensor] = WeakKeyDictionary()
+        """What labels have where nothing is said."""
+        self._engine = self._made(engine)
 
     def start(self) -> None:
         """Begin to answer."""
@@ -88,21 +95,34 @@ class Service:
     def close(self, grace: float) -> None:
         """Take no more requests, and wait for the end of those that there are; after some seconds, the rest fail."""
         self.loop.close(grace)
-        if self._engine is not None:
+        if not isinstance(self._engine, str):
             self._engine.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _made(self, engine: Callable[[Backbone, Limits, Path], TextLane]) -> TextLane | str:
+        """The engine, or why there is none."""
+        try:
+            made = engine(self.bases.model(TaskType.CAUSAL_LM).backbone, self.limits, self._folder)
+        except UnsupportedModelError as error:
+            return str(error)
+        except ConfigError as error:
+            if not self.bases.is_there:
+                raise
+            return str(error)
+        self.loop.lanes.append(made)
+        return made
+
     @property
     def engine(self) -> TextLane:
-        """Writes and scores texts; made when it is first asked for.
-
-        Raises:
-            ConfigError, UnsupportedModelError: the base model writes no texts, or not several at once.
-        """
-        if self._engine is None:
-            self._engine = self._make_engine(self.bases.model(TaskType.CAUSAL_LM).backbone, self.limits, self._folder)
-            self.loop.lanes.append(self._engine)
+        """Writes and scores texts. Raises UnsupportedModelError where the base model does not, or not several."""
+        if isinstance(self._engine, str):
+            raise UnsupportedModelError(self._engine)
         return self._engine
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are worked on."""
+        return self.loop.is_alive
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -156,7 +176,15 @@ class Service:
             return {columns[0]: given}
         if isinstance(given, str):
             raise RequestError(f"{version.name} reads {', '.join(columns) or 'no records'}: send an object with these")
+        if unknown := sorted(given.keys() - {*columns}):
+            raise RequestError(f"{version.name} does not read {unknown[0]!r}: it reads {', '.join(columns)}")
         return dict(given)
+
+    def check_writes(self, version: Version | None) -> None:
+        """Raise RequestError where an adapter writes no texts, UnsupportedModelError where the base model does not."""
+        if version is not None and isinstance(version.facts.lane, Heads):
+            raise RequestError(f"{version.name} has a head and writes no texts: ask it for labels")
+        _ = self.engine
 
     async def write(
         self, version: Version | None, words: Sequence[int], asked: Sampling
@@ -174,8 +202,7 @@ class Service:
         """
         if not words:
             raise RequestError("the text is empty: write some words")
-        if version is not None and isinstance(version.facts.lane, Heads):
-            raise RequestError(f"{version.name} has a head and writes no texts: ask it for labels")
+        self.check_writes(version)
         answers: asyncio.Queue[Any] = asyncio.Queue()
         tell = _from_thread(answers.put_nowait)
         writer = Writer(self.tokenizer, asked.stop)
@@ -200,18 +227,22 @@ class Service:
         task = _checked(version, record, LabelTask, ChoiceTask)
         if isinstance(task, ChoiceTask):
             labels = task.of(record)
-            scores = await self._score(version, [task.encode(record, self.tokenizer, choice) for choice in labels])
+            if len(labels) > MOST_CHOICES:
+                raise RequestError(f"the record has {len(labels)} choices: give {MOST_CHOICES} at most")
+            encoded = [partial(task.encode, record, self.tokenizer, choice) for choice in labels]
+            scores = await self._score(version, await _each(encoded))
         else:
             labels = task.verbalizer.labels
             scores = await self._scores_of_labels(version, task, record)
-            if task.is_calibrated:
-                scores = scores - await self._scores_of_labels(version, task, task.nothing_said)
+            if task.is_calibrated and version not in self._nothing_said:
+                self._nothing_said[version] = await self._scores_of_labels(version, task, task.nothing_said)
+            scores = scores - self._nothing_said[version] if task.is_calibrated else scores
         return dict(zip(labels, scores.softmax(-1).tolist(), strict=True))
 
     async def tag(self, version: Version, record: Mapping[str, Any]) -> list[str]:
         """The tag of each word. Raises as ``label`` does."""
         task = _checked(version, record, TagTask)
-        example, firsts = task.prompt(record, self.tokenizer)
+        [(example, firsts)] = await _each([partial(task.prompt, record, self.tokenizer)])
         [(logits,)] = await self._judge(version, [example])
         classes = logits.argmax(-1).tolist()
         return [OUTSIDE if first is None else task.labels[classes[first]] for first in firsts]
@@ -220,22 +251,25 @@ class Service:
         """The part of the text that answers the question: its first character, the one behind it, and what it reads; an
         empty one for none. Raises as ``label`` does."""
         task = _checked(version, record, SpanTask)
-        parts = task.prompts(record, self.tokenizer)
+        [parts] = await _each([partial(task.prompts, record, self.tokenizer)])
         found = await self._judge(version, [part.example for part in parts])
         start, end = best_span(task, [(part, own[0], own[1]) for part, own in zip(parts, found, strict=True)])
         return start, end, record[task.context][start:end]
 
     async def _scores_of_labels(self, version: Version, task: LabelTask, record: Mapping[str, Any]) -> Tensor:
         if task.has_head:
-            [(logits,)] = await self._judge(version, [task.encode(record, self.tokenizer)])
+            [(logits,)] = await self._judge(version, await _each([partial(task.encode, record, self.tokenizer)]))
             return logits
         labels = task.verbalizer.labels
-        return await self._score(version, [task.encode(record, self.tokenizer, label=label) for label in labels])
+        encoded = [partial(task.encode, record, self.tokenizer, label=label) for label in labels]
+        return await self._score(version, await _each(encoded))
 
     async def _score(self, version: Version, examples: Sequence[Example]) -> Tensor:
         """[N] log-probabilities of the answers of examples that begin with the same text."""
         ids, labels = examples[0].input_ids, examples[0].labels
         count = next(number for number, label in enumerate(labels) if label != IGNORED)
+        if not count:
+            raise RequestError("the record has no words: write some")
         answers = [example.input_ids[count:] for example in examples]
         places = examples[0].prompt_positions
         scores = await self._told(self.engine, version, lambda tell: Scoring(ids[:count], answers, tell, places))
@@ -311,6 +345,11 @@ class Service:
             self._heads[key] = Heads(backbone, kind, int(self.tokenizer.pad_token_id), self.limits)
             self.loop.lanes.append(self._heads[key])
         return self._heads[key]
+
+
+async def _each(encoded: Sequence[Callable[[], Result]]) -> list[Result]:
+    """What some functions return, which would keep others waiting."""
+    return await asyncio.to_thread(lambda: [encode() for encode in encoded])
 
 
 def _from_thread(put: Callable[[Any], None]) -> Callable[[Any], None]:

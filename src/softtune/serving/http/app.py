@@ -18,7 +18,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from softtune.errors import AdapterError, ClosedError, FullError, SofttuneError
+from softtune.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    CheckpointError,
+    ClosedError,
+    FullError,
+    SofttuneError,
+)
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.guard import BodyLimit, error_of, key_check
 from softtune.serving.http.metrics import Metrics
@@ -27,7 +34,14 @@ from softtune.serving.service import Service
 
 logger = logging.getLogger(__name__)
 
-STATUS: dict[type[Exception], int] = {SofttuneError: 400, AdapterError: 404, FullError: 429, ClosedError: 503}
+STATUS: dict[type[Exception], int] = {
+    SofttuneError: 400,
+    AdapterError: 404,
+    CheckpointError: 400,
+    AdapterMismatchError: 400,
+    FullError: 429,
+    ClosedError: 503,
+}
 """What errors are over HTTP."""
 
 
@@ -39,7 +53,7 @@ class Settings:
     """Who may ask; anyone where there is none."""
     admin_keys: tuple[str, ...] = ()
     """Who may load and unload adapters; nobody where there is none."""
-    body_limit: int = 2**20
+    body_limit: int = 2**18
     """Bytes of a request."""
     seconds: float = 300.0
     """That an answer may take."""

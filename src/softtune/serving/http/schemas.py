@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from softtune.serving.sampling import Sampling
 
@@ -28,6 +29,18 @@ class Request(BaseModel):
     user: StrictStr | None = None
     """Taken, and of no use here."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, given: Any) -> Any:
+        """Fields that are null are left out, as OpenAI has it."""
+        if not isinstance(given, dict):
+            return given
+        try:
+            json.dumps(given, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair is no character") from None
+        return {name: value for name, value in given.items() if value is not None}
+
 
 class StreamOptions(BaseModel):
     """How a streamed answer ends."""
@@ -36,6 +49,8 @@ class StreamOptions(BaseModel):
 
     include_usage: StrictBool = False
     """End with the counts of tokens."""
+    include_obfuscation: Literal[False] = False
+    """Not served."""
 
 
 class Sampled(Request):
@@ -60,6 +75,8 @@ class Sampled(Request):
     presence_penalty: Literal[0] = 0
     """Not served."""
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    """Not served."""
+    store: Literal[False] = False
     """Not served."""
 
     def sampling(self, number: int, max_tokens: int, logprobs: int | None) -> Sampling:
@@ -88,7 +105,7 @@ class CompletionRequest(Sampled):
     """Not served."""
     best_of: Literal[1] | None = None
     """Not served."""
-    suffix: Literal[None] = None
+    suffix: Literal[""] = ""
     """Not served."""
 
 
@@ -126,6 +143,8 @@ class ChatRequest(Sampled):
     """The same by its newer name."""
     logprobs: StrictBool = False
     """Tell each token's log-probability."""
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    """Texts alone are served."""
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     """How many of the likeliest tokens to tell beside each; needs logprobs."""
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
@@ -23,9 +25,20 @@ from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.guard import error_of, while_asked
 from softtune.serving.http.metrics import Metrics
 from softtune.serving.http.schemas import ChatRequest, CompletionRequest, LoadRequest, RecordsRequest
-from softtune.serving.http.texts import ChatCompletions, Completions, Texts, asked_to_chat, asked_to_complete
+from softtune.serving.http.texts import (
+    Asked,
+    ChatCompletions,
+    Completions,
+    Kind,
+    Texts,
+    asked_to_chat,
+    asked_to_complete,
+)
 from softtune.serving.registry import Version
 from softtune.serving.service import Service
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 ENDPOINTS = {LabelTask: "/v1/classify", ChoiceTask: "/v1/classify", TagTask: "/v1/tag", SpanTask: "/v1/answer"}
 """Where adapters that write no texts are asked."""
@@ -53,6 +66,8 @@ class Server:
 
     async def health(self) -> dict[str, str]:
         """Whether the server works."""
+        if not self._service.is_alive:
+            raise HTTPException(503, "requests are not worked on: start the server anew")
         return {"status": "ok"}
 
     async def metrics(self) -> Response:
@@ -73,13 +88,21 @@ class Server:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
-        kind = Completions(self._service.tokenizer, body.logprobs is not None)
-        return await self._write(request, body, lambda _: asked_to_complete(body, self._service), kind)
+
+        def ask(version: Version | None) -> tuple[list[Asked], Kind]:
+            kind = Completions(self._service.tokenizer, body.logprobs is not None)
+            return asked_to_complete(body, self._service), kind
+
+        return await self._write(request, body, ask)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Go on with a conversation."""
-        kind = ChatCompletions(self._service.tokenizer, body.logprobs)
-        return await self._write(request, body, lambda version: asked_to_chat(body, self._service, version), kind)
+
+        def ask(version: Version | None) -> tuple[list[Asked], Kind]:
+            kind = ChatCompletions(self._service.tokenizer, body.logprobs)
+            return asked_to_chat(body, self._service, version), kind
+
+        return await self._write(request, body, ask)
 
     async def classify(self, body: RecordsRequest, request: Request) -> dict[str, Any]:
         """Tell the labels of records, with their probabilities."""
@@ -124,13 +147,18 @@ class Server:
         return {"removed": name}
 
     async def _write(
-        self, request: Request, body: CompletionRequest | ChatRequest, ask: Callable[[Version | None], Any], kind: Any
+        self,
+        request: Request,
+        body: CompletionRequest | ChatRequest,
+        ask: Callable[[Version | None], tuple[list[Asked], Kind]],
     ) -> Response:
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream: set stream to true")
         with ExitStack() as stack:
             version = stack.enter_context(self._named(body.model, request))
-            texts = Texts(self._service, self._metrics, version, body.model, ask(version), kind)
+            self._service.check_writes(version)
+            asked, kind = await run_in_threadpool(ask, version)
+            texts = Texts(self._service, self._metrics, version, body.model, asked, body.n, kind)
             if not body.stream:
                 whole = await while_asked(request, self._seconds, texts.whole())
                 return Response(json.dumps(whole), media_type="application/json")
@@ -150,7 +178,7 @@ class Server:
             if version is None:
                 raise RequestError(f"{body.model} is the base model: ask an adapter")
             records = [self._service.record(version, record) for record in body.records]
-            together = asyncio.gather(*(work(version, record) for record in records))
+            together = _together([work(version, record) for record in records])
             results = await while_asked(request, self._seconds, together)
         return {"object": "list", "model": body.model, "data": [{"index": i, **r} for i, r in enumerate(results)]}
 
@@ -194,19 +222,34 @@ async def _events(
     first: dict[str, Any], parts: AsyncGenerator[dict[str, Any], None], lease: ExitStack, seconds: float
 ) -> AsyncGenerator[str, None]:
     """Server-sent events; an error on the way is the last one."""
+    end = time.monotonic() + seconds
     with lease:
         try:
             yield _event(first)
-            async with asyncio.timeout(seconds):
-                async for part in parts:
-                    yield _event(part)
+            with suppress(StopAsyncIteration):
+                while True:
+                    yield _event(await asyncio.wait_for(anext(parts), end - time.monotonic()))
             yield "data: [DONE]\n\n"
         except SofttuneError as error:
             yield _event(error_of(500, str(error)))
-        except TimeoutError:
+        except (TimeoutError, asyncio.TimeoutError):
             yield _event(error_of(504, f"the answer takes longer than {seconds:g} seconds: ask for less"))
+        except Exception:
+            logger.exception("a streamed answer failed")
+            yield _event(error_of(500, "the server failed, and its log says why"))
         finally:
             await parts.aclose()
+
+
+async def _together(works: Sequence[Awaitable[Result]]) -> list[Result]:
+    """What all come to; where one fails, the others are given up on."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -89,7 +90,7 @@ class Completions:
                 {_text(self._tokenizer, token): value for token, value in choice.likeliest.items()}
                 for choice in choices
             ],
-            "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
+            "text_offset": [0, *itertools.accumulate(map(len, tokens[:-1]))],
         }
 
 
@@ -133,19 +134,27 @@ class Texts:
         metrics: told of tokens.
         version: whose adapter; None for the base model.
         name: what the request calls it.
-        asked: the texts to go on with.
+        asked: the texts to go on with, each of them ``times`` times.
+        times: how many answers each text gets.
         kind: how answers look.
     """
 
     def __init__(
-        self, service: Service, metrics: Metrics, version: Version | None, name: str, asked: Sequence[Asked], kind: Kind
+        self,
+        service: Service,
+        metrics: Metrics,
+        version: Version | None,
+        name: str,
+        asked: Sequence[Asked],
+        times: int,
+        kind: Kind,
     ) -> None:
         self.service = service
         self.metrics = metrics
         self.version = version
         self.asked = asked
         self.kind = kind
-        self._counts = {"prompt_tokens": sum(len(one.words) for one in asked), "completion_tokens": 0}
+        self._counts = {"prompt_tokens": sum(len(one.words) for one in asked) // times, "completion_tokens": 0}
         self._head = {
             "id": f"{kind.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
