@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from softtune import PeftModel
 from softtune.errors import RequestError, TooLongError, UnsupportedModelError
@@ -19,6 +20,7 @@ from softtune.serving import baking
 from softtune.serving.engine import Engine
 from softtune.serving.jobs import Scoring, Writing
 from softtune.serving.limits import Limits
+from softtune.serving.loop import fail
 from softtune.serving.registry import Facts, Registry
 from softtune.serving.sampling import Sampling, Writer
 from softtune.serving.vllm.engine import VllmEngine
@@ -101,12 +103,10 @@ class Served:
         assert not any(version.leases for version in self.registry.versions)
 
 
-@pytest.fixture(scope="module", params=LIMITS)
-def served(
-    request: pytest.FixtureRequest, model: str, adapters: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    """An engine for each model and each of some limits."""
-    served = Served(model, adapters, tmp_path_factory.mktemp("spool"), **LIMITS[request.param])
+@pytest.fixture(params=LIMITS)
+def served(request: pytest.FixtureRequest, model: str, adapters: Path, tmp_path: Path) -> Iterator[Served]:
+    """An engine for each model and each of some limits; a process has room for one engine at a time."""
+    served = Served(model, adapters, tmp_path, **LIMITS[request.param])
     yield served
     served.engine.close()
 
@@ -270,16 +270,34 @@ def test_requests_that_the_connector_cannot_serve_end_alone(few: Served, llama: 
     few.finish()
 
 
-def test_processes_that_share_layers_write_the_same(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def shared(llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """An engine with a process for the scheduler, and two more that share each layer."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     for seed, kind in enumerate(("prefix", "prompt_suffix")):
         save_adapter(llama, tmp_path / "adapters" / kind, METHODS[kind](task_type=CAUSAL_LM), seed)
     (tmp_path / "spool").mkdir()
     served = Served(llama, tmp_path / "adapters", tmp_path / "spool", gpus=2)
-    jobs = [(name, text, served.write(name, text, max_tokens=12)) for text in TEXTS for name in served.names]
-    served.finish()
+    yield served
     served.engine.close()
+
+
+def test_processes_that_share_layers_write_the_same(shared: Served) -> None:
+    jobs = [(name, text, shared.write(name, text, max_tokens=12)) for text in TEXTS for name in shared.names]
+    shared.finish()
     for name, text, (job, *_) in jobs:
-        assert job.written == served.expected(name, text, 12), (name, text)
+        assert job.written == shared.expected(name, text, 12), (name, text)
+
+
+def test_everyone_hears_of_processes_that_die(shared: Served) -> None:
+    asked = [shared.write(name, text, max_tokens=100) for text in TEXTS for name in shared.names]
+    shared.engine.step()
+    for process in shared.engine._llm.engine_core.resources.engine_manager.processes:
+        process.kill()
+    with pytest.raises(EngineDeadError) as death:
+        shared.finish()
+    fail(shared.engine, [*shared.engine.running], death.value)
+    assert all(job.is_done or failures == [death.value] for job, _, _, failures in asked)
+    late = shared.write("prefix", TEXTS[0])
+    shared.finish()
+    assert isinstance(late[3][0], EngineDeadError)

@@ -67,6 +67,8 @@ def command(
     folder = AdapterFolder(adapters)
     with console.status("loading"):
         service = Service(model, limits, **made)
+        if engine == "vllm":  # what keeps it from starting keeps it for every adapter
+            console.print(f"vLLM runs {model}: texts of {service.engine.longest} tokens at most", soft_wrap=True)
         folder.follow(service.registry)
     served = len(service.registry.versions)
     console.print(

@@ -20,7 +20,15 @@ FOLLOW = 5.0
 
 
 def run(
-    model: str, adapters: str | None, limits: Limits, settings: Settings, *, replicas: int, host: str, port: int
+    model: str,
+    adapters: str | None,
+    limits: Limits,
+    settings: Settings,
+    *,
+    replicas: int,
+    host: str,
+    port: int,
+    **made: Any,
 ) -> None:
     """Start replicas and wait for Ctrl-C.
 
@@ -32,6 +40,7 @@ def run(
         replicas: how many.
         host: address to listen at.
         port: port to listen at.
+        made: what else a ``Service`` is made with.
 
     Raises:
         ConfigError: Ray Serve is not installed, or adapters are to be loaded by requests.
@@ -47,17 +56,20 @@ def run(
             "replicas need the package of Ray Serve: pip install 'softtune[ray]', or serve one"
         ) from error
     serve.start(http_options={"host": host, "port": port})
-    serve.run(application(model, adapters, limits, settings, replicas=replicas), name="softtune", blocking=True)
+    app = application(model, adapters, limits, settings, replicas=replicas, **made)
+    serve.run(app, name="softtune", blocking=True)
 
 
-def application(model: str, adapters: str | None, limits: Limits, settings: Settings, *, replicas: int) -> Any:
+def application(
+    model: str, adapters: str | None, limits: Limits, settings: Settings, *, replicas: int, **made: Any
+) -> Any:
     """What Ray Serve runs; see ``run``."""
     from ray import serve
 
     own = replace(settings, follow=settings.follow or FOLLOW)
 
     def build() -> Any:
-        service, folder = Service(model, limits), AdapterFolder(adapters)
+        service, folder = Service(model, limits, **made), AdapterFolder(adapters)
         folder.follow(service.registry)
         return create_app(service, folder, own)
 

@@ -7,7 +7,10 @@ as keys and values by the connector, others as vectors among the words.
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from vllm import EngineArgs
 from vllm.config import KVTransferConfig
 from vllm.inputs.engine import embeds_input, tokens_input
 from vllm.platforms import current_platform
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from softtune.adapter import Adapter
@@ -89,6 +93,7 @@ class VllmEngine:
         except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"vLLM does not start with {source} ({reason}): use the engine transformers") from error
+        _watch(self._llm.engine_core)
 
     def _arguments(self, source: str, folder: Path, gpus: int) -> EngineArgs:
         limits, own = self.limits, connector.PromptConnector
@@ -176,7 +181,8 @@ class VllmEngine:
         left = [number for number, (other, _) in self._parts.items() if other is ticket]
         for number in left:
             del self._parts[number]
-        self._llm.abort_request(left)
+        with suppress(EngineDeadError):  # who waits for the request hears of that all the same
+            self._llm.abort_request(left)
         if ticket.version is not None:
             self.hot.done(ticket.version)
 
@@ -186,6 +192,20 @@ class VllmEngine:
 
     def _load(self, version: Version) -> HeldVectors:
         return HeldVectors(baking.read(version.folder, self.backbone))
+
+
+def _watch(client: Any) -> None:
+    """Have the next step fail where vLLM's process is killed: by itself it would wait for an answer for ever."""
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    if manager is None:  # it runs in this process
+        return
+
+    def wait_for_end() -> None:
+        wait([process.sentinel for process in manager.processes])
+        client.resources.engine_dead = True
+        client.outputs_queue.put(EngineDeadError())
+
+    Thread(target=wait_for_end, name="softtune-vllm", daemon=True).start()
 
 
 def _name(version: Version) -> str:
