@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMES = {"yaml": "pyyaml", "sklearn": "scikit-learn", "rouge_score": "rouge-score"}
+NAMES = {
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "rouge_score": "rouge-score",
+    "prometheus_client": "prometheus-client",
+}
 """Packages that are imported by another name."""
 UNDER_TRANSFORMERS = {"accelerate", "gguf"}
 """For its Trainer and its GGUF files: used without an import here."""
