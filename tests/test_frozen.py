@@ -163,9 +163,12 @@ def test_an_exception_while_generating_leaves_the_base_model_alone(family: str) 
 @pytest.mark.parametrize(("family", "task", "method"), [c for c in cases() if FAMILIES[c[0]].checkpoints])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_gradient_checkpointing_is_exact(family: str, task: str, method: str, reentrant: bool) -> None:
-    gradients = []
+    """But for the order of sums, which moves T5's large numbers by more than a few roundings: in double precision where
+    heads and grouped experts do not stand in the way."""
+    gradients, is_double = [], task == SEQ_2_SEQ_LM
     for checkpoints in (False, True):
         model = adapted(family, task, method).train()
+        model = model.double() if is_double else model
         if checkpoints:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
         if checkpoints and reentrant and family == "gemma4_small":  # later layers read earlier ones' keys on the side
@@ -174,7 +177,7 @@ def test_gradient_checkpointing_is_exact(family: str, task: str, method: str, re
             return
         loss_of(model, family, task).backward()
         gradients.append({n: p.grad for n, p in trained(model).items()})
-    assert_same_gradients(gradients[1], gradients[0], 1e-6)
+    assert_same_gradients(gradients[1], gradients[0], 1e-12 if is_double else 1e-6)
 
 
 @pytest.mark.promise(6, methods=("prefix",))
