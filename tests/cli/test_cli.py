@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import softtune_command
 from softtune import PeftModel
 from softtune.cli.console import quiet
+from softtune.cli.flags import overrides
 from softtune.training.recipe import Recipe
 
 
@@ -209,6 +210,28 @@ def test_an_ensemble_answers_together(
     capsys.readouterr()
     assert run("predict", str(adapter / "1"), "--text", "red", "--vote") == 2
     assert "has one adapter, which has no one to vote with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("generate", "--seed", "3"), "--seed draws nothing without --temperature: give both, or neither"),
+        (("predict", "--split", "test"), "--split names a part of a data set, --text has none: drop one of the two"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    trained: dict[str, Path], capsys: pytest.CaptureFixture[str], command: tuple[str, ...], message: str
+) -> None:
+    assert run(command[0], str(trained["words"]), "--text", "red", *command[1:]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_null_unsets_a_field() -> None:
+    assert overrides({"evaluation": "null", "model": "null", "patience": "null"}) == {
+        "evaluation": None,
+        "model": "null",
+        "patience": None,
+    }
 
 
 def test_every_field_of_the_recipe_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

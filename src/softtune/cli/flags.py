@@ -66,9 +66,10 @@ def _parameter(name: str) -> Parameter:
 
 
 def _value(name: str, text: str) -> Any:
-    """A flag's text as the field's type wants it: texts as they are, all else read as YAML."""
-    if Recipe.model_fields[name].annotation in (str, str | None):
-        return text
+    """A flag's text as the field's type wants it: texts as they are, but for a null, and all else read as YAML."""
+    annotation = Recipe.model_fields[name].annotation
+    if annotation in (str, str | None):
+        return None if annotation is not str and text == "null" else text
     return read(name, text)
 
 

@@ -26,12 +26,14 @@ def command(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write at most.")] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample at this temperature.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling; 0 by default.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set; train by default.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
 ) -> None:
     """Write the text that follows each record, one a line."""
     quiet()
+    if seed is not None and temperature is None:
+        raise ConfigError("--seed draws nothing without --temperature: give both, or neither")
     check_single(adapter)
     trained = load_trained(adapter, model)
     if not isinstance(trained.task, (LabelTask, TextTask)) or trained.task.kind.has_head:
@@ -45,7 +47,7 @@ def command(
     if temperature is not None:
         from transformers import set_seed
 
-        set_seed(seed)
+        set_seed(seed or 0)
         options["temperature"] = temperature
     with counting("writing", len(prompts)) as advance:
         texts = write_texts(trained.model, trained.tokenizer, prompts, advance=advance, **options)

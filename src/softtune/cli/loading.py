@@ -62,18 +62,20 @@ def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[
     return PeftModel.from_pretrained(base, adapter), tokenizer
 
 
-def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str) -> Dataset:
+def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str | None) -> Dataset:
     """Records of a file or hub name, or one for each text given on the command line.
 
     Raises:
-        ConfigError: there are neither or both, or a text alone is no record.
+        ConfigError: there are neither or both, a split of texts, or a text alone is no record.
         DataError: the data cannot be read, or lacks a column that the template names.
     """
     if bool(data) == bool(texts):
         raise ConfigError("name a data file, or give --text; one of the two")
+    if texts and split is not None:
+        raise ConfigError("--split names a part of a data set, --text has none: drop one of the two")
     fields = recipe.definition.columns
     if data:
-        records = load_records(data, split=split, columns=recipe.columns)
+        records = load_records(data, split=split or "train", columns=recipe.columns)
         if missing := [name for name in fields if name not in records.column_names]:
             raise DataError(
                 f"the adapter reads the column {quoted(missing)}, which {data} lacks; it has "

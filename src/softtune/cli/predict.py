@@ -36,7 +36,7 @@ def command(
     data: Annotated[str | None, typer.Argument(help="A data file, or a data set on the hub.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text to answer instead; may be repeated.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write all answers to this CSV or JSONL file.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set; train by default.")] = None,
     vote: Annotated[bool, typer.Option("--vote", help=VOTE)] = False,
     model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
 ) -> None:
