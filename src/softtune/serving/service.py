@@ -9,41 +9,31 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softtune.backbone import Backbone
-from softtune.data import IGNORED, ChoiceTask, Example, LabelTask, SpanTask, TagTask, TextTask
-from softtune.data.tagging import OUTSIDE
 from softtune.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
-from softtune.evaluation.answers import best_span, fitted_beside
+from softtune.evaluation.answers import fitted_beside
 from softtune.methods import PeftConfig, TaskType
 from softtune.serving import baking
 from softtune.serving.bases import Bases
 from softtune.serving.engine import Engine
-from softtune.serving.heads import OUTPUTS, Heads, Judging
-from softtune.serving.jobs import Scoring, Writing
+from softtune.serving.heads import OUTPUTS, Heads
+from softtune.serving.jobs import Writing
 from softtune.serving.limits import Limits
 from softtune.serving.loop import Lane, Loop, TextLane
 from softtune.serving.registry import Facts, Registry, Version
 from softtune.serving.sampling import Choice, Sampling, Writer
 from softtune.serving.waiting import Ticket
 from softtune.training.recipe import RECIPE_NAME, Recipe
-
-MOST_CHOICES = 64
-"""Of one record."""
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -84,8 +74,6 @@ class Service:
         self.registry = Registry(self._bake, self._folder, lambda version: self.loop.wake())
         self._heads: dict[tuple[TaskType, int | None], Heads] = {}
         self._baking = Lock()
-        self._nothing_said: WeakKeyDictionary[Version, Tensor] = WeakKeyDictionary()
-        """What labels have where nothing is said."""
         self._engine = self._made(engine)
 
     def start(self) -> None:
@@ -164,22 +152,6 @@ class Service:
         virtual = 0 if version is None else version.facts.num_virtual_tokens
         return max(1, self.engine.longest - virtual - len(words))
 
-    def record(self, version: Version, given: Any) -> dict[str, Any]:
-        """A record by its columns, which may be given as the text of the only one.
-
-        Raises:
-            RequestError: the adapter reads several, or one is missing.
-        """
-        task = version.facts.task
-        columns = () if task is None else task.columns
-        if isinstance(given, str) and len(columns) == 1:
-            return {columns[0]: given}
-        if isinstance(given, str):
-            raise RequestError(f"{version.name} reads {', '.join(columns) or 'no records'}: send an object with these")
-        if unknown := sorted(given.keys() - {*columns}):
-            raise RequestError(f"{version.name} does not read {unknown[0]!r}: it reads {', '.join(columns)}")
-        return dict(given)
-
     def check_writes(self, version: Version | None) -> None:
         """Raise RequestError where an adapter writes no texts, UnsupportedModelError where the base model does not."""
         if version is not None and isinstance(version.facts.lane, Heads):
@@ -216,72 +188,7 @@ class Service:
                 if piece.reason:
                     return
 
-    async def label(self, version: Version, record: Mapping[str, Any]) -> dict[str, float]:
-        """Each label's probability, or each choice's.
-
-        Raises:
-            RequestError: the adapter has no labels for whole records.
-            DataError: the record lacks a column, or does not fit.
-            TooLongError, FullError, ClosedError: see ``Lane.submit``.
-        """
-        task = _checked(version, record, LabelTask, ChoiceTask)
-        if isinstance(task, ChoiceTask):
-            labels = task.of(record)
-            if len(labels) > MOST_CHOICES:
-                raise RequestError(f"the record has {len(labels)} choices: give {MOST_CHOICES} at most")
-            encoded = [partial(task.encode, record, self.tokenizer, choice) for choice in labels]
-            scores = await self._score(version, await _each(encoded))
-        else:
-            labels = task.verbalizer.labels
-            scores = await self._scores_of_labels(version, task, record)
-            if task.is_calibrated and version not in self._nothing_said:
-                self._nothing_said[version] = await self._scores_of_labels(version, task, task.nothing_said)
-            scores = scores - self._nothing_said[version] if task.is_calibrated else scores
-        return dict(zip(labels, scores.softmax(-1).tolist(), strict=True))
-
-    async def tag(self, version: Version, record: Mapping[str, Any]) -> list[str]:
-        """The tag of each word. Raises as ``label`` does."""
-        task = _checked(version, record, TagTask)
-        [(example, firsts)] = await _each([partial(task.prompt, record, self.tokenizer)])
-        [(logits,)] = await self._judge(version, [example])
-        classes = logits.argmax(-1).tolist()
-        return [OUTSIDE if first is None else task.labels[classes[first]] for first in firsts]
-
-    async def answer(self, version: Version, record: Mapping[str, Any]) -> tuple[int, int, str]:
-        """The part of the text that answers the question: its first character, the one behind it, and what it reads; an
-        empty one for none. Raises as ``label`` does."""
-        task = _checked(version, record, SpanTask)
-        [parts] = await _each([partial(task.prompts, record, self.tokenizer)])
-        found = await self._judge(version, [part.example for part in parts])
-        start, end = best_span(task, [(part, own[0], own[1]) for part, own in zip(parts, found, strict=True)])
-        return start, end, record[task.context][start:end]
-
-    async def _scores_of_labels(self, version: Version, task: LabelTask, record: Mapping[str, Any]) -> Tensor:
-        if task.has_head:
-            [(logits,)] = await self._judge(version, await _each([partial(task.encode, record, self.tokenizer)]))
-            return logits
-        labels = task.verbalizer.labels
-        encoded = [partial(task.encode, record, self.tokenizer, label=label) for label in labels]
-        return await self._score(version, await _each(encoded))
-
-    async def _score(self, version: Version, examples: Sequence[Example]) -> Tensor:
-        """[N] log-probabilities of the answers of examples that begin with the same text."""
-        ids, labels = examples[0].input_ids, examples[0].labels
-        count = next(number for number, label in enumerate(labels) if label != IGNORED)
-        if not count:
-            raise RequestError("the record has no words: write some")
-        answers = [example.input_ids[count:] for example in examples]
-        places = examples[0].prompt_positions
-        scores = await self._told(self.engine, version, lambda tell: Scoring(ids[:count], answers, tell, places))
-        return torch.tensor(scores)
-
-    async def _judge(self, version: Version, examples: Sequence[Example]) -> list[tuple[Tensor, ...]]:
-        """What the adapter's head says to examples."""
-        found: list[tuple[Tensor, ...]]
-        found = await self._told(version.facts.lane, version, lambda tell: Judging(examples, tell))
-        return found
-
-    async def _told(self, lane: Any, version: Version, job: Callable[[Callable[[Any], None]], Any]) -> Any:
+    async def told(self, lane: Any, version: Version, job: Callable[[Callable[[Any], None]], Any]) -> Any:
         """What a job tells at its end."""
         answers: asyncio.Queue[Any] = asyncio.Queue()
         tell = _from_thread(answers.put_nowait)
@@ -347,11 +254,6 @@ class Service:
         return self._heads[key]
 
 
-async def _each(encoded: Sequence[Callable[[], Result]]) -> list[Result]:
-    """What some functions return, which would keep others waiting."""
-    return await asyncio.to_thread(lambda: [encode() for encode in encoded])
-
-
 def _from_thread(put: Callable[[Any], None]) -> Callable[[Any], None]:
     """A function that another thread may call, for one that the event loop must."""
     loop = asyncio.get_running_loop()
@@ -361,24 +263,3 @@ def _from_thread(put: Callable[[Any], None]) -> Callable[[Any], None]:
             loop.call_soon_threadsafe(put, item)
 
     return call
-
-
-def _checked(version: Version, record: Mapping[str, Any], *kinds: type) -> Any:
-    """The adapter's task, which a request may ask about this record."""
-    task: Any = version.facts.task
-    if type(task) not in kinds:
-        raise RequestError(f"{version.name} was not trained for that: ask it for {_ASKED[type(task)]}")
-    if missing := [column for column in task.columns if column not in record]:
-        raise RequestError(f"the record lacks {missing[0]!r}: {version.name} reads {', '.join(task.columns)}")
-    return task
-
-
-_ASKED: dict[type, str] = {
-    LabelTask: "labels",
-    ChoiceTask: "labels",
-    TagTask: "tags",
-    SpanTask: "answers",
-    TextTask: "texts",
-    type(None): "texts",
-}
-"""What each kind of task is asked for."""

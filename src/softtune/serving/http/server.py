@@ -34,6 +34,7 @@ from softtune.serving.http.texts import (
     asked_to_chat,
     asked_to_complete,
 )
+from softtune.serving.questions import Questions
 from softtune.serving.registry import Version
 from softtune.serving.service import Service
 
@@ -56,6 +57,7 @@ class Server:
 
     def __init__(self, service: Service, folder: AdapterFolder, seconds: float, metrics: Metrics) -> None:
         self._service = service
+        self._questions = Questions(service)
         self._folder = folder
         self._seconds = seconds
         self._metrics = metrics
@@ -108,7 +110,7 @@ class Server:
         """Tell the labels of records, with their probabilities."""
 
         async def label(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            scores = await self._service.label(version, record)
+            scores = await self._questions.label(version, record)
             return {"label": max(scores, key=scores.__getitem__), "scores": scores}
 
         return await self._each(body, request, label)
@@ -117,7 +119,7 @@ class Server:
         """Tell the tags of records' words."""
 
         async def tag(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            return {"tags": await self._service.tag(version, record)}
+            return {"tags": await self._questions.tag(version, record)}
 
         return await self._each(body, request, tag)
 
@@ -125,7 +127,7 @@ class Server:
         """Tell which parts of records' texts answer their questions; an empty one where none does."""
 
         async def read(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            start, end, text = await self._service.answer(version, record)
+            start, end, text = await self._questions.answer(version, record)
             return {"answer": text, "start": start, "end": end}
 
         return await self._each(body, request, read)
@@ -177,7 +179,7 @@ class Server:
         with self._named(body.model, request) as version:
             if version is None:
                 raise RequestError(f"{body.model} is the base model: ask an adapter")
-            records = [self._service.record(version, record) for record in body.records]
+            records = [self._questions.record(version, record) for record in body.records]
             together = _together([work(version, record) for record in records])
             results = await while_asked(request, self._seconds, together)
         return {"object": "list", "model": body.model, "data": [{"index": i, **r} for i, r in enumerate(results)]}
