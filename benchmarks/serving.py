@@ -123,7 +123,7 @@ def speed(folder: Path) -> Iterator[dict[str, Any]]:
         def engine() -> None:
             asyncio.run(all_at_once())
 
-        by_adapter, ours, _ = ratio(theirs, engine, rounds=ROUNDS)
+        by_adapter, peft_takes, ours = ratio(theirs, engine, rounds=ROUNDS)
         plain = ratio(lambda: generate(base, words, tokenizer.pad_token_id), engine, rounds=ROUNDS)[0]
     tokens = len(words) * WRITTEN
     yield measure(
@@ -131,6 +131,7 @@ def speed(folder: Path) -> Iterator[dict[str, Any]]:
     )
     yield measure("the same / one batch of the base model alone", plain, 0.85, at_least=True)
     yield measure("tokens/s", tokens / ours, None)
+    yield measure("PEFT's tokens/s", tokens / peft_takes, None)
 
 
 def by_peft(base: PreTrainedModel, folder: Path, words: list[list[int]], pad: int) -> Callable[[], None]:
