@@ -112,9 +112,7 @@ class Pack:
     @property
     def order(self) -> Tensor:
         """[N] where the groups' queries, one after the other, have each of the pack's tokens."""
-        queries = torch.cat([group.queries[group.is_query] for group in self.groups])
-        is_query = torch.cat([group.is_query.flatten() for group in self.groups])
-        return is_query.nonzero().flatten()[queries.argsort()]
+        return order_of([(group.queries, group.is_query) for group in self.groups])
 
     def _group(self, rows: Tensor, common: Tensor) -> Group:
         lengths = self.lengths[rows, None]
@@ -177,7 +175,7 @@ class PackedAttention:
         assert attention_mask is not None
         outputs = []
         for (group, wrapper), mask in zip(self.groups, self._of_groups(attention_mask), strict=True):
-            rows = _take(query, group.queries), _take(key, group.keys), _take(value, group.keys)
+            rows = take(query, group.queries), take(key, group.keys), take(value, group.keys)
             if wrapper is None:
                 output, _ = attend(module, *rows, mask, **{**kwargs, "is_causal": False})
             else:
@@ -192,7 +190,15 @@ class PackedAttention:
         return self._masks[id(mask)][1]
 
 
-def _take(states: Tensor, places: Tensor) -> Tensor:
+def order_of(groups: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """[N] where groups' queries, one after the other, have each token, by their places [G, Q] and which of them are no
+    filling [G, Q]."""
+    places = torch.cat([queries[is_query] for queries, is_query in groups])
+    is_token = torch.cat([is_query.flatten() for _, is_query in groups])
+    return is_token.nonzero().flatten()[places.argsort()]
+
+
+def take(states: Tensor, places: Tensor) -> Tensor:
     """[G, H, Q, K] of a pack's [1, H, N, K], by places [G, Q]."""
     taken = states.transpose(1, 2)[0].index_select(0, places.flatten())
     return taken.view(*places.shape, *taken.shape[1:]).transpose(1, 2)

@@ -23,7 +23,7 @@ from softtune.backbone import AttentionLayer, Backbone, Place
 from softtune.backbone.interface import WRAPPER, Attention, takes_any_mask
 from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
-from softtune.injection.pack import alike_long
+from softtune.injection.pack import alike_long, order_of, take
 from softtune.methods.base import KeyValue
 
 SHORTEST_MASK = 64
@@ -52,16 +52,13 @@ class Pool:
         self.layers: dict[nn.Module, AttentionLayer] = {a.module: a for a in backbone.attention_layers if a.module}
         dtype, device = stack.module.dtype, stack.module.device
         # Memory that nobody has written to takes none.
-        self.keys = {m: torch.empty(slots, a.heads, a.key_size, dtype=dtype, device=device) for m, a in self._each()}
-        self.values = {
-            m: torch.empty(slots, a.heads, a.value_size, dtype=dtype, device=device) for m, a in self._each()
-        }
+        layers = self.layers.items()
+        where: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.keys = {module: torch.empty(slots, a.heads, a.key_size, **where) for module, a in layers}
+        self.values = {module: torch.empty(slots, a.heads, a.value_size, **where) for module, a in layers}
         self._free = list(range(slots - 1, -1, -1))
         self.device = device
         self._masks: tuple[int, Any] = (0, None)
-
-    def _each(self) -> Iterator[tuple[nn.Module, AttentionLayer]]:
-        yield from self.layers.items()
 
     @property
     def free(self) -> int:
@@ -86,7 +83,7 @@ class Pool:
 
     def hold(self, prefixes: Mapping[Place, KeyValue], slots: Tensor) -> None:
         """Write a prefix into slots [P]; layers without one get zeros, since what nobody sees must be numbers."""
-        for module, layer in self._each():
+        for module, layer in self.layers.items():
             prefix = prefixes.get(layer.place)
             for states, own in zip((self.keys, self.values), prefix or (None, None), strict=True):
                 states[module][slots] = 0 if own is None else own.transpose(0, 1).to(states[module])
@@ -147,9 +144,7 @@ class PooledAttention:
             _Group(pool, [pieces[i] for i in rows.tolist()], (ends - counts)[rows])
             for rows in alike_long(lengths, counts)
         ]
-        queries = torch.cat([group.queries[group.is_query] for group in self.groups])
-        is_query = torch.cat([group.is_query.flatten() for group in self.groups])
-        self.order = is_query.nonzero().flatten()[queries.argsort()].to(pool.device)
+        self.order = order_of([(group.queries, group.is_query) for group in self.groups]).to(pool.device)
         """[N] where the groups' queries, one after the other, have each of the step's tokens."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types here
@@ -224,8 +219,7 @@ class _Group:
         slots = self.slots[module in self.wrapper.prefixes]
         states = (part.index_select(0, slots.flatten()).view(*slots.shape, *part.shape[1:]) for part in (keys, values))
         key, value = (part.transpose(1, 2) for part in states)
-        queries = query[0].transpose(0, 1).index_select(0, self.queries.flatten().to(query.device))
-        own = queries.view(*self.queries.shape, *queries.shape[1:]).transpose(1, 2)
+        own = take(query, self.queries.to(query.device))
         output, _ = self.wrapper(attend, module, own, key, value, self._mask(mask), **{**kwargs, "is_causal": False})
         return output.flatten(0, 1)
 

@@ -131,8 +131,7 @@ class Engine:
             try:
                 held = self._base if ticket.version is None else self.hot.use(ticket.version).held
             except Exception as error:
-                ticket.fail(error)
-                ticket.end()
+                fail(self, [ticket], error)
                 continue
             ticket.job.start(held)
             self.running.append(ticket)

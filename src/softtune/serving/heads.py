@@ -120,8 +120,7 @@ class Heads:
         try:
             self.hot.use(_version(ticket))
         except Exception as error:
-            ticket.fail(error)
-            ticket.end()
+            fail(self, [ticket], error)
             return
         self._found[ticket] = []
         self.running.append(ticket)
@@ -140,9 +139,8 @@ class Heads:
         """What the head says to each example."""
         call: dict[str, Any] = {name: x.to(self.backbone.model.device) for name, x in self._collate(examples).items()}
         inputs = Inputs.of(call, call.pop("prompt_positions", None), self.backbone)
-        cast = Cast.of(
-            [str(v.number) for v in versions], {str(v.number): self._adapter(v) for v in versions}.__getitem__
-        )
+        adapters = {str(version.number): self.hot[version].adapter for version in versions}
+        cast = Cast.of([str(version.number) for version in versions], adapters.__getitem__)
         with baked(), acting(self.backbone, cast, inputs):
             output = self.backbone.model(**call, return_dict=True)
         rows = zip(*(output[name].float().cpu() for name in self.outputs), strict=True)
@@ -150,9 +148,6 @@ class Heads:
             return list(rows)
         lengths = [len(example.input_ids) for example in examples]
         return [tuple(part[-length:] for part in row) for row, length in zip(rows, lengths, strict=True)]
-
-    def _adapter(self, version: Version) -> Adapter:
-        return self.hot[version].adapter
 
     def leave(self, ticket: Ticket[Judging]) -> None:
         """See ``Lane``."""
