@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,9 @@ def resident(run: Callable[[], Any]) -> tuple[int, int]:
     return before, end()
 
 
-def apart(file: str, *words: str) -> float:
-    """The number that a benchmark prints when it is called with these words, in a process of its own."""
-    found = subprocess.run([sys.executable, file, *words], capture_output=True, text=True, check=True)
-    return float(found.stdout.split()[-1])
+def apart(file: str, *words: str, rounds: int = 1) -> float:
+    """The number that a benchmark prints when it is called with these words, in a process of its own; the median of
+    several, since what the allocator keeps for later differs from one to the next."""
+    command = [sys.executable, file, *words]
+    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(rounds)]
+    return statistics.median(float(text.split()[-1]) for text in found)

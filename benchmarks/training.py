@@ -73,7 +73,7 @@ def main() -> None:
         name = f"{method[0]} P={method[1]}: model(**padded_batch) with labels and backward / peft's"
         measures.append(measure(name, ratio(ours, theirs, rounds=ROUNDS)[0], must))
     for model, must in {"smollm2-135m": 0.5, "bloom": 0.1}.items():
-        ours, theirs = (apart(__file__, side, model) for side in SIDES)
+        ours, theirs = (apart(__file__, side, model, rounds=ROUNDS) for side in SIDES)
         name = f"PrefixTuningConfig P=30, {model}: peak memory above the model / peft's"
         measures += [
             measure(name, ours / theirs, must),
