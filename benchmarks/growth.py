@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from step import ROUNDS, Step, adapted, forward_backward
-from timing import RESULTS, measure
+from timing import RESULTS, measure, seconds
 from transformers import PreTrainedModel
 
-TOKENS, VIRTUAL, ADAPTERS = (75, 150, 300, 600, 1200), (10, 40, 80, 120, 160), (1, 2, 4, 8, 16)
+TOKENS, VIRTUAL, ADAPTERS = (75, 150, 300, 600, 1200), (10, 160, 320, 480, 640), (1, 2, 4, 8, 16)
 LENGTH = 30
 """Tokens of a row."""
 
@@ -24,11 +23,11 @@ def measures(base: PreTrainedModel) -> list[dict[str, Any]]:
         "virtual tokens": {p: step(base, virtual=p) for p in VIRTUAL},
         "adapters, two rows each": {a: step(base, rows=2 * a, adapters=a) for a in ADAPTERS},
     }
-    seconds = {name: times(own) for name, own in steps.items()}
-    draw(seconds)
+    found = {name: times(own) for name, own in steps.items()}
+    draw(found)
     return [
         measure(f"growth of a step in {name}: R2 of a line", fit(own)[2], 0.95, at_least=True)
-        for name, own in seconds.items()
+        for name, own in found.items()
     ]
 
 
@@ -46,27 +45,25 @@ def step(base: PreTrainedModel, *, rows: int = 8, tokens: int = 0, virtual: int 
 
 
 def times(steps: dict[int, Step]) -> dict[int, float]:
-    """Median seconds of each, in turn."""
-    found: dict[int, list[float]] = {size: [] for size in steps}
-    for _ in range(ROUNDS + 1):
-        for size, run in steps.items():
-            start = time.perf_counter()
-            run()
-            found[size].append(time.perf_counter() - start)
-    return {size: statistics.median(own[1:]) for size, own in found.items()}
+    """Median seconds of each, in turn. A machine is faster in some minutes than in others: what counts is each size's
+    share of its round."""
+    rounds = [[seconds(run) for run in steps.values()] for _ in range(ROUNDS + 1)][1:]
+    whole = statistics.median(map(sum, rounds))
+    shares = zip(*([own / sum(round_) for own in round_] for round_ in rounds), strict=True)
+    return {size: whole * statistics.median(own) for size, own in zip(steps, shares, strict=True)}
 
 
-def fit(seconds: dict[int, float]) -> tuple[float, float, float]:
+def fit(found: dict[int, float]) -> tuple[float, float, float]:
     """Slope and start of the line of least squares, and the share of the variance that it explains."""
-    sizes = [float(size) for size in seconds]
-    slope, start = statistics.linear_regression(sizes, [*seconds.values()])
-    return slope, start, statistics.correlation(sizes, [*seconds.values()]) ** 2
+    sizes = [float(size) for size in found]
+    slope, start = statistics.linear_regression(sizes, [*found.values()])
+    return slope, start, statistics.correlation(sizes, [*found.values()]) ** 2
 
 
-def draw(seconds: dict[str, dict[int, float]]) -> None:
+def draw(found: dict[str, dict[int, float]]) -> None:
     """Points and lines, a picture each."""
-    _, pictures = plt.subplots(1, len(seconds), figsize=(11, 3.4), sharey=False, layout="constrained")
-    for axes, (name, own) in zip(pictures, seconds.items(), strict=True):
+    _, pictures = plt.subplots(1, len(found), figsize=(11, 3.4), sharey=False, layout="constrained")
+    for axes, (name, own) in zip(pictures, found.items(), strict=True):
         slope, start, _ = fit(own)
         sizes = [0, max(own)]
         axes.plot(sizes, [start + slope * size for size in sizes], color="tab:gray", linewidth=1)

@@ -21,11 +21,12 @@ RESULTS = Path(__file__).parent / "results"
 def ratio(ours: Callable[[], Any], theirs: Callable[[], Any], *, rounds: int) -> tuple[float, float, float]:
     """Median over rounds of ours ÷ theirs, and the median seconds of each. Both run once before the clock starts."""
     ours(), theirs()
-    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(rounds)]
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
     return statistics.median(a / b for a, b in pairs), *(statistics.median(side) for side in zip(*pairs, strict=True))
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds(run: Callable[[], Any]) -> float:
+    """How long something takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

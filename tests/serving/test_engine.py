@@ -4,82 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tests.serving.stepping import Served
 
-from softtune import PeftModel
-from softtune.errors import ClosedError, FullError, RequestError, TooLongError
+from softtune.errors import ClosedError, FullError, TooLongError
 from softtune.serving import baking
-from softtune.serving.engine import Engine
-from softtune.serving.jobs import Scoring, Writing
-from softtune.serving.limits import Limits
-from softtune.serving.registry import Facts, Registry
-from softtune.serving.sampling import Sampling, Writer
-from softtune.serving.waiting import Ticket
+from softtune.serving.jobs import Scoring
 
 TEXTS = ["the sky is blue", "good text : bad", "red", "cold warm cold warm the green sky label : is", "is it"]
 
 
-class Served:
-    """An engine that is stepped by hand, with the adapters of a folder."""
-
-    def __init__(self, model: str, folder: Path, spool: Path, **limits: Any) -> None:
-        self.base = AutoModelForCausalLM.from_pretrained(model).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model = PeftModel(self.base)
-        self.engine = Engine(self.model.backbone, Limits(**limits))
-        self.registry = Registry(self._bake, spool, lambda version: None)
-        for path in sorted(folder.iterdir()):
-            self.registry.add(path.name, path)
-            self.model.load_adapter(path, path.name)
-        self.model.eval()
-
-    def _bake(self, folder: Path, own: Path) -> Any:
-        adapter = baking.load(self.model.backbone, folder)
-        baking.save(baking.bake(self.model.backbone, adapter), self.model.backbone, own)
-        return Facts(adapter.config, None, self.engine)
-
-    def write(self, name: str | None, text: str, **asked: Any) -> tuple[Writing, Ticket, list[Exception]]:
-        """Ask for a text; the base model where there is no name."""
-        failures: list[Exception] = []
-        ends = frozenset([self.tokenizer.eos_token_id])
-        job = Writing(self.ids(text), Sampling(**asked), Writer(self.tokenizer, ()), ends, lambda *_: None)
-        version = None if name is None else self.registry.lease(name)
-        ticket = Ticket(version, job, failures.append, lambda: version and self.registry.release(version))
-        try:
-            self.engine.submit(ticket)
-        except RequestError:
-            ticket.end()
-            raise
-        return job, ticket, failures
-
-    def ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
-
-    def expected(self, name: str | None, text: str, tokens: int) -> list[int]:
-        """What ``generate`` writes alone."""
-        ids = torch.tensor([self.ids(text)])
-        options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        if name is None:
-            with self.model.disable_adapter():
-                return self.model.generate(ids, **options)[0, ids.shape[1] :].tolist()
-        return self.model.generate(ids, adapter_names=[name], **options)[0, ids.shape[1] :].tolist()
+class Pooled(Served):
+    """softtune's own engine."""
 
     def finish(self) -> None:
-        """Step until nothing is left to do, and nothing is left behind."""
-        while self.engine.running or len(self.engine.waiting):
-            self.engine.step()
+        super().finish()
         self.engine.hot.shrink(0)
         assert self.engine.pool.free == self.engine.limits.slots
-        assert not any(version.leases for version in self.registry.versions)
 
 
 @pytest.fixture
-def served(llama: str, adapters: Path, tmp_path: Path) -> Callable[..., Served]:
-    return lambda **limits: Served(llama, adapters, tmp_path, **limits)
+def served(llama: str, adapters: Path, tmp_path: Path) -> Callable[..., Pooled]:
+    return lambda **limits: Pooled(llama, adapters, tmp_path, **limits)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +35,9 @@ def served(llama: str, adapters: Path, tmp_path: Path) -> Callable[..., Served]:
     [{}, {"rows": 3}, {"tokens": 5}, {"slots": 64, "rows": 20, "hot": 10**4}, {"hot": 0, "rows": 2}],
     ids=["all at once", "few places", "texts in parts", "a full pool", "nothing kept"],
 )
-def test_texts_are_those_of_generate_alone(served: Callable[..., Served], limits: dict[str, int]) -> None:
+def test_texts_are_those_of_generate_alone(served: Callable[..., Pooled], limits: dict[str, int]) -> None:
     s = served(**limits)
-    names = [*(version.name for version in s.registry.versions), None]
-    asked = [(name, text, 3 + 5 * (i % 3)) for i, text in enumerate(TEXTS) for name in names]
+    asked = [(name, text, 3 + 5 * (i % 3)) for i, text in enumerate(TEXTS) for name in s.names]
     jobs = [s.write(name, text, max_tokens=tokens) for name, text, tokens in asked]
     s.finish()
     for (name, text, tokens), (job, _, failures) in zip(asked, jobs, strict=True):
@@ -98,7 +45,7 @@ def test_texts_are_those_of_generate_alone(served: Callable[..., Served], limits
         assert job.written == s.expected(name, text, tokens), (name, text)
 
 
-def test_scores_are_those_of_a_forward_alone(served: Callable[..., Served]) -> None:
+def test_scores_are_those_of_a_forward_alone(served: Callable[..., Pooled]) -> None:
     s = served(tokens=3, slots=80)
     answers = ["warm", "cold", "bad text", "the sky is", "bad text is"]
     found: dict[tuple[str, str], list[float]] = {}
@@ -107,9 +54,7 @@ def test_scores_are_those_of_a_forward_alone(served: Callable[..., Served]) -> N
             job = Scoring(
                 s.ids(text), [s.ids(a) for a in answers], lambda x, at=(version.name, text): found.update({at: x})
             )
-            s.engine.submit(
-                Ticket(s.registry.lease(version.name), job, lambda e: None, lambda v=version: s.registry.release(v))
-            )
+            s.submit(version.name, job)
     s.finish()
     for (name, text), scores in found.items():
         for answer, score in zip(answers, scores, strict=True):
@@ -121,7 +66,7 @@ def test_scores_are_those_of_a_forward_alone(served: Callable[..., Served]) -> N
             assert score == pytest.approx(float(expected), abs=1e-4), (name, text, answer)
 
 
-def test_a_seed_draws_the_same_tokens_in_any_company(served: Callable[..., Served]) -> None:
+def test_a_seed_draws_the_same_tokens_in_any_company(served: Callable[..., Pooled]) -> None:
     s = served(tokens=7)
     asked = {"max_tokens": 12, "temperature": 1.5, "top_p": 0.9, "seed": 5}
     alone, *_ = s.write("prefix", TEXTS[0], **asked)
@@ -135,7 +80,7 @@ def test_a_seed_draws_the_same_tokens_in_any_company(served: Callable[..., Serve
     assert other.written != alone.written
 
 
-def test_who_gives_up_leaves_a_place(served: Callable[..., Served]) -> None:
+def test_who_gives_up_leaves_a_place(served: Callable[..., Pooled]) -> None:
     s = served(rows=1)
     first, ticket, _ = s.write("prefix", TEXTS[0], max_tokens=30)
     waiting, waits, _ = s.write("prefix", TEXTS[1], max_tokens=30)
@@ -149,7 +94,7 @@ def test_who_gives_up_leaves_a_place(served: Callable[..., Served]) -> None:
     assert last.written == s.expected(None, TEXTS[2], 4)
 
 
-def test_adapters_take_turns(served: Callable[..., Served]) -> None:
+def test_adapters_take_turns(served: Callable[..., Pooled]) -> None:
     s = served(rows=1)
     crowd = [s.write("prefix", TEXTS[0], max_tokens=2, seed=i)[0] for i in range(6)]
     late, *_ = s.write("prompt", TEXTS[0], max_tokens=2)
@@ -159,7 +104,7 @@ def test_adapters_take_turns(served: Callable[..., Served]) -> None:
     s.finish()
 
 
-def test_a_version_lasts_as_long_as_its_requests(served: Callable[..., Served], adapters: Path, llama: str) -> None:
+def test_a_version_lasts_as_long_as_its_requests(served: Callable[..., Pooled], adapters: Path, llama: str) -> None:
     s = served(rows=2, hot=0)
     old, *_ = s.write("prefix", TEXTS[0], max_tokens=8)
     waiting = [s.write("prefix", text, max_tokens=8)[0] for text in TEXTS[1:3]]
@@ -176,7 +121,7 @@ def test_a_version_lasts_as_long_as_its_requests(served: Callable[..., Served], 
     assert new.written == s.expected("prompt", TEXTS[0], 8)
 
 
-def test_what_does_not_fit_is_refused(served: Callable[..., Served]) -> None:
+def test_what_does_not_fit_is_refused(served: Callable[..., Pooled]) -> None:
     s = served(waiting=2, rows=1)
     with pytest.raises(TooLongError, match=r"3 tokens of text, 58 to write and 5 virtual ones are more than the 64"):
         s.write("prefix", "the sky", max_tokens=58)
@@ -190,7 +135,7 @@ def test_what_does_not_fit_is_refused(served: Callable[..., Served]) -> None:
         s.write(None, TEXTS[0])
 
 
-def test_an_adapter_without_numbers_fails_its_own_requests(served: Callable[..., Served]) -> None:
+def test_an_adapter_without_numbers_fails_its_own_requests(served: Callable[..., Pooled]) -> None:
     s = served()
     [broken] = [version for version in s.registry.versions if version.name == "prefix"]
     prompt = baking.read(broken.folder, s.model.backbone)
@@ -204,7 +149,7 @@ def test_an_adapter_without_numbers_fails_its_own_requests(served: Callable[...,
     assert good.written == s.expected("prompt", TEXTS[0], 4)
 
 
-def test_a_damaged_file_fails_its_own_requests(served: Callable[..., Served]) -> None:
+def test_a_damaged_file_fails_its_own_requests(served: Callable[..., Pooled]) -> None:
     s = served()
     version = s.registry.lease("prefix")
     s.registry.release(version)

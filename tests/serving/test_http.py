@@ -160,6 +160,14 @@ def test_several_answers_from_seeds_and_stops(client: httpx.Client) -> None:
     assert stopped["text"] == whole[: whole.index(stop)]
 
 
+def test_special_tokens_stop_although_no_text_shows_them(client: httpx.Client) -> None:
+    asked = {"temperature": 2, "seed": 3, "max_tokens": 40, "logprobs": 0}
+    tokens = complete(client, **asked).json()["choices"][0]["logprobs"]["tokens"]
+    stopped = complete(client, **asked, stop=["<unk>"]).json()["choices"][0]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["logprobs"]["tokens"] == tokens[: tokens.index("<unk>") + 1]
+
+
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "nobody"}, 404, "no adapter is named 'nobody'"),
     ({"prompt": ""}, 400, "the text is empty"),

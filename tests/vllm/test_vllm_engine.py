@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from softtune import PeftModel
-from softtune.errors import RequestError, TooLongError, UnsupportedModelError
-from softtune.serving import baking
+from softtune.errors import TooLongError, UnsupportedModelError
 from softtune.serving.engine import Engine
 from softtune.serving.jobs import Scoring, Writing
 from softtune.serving.limits import Limits
 from softtune.serving.loop import fail
-from softtune.serving.registry import Facts, Registry
 from softtune.serving.sampling import Sampling, Writer
 from softtune.serving.vllm.engine import VllmEngine
 from softtune.serving.waiting import Ticket
 from tests.families import CAUSAL_LM, METHODS
+from tests.serving.stepping import Served
 from tests.vllm.conftest import save_adapter, save_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM itself warns
@@ -39,86 +37,33 @@ LIMITS = {
 }
 
 
-class Served:
-    """An engine that is stepped by hand, with the adapters of a folder."""
+class InVllm(Served):
+    """vLLM's engine."""
 
     def __init__(self, model: str, folder: Path, spool: Path, gpus: int = 1, **limits: Any) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model = PeftModel(AutoModelForCausalLM.from_pretrained(model).eval())
-        self.engine = VllmEngine(model, self.model.backbone, Limits(**limits), spool, gpus=gpus)
-        self.registry = Registry(self._bake, spool, lambda version: None)
-        for path in sorted(folder.iterdir()):
-            self.registry.add(path.name, path)
-            self.model.load_adapter(path, path.name)
-        self.model.eval()
-
-    def _bake(self, folder: Path, own: Path) -> Facts:
-        adapter = baking.load(self.model.backbone, folder)
-        self.engine.keep(adapter, own)
-        return Facts(adapter.config, None, self.engine)
-
-    @property
-    def names(self) -> list[str | None]:
-        """All adapters, and nothing for the base model."""
-        return [*(version.name for version in self.registry.versions), None]
-
-    def write(self, name: str | None, text: str, **asked: Any) -> tuple[Writing, Ticket, list[Any], list[Exception]]:
-        """Ask for a text."""
-        told: list[Any] = []
-        ends = frozenset([self.tokenizer.eos_token_id])
-        job = Writing(
-            self.ids(text), Sampling(**asked), Writer(self.tokenizer, ()), ends, lambda *piece: told.append(piece)
-        )
-        ticket, failures = self.submit(name, job)
-        return job, ticket, told, failures
-
-    def submit(self, name: str | None, job: Any) -> tuple[Ticket, list[Exception]]:
-        failures: list[Exception] = []
-        version = None if name is None else self.registry.lease(name)
-        ticket = Ticket(version, job, failures.append, lambda: version and self.registry.release(version))
-        try:
-            self.engine.submit(ticket)
-        except RequestError:
-            ticket.end()
-            raise
-        return ticket, failures
-
-    def ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
-
-    def expected(self, name: str | None, text: str, tokens: int) -> list[int]:
-        """What ``generate`` writes alone."""
-        ids = torch.tensor([self.ids(text)])
-        options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        if name is None:
-            with self.model.disable_adapter():
-                return self.model.generate(ids, **options)[0, ids.shape[1] :].tolist()
-        return self.model.generate(ids, adapter_names=[name], **options)[0, ids.shape[1] :].tolist()
+        super().__init__(model, folder, spool, partial(VllmEngine, model, gpus=gpus), **limits)
 
     def finish(self) -> None:
-        """Step until nothing is left to do, and nothing is left behind."""
-        while self.engine.running or len(self.engine.waiting):
-            self.engine.step()
+        super().finish()
         assert not self.engine._parts
-        assert not any(version.leases for version in self.registry.versions)
 
 
 @pytest.fixture(params=LIMITS)
-def served(request: pytest.FixtureRequest, model: str, adapters: Path, tmp_path: Path) -> Iterator[Served]:
+def served(request: pytest.FixtureRequest, model: str, adapters: Path, tmp_path: Path) -> Iterator[InVllm]:
     """An engine for each model and each of some limits; a process has room for one engine at a time."""
-    served = Served(model, adapters, tmp_path, **LIMITS[request.param])
+    served = InVllm(model, adapters, tmp_path, **LIMITS[request.param])
     yield served
     served.engine.close()
 
 
-def test_texts_are_those_of_generate_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_those_of_generate_alone(served: InVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     preempted = []
     preempt = Scheduler._preempt_request
     monkeypatch.setattr(Scheduler, "_preempt_request", lambda *a, **k: preempted.append(a) or preempt(*a, **k))
     asked = [(name, text, 5 + 9 * number) for number, text in enumerate(TEXTS) for name in served.names]
     jobs = [served.write(name, text, max_tokens=tokens) for name, text, tokens in asked]
     served.finish()
-    for (name, text, tokens), (job, _, _, failures) in zip(asked, jobs, strict=True):
+    for (name, text, tokens), (job, _, failures) in zip(asked, jobs, strict=True):
         assert not failures
         assert job.written == served.expected(name, text, tokens), (name, text)
     assert bool(preempted) == (served.engine.limits.slots == 512)
@@ -131,17 +76,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def few(llama: str, tmp_path: Path) -> Iterator[Served]:
+def few(llama: str, tmp_path: Path) -> Iterator[InVllm]:
     """An engine with two places, and three adapters."""
     for seed, kind in enumerate(("prefix", "prompt", "prompt_suffix")):
         save_adapter(llama, tmp_path / "adapters" / kind, METHODS[kind](task_type=CAUSAL_LM), seed)
     (tmp_path / "spool").mkdir()
-    served = Served(llama, tmp_path / "adapters", tmp_path / "spool", rows=2, waiting=40)
+    served = InVllm(llama, tmp_path / "adapters", tmp_path / "spool", rows=2, waiting=40)
     yield served
     served.engine.close()
 
 
-def test_scores_are_those_of_a_forward_alone(few: Served) -> None:
+def test_scores_are_those_of_a_forward_alone(few: InVllm) -> None:
     answers = ["warm", "cold", "bad text", "the sky is", "bad text is"]
     found: dict[tuple[str | None, str], list[float]] = {}
     for name in few.names:
@@ -161,10 +106,10 @@ def test_scores_are_those_of_a_forward_alone(few: Served) -> None:
             assert score == pytest.approx(float(expected), abs=1e-4), (name, text, answer)
 
 
-def test_tokens_are_told_as_the_other_engine_tells_them(few: Served) -> None:
+def test_tokens_are_told_as_the_other_engine_tells_them(few: InVllm) -> None:
     other = Engine(few.model.backbone, Limits())
     asked: dict[str, Any] = {"max_tokens": 12, "logprobs": 3, "stop": ("is",)}
-    _, ticket, told, _ = few.write("prefix", TEXTS[1], **asked)
+    ours, ticket, _ = few.write("prefix", TEXTS[1], **asked)
     expected: list[Any] = []
     writer, ends = Writer(few.tokenizer, asked["stop"]), ticket.job.ends
     job = Writing(few.ids(TEXTS[1]), Sampling(**asked), writer, ends, lambda *piece: expected.append(piece))
@@ -172,14 +117,14 @@ def test_tokens_are_told_as_the_other_engine_tells_them(few: Served) -> None:
     while not job.is_done:
         other.step()
     few.finish()
-    assert [piece[1:] for piece in told] == [piece[1:] for piece in expected]
-    for (choice, *_), (wanted, *_) in zip(told, expected, strict=True):
+    assert [piece[1:] for piece in few.told[ours]] == [piece[1:] for piece in expected]
+    for (choice, *_), (wanted, *_) in zip(few.told[ours], expected, strict=True):
         assert choice.token == wanted.token
         assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-4)
         assert choice.likeliest == pytest.approx(wanted.likeliest, abs=1e-4)
 
 
-def test_a_seed_draws_the_same_tokens_in_any_company(few: Served) -> None:
+def test_a_seed_draws_the_same_tokens_in_any_company(few: InVllm) -> None:
     asked = {"max_tokens": 12, "temperature": 1.5, "top_p": 0.9, "seed": 5}
     alone, *_ = few.write("prefix", TEXTS[0], **asked)
     few.finish()
@@ -191,7 +136,7 @@ def test_a_seed_draws_the_same_tokens_in_any_company(few: Served) -> None:
     assert other.written != alone.written
 
 
-def test_who_gives_up_leaves_a_place(few: Served) -> None:
+def test_who_gives_up_leaves_a_place(few: InVllm) -> None:
     first, ticket, *_ = few.write("prefix", TEXTS[0], max_tokens=200)
     second, other, *_ = few.write("prompt", TEXTS[0], max_tokens=200)
     last, *_ = few.write(None, TEXTS[2], max_tokens=4)
@@ -202,7 +147,7 @@ def test_who_gives_up_leaves_a_place(few: Served) -> None:
     assert last.written == few.expected(None, TEXTS[2], 4)
 
 
-def test_a_version_lasts_as_long_as_its_requests(few: Served) -> None:
+def test_a_version_lasts_as_long_as_its_requests(few: InVllm) -> None:
     folder = few.registry._folder.parent / "adapters"
     old, *_ = few.write("prefix", TEXTS[0], max_tokens=8)
     few.engine.step()
@@ -214,7 +159,7 @@ def test_a_version_lasts_as_long_as_its_requests(few: Served) -> None:
     assert old.written != new.written
 
 
-def test_what_does_not_fit_is_refused(few: Served) -> None:
+def test_what_does_not_fit_is_refused(few: InVllm) -> None:
     with pytest.raises(TooLongError, match=r"3 tokens of text, 250 to write and 5 virtual ones are more than the 256"):
         few.write("prefix", "the sky", max_tokens=250)
     longest, *_, failures = few.write("prefix", "the sky", max_tokens=248, stop=("nothing",))
@@ -236,14 +181,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_adapters_that_vllm_cannot_take_are_refused(few: Served, kind: str, tmp_path: Path) -> None:
+def test_adapters_that_vllm_cannot_take_are_refused(few: InVllm, kind: str, tmp_path: Path) -> None:
     save_adapter(few.model.backbone.model.name_or_path, tmp_path / kind, METHODS[kind](task_type=CAUSAL_LM), 1)
     with pytest.raises(UnsupportedModelError) as refusal:
         few.registry.add(kind, tmp_path / kind)
     assert str(refusal.value) == f"vLLM takes no adapter with {REFUSED[kind]}: serve it by the engine transformers"
 
 
-def test_requests_that_the_connector_cannot_serve_end_alone(few: Served, llama: str, tmp_path: Path) -> None:
+def test_requests_that_the_connector_cannot_serve_end_alone(few: InVllm, llama: str, tmp_path: Path) -> None:
     name = few.registry.versions[0].folder.name
     bad = {
         "unknown": ("nobody", "nobody", [0] * 40),
@@ -271,33 +216,35 @@ def test_requests_that_the_connector_cannot_serve_end_alone(few: Served, llama: 
 
 
 @pytest.fixture
-def shared(llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+def shared(llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InVllm]:
     """An engine with a process for the scheduler, and two more that share each layer."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     for seed, kind in enumerate(("prefix", "prompt_suffix")):
         save_adapter(llama, tmp_path / "adapters" / kind, METHODS[kind](task_type=CAUSAL_LM), seed)
     (tmp_path / "spool").mkdir()
-    served = Served(llama, tmp_path / "adapters", tmp_path / "spool", gpus=2)
+    served = InVllm(llama, tmp_path / "adapters", tmp_path / "spool", gpus=2)
     yield served
     served.engine.close()
 
 
-def test_processes_that_share_layers_write_the_same(shared: Served) -> None:
+def test_processes_that_share_layers_write_the_same(shared: InVllm) -> None:
     jobs = [(name, text, shared.write(name, text, max_tokens=12)) for text in TEXTS for name in shared.names]
     shared.finish()
     for name, text, (job, *_) in jobs:
         assert job.written == shared.expected(name, text, 12), (name, text)
 
 
-def test_everyone_hears_of_processes_that_die(shared: Served) -> None:
+def test_everyone_hears_of_processes_that_die(shared: InVllm) -> None:
     asked = [shared.write(name, text, max_tokens=100) for text in TEXTS for name in shared.names]
     shared.engine.step()
+    assert shared.engine.is_alive
     for process in shared.engine._llm.engine_core.resources.engine_manager.processes:
         process.kill()
     with pytest.raises(EngineDeadError) as death:
         shared.finish()
+    assert not shared.engine.is_alive
     fail(shared.engine, [*shared.engine.running], death.value)
-    assert all(job.is_done or failures == [death.value] for job, _, _, failures in asked)
+    assert all(job.is_done or failures == [death.value] for job, _, failures in asked)
     late = shared.write("prefix", TEXTS[0])
     shared.finish()
-    assert isinstance(late[3][0], EngineDeadError)
+    assert isinstance(late[2][0], EngineDeadError)

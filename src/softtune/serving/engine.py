@@ -164,5 +164,10 @@ class Engine:
         if ticket.version is not None:
             self.hot.done(ticket.version)
 
+    @property
+    def is_alive(self) -> bool:
+        """See ``TextLane``: nothing runs but its steps."""
+        return True
+
     def close(self) -> None:
-        """Nothing runs but its steps."""
+        """See ``TextLane``."""

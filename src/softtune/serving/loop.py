@@ -62,6 +62,11 @@ class TextLane(Lane, Protocol):
         """Tokens that a text may have together with virtual ones."""
         ...
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its steps can come to something."""
+        ...
+
     def close(self) -> None:
         """No more steps come."""
         ...

@@ -71,14 +71,21 @@ class Sampler:
     def _drawn(self, probabilities: Tensor) -> int:
         """A token by its probability [V], one of the likeliest that have ``top_p`` together (Holtzman et al. 2020)."""
         if self.asked.top_p == 1:
-            return int(torch.multinomial(probabilities.cpu(), 1, generator=self._random))
+            return self._place(probabilities)
         for count in (min(FEW, len(probabilities)), len(probabilities)):  # to sort all words takes long
             likeliest = probabilities.topk(count)
             before = likeliest.values.cumsum(0) - likeliest.values
             if float(before[-1]) >= self.asked.top_p:
                 break
         weights = likeliest.values.masked_fill(before >= self.asked.top_p, 0.0)
-        return int(likeliest.indices[torch.multinomial(weights.cpu(), 1, generator=self._random)])
+        return int(likeliest.indices[self._place(weights)])
+
+    def _place(self, weights: Tensor) -> int:
+        """A place, as likely as its share of the weights [V]; torch.multinomial takes a random number for each of
+        them."""
+        sums = weights.cpu().double().cumsum(0)
+        drawn = torch.rand((), dtype=sums.dtype, generator=self._random) * sums[-1]
+        return int(torch.searchsorted(sums, drawn, right=True))
 
 
 class Writer:

@@ -110,7 +110,7 @@ class Service:
     @property
     def is_alive(self) -> bool:
         """Whether requests are worked on."""
-        return self.loop.is_alive
+        return self.loop.is_alive and (isinstance(self._engine, str) or self._engine.is_alive)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -178,7 +178,7 @@ class Service:
         answers: asyncio.Queue[Any] = asyncio.Queue()
         tell = _from_thread(answers.put_nowait)
         writer = Writer(self.tokenizer, asked.stop)
-        job = Writing(words, asked, writer, self._ends, lambda *piece: tell(Written(*piece)))
+        job = Writing(words, asked, writer, self._ends(asked.stop), lambda *piece: tell(Written(*piece)))
         with self._submitted(self.engine, version, job, tell):
             while True:
                 piece = await answers.get()
@@ -216,11 +216,12 @@ class Service:
             ticket.is_cancelled = True
             self.loop.wake()
 
-    @property
-    def _ends(self) -> frozenset[int]:
-        """Tokens that end a text."""
+    def _ends(self, stop: Sequence[str]) -> frozenset[int]:
+        """Tokens that end a text: the model's own, and special ones that a request names, which no text shows."""
         ends = self.engine.backbone.model.generation_config.eos_token_id
-        return frozenset([ends] if isinstance(ends, int) else ends or [])
+        special = {t.content: number for number, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        named = [special[text] for text in stop if text in special]
+        return frozenset([*([ends] if isinstance(ends, int) else ends or []), *named])
 
     def _bake(self, folder: Path, own: Path) -> Facts:
         """See ``Registry``."""

@@ -186,6 +186,12 @@ class VllmEngine:
         if ticket.version is not None:
             self.hot.done(ticket.version)
 
+    @property
+    def is_alive(self) -> bool:
+        """See ``TextLane``."""
+        resources = getattr(self._llm.engine_core, "resources", None)
+        return resources is None or not resources.engine_dead  # without, it runs in this process
+
     def close(self) -> None:
         """End vLLM's processes."""
         self._llm.engine_core.shutdown(timeout=30.0)

@@ -1,0 +1,101 @@
+"""An engine that is stepped by hand, beside ``generate`` for what it should write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softtune import PeftModel
+from softtune.backbone import Backbone
+from softtune.errors import RequestError
+from softtune.serving import baking
+from softtune.serving.engine import Engine
+from softtune.serving.jobs import Writing
+from softtune.serving.limits import Limits
+from softtune.serving.registry import Facts, Registry
+from softtune.serving.sampling import Sampling, Writer
+from softtune.serving.waiting import Ticket
+
+
+class Served:
+    """An engine with the adapters of a folder.
+
+    Args:
+        model: the base model's folder.
+        folder: the adapters'.
+        spool: where inference forms are kept.
+        engine: makes the engine, of the base model, the limits and the spool.
+        limits: see ``Limits``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        folder: Path,
+        spool: Path,
+        engine: Callable[[Backbone, Limits, Path], Any] = lambda backbone, limits, _: Engine(backbone, limits),
+        **limits: Any,
+    ) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model = PeftModel(AutoModelForCausalLM.from_pretrained(model).eval())
+        self.engine = engine(self.model.backbone, Limits(**limits), spool)
+        self.registry = Registry(self._bake, spool, lambda version: None)
+        self.told: dict[Writing, list[Any]] = {}
+        """What was told of each text."""
+        for path in sorted(folder.iterdir()):
+            self.registry.add(path.name, path)
+            self.model.load_adapter(path, path.name)
+        self.model.eval()
+
+    def _bake(self, folder: Path, own: Path) -> Facts:
+        adapter = baking.load(self.model.backbone, folder)
+        self.engine.keep(adapter, own)
+        return Facts(adapter.config, None, self.engine)
+
+    @property
+    def names(self) -> list[str | None]:
+        """All adapters, and nothing for the base model."""
+        return [*(version.name for version in self.registry.versions), None]
+
+    def write(self, name: str | None, text: str, **asked: Any) -> tuple[Writing, Ticket, list[Exception]]:
+        """Ask for a text."""
+        told: list[Any] = []
+        ends = frozenset([self.tokenizer.eos_token_id])
+        writer = Writer(self.tokenizer, ())
+        job = Writing(self.ids(text), Sampling(**asked), writer, ends, lambda *piece: told.append(piece))
+        self.told[job] = told
+        return job, *self.submit(name, job)
+
+    def submit(self, name: str | None, job: Any) -> tuple[Ticket, list[Exception]]:
+        """Ask for anything; gives what it fails by, too."""
+        failures: list[Exception] = []
+        version = None if name is None else self.registry.lease(name)
+        ticket = Ticket(version, job, failures.append, lambda: version and self.registry.release(version))
+        try:
+            self.engine.submit(ticket)
+        except RequestError:
+            ticket.end()
+            raise
+        return ticket, failures
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def expected(self, name: str | None, text: str, tokens: int) -> list[int]:
+        """What ``generate`` writes alone."""
+        ids = torch.tensor([self.ids(text)])
+        options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        if name is None:
+            with self.model.disable_adapter():
+                return self.model.generate(ids, **options)[0, ids.shape[1] :].tolist()
+        return self.model.generate(ids, adapter_names=[name], **options)[0, ids.shape[1] :].tolist()
+
+    def finish(self) -> None:
+        """Step until nothing is left to do, and nothing is left behind."""
+        while self.engine.running or len(self.engine.waiting):
+            self.engine.step()
+        assert not any(version.leases for version in self.registry.versions)

@@ -1,0 +1,48 @@
+"""A server that is told to end lets what it has begun end, or fail in words."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.serving.processes import started
+from tests.tiny import save_models
+
+pytestmark = pytest.mark.slow
+
+TOKENS = 1500
+"""More than can be written while a signal is on its way."""
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama that never ends a text."""
+    folder = save_models(tmp_path_factory.mktemp("models"), max_position_embeddings=2 * TOKENS)["llama"]
+    file = Path(folder, "generation_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": None}))
+    return folder
+
+
+def events(response: httpx.Response) -> Iterator[str]:
+    return (line.removeprefix("data: ") for line in response.iter_lines() if line)
+
+
+@pytest.mark.parametrize("grace", [60, 0])
+def test_a_stream_ends_in_order(endless: str, grace: int) -> None:
+    asked = {"model": endless, "prompt": "the sky is", "max_tokens": TOKENS, "temperature": 0, "stream": True}
+    with started("--model", endless, "--grace", str(grace)) as (client, process):
+        with client.stream("POST", "/v1/completions", json=asked) as response:
+            parts = events(response)
+            next(parts)
+            process.send_signal(signal.SIGTERM)
+            rest = list(parts)
+        assert process.wait(60) == -signal.SIGTERM  # which ends it for good when all is done
+    if grace:
+        assert (len(rest), rest[-1]) == (TOKENS, "[DONE]")
+    else:
+        assert len(rest) < TOKENS
+        assert "the server is shutting down: try again later" in json.loads(rest[-1])["error"]["message"]
