@@ -472,3 +472,12 @@ def test_an_adapter_for_another_base_model(
     other = save_models(tmp_path, seed=1)["llama"]
     assert run("predict", str(trained["prefix"]), "--text", "red", "--model", other) == 2
     assert "another base model" in capsys.readouterr().err
+
+
+def test_a_base_model_of_another_kind(
+    models: dict[str, str], trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("predict", str(trained["prefix"]), "--text", "red", "--model", models["bert"]) == 2
+    said = capsys.readouterr().err
+    assert "is no decoder" in said
+    assert said.endswith(f": name the adapter's own with --model, {models['llama']}, or a copy of it\n")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softtune.data import Task, load_records
 from softtune.data.formats import quoted
@@ -36,7 +36,7 @@ class Trained:
 def load_trained(adapter: Path, model: str | None) -> Trained:
     """What a recipe made, on its base model or on the one named instead."""
     recipe = Recipe.of_adapter(adapter)
-    base, tokenizer = load_base_model(model or recipe.model, recipe.task, num_labels=recipe.num_labels)
+    base, tokenizer = _load_base(model or recipe.model, recipe.model, recipe.task, recipe.num_labels)
     loaded = PeftModel(base).eval()
     for name in recipe.adapter_names:
         loaded.load_adapter(adapter if name == "default" else adapter / name, name)
@@ -55,11 +55,25 @@ def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[
         trained = load_trained(adapter, model)
         return trained.model, trained.tokenizer
     saved = config.base_model_name_or_path
-    name = model or (saved and name_here(saved))
+    own = name_here(saved) if saved else None
+    name = model or own
     if name is None:
         raise ConfigError(f"{adapter} does not say its base model: name it with --model")
-    base, tokenizer = load_base_model(name, config.task_type or TaskType.CAUSAL_LM)
+    base, tokenizer = _load_base(name, own, config.task_type or TaskType.CAUSAL_LM)
     return PeftModel.from_pretrained(base, adapter), tokenizer
+
+
+def _load_base(
+    name: str, own: str | None, task: TaskType, num_labels: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model, an adapter's own or another."""
+    try:
+        return load_base_model(name, task, num_labels=num_labels)
+    except ConfigError as error:
+        if own in (None, name):
+            raise
+        what = str(error).rpartition(": ")[0]  # the remedy there is for a recipe
+        raise ConfigError(f"{what}: name the adapter's own with --model, {own}, or a copy of it") from error
 
 
 def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str | None) -> Dataset:

@@ -48,7 +48,7 @@ class Report:
     """Training rows that were cut to fit."""
     folder: Path
     seconds: float
-    """Of training alone, with all that ran at once."""
+    """Of training alone, with all that ran at once; since it went on, where it was resumed."""
 
     @property
     def after(self) -> dict[str, float]:
