@@ -478,6 +478,6 @@ def test_a_base_model_of_another_kind(
     models: dict[str, str], trained: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("predict", str(trained["prefix"]), "--text", "red", "--model", models["bert"]) == 2
-    said = capsys.readouterr().err
-    assert "is no decoder" in said
-    assert said.endswith(f": name the adapter's own with --model, {models['llama']}, or a copy of it\n")
+    what = f"the base model {models['bert']!r} is no decoder and goes on from no text"
+    remedy = f"name the adapter's own with --model, {models['llama']}, or a copy of it"
+    assert capsys.readouterr().err == f"softtune: {what}: {remedy}\n"

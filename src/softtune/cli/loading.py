@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def _load_base(
     except ConfigError as error:
         if own in (None, name):
             raise
-        what = str(error).rpartition(": ")[0]  # the remedy there is for a recipe
+        what = re.split(": (?=use |check )", str(error))[0]  # the remedy there is for a recipe
         raise ConfigError(f"{what}: name the adapter's own with --model, {own}, or a copy of it") from error
 
 
