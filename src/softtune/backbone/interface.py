@@ -27,7 +27,7 @@ WRAPPER = "softtune_attention"
 
 _PREFIX = "softtune_"
 
-UNGROUPED = nn.Identity()
+_UNGROUPED = nn.Identity()
 """A module whose key/value heads are not repeated."""
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
@@ -96,6 +96,7 @@ def _wrapped(stock: str) -> Function:
     function = None if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
     if function is not None and form is MaskForm.PADDING:
         function = _named(function, stock)
+    wrapped = _sharing(function) if function is not None and stock == "sdpa" else function
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         wrapper: AttentionWrapper | None = kwargs.pop(WRAPPER, None)
@@ -108,7 +109,7 @@ def _wrapped(stock: str) -> Function:
                 f"no prefix goes with the attention implementation {stock}: load the model with "
                 "attn_implementation='sdpa'"
             )
-        return wrapper(Attention(_sharing(attend) if stock == "sdpa" else attend, form), module, *args, **kwargs)
+        return wrapper(Attention(wrapped or attend, form), module, *args, **kwargs)
 
     return attention
 
@@ -125,7 +126,7 @@ def _sharing(sdpa: Function) -> Function:
             return sdpa(module, query, key, value, mask, **kwargs)
         folded = query.reshape(rows, own, -1, query.shape[-1])
         repeated = mask.expand(-1, -1, queries, -1).repeat(1, 1, heads // own, 1)
-        output, _ = sdpa(UNGROUPED, folded, key, value, repeated, **kwargs)
+        output, _ = sdpa(_UNGROUPED, folded, key, value, repeated, **kwargs)
         return output.unflatten(1, (-1, queries)).permute(0, 2, 3, 1, 4).flatten(2, 3), None
 
     return attention

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -219,9 +220,13 @@ class Service:
     def _ends(self, stop: Sequence[str]) -> frozenset[int]:
         """Tokens that end a text: the model's own, and special ones that a request names, which no text shows."""
         ends = self.engine.backbone.model.generation_config.eos_token_id
-        special = {t.content: number for number, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        named = [special[text] for text in stop if text in special]
+        named = [self._special[text] for text in stop if text in self._special]
         return frozenset([*([ends] if isinstance(ends, int) else ends or []), *named])
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        """Special tokens by their texts."""
+        return {t.content: number for number, t in self.tokenizer.added_tokens_decoder.items() if t.special}
 
     def _bake(self, folder: Path, own: Path) -> Facts:
         """See ``Registry``."""
