@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 from tests.cli.test_cli import run, write_recipe
 from tests.tiny import save_models
 
@@ -30,6 +32,16 @@ def test_bars_without_a_task_leave_no_empty_line(capsys: pytest.CaptureFixture[s
         progress("training", 3, 3, "")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("training")
+
+
+def test_the_clock_of_a_bar_starts_anew_with_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = list[float]()
+    monkeypatch.setattr(Progress, "stop", lambda bars: clocks.append(bars.tasks[0].elapsed))
+    with progress_bars() as progress:
+        progress("training", 3, 3, "first")
+        time.sleep(0.2)
+        progress("training", 1, 3, "second")
+    assert clocks[0] < 0.2
 
 
 @pytest.fixture(scope="module")

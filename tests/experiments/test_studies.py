@@ -12,8 +12,11 @@ import pytest
 import yaml
 
 from softtune.experiments import outcomes
+from softtune.experiments.cases import Case
 from softtune.experiments.outcomes import Entry, Outcome
 from softtune.experiments.page import Page
+from softtune.experiments.sweep import Sweep, _case
+from softtune.training.recipe import Recipe
 from tests.cli.test_cli import write_recipe
 from tests.tiny import save_models
 
@@ -62,6 +65,15 @@ def test_results_of_before_are_read(studies: Any, tmp_path: Path, monkeypatch: p
         (tmp_path / file.name).write_bytes(file.read_bytes())
         studies.write(file.stem)
         assert "commit " in (tmp_path / file.stem / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_studies_of_the_project_are_valid(studies: Any) -> None:
+    for file in studies.STUDIES.glob("*.yaml"):
+        asked = Sweep.load(file)
+        assert [_case(asked, Recipe.load(asked.recipe), 0, point) for point in asked.points]
+    for name, (_, entries, fields) in studies.HEADLINES.items():
+        recipe = Recipe.load(studies.ROOT / "recipes" / f"{name}.yaml", fields).model_dump(exclude_unset=True)
+        assert [Case.of(recipe, entry, {}, name=entry, number=0, seeds=1) for entry in entries]
 
 
 def test_runs_are_in_the_repository_wherever_one_stands(studies: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from softtune import ConfigError
+from softtune import ConfigError, DataError
 from softtune.experiments import experiment as room
 from softtune.experiments import report
 from softtune.experiments.cases import Case
@@ -344,6 +344,16 @@ def test_what_ray_was_stopped_at_is_no_result(models: dict[str, str], tmp_path: 
     assert next(found) == (cases[0], failed)
     with pytest.raises(KeyboardInterrupt, match="go on with the same command"):
         next(found)
+
+
+def test_what_fails_on_a_worker_is_raised_as_it_was_there() -> None:
+    from ray.exceptions import RayTaskError
+
+    cause = DataError("row 3 has no label")
+    error = RayTaskError("_trial", "Traceback ...", cause, proctitle="ray", pid=1, ip="127.0.0.1")
+    with pytest.raises(DataError) as raised:
+        next(_found([], [SimpleNamespace(error=error, metrics=None)]))
+    assert raised.value is cause
 
 
 def test_ray_tells_how_many_cases_are_done() -> None:

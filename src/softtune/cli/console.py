@@ -45,6 +45,8 @@ def progress_bars() -> Iterator[Reporting]:
         if phase not in bars:
             bars[phase] = progress.add_task(phase, total=total, notes="")
             progress.start()
+        if done < progress.tasks[bars[phase]].completed:  # begun anew, and so is its clock
+            progress.reset(bars[phase])
         progress.update(bars[phase], completed=done, total=total, notes=notes)
 
     try:

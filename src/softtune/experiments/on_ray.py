@@ -71,7 +71,7 @@ def _found(bundles: Sequence[Sequence[Case]], results: Sequence[Any]) -> Iterato
     itself."""
     for result in results:
         if result.error is not None:
-            raise result.error
+            raise getattr(result.error, "cause", result.error)  # as it was on the worker, without Ray's traceback
     reports = [result.metrics for result in results if DONE in (result.metrics or {})]
     for report in reports:
         yield from ((case, case.came_to) for case in bundles[report["config"]["bundle"]][: report[DONE]])
