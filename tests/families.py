@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -781,6 +782,12 @@ def scramble(model: PeftModel, seed: int = 1) -> PeftModel:
             if parameter.requires_grad:
                 parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def save_adapter(model: str, folder: Path, config: PeftConfig, seed: int) -> None:
+    """Write an adapter of random numbers on the decoder in a folder."""
+    adapted = PeftModel(AutoModelForCausalLM.from_pretrained(model), config)
+    scramble(adapted, seed=seed).save_pretrained(folder)
 
 
 def trained(model: PeftModel) -> dict[str, Tensor]:

@@ -70,6 +70,18 @@ def test_an_object_store_is_followed(service: Service, adapters: Path, monkeypat
     assert len(fetched) == count > 0
 
 
+def test_adapters_come_from_several_places(service: Service, adapters: Path, tmp_path: Path) -> None:
+    files: Any = fsspec.filesystem("memory")
+    files.put(str(adapters / "prompt"), "/user/prompt", recursive=True)
+    for name in ("prefix", "infix"):
+        shutil.copytree(adapters / "prompt", tmp_path / "more" / name)
+    places = [adapters / "prefix", tmp_path / "more"]
+    AdapterFolder(*map(str, places), "memory://user/prompt").follow(service.registry)
+    assert list(served(service)) == ["infix", "prefix", "prompt"]
+    methods = {version.name: version.facts.config.peft_type for version in service.registry.versions}
+    assert methods == {"infix": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
+
+
 def test_keys_with_dots_stay_outside(service: Service, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files: Any = fsspec.filesystem("memory")
     files.put(str(adapters / "prefix"), "/dots/one", recursive=True)
@@ -95,4 +107,4 @@ def test_folders_that_are_not_there(tmp_path: Path, service: Service) -> None:
     with pytest.raises(ConfigError, match="nothing://x cannot be read"):
         AdapterFolder("nothing://x")
     with pytest.raises(AdapterError, match="the folder has no adapter 'x': among those that are there are none"):
-        AdapterFolder(None).load("x", service.registry)
+        AdapterFolder().load("x", service.registry)

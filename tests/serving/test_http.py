@@ -35,7 +35,7 @@ def serving(model: str, folder: Path | None, limits: Limits | None = None, **set
     """A server in a thread, and a client for it."""
     service, adapters = (
         Service(model, limits or Limits(slots=600)),
-        AdapterFolder(None if folder is None else str(folder)),
+        AdapterFolder(*([] if folder is None else [str(folder)])),
     )
     adapters.follow(service.registry)
     app = create_app(

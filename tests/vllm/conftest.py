@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from softtune import PeftConfig, PeftModel, PrefixTuningConfig
-from tests.families import CAUSAL_LM, METHODS, scramble
+from softtune import PeftConfig, PrefixTuningConfig
+from tests.families import CAUSAL_LM, METHODS, save_adapter
 from tests.tiny import WORDS, save_models, tokenizer
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
@@ -62,17 +62,16 @@ def save_model(folder: Path, family: str) -> str:
     return str(folder / family)
 
 
-def save_adapter(model: str, folder: Path, config: PeftConfig, seed: int) -> None:
-    """Write an adapter of random numbers."""
-    adapted = PeftModel(AutoModelForCausalLM.from_pretrained(model), config)
-    scramble(adapted, seed=seed)
-    adapted.save_pretrained(folder)
-
-
 @pytest.fixture(scope="session", params=["llama", "gpt2", "qwen3"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model's folder."""
     return save_model(tmp_path_factory.mktemp("models"), request.param)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama's folder."""
+    return save_model(tmp_path_factory.mktemp("models"), "llama")
 
 
 @pytest.fixture(scope="session")

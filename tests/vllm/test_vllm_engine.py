@@ -22,9 +22,8 @@ from softtune.serving.loop import fail
 from softtune.serving.sampling import Sampling, Writer
 from softtune.serving.vllm.engine import VllmEngine
 from softtune.serving.waiting import Ticket
-from tests.families import CAUSAL_LM, METHODS
+from tests.families import CAUSAL_LM, METHODS, save_adapter
 from tests.serving.stepping import Served
-from tests.vllm.conftest import save_adapter, save_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM itself warns
 
@@ -67,12 +66,6 @@ def test_texts_are_those_of_generate_alone(served: InVllm, monkeypatch: pytest.M
         assert not failures
         assert job.written == served.expected(name, text, tokens), (name, text)
     assert bool(preempted) == (served.engine.limits.slots == 512)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Llama's folder."""
-    return save_model(tmp_path_factory.mktemp("models"), "llama")
 
 
 @pytest.fixture

@@ -15,20 +15,13 @@ import pytest
 from softtune.serving.limits import Limits
 from softtune.serving.service import Service
 from softtune.serving.vllm.engine import VllmEngine
-from tests.families import CAUSAL_LM, METHODS
+from tests.families import CAUSAL_LM, METHODS, save_adapter
 from tests.serving import test_http
 from tests.serving.test_http import ADMIN, complete, generated, serving
-from tests.vllm.conftest import save_adapter, save_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM itself warns
 
 TEXTS = ["the sky is", "red good", "cold warm " * 12 + "is"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Llama's folder."""
-    return save_model(tmp_path_factory.mktemp("models"), "llama")
 
 
 @pytest.fixture(scope="module")

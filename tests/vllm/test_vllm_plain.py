@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,13 @@ from transformers import AutoTokenizer
 
 from softtune.cli import load
 from softtune.serving.vllm.connector import PromptConnector
-from tests.families import CAUSAL_LM, METHODS
+from tests.families import CAUSAL_LM, METHODS, save_adapter
+from tests.serving.processes import STARTING, wait_for
 from tests.serving.test_http import generated
-from tests.vllm.conftest import save_adapter, save_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM itself warns
 
 TEXTS = ["the sky is", "cold warm " * 12 + "is"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Llama's folder."""
-    return save_model(tmp_path_factory.mktemp("models"), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +63,10 @@ def client(llama: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     command += ["--block-size", "32", "--num-gpu-blocks-override", "64", "--kv-cache-memory-bytes", "1"]
     process = subprocess.Popen(command, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        wait_for(client, process)
+        wait_for(lambda: client.get("/health").is_success, STARTING)
         yield client
     process.terminate()
     process.wait(60)
-
-
-def wait_for(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a server answers."""
-    for _ in range(600):
-        assert process.poll() is None, "the server has ended"
-        try:
-            client.get("/health")
-            return
-        except httpx.ConnectError:
-            time.sleep(0.2)
-    raise AssertionError("the server does not answer")
 
 
 def test_texts_are_those_of_generate(client: httpx.Client, llama: str, folder: Path) -> None:

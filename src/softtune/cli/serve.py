@@ -28,8 +28,11 @@ KEYS, ADMIN_KEYS = "SOFTTUNE_API_KEYS", "SOFTTUNE_ADMIN_KEYS"
 def command(
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name, smollm2-135m or minilm.")],
     adapters: Annotated[
-        str | None,
-        typer.Option(help="The folder with a folder for each adapter, or an address such as s3://bucket/adapters."),
+        list[str] | None,
+        typer.Option(
+            help="A folder with a folder for each adapter, or an adapter's own; also an address such as "
+            "s3://bucket/adapters or hf://user/adapter. May be repeated."
+        ),
     ] = None,
     follow: Annotated[
         float | None,
@@ -62,9 +65,9 @@ def command(
     settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace, follow=follow)
     made = _engine(engine, model, gpus)
     if replicas > 1:
-        run(model, adapters, limits, settings, replicas=replicas, host=host, port=port, **made)
+        run(model, adapters or [], limits, settings, replicas=replicas, host=host, port=port, **made)
         return
-    folder = AdapterFolder(adapters)
+    folder = AdapterFolder(*adapters or [])
     with console.status("loading"):
         service = Service(model, limits, **made)
         if engine == "vllm":  # what keeps it from starting keeps it for every adapter

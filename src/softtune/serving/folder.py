@@ -1,4 +1,4 @@
-"""A folder of adapters, on this machine or in an object store: which are there, and which have changed."""
+"""Folders of adapters, on this machine, in an object store or on the hub: which are there, and which have changed."""
 
 from __future__ import annotations
 
@@ -24,18 +24,16 @@ class AdapterFolder:
     """Adapters to serve, each in a folder of its name; an ensemble's members in folders within its own.
 
     Args:
-        path: the folder, or an address of an object store as fsspec knows them (``s3://bucket/adapters``), whose files
-            are copied as they change; None where there is none.
+        paths: of folders with a folder for each adapter, or of an adapter's own; or addresses as fsspec knows them, of
+            an object store (``s3://bucket/adapters``) or the hub (``hf://user/adapter``), whose files are copied as
+            they change. Where several have an adapter of one name, the first one's is served.
 
     Raises:
         ConfigError: there is no such folder, or the store cannot be reached.
     """
 
-    def __init__(self, path: str | None) -> None:
-        self._store = None if path is None or "://" not in path else _Store(path)
-        self._path = self._store.copy if self._store is not None else None if path is None else Path(path)
-        if self._path is not None and not self._path.is_dir():
-            raise ConfigError(f"there is no folder {path}: check the path")
+    def __init__(self, *paths: str) -> None:
+        self._sources = [_Store(path) if "://" in path else _Local(path) for path in paths]
         self._loaded: dict[str, Stamps] = {}
         """What the files of each adapter were when it was tried."""
         self._lock = RLock()
@@ -47,10 +45,10 @@ class AdapterFolder:
 
     @property
     def _listing(self) -> dict[str, Path]:
-        if self._path is None:
-            return {}
-        files = [*self._path.glob(f"*/{CONFIG_NAME}"), *self._path.glob(f"*/*/{CONFIG_NAME}")]
-        return {file.parent.relative_to(self._path).as_posix(): file.parent for file in files}
+        listing: dict[str, Path] = {}
+        for source in self._sources:
+            listing = {**_adapters_in(source.path, source.name), **listing}
+        return listing
 
     def load(self, name: str, registry: Registry) -> Version:
         """Serve an adapter, in place of what had its name.
@@ -88,14 +86,35 @@ class AdapterFolder:
                     logger.warning("skipped %s: %s", name, error)
 
     def _fetch(self) -> None:
-        if self._store is not None:
-            self._store.fetch()
-        elif self._path is not None and not self._path.is_dir():
-            raise FileNotFoundError(f"there is no folder {self._path} any more")
+        for source in self._sources:
+            source.fetch()
+
+
+def _adapters_in(path: Path, name: str) -> dict[str, Path]:
+    """The folders of adapters in a folder, by their names; a folder that is an adapter itself, by the name given."""
+    if (path / CONFIG_NAME).is_file():
+        return {name: path}
+    files = [*path.glob(f"*/{CONFIG_NAME}"), *path.glob(f"*/*/{CONFIG_NAME}")]
+    return {file.parent.relative_to(path).as_posix(): file.parent for file in files}
+
+
+class _Local:
+    """A folder on this machine."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.name = self.path.resolve().name
+        if not self.path.is_dir():
+            raise ConfigError(f"there is no folder {path}: check the path")
+
+    def fetch(self) -> None:
+        """Raise FileNotFoundError where it is there no more."""
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.path} any more")
 
 
 class _Store:
-    """A copy of an object store's folder.
+    """A copy of a folder in an object store.
 
     Args:
         address: as fsspec knows it.
@@ -111,8 +130,9 @@ class _Store:
             raise ConfigError(f"{address} cannot be read ({error}): check the address") from error
         if not self._files.exists(self._root):
             raise ConfigError(f"there is nothing at {address}, or it cannot be reached: check the address")
-        self.copy = Path(tempfile.mkdtemp(prefix="softtune-adapters-")).resolve()
-        weakref.finalize(self, shutil.rmtree, self.copy, ignore_errors=True)
+        self.path = Path(tempfile.mkdtemp(prefix="softtune-adapters-")).resolve()
+        self.name = Path(self._root).name
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._known: Stamps = {}
 
     def fetch(self) -> None:
@@ -125,13 +145,13 @@ class _Store:
         found = {
             names[path]: {k: v for k, v in facts.items() if k != "name"}
             for path, facts in files.items()
-            if self.copy in (self.copy / names[path]).resolve().parents  # a key may have dots
+            if self.path in (self.path / names[path]).resolve().parents  # a key may have dots
         }
         for name in self._known.keys() - found.keys():
-            (self.copy / name).unlink(missing_ok=True)
+            (self.path / name).unlink(missing_ok=True)
         for name, facts in found.items():
             if self._known.get(name) != facts:
-                own = self.copy / name
+                own = self.path / name
                 own.parent.mkdir(parents=True, exist_ok=True)
                 self._files.get_file(f"{self._root}/{name}", str(own) + ".new")
                 shutil.move(str(own) + ".new", own)

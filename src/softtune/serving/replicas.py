@@ -6,6 +6,7 @@ what is put there, or taken away, is soon the same everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ FOLLOW = 5.0
 
 def run(
     model: str,
-    adapters: str | None,
+    adapters: Sequence[str],
     limits: Limits,
     settings: Settings,
     *,
@@ -34,7 +35,7 @@ def run(
 
     Args:
         model: the base model's name, which every machine finds.
-        adapters: see ``AdapterFolder``; every machine finds the same there.
+        adapters: their paths, see ``AdapterFolder``; every machine finds the same there.
         limits: of each replica.
         settings: of each replica, but that nobody may load adapters into one alone.
         replicas: how many.
@@ -61,7 +62,7 @@ def run(
 
 
 def application(
-    model: str, adapters: str | None, limits: Limits, settings: Settings, *, replicas: int, **made: Any
+    model: str, adapters: Sequence[str], limits: Limits, settings: Settings, *, replicas: int, **made: Any
 ) -> Any:
     """What Ray Serve runs; see ``run``."""
     from ray import serve
@@ -69,7 +70,7 @@ def application(
     own = replace(settings, follow=settings.follow or FOLLOW)
 
     def build() -> Any:
-        service, folder = Service(model, limits, **made), AdapterFolder(adapters)
+        service, folder = Service(model, limits, **made), AdapterFolder(*adapters)
         folder.follow(service.registry)
         return create_app(service, folder, own)
 
