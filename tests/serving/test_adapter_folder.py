@@ -68,6 +68,9 @@ def test_an_object_store_is_followed(service: Service, adapters: Path, monkeypat
     count = len(fetched)
     folder.follow(service.registry)
     assert len(fetched) == count > 0
+    copies = [path.parent for path in folder._listing.values()]
+    folder.close()
+    assert not any(path.exists() for path in copies)
 
 
 def test_adapters_come_from_several_places(service: Service, adapters: Path, tmp_path: Path) -> None:

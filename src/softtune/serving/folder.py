@@ -85,6 +85,12 @@ class AdapterFolder:
                 except Exception as error:  # whatever is wrong with it, the others are served
                     logger.warning("skipped %s: %s", name, error)
 
+    def close(self) -> None:
+        """Remove the copies of what is elsewhere."""
+        with self._lock:
+            for source in self._sources:
+                source.close()
+
     def _fetch(self) -> None:
         for source in self._sources:
             source.fetch()
@@ -112,6 +118,9 @@ class _Local:
         if not self.path.is_dir():
             raise FileNotFoundError(f"there is no folder {self.path} any more")
 
+    def close(self) -> None:
+        """Nothing was copied."""
+
 
 class _Store:
     """A copy of a folder in an object store.
@@ -132,7 +141,7 @@ class _Store:
             raise ConfigError(f"there is nothing at {address}, or it cannot be reached: check the address")
         self.path = Path(tempfile.mkdtemp(prefix="softtune-adapters-")).resolve()
         self.name = Path(self._root).name
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self.close = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._known: Stamps = {}
 
     def fetch(self) -> None:

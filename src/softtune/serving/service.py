@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Service:
         self.limits = limits or Limits()
         self.loop = Loop([])
         self._folder = Path(tempfile.mkdtemp(prefix="softtune-"))
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.registry = Registry(self._bake, self._folder, lambda version: self.loop.wake())
         self._heads: dict[tuple[TaskType, int | None], Heads] = {}
         self._baking = Lock()
@@ -86,7 +88,7 @@ class Service:
         self.loop.close(grace)
         if not isinstance(self._engine, str):
             self._engine.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
 
     def _made(self, engine: Callable[[Backbone, Limits, Path], TextLane]) -> TextLane | str:
         """The engine, or why there is none."""

@@ -79,6 +79,7 @@ def create_app(service: Service, folder: AdapterFolder, settings: Settings) -> F
         yield
         following.cancel()
         await run_in_threadpool(service.close, settings.grace)
+        await run_in_threadpool(folder.close)
 
     app = FastAPI(title="softtune", version=metadata.version("softtune"), lifespan=lifespan)
     metrics = Metrics(service)
