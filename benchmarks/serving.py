@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import peft
 import psutil
 import torch
 import uvicorn
@@ -136,6 +135,8 @@ def speed(folder: Path) -> Iterator[dict[str, Any]]:
 
 def by_peft(base: PreTrainedModel, folder: Path, words: list[list[int]], pad: int) -> Callable[[], None]:
     """One adapter after the other, each with a batch of its requests."""
+    import peft  # missing where vLLM is
+
     base.generation_config.eos_token_id = None
     model = peft.PeftModel.from_pretrained(base, folder / "0", adapter_name="0").eval()
     for number in range(1, ADAPTERS):

@@ -15,6 +15,7 @@ SECTIONS = {
     "core": "A step and generation",
     "training": "Training and scoring",
     "serving": "Many adapters served",
+    "engines": "Two engines",
     "modes": "Gradient checkpointing, bfloat16, compilation",
     "steps_sms_spam": "Half of the steps: SMS spam",
     "steps_sst2": "Half of the steps: SST-2",
@@ -27,7 +28,7 @@ def main() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`, `make bench-serve` and `make bench-steps`, from",
+        "Written by `make bench`, `make bench-serve`, `make bench-vllm` and `make bench-steps`, from",
         "[benchmarks/results](../benchmarks/results).",
         "",
     ]
