@@ -134,13 +134,18 @@ def write_index() -> None:
     pages = sorted(RESULTS.glob("*/README.md"))
     titles = [page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for page in pages]
     lines = [f"- [{title}]({page.parent.name}/README.md)" for title, page in zip(titles, pages, strict=True)]
-    says = "The papers' questions and known data sets at a small scale; `python benchmarks/studies.py` runs them all."
+    kept = [json.loads(file.read_text(encoding="utf-8")) for file in RESULTS.glob("*.json")]
+    hours = sum(run["minutes"] for each in kept for run in each["runs"]) / 60
+    says = (
+        "The papers' questions and known data sets at a small scale. `python benchmarks/studies.py` runs them all: "
+        f"{hours:.1f} hours with one core, which several processes can share by their names."
+    )
     (RESULTS / "README.md").write_text("\n".join(["# Results", "", says, "", *lines]) + "\n", encoding="utf-8")
 
 
 def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:
     """A page that says where its numbers come from, entry by entry where not all ran at once."""
-    runs = kept.get("runs", [kept])
+    runs = kept["runs"]
     whose = [f" ({', '.join(run['entries'])})" if len(runs) > 1 else "" for run in runs]
     says = [
         f"python benchmarks/studies.py {name}{entries}: {run['minutes']} minutes on {run['hardware']['cpu']}, "
