@@ -53,7 +53,7 @@ class Served:
 
     def _bake(self, folder: Path, own: Path) -> Facts:
         adapter = baking.load(self.model.backbone, folder)
-        self.engine.keep(adapter, own)
+        self.engine.keep(adapter, own, ahead=True)
         return Facts(adapter.config, None, self.engine)
 
     @property

@@ -13,6 +13,7 @@ from tests.training.test_tasks import QUESTIONS, SENTENCES, models, reading, rec
 
 from softtune.cli.loading import load_trained
 from softtune.evaluation.answers import Answers, answer
+from softtune.serving.service import Service
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 
@@ -20,6 +21,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "deep": {"method": "P_TUNING_V2"},
     "longer": {"method": "PROMPT_TUNING", "options": {"num_virtual_tokens": 5}},
     "biases": {"method": "BITFIT", "options": {}},
+}
+PLACED: dict[str, dict[str, Any]] = {
+    "in front": {"template": "{prompt:3}{x} label : ", "method": "PROMPT_TUNING", "options": {}},
+    "within": {"template": "{x} {prompt:2}label : ", "method": "P_TUNING", "options": {}},
 }
 ROWS = [{"x": "red sky", "y": "warm"}, {"x": "blue", "y": "cold"}, {"x": "the green text is good", "y": "cold"}] * 4
 LABELLED = {"template": "{x} label : ", "label_column": "y", "labels": ["warm", "cold"], "test_size": 0}
@@ -65,7 +70,7 @@ def test_labels(tmp_path: Path, models: dict[str, str], kind: str) -> None:  # n
     }[kind]
     model = str(fields.pop("model", models["llama"]))
     kinds = {}
-    for name, own in METHODS.items():
+    for name, own in (METHODS | PLACED).items():
         added = {"options": {"add_missing": True}} if name == "biases" and model == models["llama"] else {}
         kinds[name] = recipe(tmp_path, model, ROWS, **{**LABELLED, **fields, **own, **added})
     folder = trained(tmp_path / "adapters", kinds)
@@ -75,6 +80,30 @@ def test_labels(tmp_path: Path, models: dict[str, str], kind: str) -> None:  # n
         assert [result["label"] for result in results] == expected.texts
         for result, scores in zip(results, expected.scores.softmax(1).tolist(), strict=True):
             assert list(result["scores"].values()) == pytest.approx(scores, abs=1e-4)
+
+
+def test_texts_with_virtual_tokens_within_are_refused(tmp_path: Path, models: dict[str, str]) -> None:  # noqa: F811
+    fields: dict[str, Any] = {**LABELLED, **PLACED["within"]}
+    kinds = {"labels": recipe(tmp_path, models["llama"], ROWS, **fields)}
+    kinds["texts"] = recipe(tmp_path, models["llama"], ROWS, **{**fields, "labels": None, "max_new_tokens": 8})
+    with serving(models["llama"], trained(tmp_path / "adapters", kinds)) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [models["llama"], "labels"]
+        refused = client.post("/v1/completions", json={"model": "labels", "prompt": "red"})
+        assert (refused.status_code, "ask it for labels, by records" in refused.text) == (400, True)
+
+
+def test_texts_are_encoded_one_at_a_time(models: dict[str, str]) -> None:  # noqa: F811
+    service = Service(models["llama"])
+    words = ["red", "sky"] * 20
+
+    def cut(_: int) -> int:
+        return service.encoded(
+            lambda own: len(own(words, is_split_into_words=True, truncation=True, max_length=8)["input_ids"])
+        )
+
+    with ThreadPoolExecutor(6) as threads:
+        found = threads.map(lambda i: cut(i) if i % 2 else len(service.tokenized(" ".join(words))), range(2000))
+    assert {*found} == {8, len(service.tokenized(" ".join(words)))}
 
 
 def test_choices(tmp_path: Path, models: dict[str, str]) -> None:  # noqa: F811

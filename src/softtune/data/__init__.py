@@ -3,7 +3,7 @@ collate (padding)."""
 
 from softtune.data.choosing import ChoiceTask
 from softtune.data.collate import Collator, answer_width, length_batches
-from softtune.data.encoding import IGNORED, Example, encode, encode_apart
+from softtune.data.encoding import IGNORED, Example, encode, encode_apart, has_places_within
 from softtune.data.labelling import LabelTask
 from softtune.data.records import each_row
 from softtune.data.sources import load_records, sample_balanced, split_records
@@ -29,6 +29,7 @@ __all__ = [
     "each_row",
     "encode",
     "encode_apart",
+    "has_places_within",
     "length_batches",
     "load_records",
     "sample_balanced",

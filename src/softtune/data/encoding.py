@@ -177,6 +177,13 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     return ids[:first], ids[last:]
 
 
+def has_places_within(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether virtual tokens stand elsewhere than in front of all that the model reads."""
+    kinds = [part.kind for part in template.parts]
+    count = kinds.count("prompt")
+    return "prompt" in kinds[count:] or (count > 0 and bool(_special_tokens(tokenizer)[0]))
+
+
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token or add_eos=False")

@@ -46,8 +46,13 @@ def load(backbone: Backbone, folder: Path) -> Adapter:
 
 
 @torch.no_grad()
-def bake(backbone: Backbone, adapter: Adapter) -> Prompt:
+def bake(backbone: Backbone, adapter: Adapter, *, ahead: bool = True) -> Prompt:
     """What an adapter contributes to the texts of a decoder.
+
+    Args:
+        backbone: the base model.
+        adapter: the adapter.
+        ahead: whether leading virtual tokens become keys and values; not where they stand within the text.
 
     Raises:
         UnsupportedModelError: it trains whole modules, which texts of other adapters share.
@@ -58,7 +63,7 @@ def bake(backbone: Backbone, adapter: Adapter) -> Prompt:
             "train it without modules_to_save"
         )
     with turn(backbone.model):
-        return computed_prompt(backbone, adapter, ahead=True)
+        return computed_prompt(backbone, adapter, ahead=ahead)
 
 
 def save(prompt: Prompt, backbone: Backbone, folder: Path) -> None:

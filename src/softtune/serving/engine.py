@@ -60,9 +60,9 @@ class Engine:
         self.running: list[Ticket[Job]] = []
         self._base = Held.of(self.pool, Prompt())
 
-    def keep(self, adapter: Adapter, folder: Path) -> None:
+    def keep(self, adapter: Adapter, folder: Path, *, ahead: bool) -> None:
         """See ``Lane``."""
-        baking.save(baking.bake(self.backbone, adapter), self.backbone, folder)
+        baking.save(baking.bake(self.backbone, adapter, ahead=ahead), self.backbone, folder)
 
     @property
     def longest(self) -> int:

@@ -88,7 +88,7 @@ class Heads:
         self._collate = Collator(pad_token_id, padding_side="left")
         self.hot: Hot[HeldAdapter] = Hot(lambda version: HeldAdapter(baking.load(backbone, version.folder)))
 
-    def keep(self, adapter: Adapter, folder: Path) -> None:
+    def keep(self, adapter: Adapter, folder: Path, *, ahead: bool) -> None:
         """See ``Lane``."""
         checkpoint.save(folder, adapter, self.backbone)
 
@@ -103,13 +103,19 @@ class Heads:
         drop_cancelled(self)
         while self.waiting.first is not None and len(self._pending) < self.limits.rows:
             self._begin(self.waiting.pop())
-        if rows := self._pending[: self.limits.rows]:
+        if rows := self._next_rows():
             outputs = self._forward([example for _, example in rows], [_version(ticket) for ticket, _ in rows])
             for (ticket, _), output in zip(rows, outputs, strict=True):
                 self._found[ticket].append(output)
             for ticket in [t for t in self.running if len(self._found[t]) == len(t.job.examples)]:
                 self._answer(ticket)
         self.hot.shrink(self.limits.hot)
+
+    def _next_rows(self) -> list[tuple[Ticket[Judging], Example]]:
+        """Rows for a batch, which all have places for as many virtual tokens: those of the first one's kind."""
+        pending = self._pending
+        alike = [row for row in pending if _num_places(row[1]) == _num_places(pending[0][1])]
+        return alike[: self.limits.rows]
 
     @property
     def _pending(self) -> list[tuple[Ticket[Judging], Example]]:
@@ -154,6 +160,10 @@ class Heads:
         self.running.remove(ticket)
         del self._found[ticket]
         self.hot.done(_version(ticket))
+
+
+def _num_places(example: Example) -> int:
+    return len(example.prompt_positions or ())
 
 
 def _version(ticket: Ticket[Judging]) -> Version:

@@ -26,8 +26,12 @@ class Lane(Protocol):
     waiting: Waiting[Any]
     hot: Hot[Any]
 
-    def keep(self, adapter: Adapter, folder: Path) -> None:
-        """Write an adapter's inference form into a folder. Raises UnsupportedModelError where there is none here."""
+    def keep(self, adapter: Adapter, folder: Path, *, ahead: bool) -> None:
+        """Write an adapter's inference form into a folder, its virtual tokens computed ahead where that is asked.
+
+        Raises:
+            UnsupportedModelError: there is no such form here.
+        """
         ...
 
     def submit(self, ticket: Ticket[Any]) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from softtune.data import IGNORED, ChoiceTask, Example, LabelTask, SpanTask, TagTask, TextTask
 from softtune.data.tagging import OUTSIDE
@@ -69,8 +69,9 @@ class Questions:
             labels = task.of(record)
             if len(labels) > MOST_CHOICES:
                 raise RequestError(f"the record has {len(labels)} choices: give {MOST_CHOICES} at most")
-            encoded = [partial(task.encode, record, self._service.tokenizer, choice) for choice in labels]
-            scores = await self._score(version, await _each(encoded))
+            scores = await self._score(
+                version, await self._encoded(lambda own: [task.encode(record, own, choice) for choice in labels])
+            )
         else:
             labels = task.verbalizer.labels
             scores = await self._scores_of_labels(version, task, record)
@@ -82,7 +83,7 @@ class Questions:
     async def tag(self, version: Version, record: Mapping[str, Any]) -> list[str]:
         """The tag of each word. Raises as ``label`` does."""
         task = _checked(version, record, TagTask)
-        [(example, firsts)] = await _each([partial(task.prompt, record, self._service.tokenizer)])
+        example, firsts = await self._encoded(lambda own: task.prompt(record, own))
         [(logits,)] = await self._judge(version, [example])
         classes = logits.argmax(-1).tolist()
         return [OUTSIDE if first is None else task.labels[classes[first]] for first in firsts]
@@ -91,20 +92,23 @@ class Questions:
         """The part of the text that answers the question: its first character, the one behind it, and what it reads; an
         empty one for none. Raises as ``label`` does."""
         task = _checked(version, record, SpanTask)
-        [parts] = await _each([partial(task.prompts, record, self._service.tokenizer)])
+        parts = await self._encoded(lambda own: task.prompts(record, own))
         found = await self._judge(version, [part.example for part in parts])
         start, end = best_span(task, [(part, own[0], own[1]) for part, own in zip(parts, found, strict=True)])
         return start, end, record[task.context][start:end]
 
     async def _scores_of_labels(self, version: Version, task: LabelTask, record: Mapping[str, Any]) -> Tensor:
         if task.has_head:
-            [(logits,)] = await self._judge(
-                version, await _each([partial(task.encode, record, self._service.tokenizer)])
-            )
+            [(logits,)] = await self._judge(version, [await self._encoded(lambda own: task.encode(record, own))])
             return logits
         labels = task.verbalizer.labels
-        encoded = [partial(task.encode, record, self._service.tokenizer, label=label) for label in labels]
-        return await self._score(version, await _each(encoded))
+        return await self._score(
+            version, await self._encoded(lambda own: [task.encode(record, own, label=label) for label in labels])
+        )
+
+    async def _encoded(self, encode: Callable[[PreTrainedTokenizerBase], Result]) -> Result:
+        """What a function makes of a record, which would keep others waiting."""
+        return await asyncio.to_thread(self._service.encoded, encode)
 
     async def _score(self, version: Version, examples: Sequence[Example]) -> Tensor:
         """[N] log-probabilities of the answers of examples that begin with the same text."""
@@ -124,11 +128,6 @@ class Questions:
         found: list[tuple[Tensor, ...]]
         found = await self._service.told(version.facts.lane, version, lambda tell: Judging(examples, tell))
         return found
-
-
-async def _each(encoded: Sequence[Callable[[], Result]]) -> list[Result]:
-    """What some functions return, which would keep others waiting."""
-    return await asyncio.to_thread(lambda: [encode() for encode in encoded])
 
 
 def _checked(version: Version, record: Mapping[str, Any], *kinds: type) -> Any:

@@ -30,6 +30,8 @@ class Facts:
     """What it was trained for; None where nobody noted it."""
     lane: Any
     """Where its requests are worked on."""
+    has_places_within: bool = False
+    """Whether its template has virtual tokens within the text."""
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -13,15 +13,16 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from softtune.backbone import Backbone
+from softtune.data import ChoiceTask, LabelTask, Task, TextTask, has_places_within
 from softtune.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 from softtune.evaluation.answers import fitted_beside
 from softtune.methods import PeftConfig, TaskType
@@ -36,6 +37,8 @@ from softtune.serving.registry import Facts, Registry, Version
 from softtune.serving.sampling import Choice, Sampling, Writer
 from softtune.serving.waiting import Ticket
 from softtune.training.recipe import RECIPE_NAME, Recipe
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Service:
         self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.registry = Registry(self._bake, self._folder, lambda version: self.loop.wake())
         self._heads: dict[tuple[TaskType, int | None], Heads] = {}
-        self._baking = Lock()
+        self._baking, self._encoding = Lock(), Lock()
         self._engine = self._made(engine)
 
     def start(self) -> None:
@@ -129,9 +132,14 @@ class Service:
         finally:
             self.registry.release(version)
 
+    def encoded(self, encode: Callable[[PreTrainedTokenizerBase], Result]) -> Result:
+        """What a function makes of texts: one at a time, since the tokenizer keeps what the last one asked of it."""
+        with self._encoding:
+            return encode(self.tokenizer)
+
     def tokenized(self, text: str) -> list[int]:
         """A text's tokens."""
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+        return self.encoded(lambda tokenizer: list(tokenizer(text, verbose=False)["input_ids"]))
 
     def checked(self, tokens: list[int]) -> list[int]:
         """Tokens that a request brings along. Raises RequestError where the base model has no such token."""
@@ -145,7 +153,9 @@ class Service:
         if not self.tokenizer.chat_template:
             raise RequestError(f"{self.name} knows no conversations: use /v1/completions")
         try:
-            found: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            found: Any = self.encoded(
+                lambda tokenizer: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            )
         except TemplateError as error:
             raise RequestError(f"the messages do not fit the model's template ({error}): change their order") from error
         return list(found["input_ids"])
@@ -159,6 +169,8 @@ class Service:
         """Raise RequestError where an adapter writes no texts, UnsupportedModelError where the base model does not."""
         if version is not None and isinstance(version.facts.lane, Heads):
             raise RequestError(f"{version.name} has a head and writes no texts: ask it for labels")
+        if version is not None and version.facts.has_places_within:
+            raise RequestError(f"{version.name} has virtual tokens within its text: ask it for labels, by records")
         _ = self.engine
 
     async def write(
@@ -238,11 +250,23 @@ class Service:
             kind = config.task_type or TaskType.CAUSAL_LM
             lane = self._lane(kind, recipe)
             adapter = baking.load(lane.backbone, folder)
-            lane.keep(adapter, own)
             virtual = getattr(config, "num_virtual_tokens", 0)
             positions = lane.backbone.max_positions
             task = None if recipe is None else fitted_beside(recipe.definition, positions, virtual)
-            return Facts(config, task, lane)
+            within = self._has_places_within(task)
+            lane.keep(adapter, own, ahead=not within)
+            return Facts(config, task, lane, within)
+
+    def _has_places_within(self, task: Task | None) -> bool:
+        """See ``Facts``. Raises UnsupportedModelError where texts are written, which say nothing of such places."""
+        if not isinstance(task, LabelTask | ChoiceTask | TextTask):
+            return False
+        found = self.encoded(partial(has_places_within, task.template))
+        if found and isinstance(task, TextTask):
+            raise UnsupportedModelError(
+                "its template has virtual tokens within the text, where a request's text has none: train it without"
+            )
+        return found
 
     def _lane(self, kind: TaskType, recipe: Recipe | None) -> Lane:
         """Where an adapter's requests are worked on."""

@@ -118,9 +118,9 @@ class VllmEngine:
             ),
         )
 
-    def keep(self, adapter: Adapter, folder: Path) -> None:
+    def keep(self, adapter: Adapter, folder: Path, *, ahead: bool) -> None:
         """See ``Lane``."""
-        prompt = baking.bake(self.backbone, adapter)
+        prompt = baking.bake(self.backbone, adapter, ahead=ahead)
         check(prompt, self.backbone)
         baking.save(prompt, self.backbone, folder)
 
