@@ -104,6 +104,20 @@ def test_adapters_take_turns(served: Callable[..., Pooled]) -> None:
     s.finish()
 
 
+def test_a_crowd_leaves_places_in_the_queue(served: Callable[..., Pooled]) -> None:
+    one = served(rows=1, waiting=4)
+    crowd = [one.write("prefix", "the sky is", max_tokens=3) for _ in range(4)]  # nobody has begun
+    with pytest.raises(FullError, match="4 requests are waiting: try again later"):
+        one.write("prefix", "red", max_tokens=3)
+    others = [one.write(name, "red", max_tokens=3) for name in ("prompt", "infix")]
+    with pytest.raises(FullError):
+        one.write("prompt", "red", max_tokens=3)
+    assert [[type(error) for error in failures] for _, _, failures in crowd] == [[], [], [FullError], [FullError]]
+    one.finish()
+    for job, _, failures in crowd[:2] + others:
+        assert (len(job.written), failures) == (3, [])
+
+
 def test_a_version_lasts_as_long_as_its_requests(served: Callable[..., Pooled], adapters: Path, llama: str) -> None:
     s = served(rows=2, hot=0)
     old, *_ = s.write("prefix", TEXTS[0], max_tokens=8)

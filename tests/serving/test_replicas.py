@@ -35,6 +35,15 @@ def test_replicas_answer_and_follow_the_folder(llama: str, adapters: Path, tmp_p
         wait_for(is_everywhere, FOLLOWING)
 
 
+@pytest.mark.slow
+def test_more_than_replicas_take_are_refused(llama: str) -> None:
+    options = ("--model", llama, "--replicas", "2", "--rows", "1", "--waiting", "1")
+    with started(*options) as (client, _), ThreadPoolExecutor(24) as threads:
+        found = list(threads.map(lambda _: complete(client, model=llama, max_tokens=40), range(48)))
+    assert {one.status_code for one in found} == {200, 429}
+    assert all(one.headers["Retry-After"] == "1" for one in found if one.status_code == 429)
+
+
 def test_requests_do_not_load_adapters_into_one_of_several() -> None:
     with pytest.raises(ConfigError, match="a request reaches one of the replicas: put adapters into their folder"):
-        run("any", None, Limits(), Settings(admin_keys=("boss",)), replicas=2, host="127.0.0.1", port=1)
+        run("any", [], Limits(), Settings(admin_keys=("boss",)), replicas=2, host="127.0.0.1", port=1)

@@ -66,18 +66,32 @@ def application(
 ) -> Any:
     """What Ray Serve runs; see ``run``."""
     from ray import serve
+    from ray.serve.config import BackpressureConfig
 
     own = replace(settings, follow=settings.follow or FOLLOW)
 
-    def build() -> Any:
-        service, folder = Service(model, limits, **made), AdapterFolder(*adapters)
-        folder.follow(service.registry)
-        return create_app(service, folder, own)
-
-    @serve.deployment(name="softtune", num_replicas=replicas, max_ongoing_requests=limits.rows + limits.waiting)
-    @serve.ingress(build)
+    @serve.deployment(
+        name="softtune",
+        num_replicas=replicas,
+        max_ongoing_requests=limits.rows + limits.waiting,
+        max_queued_requests=limits.waiting,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+    )
+    @serve.ingress()
     class Replica:
         """A server of its own."""
+
+        def __init__(self) -> None:
+            self._service, self._folder = Service(model, limits, **made), AdapterFolder(*adapters)
+            self._folder.follow(self._service.registry)
+
+        def __serve_build_asgi_app__(self) -> Any:
+            return create_app(self._service, self._folder, own)
+
+        def check_health(self) -> None:
+            """Raise RuntimeError where nothing works on requests any more: Ray starts another one."""
+            if not self._service.is_alive:
+                raise RuntimeError("nothing works on requests")
 
     bound: Any = Replica
     return bound.bind()

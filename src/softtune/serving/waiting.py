@@ -60,18 +60,27 @@ class Waiting(Generic[Job]):
             return iter([ticket for queue in self._queues.values() for ticket in queue])
 
     def add(self, ticket: Ticket[Job]) -> None:
-        """Let a request wait behind the others of its adapter.
+        """Let a request wait behind the others of its adapter. Where too many wait, the last one of the adapter with
+        most of them fails in its place.
 
         Raises:
-            FullError: too many wait already.
+            FullError: too many wait already, and no other adapter's are more than this one's.
             ClosedError: no more requests are taken.
         """
+        full = FullError(f"{self.bound} requests are waiting: try again later")
         with self._lock:
             if self.is_closed:
                 raise ClosedError("the server is shutting down: try again later")
+            last = None
             if self._count >= self.bound:
-                raise FullError(f"{self.bound} requests are waiting: try again later")
+                longest = max(self._queues.values(), key=len)
+                if len(self._queues.get(ticket.version, ())) + 1 >= len(longest):
+                    raise full
+                last = longest.pop()
             self._queues.setdefault(ticket.version, deque()).append(ticket)
+        if last is not None:
+            last.fail(full)
+            last.end()
 
     def add_first(self, ticket: Ticket[Job]) -> None:
         """Before all others, where it had its turn already."""
