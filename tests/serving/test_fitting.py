@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from softtune.backbone import Backbone
 from softtune.errors import CheckpointError, UnsupportedModelError
-from softtune.serving.vllm.fitting import bake
+from softtune.serving.vllm.fitting import bake_folder
 from softtune.serving.vllm.prompts import Prompts
 
 REFUSED = {
@@ -28,7 +28,7 @@ def backbone(llama: str) -> Backbone:
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "p_tuning_lstm"])
 def test_prefixes_are_written_layer_by_layer(backbone: Backbone, adapters: Path, kind: str, tmp_path: Path) -> None:
-    assert bake(backbone, adapters / kind, tmp_path / kind) == P
+    assert bake_folder(backbone, adapters / kind, tmp_path / kind) == P
     prompts = Prompts(tmp_path, layers=2, heads=2, size=6)
     assert prompts.length(kind) == P
     assert prompts.read(kind).shape == (P, 2, 2, 2, 6)
@@ -39,7 +39,7 @@ def test_prefixes_are_written_layer_by_layer(backbone: Backbone, adapters: Path,
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_vllm_cannot_take_is_refused(backbone: Backbone, adapters: Path, kind: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError) as refusal:
-        bake(backbone, adapters / kind, tmp_path / kind)
+        bake_folder(backbone, adapters / kind, tmp_path / kind)
     assert str(refusal.value) in (REFUSED[kind], f"{adapters}/{REFUSED[kind]}")
     assert not (tmp_path / kind).exists()
 
@@ -47,7 +47,7 @@ def test_what_vllm_cannot_take_is_refused(backbone: Backbone, adapters: Path, ki
 def test_windows_are_refused(backbone: Backbone, adapters: Path, tmp_path: Path) -> None:
     backbone.text_config.sliding_window = 8
     with pytest.raises(UnsupportedModelError, match="a prefix in layers that see a part of the text"):
-        bake(backbone, adapters / "prefix", tmp_path / "prefix")
+        bake_folder(backbone, adapters / "prefix", tmp_path / "prefix")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../prefix", "a/b", ".hidden", "a" * 201])

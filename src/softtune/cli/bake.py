@@ -11,7 +11,7 @@ from softtune.backbone import Backbone
 from softtune.cli.console import console, quiet
 from softtune.errors import ConfigError
 from softtune.pretrained import load_base_model
-from softtune.serving.vllm.fitting import bake
+from softtune.serving.vllm.fitting import bake_folder
 from softtune.serving.vllm.prompts import NAME
 
 
@@ -32,5 +32,5 @@ def command(
             raise ConfigError(f"{to / adapter.name} is there already: give the adapter's folder another name")
     base, _ = load_base_model(model)
     for adapter in adapters:
-        virtual = bake(Backbone(base), adapter, to / adapter.name)
+        virtual = bake_folder(Backbone(base), adapter, to / adapter.name)
         console.print(f"{adapter.name}: texts begin with {virtual} placeholders", soft_wrap=True)

@@ -12,7 +12,7 @@ from softtune.methods.flat import is_even
 from softtune.serving import baking
 
 
-def bake(backbone: Backbone, adapter: Path, folder: Path) -> int:
+def bake_folder(backbone: Backbone, adapter: Path, folder: Path) -> int:
     """Write the keys and values of a saved adapter into a new folder.
 
     Returns:
