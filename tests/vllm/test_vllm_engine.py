@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from softtune.errors import TooLongError, UnsupportedModelError
+from softtune.serving import baking
 from softtune.serving.engine import Engine
 from softtune.serving.jobs import Scoring, Writing
 from softtune.serving.limits import Limits
@@ -97,6 +100,21 @@ def test_scores_are_those_of_a_forward_alone(few: InVllm) -> None:
                 logits = few.model(torch.tensor([words + own]), labels=labels, **acting).logits[0]
             expected = logits[len(words) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(own)[:, None]).sum()
             assert score == pytest.approx(float(expected), abs=1e-4), (name, text, answer)
+
+
+def test_keys_and_values_are_left_to_the_connector(few: InVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, names = baking.safe_open, []
+
+    @contextmanager
+    def watched(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with opened(*args, **kwargs) as file:
+            yield Mock(wraps=file, get_tensor=lambda name: names.append(name) or file.get_tensor(name))
+
+    monkeypatch.setattr(baking, "safe_open", watched)
+    for name in few.names:
+        few.write(name, TEXTS[0], max_tokens=2)
+    few.finish()
+    assert names == ["vectors"]  # those of prompt_suffix
 
 
 def test_tokens_are_told_as_the_other_engine_tells_them(few: InVllm) -> None:

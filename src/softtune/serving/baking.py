@@ -84,12 +84,13 @@ def save(prompt: Prompt, backbone: Backbone, folder: Path) -> None:
     save_file(numbers, folder / PROMPT_NAME, {"prompt": json.dumps(facts)})
 
 
-def read(folder: Path, backbone: Backbone) -> Prompt:
-    """A baked prompt, out of the folder that ``save`` wrote into."""
+def read(folder: Path, backbone: Backbone, *, with_prefix: bool = True) -> Prompt:
+    """A baked prompt, out of the folder that ``save`` wrote into; without keys and values where others read them."""
     with safe_open(folder / PROMPT_NAME, "pt", device=str(backbone.model.device)) as opened:
         facts = json.loads(opened.metadata()["prompt"])
-        tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    layers = [backbone.attention_layers[number] for number in facts["layers"]]
+        names = [name for name in opened.keys() if with_prefix or name != "prefix"]  # noqa: SIM118
+        tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
+    layers = [backbone.attention_layers[number] for number in facts["layers"]] if with_prefix else []
     has_additions = any(name.startswith("addition.") for name in tensors)
     slots = {f"addition.{slot.name}": slot for slot in backbone.bias_slots()} if has_additions else {}
     return Prompt(

@@ -197,7 +197,7 @@ class VllmEngine:
         self._llm.engine_core.shutdown(timeout=30.0)
 
     def _load(self, version: Version) -> HeldVectors:
-        return HeldVectors(baking.read(version.folder, self.backbone))
+        return HeldVectors(baking.read(version.folder, self.backbone, with_prefix=False))
 
 
 def _watch(client: Any) -> None:
