@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from tests.serving.stepping import Served
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM itself warns
 
 TEXTS = ["the sky is blue", "red", "cold warm " * 9 + "the green sky label : is"]
+ANSWERS = ["warm", "cold", "bad text", "the sky is", "bad text is"]
 LIMITS = {
     "all at once": {"slots": 8192},
     "texts in parts": {"tokens": 16, "rows": 12},
@@ -82,17 +83,20 @@ def few(llama: str, tmp_path: Path) -> Iterator[InVllm]:
     served.engine.close()
 
 
+def ask(served: InVllm, name: str | None, text: str, tell: Callable[[list[float]], None]) -> list[Exception]:
+    """Ask for the scores of ANSWERS; gives what it fails by."""
+    return served.submit(name, Scoring(served.ids(text), [served.ids(answer) for answer in ANSWERS], tell))[1]
+
+
 def test_scores_are_those_of_a_forward_alone(few: InVllm) -> None:
-    answers = ["warm", "cold", "bad text", "the sky is", "bad text is"]
     found: dict[tuple[str | None, str], list[float]] = {}
     for name in few.names:
         for text in TEXTS:
-            ids = [few.ids(answer) for answer in answers]
-            few.submit(name, Scoring(few.ids(text), ids, lambda x, at=(name, text): found.update({at: x})))
+            ask(few, name, text, lambda x, at=(name, text): found.update({at: x}))
     few.finish()
     assert len(found) == len(TEXTS) * len(few.names)
     for (name, text), scores in found.items():
-        for answer, score in zip(answers, scores, strict=True):
+        for answer, score in zip(ANSWERS, scores, strict=True):
             words, own = few.ids(text), few.ids(answer)
             labels = torch.tensor([[-100] * len(words) + own])
             acting = {"adapter_names": [name or "__base__"]}
@@ -100,6 +104,17 @@ def test_scores_are_those_of_a_forward_alone(few: InVllm) -> None:
                 logits = few.model(torch.tensor([words + own]), labels=labels, **acting).logits[0]
             expected = logits[len(words) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(own)[:, None]).sum()
             assert score == pytest.approx(float(expected), abs=1e-4), (name, text, answer)
+
+
+def test_who_cannot_be_told_fails_alone(few: InVllm) -> None:
+    def tell(scores: list[float]) -> None:
+        raise ValueError("nobody listens")
+
+    good, *_ = few.write("prefix", TEXTS[0], max_tokens=8)
+    failures = ask(few, "prompt", TEXTS[0], tell)
+    few.finish()
+    assert [str(error) for error in failures] == ["nobody listens"]
+    assert good.written == few.expected("prefix", TEXTS[0], 8)
 
 
 def test_keys_and_values_are_left_to_the_connector(few: InVllm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,11 @@ class VllmEngine:
         if written.finish_reason not in (None, "stop", "length"):
             fail(self, [ticket], RuntimeError(f"vLLM ended a request by itself: {written.finish_reason}"))
             return
-        part.take(written)
+        try:
+            part.take(written)
+        except Exception as error:  # of this request alone
+            fail(self, [ticket], error)
+            return
         if output.finished:
             del self._parts[output.request_id]
         if ticket.job.is_done:
