@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from vllm import SamplingParams
+from vllm import SamplingParams, sampling_params
 from vllm.inputs.engine import tokens_input
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -104,6 +104,18 @@ def test_scores_are_those_of_a_forward_alone(few: InVllm) -> None:
                 logits = few.model(torch.tensor([words + own]), labels=labels, **acting).logits[0]
             expected = logits[len(words) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(own)[:, None]).sum()
             assert score == pytest.approx(float(expected), abs=1e-4), (name, text, answer)
+
+
+def test_more_tokens_than_vllm_takes_at_once_are_scored(few: InVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_params, "MAX_LOGPROB_TOKEN_IDS", 3)
+    scores: list[list[float]] = []
+    failures = few.submit("prefix", Scoring(few.ids("red"), [[token] for token in range(8)], scores.append))[1]
+    few.finish()
+    assert not failures
+    ids = torch.tensor([few.ids("red")])
+    with torch.no_grad():
+        logits = few.model(ids, adapter_names=["prefix"]).logits[0, -1]
+    assert scores == [pytest.approx(logits.log_softmax(-1)[:8].tolist(), abs=1e-4)]
 
 
 def test_who_cannot_be_told_fails_alone(few: InVllm) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm import SamplingParams
+from vllm import SamplingParams, sampling_params
 from vllm.sampling_params import RequestOutputKind
 
 from softtune.serving.jobs import Scoring, Writing
@@ -64,24 +64,29 @@ def _choice(token: int, row: Any, count: int) -> Choice:
 
 
 def _scoring(job: Scoring, common: dict[str, Any]) -> list[Part]:
-    """Each different beginning of an answer, and all tokens that go on from it in one request."""
+    """Each different beginning of an answer, with the tokens that go on from it: as many in a request as vLLM takes."""
     following: dict[tuple[int, ...], set[int]] = {}
     for answer in job.answers:
         for count, token in enumerate(answer):
             following.setdefault(tuple(answer[:count]), set()).add(token)
     found: dict[tuple[int, ...], float] = {}
 
-    def take(beginning: tuple[int, ...], output: Any) -> None:
-        for token in following[beginning]:
+    def take(beginning: tuple[int, ...], tokens: Sequence[int], output: Any) -> None:
+        for token in tokens:
             found[(*beginning, token)] = output.logprobs[0][token].logprob
         if len(found) == sum(map(len, following.values())):
             job.end([_score(answer, found) for answer in job.answers])
 
-    def part(beginning: tuple[int, ...], tokens: set[int]) -> Part:
-        params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=sorted(tokens), **common)
-        return Part(beginning, params, lambda output: take(beginning, output))
+    def part(beginning: tuple[int, ...], tokens: list[int]) -> Part:
+        params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=tokens, **common)
+        return Part(beginning, params, lambda output: take(beginning, tokens, output))
 
-    return [part(beginning, tokens) for beginning, tokens in following.items()]
+    most = sampling_params.MAX_LOGPROB_TOKEN_IDS
+    return [
+        part(beginning, sorted(tokens)[first : first + most])
+        for beginning, tokens in following.items()
+        for first in range(0, len(tokens), most)
+    ]
 
 
 def _score(answer: Sequence[int], found: dict[tuple[int, ...], float]) -> float:
