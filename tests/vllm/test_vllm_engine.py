@@ -88,12 +88,16 @@ def ask(served: InVllm, name: str | None, text: str, tell: Callable[[list[float]
     return served.submit(name, Scoring(served.ids(text), [served.ids(answer) for answer in ANSWERS], tell))[1]
 
 
-def test_scores_are_those_of_a_forward_alone(few: InVllm) -> None:
+@pytest.mark.parametrize("logprobs", [None, 3])
+def test_scores_are_those_of_a_forward_alone(few: InVllm, logprobs: int | None) -> None:
+    company, *_ = few.write("prefix", "red", max_tokens=200, logprobs=logprobs)
+    few.engine.step()
     found: dict[tuple[str | None, str], list[float]] = {}
     for name in few.names:
         for text in TEXTS:
             ask(few, name, text, lambda x, at=(name, text): found.update({at: x}))
     few.finish()
+    assert len(company.written) == 200  # there all the time
     assert len(found) == len(TEXTS) * len(few.names)
     for (name, text), scores in found.items():
         for answer, score in zip(ANSWERS, scores, strict=True):
@@ -104,6 +108,35 @@ def test_scores_are_those_of_a_forward_alone(few: InVllm) -> None:
                 logits = few.model(torch.tensor([words + own]), labels=labels, **acting).logits[0]
             expected = logits[len(words) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(own)[:, None]).sum()
             assert score == pytest.approx(float(expected), abs=1e-4), (name, text, answer)
+
+
+def test_likeliest_tokens_are_the_same_beside_scores(few: InVllm) -> None:
+    def write() -> Writing:
+        return few.write("prefix", TEXTS[1], max_tokens=24, logprobs=3)[0]
+
+    scores: list[list[float]] = []
+    alone = write()
+    few.finish()
+    ask(few, "prompt", TEXTS[2], scores.append)
+    after = write()
+    for _ in range(40):  # more of them come all the time
+        ask(few, "prompt", TEXTS[0], scores.append)
+        few.engine.step()
+    assert after.is_done
+    few.finish()
+    before = write()
+    few.engine.step()
+    scores.clear()
+    ask(few, "prompt", TEXTS[0], scores.append)
+    while not scores:
+        few.engine.step()
+    assert not before.is_done
+    few.finish()
+    for job in (after, before):
+        assert job.written == alone.written
+        for (choice, *_), (wanted, *_) in zip(few.told[job], few.told[alone], strict=True):
+            assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+            assert choice.likeliest == pytest.approx(wanted.likeliest, abs=1e-4)
 
 
 def test_more_tokens_than_vllm_takes_at_once_are_scored(few: InVllm, monkeypatch: pytest.MonkeyPatch) -> None:

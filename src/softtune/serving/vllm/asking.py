@@ -1,8 +1,13 @@
-"""What vLLM is asked for a job: one request that writes, or some that tell how likely an answer's tokens are."""
+"""What vLLM is asked for a job: one request that writes, or some that tell how likely an answer's tokens are.
+
+In a step of vLLM 0.32 (model runner V1) where a request names tokens to tell the log-probabilities of, none is told its
+likeliest ones. So beside a text that is told them answers are scored token by token, each the only one that may be
+written; and such a text begins when no request names tokens: those are over in a few steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +29,14 @@ class Part:
     """Told of each ``CompletionOutput``, with the tokens that are new in it."""
 
 
-def parts_of(job: Writing | Scoring, adapter: str | None) -> list[Part]:
-    """All that a job asks, of an adapter whose virtual tokens the connector writes, or of none."""
+def may_begin(job: Writing | Scoring, running: Iterable[Part]) -> bool:
+    """Whether vLLM can do what a job asks beside what it does."""
+    is_told_likeliest = isinstance(job, Writing) and bool(job.asked.logprobs)
+    return not is_told_likeliest or not any(part.params.logprob_token_ids for part in running)
+
+
+def parts_of(job: Writing | Scoring, adapter: str | None, running: Iterable[Part]) -> list[Part]:
+    """All that a job asks, of an adapter whose virtual tokens the connector writes, or of none, beside what is done."""
     common = {
         "detokenize": False,
         "ignore_eos": True,  # of the ends that the config names: a job knows them
@@ -33,7 +44,7 @@ def parts_of(job: Writing | Scoring, adapter: str | None) -> list[Part]:
     }
     if isinstance(job, Writing):
         return [Part((), _writing(job.asked, job.ends, common), lambda output: _add(job, output))]
-    return _scoring(job, common)
+    return _scoring(job, common, singly=any(part.params.logprobs for part in running))
 
 
 def _writing(asked: Sampling, ends: frozenset[int], common: dict[str, Any]) -> SamplingParams:
@@ -63,7 +74,7 @@ def _choice(token: int, row: Any, count: int) -> Choice:
     return Choice(token, row[token].logprob, dict(best[:count]))
 
 
-def _scoring(job: Scoring, common: dict[str, Any]) -> list[Part]:
+def _scoring(job: Scoring, common: dict[str, Any], *, singly: bool) -> list[Part]:
     """Each different beginning of an answer, with the tokens that go on from it: as many in a request as vLLM takes."""
     following: dict[tuple[int, ...], set[int]] = {}
     for answer in job.answers:
@@ -78,10 +89,11 @@ def _scoring(job: Scoring, common: dict[str, Any]) -> list[Part]:
             job.end([_score(answer, found) for answer in job.answers])
 
     def part(beginning: tuple[int, ...], tokens: list[int]) -> Part:
-        params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=tokens, **common)
+        asked = {"allowed_token_ids": tokens, "logprobs": 0} if singly else {"logprob_token_ids": tokens}
+        params = SamplingParams(max_tokens=1, temperature=0, **asked, **common)
         return Part(beginning, params, lambda output: take(beginning, tokens, output))
 
-    most = sampling_params.MAX_LOGPROB_TOKEN_IDS
+    most = 1 if singly else sampling_params.MAX_LOGPROB_TOKEN_IDS
     return [
         part(beginning, sorted(tokens)[first : first + most])
         for beginning, tokens in following.items()

@@ -32,7 +32,7 @@ from softtune.serving.loop import drop_cancelled, fail
 from softtune.serving.registry import Hot, Version
 from softtune.serving.texts import VIRTUAL, Held, Text
 from softtune.serving.vllm import connector
-from softtune.serving.vllm.asking import Part, parts_of
+from softtune.serving.vllm.asking import Part, may_begin, parts_of
 from softtune.serving.vllm.fitting import check
 from softtune.serving.waiting import Ticket, Waiting
 
@@ -140,11 +140,18 @@ class VllmEngine:
         """Let vLLM do a step of all that run."""
         drop_cancelled(self)
         self.hot.shrink(self.limits.hot)
-        while len(self.running) < self.limits.rows and self.waiting.first is not None:
+        while len(self.running) < self.limits.rows and (first := self.waiting.first) is not None:
+            if not may_begin(first.job, self._asked):
+                break  # nor may others, which might keep it waiting for ever
             self._begin(self.waiting.pop())
         if self.running:
             for output in self._llm.step():
                 self._take(output)
+
+    @property
+    def _asked(self) -> list[Part]:
+        """All that vLLM is asked at present."""
+        return [part for _, part in self._parts.values()]
 
     def _begin(self, ticket: Ticket[Job]) -> None:
         """Ask vLLM for all that a request wants."""
@@ -152,7 +159,7 @@ class VllmEngine:
             held = None if ticket.version is None else self.hot.use(ticket.version).held
             self.running.append(ticket)
             adapter = None if ticket.version is None or _comes_as_vectors(held) else _name(ticket.version)
-            for part in parts_of(ticket.job, adapter):
+            for part in parts_of(ticket.job, adapter, self._asked):
                 number = str(next(self._numbers))
                 self._parts[number] = (ticket, part)
                 self._llm.add_request(number, _input(ticket, held, part), part.params)
