@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -68,7 +70,7 @@ def test_an_object_store_is_followed(service: Service, adapters: Path, monkeypat
     count = len(fetched)
     folder.follow(service.registry)
     assert len(fetched) == count > 0
-    copies = [path.parent for path in folder._listing.values()]
+    copies = [source.path for source in folder._sources]
     folder.close()
     assert not any(path.exists() for path in copies)
 
@@ -96,7 +98,25 @@ def test_keys_with_dots_stay_outside(service: Service, adapters: Path, monkeypat
     assert list(served(service)) == ["one"]
 
 
-def test_folders_that_are_not_there(tmp_path: Path, service: Service) -> None:
+def test_what_cannot_be_read_for_a_while_stays(
+    service: Service, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(adapters / "prefix", tmp_path / "one" / "prefix")
+    (tmp_path / "two").mkdir()
+    folder = AdapterFolder(str(tmp_path / "one"), str(tmp_path / "two"))
+    folder.follow(service.registry)
+    (tmp_path / "one").rename(tmp_path / "away")
+    shutil.copytree(adapters / "prompt", tmp_path / "two" / "prompt")
+    add = service.registry.add
+    monkeypatch.setattr(service.registry, "add", Mock(side_effect=OSError("no space left")))
+    folder.follow(service.registry)
+    assert list(served(service)) == ["prefix"]
+    monkeypatch.setattr(service.registry, "add", add)
+    folder.follow(service.registry)
+    assert list(served(service)) == ["prefix", "prompt"]
+
+
+def test_folders_that_are_not_there(tmp_path: Path, service: Service, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"there is no folder .*nowhere: check the path"):
         AdapterFolder(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="there is nothing at memory://nowhere, or it cannot be reached"):
@@ -105,8 +125,8 @@ def test_folders_that_are_not_there(tmp_path: Path, service: Service) -> None:
     empty.mkdir()
     folder = AdapterFolder(str(empty))
     empty.rmdir()
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*empty any more"):
-        folder.follow(service.registry)
+    folder.follow(service.registry)
+    assert re.search(r"empty cannot be read: there is no folder .*empty any more", caplog.text)
     with pytest.raises(ConfigError, match="nothing://x cannot be read"):
         AdapterFolder("nothing://x")
     with pytest.raises(AdapterError, match="the folder has no adapter 'x': among those that are there are none"):

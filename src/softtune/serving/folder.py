@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from softtune.errors import AdapterError, ConfigError
+from softtune.errors import AdapterError, ConfigError, SofttuneError
 from softtune.methods.base import CONFIG_NAME
 from softtune.serving.registry import Registry, Version
 
@@ -34,6 +34,8 @@ class AdapterFolder:
 
     def __init__(self, *paths: str) -> None:
         self._sources = [_Store(path) if "://" in path else _Local(path) for path in paths]
+        self._listings: list[dict[str, Path]] = [{} for _ in self._sources]
+        """What was found in each place when it could be read."""
         self._loaded: dict[str, Stamps] = {}
         """What the files of each adapter were when it was tried."""
         self._lock = RLock()
@@ -41,14 +43,8 @@ class AdapterFolder:
     @property
     def names(self) -> list[str]:
         """What is there, as ``name``, or ``name/1`` and so on of an ensemble."""
-        return sorted(self._listing)
-
-    @property
-    def _listing(self) -> dict[str, Path]:
-        listing: dict[str, Path] = {}
-        for source in self._sources:
-            listing = {**_adapters_in(source.path, source.name), **listing}
-        return listing
+        with self._lock:
+            return sorted(self._look())
 
     def load(self, name: str, registry: Registry) -> Version:
         """Serve an adapter, in place of what had its name.
@@ -58,20 +54,17 @@ class AdapterFolder:
             SofttuneError: it cannot be served.
         """
         with self._lock:
-            self._fetch()
-            listing = self._listing
+            listing = self._look()
             if name not in listing:
                 some = ", ".join(sorted(listing)[:5]) or "none"
                 raise AdapterError(f"the folder has no adapter {name!r}: among those that are there are {some}")
-            self._loaded[name] = _stamps(listing[name])
-            return registry.add(name, listing[name])
+            return self._serve(name, listing[name], registry)
 
     def follow(self, registry: Registry) -> None:
         """Serve what is new or has changed, and no longer what is gone. What cannot be served is skipped, with a line
         in the log; what had its name stays."""
         with self._lock:
-            self._fetch()
-            listing = self._listing
+            listing = self._look()
             for name in self._loaded.keys() - listing.keys():
                 del self._loaded[name]
                 if name in {version.name for version in registry.versions}:
@@ -79,11 +72,21 @@ class AdapterFolder:
                     registry.remove(name)
             for name in sorted(listing):
                 try:
-                    if self._loaded.get(name) != (stamps := _stamps(listing[name])):
-                        self._loaded[name] = stamps
-                        registry.add(name, listing[name])
+                    if self._loaded.get(name) != _stamps(listing[name]):
+                        self._serve(name, listing[name], registry)
                 except Exception as error:  # whatever is wrong with it, the others are served
                     logger.warning("skipped %s: %s", name, error)
+
+    def _serve(self, name: str, path: Path, registry: Registry) -> Version:
+        """Serve a folder as it is now; where that fails by the machine, which may pass, it counts as not tried."""
+        stamps = _stamps(path)
+        try:
+            version = registry.add(name, path)
+        except SofttuneError:
+            self._loaded[name] = stamps
+            raise
+        self._loaded[name] = stamps
+        return version
 
     def close(self) -> None:
         """Remove the copies of what is elsewhere."""
@@ -91,9 +94,15 @@ class AdapterFolder:
             for source in self._sources:
                 source.close()
 
-    def _fetch(self) -> None:
-        for source in self._sources:
-            source.fetch()
+    def _look(self) -> dict[str, Path]:
+        """The adapters' folders by their names; of a place that cannot be read, those of before."""
+        for number, source in enumerate(self._sources):
+            try:
+                source.fetch()
+                self._listings[number] = _adapters_in(source.path, source.name)
+            except Exception as error:  # a store's own types, and those of its network
+                logger.warning("%s cannot be read: %s", source.name, error)
+        return {name: path for listing in reversed(self._listings) for name, path in listing.items()}
 
 
 def _adapters_in(path: Path, name: str) -> dict[str, Path]:
@@ -135,9 +144,10 @@ class _Store:
         self._address = address
         try:
             self._files, self._root = fsspec.core.url_to_fs(address)
-        except (ImportError, ValueError) as error:
+            is_there = self._files.exists(self._root)
+        except Exception as error:  # a store's own types, and those of its network
             raise ConfigError(f"{address} cannot be read ({error}): check the address") from error
-        if not self._files.exists(self._root):
+        if not is_there:
             raise ConfigError(f"there is nothing at {address}, or it cannot be reached: check the address")
         self.path = Path(tempfile.mkdtemp(prefix="softtune-adapters-")).resolve()
         self.name = Path(self._root).name
