@@ -26,11 +26,16 @@ def started(*options: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[byte
     with subprocess.Popen([sys.executable, "-c", COMMAND, "serve", "--port", port, *options]) as process:
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                wait_for(lambda: client.get("/healthz").status_code == 200, STARTING)
+                wait_for(lambda: _is_up(client, process), STARTING)
                 yield client, process
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(60)
+
+
+def _is_up(client: httpx.Client, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "the server has ended"
+    return client.get("/healthz").status_code == 200
 
 
 def wait_for(is_true: Callable[[], bool], seconds: float) -> None:

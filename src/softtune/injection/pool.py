@@ -51,7 +51,7 @@ class Pool:
         self.stack = stack
         self.layers: dict[nn.Module, AttentionLayer] = {a.module: a for a in backbone.attention_layers if a.module}
         dtype, device = stack.module.dtype, stack.module.device
-        # Memory that nobody has written to takes none.
+        # On a CPU, memory that nobody has written to takes none.
         layers = self.layers.items()
         where: dict[str, Any] = {"dtype": dtype, "device": device}
         self.keys = {module: torch.empty(slots, a.heads, a.key_size, **where) for module, a in layers}

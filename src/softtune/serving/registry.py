@@ -66,7 +66,7 @@ class Loaded(Protocol):
         ...
 
 
-Held = TypeVar("Held", bound=Loaded)
+Kept = TypeVar("Kept", bound=Loaded)
 
 
 class Registry:
@@ -161,17 +161,17 @@ class Registry:
 
 
 @dataclass
-class Hot(Generic[Held]):
+class Hot(Generic[Kept]):
     """The adapters in memory. Those in use stay there, others while there is room."""
 
-    load: Callable[[Version], Held]
+    load: Callable[[Version], Kept]
     """Brings an adapter into memory."""
-    _held: OrderedDict[Version, Held] = field(default_factory=OrderedDict)
+    _held: OrderedDict[Version, Kept] = field(default_factory=OrderedDict)
     _uses: dict[Version, int] = field(default_factory=dict)
     bytes: int = 0
     """Of all of them."""
 
-    def use(self, version: Version) -> Held:
+    def use(self, version: Version) -> Kept:
         """An adapter in memory, which stays there until ``done``."""
         held = self._held.get(version)
         if held is None:
@@ -181,7 +181,7 @@ class Hot(Generic[Held]):
         self._uses[version] = self._uses.get(version, 0) + 1
         return held
 
-    def __getitem__(self, version: Version) -> Held:
+    def __getitem__(self, version: Version) -> Kept:
         """One that is in use."""
         return self._held[version]
 
@@ -192,7 +192,7 @@ class Hot(Generic[Held]):
             del self._uses[version]
 
     @property
-    def idle(self) -> list[Held]:
+    def idle(self) -> list[Kept]:
         """Those that nobody uses, asked for longest ago first."""
         return [held for version, held in self._held.items() if version not in self._uses]
 
