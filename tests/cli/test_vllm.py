@@ -8,10 +8,12 @@ import pytest
 from tests.cli.test_cli import run
 from tests.families import CAUSAL_LM, METHODS, P, scramble
 from tests.tiny import save_models
+from tests.training.test_tasks import recipe as writing
 from transformers import AutoModelForCausalLM
 
 from softtune import PeftModel
 from softtune.serving.baking import PROMPT_NAME
+from softtune.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,13 @@ def test_adapters_are_baked(llama: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert "is there already: give the adapter's folder another name" in capsys.readouterr().err
     assert run("bake", str(tmp_path / "not mine"), "--model", llama, "--to", str(tmp_path / "baked")) == 2
     assert "'not mine' cannot name it there: use letters, digits" in capsys.readouterr().err
+
+
+def test_places_within_a_text_are_refused(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    within = {"template": "{x} {prompt:2}text : ", "method": "PROMPT_TUNING", "options": {}, "max_new_tokens": 8}
+    train(writing(tmp_path, llama, [{"x": "red", "y": "warm"}] * 4, label_column="y", test_size=0, **within))
+    assert run("bake", str(tmp_path / "out"), "--model", llama, "--to", str(tmp_path / "baked")) == 2
+    assert "out has virtual tokens within its text: serve it by softtune serve" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import typer
 
 from softtune.backbone import Backbone
 from softtune.cli.console import console, quiet
+from softtune.data import Template, has_places_within
 from softtune.errors import ConfigError
 from softtune.pretrained import load_base_model
 from softtune.serving.vllm.fitting import bake_folder
 from softtune.serving.vllm.prompts import NAME
+from softtune.training.recipe import RECIPE_NAME, Recipe
 
 
 def command(
@@ -30,7 +32,11 @@ def command(
             raise ConfigError(f"{adapter.name!r} cannot name it there: use letters, digits, '_', '-', '.' and '@'")
         if (to / adapter.name).exists():
             raise ConfigError(f"{to / adapter.name} is there already: give the adapter's folder another name")
-    base, _ = load_base_model(model)
+    base, tokenizer = load_base_model(model)
     for adapter in adapters:
+        if (adapter / RECIPE_NAME).is_file():
+            template = Template(Recipe.of_adapter(adapter).template)
+            if has_places_within(template, tokenizer):
+                raise ConfigError(f"{adapter} has virtual tokens within its text: serve it by softtune serve")
         virtual = bake_folder(Backbone(base), adapter, to / adapter.name)
         console.print(f"{adapter.name}: texts begin with {virtual} placeholders", soft_wrap=True)

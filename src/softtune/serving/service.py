@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from softtune.backbone import Backbone
-from softtune.data import ChoiceTask, LabelTask, Task, TextTask, has_places_within
+from softtune.data import Template, TextTask, has_places_within
 from softtune.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 from softtune.evaluation.answers import fitted_beside
 from softtune.methods import PeftConfig, TaskType
@@ -253,20 +253,13 @@ class Service:
             virtual = getattr(config, "num_virtual_tokens", 0)
             positions = lane.backbone.max_positions
             task = None if recipe is None else fitted_beside(recipe.definition, positions, virtual)
-            within = self._has_places_within(task)
+            within = recipe is not None and self.encoded(partial(has_places_within, Template(recipe.template)))
+            if within and isinstance(task, TextTask):
+                raise UnsupportedModelError(
+                    "its template has virtual tokens within the text, where a request's text has none: train it without"
+                )
             lane.keep(adapter, own, ahead=not within)
             return Facts(config, task, lane, within)
-
-    def _has_places_within(self, task: Task | None) -> bool:
-        """See ``Facts``. Raises UnsupportedModelError where texts are written, which say nothing of such places."""
-        if not isinstance(task, LabelTask | ChoiceTask | TextTask):
-            return False
-        found = self.encoded(partial(has_places_within, task.template))
-        if found and isinstance(task, TextTask):
-            raise UnsupportedModelError(
-                "its template has virtual tokens within the text, where a request's text has none: train it without"
-            )
-        return found
 
     def _lane(self, kind: TaskType, recipe: Recipe | None) -> Lane:
         """Where an adapter's requests are worked on."""
