@@ -200,13 +200,19 @@ def test_what_does_not_fit_is_refused(strict: httpx.Client, body: dict[str, Any]
 
 
 def test_keys(strict: httpx.Client) -> None:
-    del strict.headers["Authorization"]
+    strict.headers.pop("Authorization", None)
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer mine2"}, ADMIN):
         assert strict.get("/v1/models", headers=headers).status_code == 401
     assert strict.get("/v1/models", headers={"Authorization": "Bearer mine"}).status_code == 200
     assert strict.get("/v1/adapters", headers={"Authorization": "Bearer mine"}).status_code == 401
     assert strict.get("/v1/adapters", headers=ADMIN).status_code == 200
     assert strict.get("/healthz").status_code == 200
+
+
+def test_who_has_no_key_is_refused_before_the_body_is_read(strict: httpx.Client) -> None:
+    broken = {"content": b'{"model": ', "headers": {"Content-Type": "application/json", "Authorization": "Bearer no"}}
+    assert strict.post("/v1/completions", **broken).status_code == 401
+    assert strict.post("/v1/adapters", **broken).status_code == 401
 
 
 def test_fields_that_are_null_or_say_nothing_are_taken(client: httpx.Client) -> None:

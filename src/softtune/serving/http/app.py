@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -27,7 +27,7 @@ from softtune.errors import (
     SofttuneError,
 )
 from softtune.serving.folder import AdapterFolder
-from softtune.serving.http.guard import BodyLimit, error_of, key_check
+from softtune.serving.http.guard import BEARER, BodyLimit, error_of, keyed
 from softtune.serving.http.metrics import Metrics
 from softtune.serving.http.server import Server
 from softtune.serving.service import Service
@@ -95,21 +95,28 @@ def create_app(service: Service, folder: AdapterFolder, settings: Settings) -> F
 
 
 def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
-    asking = [Depends(key_check(settings.keys))] if settings.keys else []
-    ruling = [Depends(key_check(settings.admin_keys))]
+    asking = _router(settings.keys) if settings.keys else APIRouter()
+    ruling = _router(settings.admin_keys)
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(server.page)
     app.get("/healthz")(server.health)
-    app.get("/metrics", dependencies=asking, response_class=Response)(server.metrics)
-    app.get("/v1/models", dependencies=asking)(server.models)
-    app.get("/v1/models/{name:path}", dependencies=asking)(server.model)
-    app.post("/v1/completions", dependencies=asking)(server.complete)
-    app.post("/v1/chat/completions", dependencies=asking)(server.chat)
-    app.post("/v1/classify", dependencies=asking)(server.classify)
-    app.post("/v1/tag", dependencies=asking)(server.tag)
-    app.post("/v1/answer", dependencies=asking)(server.answer)
-    app.get("/v1/adapters", dependencies=ruling)(server.adapters)
-    app.post("/v1/adapters", dependencies=ruling)(server.load)
-    app.delete("/v1/adapters/{name:path}", dependencies=ruling)(server.unload)
+    asking.get("/metrics", response_class=Response)(server.metrics)
+    asking.get("/v1/models")(server.models)
+    asking.get("/v1/models/{name:path}")(server.model)
+    asking.post("/v1/completions")(server.complete)
+    asking.post("/v1/chat/completions")(server.chat)
+    asking.post("/v1/classify")(server.classify)
+    asking.post("/v1/tag")(server.tag)
+    asking.post("/v1/answer")(server.answer)
+    ruling.get("/v1/adapters")(server.adapters)
+    ruling.post("/v1/adapters")(server.load)
+    ruling.delete("/v1/adapters/{name:path}")(server.unload)
+    app.include_router(asking)
+    app.include_router(ruling)
+
+
+def _router(keys: Sequence[str]) -> APIRouter:
+    """Takes endpoints for those who have one of the keys."""
+    return APIRouter(route_class=keyed(keys), dependencies=[Depends(BEARER)])
 
 
 async def _follow(folder: AdapterFolder, service: Service, seconds: float | None) -> None:

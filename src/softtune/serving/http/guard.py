@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 
 Result = TypeVar("Result")
 
+BEARER = HTTPBearer(auto_error=False)
+"""How a key is sent."""
 
-def key_check(keys: Sequence[str]) -> Callable[[Request], None]:
-    """A dependency that refuses requests without one of the keys."""
 
-    def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        # Compared with all of them, so that the time does not tell which one is close.
-        if True not in [secrets.compare_digest(given, key.encode()) for key in keys]:
-            challenge = {"WWW-Authenticate": "Bearer"}
-            raise HTTPException(401, "wrong or missing key: send 'Authorization: Bearer KEY'", challenge)
+def keyed(keys: Sequence[str]) -> type[APIRoute]:
+    """Routes that refuse requests without one of the keys, before they read their bodies."""
 
-    return check
+    class Keyed(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def check(request: Request) -> Response:
+                sent = await BEARER(request)
+                given = b"" if sent is None else sent.credentials.encode()
+                # Compared with all of them, so that the time does not tell which one is close.
+                if True not in [secrets.compare_digest(given, key.encode()) for key in keys]:
+                    challenge = {"WWW-Authenticate": "Bearer"}
+                    raise HTTPException(401, "wrong or missing key: send 'Authorization: Bearer KEY'", challenge)
+                return await handle(request)
+
+            return check
+
+    return Keyed
 
 
 class BodyLimit:
