@@ -27,7 +27,7 @@ from softtune.errors import (
     SofttuneError,
 )
 from softtune.serving.folder import AdapterFolder
-from softtune.serving.http.guard import BEARER, BodyLimit, error_of, keyed
+from softtune.serving.http.guard import BEARER, Bounded, error_of, keyed
 from softtune.serving.http.metrics import Metrics
 from softtune.serving.http.server import Server
 from softtune.serving.service import Service
@@ -56,7 +56,7 @@ class Settings:
     body_limit: int = 2**18
     """Bytes of a request."""
     seconds: float = 300.0
-    """That an answer may take."""
+    """From a request's beginning to its answer's end."""
     follow: float | None = None
     """Seconds between two looks at the adapters' folder; only the first one by default."""
     grace: float = 30.0
@@ -83,14 +83,14 @@ def create_app(service: Service, folder: AdapterFolder, settings: Settings) -> F
 
     app = FastAPI(title="softtune", version=metadata.version("softtune"), lifespan=lifespan)
     metrics = Metrics(service)
-    app.add_middleware(BodyLimit, limit=settings.body_limit)
+    app.add_middleware(Bounded, limit=settings.body_limit, seconds=settings.seconds)
     app.add_middleware(Counting, metrics=metrics)
     for kind, status in STATUS.items():
         app.add_exception_handler(kind, partial(_told, status))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _broken)
-    _add_endpoints(app, Server(service, folder, settings.seconds, metrics), settings)
+    _add_endpoints(app, Server(service, folder, metrics), settings)
     return app
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import files
@@ -22,7 +21,7 @@ from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask
 from softtune.errors import RequestError, SofttuneError
 from softtune.serving.folder import AdapterFolder
-from softtune.serving.http.guard import error_of, while_asked
+from softtune.serving.http.guard import Deadline, error_of, while_asked
 from softtune.serving.http.metrics import Metrics
 from softtune.serving.http.schemas import ChatRequest, CompletionRequest, LoadRequest, RecordsRequest
 from softtune.serving.http.texts import (
@@ -51,15 +50,13 @@ class Server:
     Args:
         service: what is served.
         folder: where further adapters are loaded from.
-        seconds: that an answer may take.
         metrics: told of tokens.
     """
 
-    def __init__(self, service: Service, folder: AdapterFolder, seconds: float, metrics: Metrics) -> None:
+    def __init__(self, service: Service, folder: AdapterFolder, metrics: Metrics) -> None:
         self._service = service
         self._questions = Questions(service)
         self._folder = folder
-        self._seconds = seconds
         self._metrics = metrics
 
     async def page(self) -> HTMLResponse:
@@ -162,14 +159,12 @@ class Server:
             asked, kind = await run_in_threadpool(ask, version)
             texts = Texts(self._service, self._metrics, version, body.model, asked, body.n, kind)
             if not body.stream:
-                whole = await while_asked(request, self._seconds, texts.whole())
+                whole = await while_asked(request, texts.whole())
                 return Response(json.dumps(whole), media_type="application/json")
             parts = texts.parts(with_usage=bool(body.stream_options and body.stream_options.include_usage))
-            first = await while_asked(
-                request, self._seconds, anext(parts)
-            )  # errors before it have a status of their own
+            first = await while_asked(request, anext(parts))  # errors before it have a status of their own
             lease = stack.pop_all()
-        events = _events(first, parts, lease, self._seconds)
+        events = _events(first, parts, lease, request.state.deadline)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     async def _each(
@@ -181,7 +176,7 @@ class Server:
                 raise RequestError(f"{body.model} is the base model: ask an adapter")
             records = [self._questions.record(version, record) for record in body.records]
             together = _together([work(version, record) for record in records])
-            results = await while_asked(request, self._seconds, together)
+            results = await while_asked(request, together)
         return {"object": "list", "model": body.model, "data": [{"index": i, **r} for i, r in enumerate(results)]}
 
     @contextmanager
@@ -221,21 +216,20 @@ class Server:
 
 
 async def _events(
-    first: dict[str, Any], parts: AsyncGenerator[dict[str, Any], None], lease: ExitStack, seconds: float
+    first: dict[str, Any], parts: AsyncGenerator[dict[str, Any], None], lease: ExitStack, deadline: Deadline
 ) -> AsyncGenerator[str, None]:
     """Server-sent events; an error on the way is the last one."""
-    end = time.monotonic() + seconds
     with lease:
         try:
             yield _event(first)
             with suppress(StopAsyncIteration):
                 while True:
-                    yield _event(await asyncio.wait_for(anext(parts), end - time.monotonic()))
+                    yield _event(await asyncio.wait_for(anext(parts), deadline.left))
             yield "data: [DONE]\n\n"
         except SofttuneError as error:
             yield _event(error_of(500, str(error)))
         except (TimeoutError, asyncio.TimeoutError):
-            yield _event(error_of(504, f"the answer takes longer than {seconds:g} seconds: ask for less"))
+            yield _event(error_of(504, deadline.refusal))
         except Exception:
             logger.exception("a streamed answer failed")
             yield _event(error_of(500, "the server failed, and its log says why"))
