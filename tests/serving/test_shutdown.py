@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from tests.serving.processes import started
+from tests.serving.test_slow_clients import HALF
 from tests.tiny import save_models
 
-pytestmark = pytest.mark.slow
+from softtune.cli.serve import _Server
 
 TOKENS = 1500
 """More than can be written while a signal is on its way."""
@@ -31,6 +36,7 @@ def events(response: httpx.Response) -> Iterator[str]:
     return (line.removeprefix("data: ") for line in response.iter_lines() if line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grace", [60, 0])
 def test_a_stream_ends_in_order(endless: str, grace: int) -> None:
     asked = {"model": endless, "prompt": "the sky is", "max_tokens": TOKENS, "temperature": 0, "stream": True}
@@ -46,3 +52,24 @@ def test_a_stream_ends_in_order(endless: str, grace: int) -> None:
     else:
         assert len(rest) < TOKENS
         assert "the server is shutting down: try again later" in json.loads(rest[-1])["error"]["message"]
+
+
+@pytest.mark.slow
+def test_who_stalls_does_not_keep_it(endless: str) -> None:
+    with (
+        started("--model", endless, "--grace", "0") as (client, process),
+        socket.create_connection((client.base_url.host, client.base_url.port)) as stalling,
+    ):
+        stalling.sendall(HALF)
+        assert client.get("/healthz").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == -signal.SIGTERM
+
+
+def test_a_signal_waits_for_no_lock() -> None:
+    ended: list[float] = []
+    service: Any = SimpleNamespace(loop=SimpleNamespace(end=ended.append))
+    server = _Server(uvicorn.Config(lambda: None), service, 1.0)
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.should_exit
+    assert not ended  # it takes locks, which whoever the signal has interrupted may have

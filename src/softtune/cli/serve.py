@@ -6,7 +6,8 @@ import logging
 import os
 from functools import partial
 from importlib.util import find_spec
-from types import FrameType
+from math import ceil
+from socket import socket
 from typing import Annotated, Any, Literal
 
 import typer
@@ -49,7 +50,7 @@ def command(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = Limits.tokens,
     slots: Annotated[int, typer.Option(min=64, help="Tokens in memory of all requests together.")] = Limits.slots,
     hot: Annotated[int, typer.Option(min=0, help="Megabytes of adapters to keep in memory.")] = Limits.hot // 2**20,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = Settings.seconds,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = Settings.seconds,
     replicas: Annotated[int, typer.Option(min=1, help="Servers beside each other, by Ray Serve where several.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that answers have at shutdown.")] = Settings.grace,
 ) -> None:
@@ -77,7 +78,13 @@ def command(
     console.print(
         f"{served} adapters on {model}: http://{host}:{port}, its API http://{host}:{port}/docs", soft_wrap=True
     )
-    config = uvicorn.Config(create_app(service, folder, settings), host=host, port=port, log_level="warning")
+    config = uvicorn.Config(
+        create_app(service, folder, settings),
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=ceil(grace) + 1,  # by then all answers have ended, and who stalls is left
+    )
     _Server(config, service, grace).run()
 
 
@@ -89,9 +96,9 @@ class _Server(uvicorn.Server):
         self._service = service
         self._grace = grace
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.loop.end(self._grace)
-        super().handle_exit(sig, frame)
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        self._service.loop.end(self._grace)  # not in the signal's handler, which may have interrupted who has the locks
+        await super().shutdown(sockets)
 
 
 def _engine(name: str, model: str, gpus: int) -> dict[str, Any]:
