@@ -74,3 +74,20 @@ def test_the_page_asks_for_a_key_and_shows_errors(page: Page, llama: str, folder
         page.keyboard.press("Control+Enter")
         page.wait_for_selector("article .wrong")
         assert "the text is empty: write some words" in page.inner_text("#answers")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs the browser chromium")
+def test_the_page_takes_one_choice_a_line(page: Page, llama: str, tmp_path: Path) -> None:
+    rows = [{"x": "red", "options": ["warm", "cold"], "y": "warm"}] * 8
+    own = recipe(tmp_path, llama, rows, template="{x} : ", label_column="y", choices="options")
+    with serving(llama, trained(tmp_path / "adapters", {"chosen": own})) as client:
+        assert client.get("/v1/models/chosen").json()["choices"] == "options"
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#choices input:checked")
+        assert "1 adapter on" in page.inner_text("#about")
+        page.get_by_label("x", exact=True).fill("blue")
+        page.get_by_label("options", exact=True).fill("the sky\n\n bad\nis\n")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector(".bar")
+        shown = [bar.inner_text() for bar in page.query_selector_all(".bar span")]
+        assert sorted(shown) == ["bad", "is", "the sky"]

@@ -204,6 +204,8 @@ class Server:
             more["template"] = task.template.text
         if isinstance(task, LabelTask):
             more["labels"] = task.verbalizer.words
+        if isinstance(task, ChoiceTask):
+            more["choices"] = task.choices
         method = version.facts.config.peft_type
         return {
             **self._base,
