@@ -152,5 +152,9 @@ def test_what_an_adapter_is_not_for(tmp_path: Path, models: dict[str, str]) -> N
         assert client.post("/v1/classify", json={"model": "labels", "input": "red"}).status_code == 200
         unknown = client.post("/v1/classify", json={"model": "labels", "input": {"x": "red", "why": "not"}})
         assert "labels does not read 'why': it reads x" in unknown.text
+        for depth in (300, 900):
+            deep = '{"model": "labels", "input": {"x": ' + depth * "[" + depth * "]" + "}}"
+            headers = {"Content-Type": "application/json"}
+            assert client.post("/v1/classify", content=deep, headers=headers).status_code == 400
         base = client.post("/v1/classify", json={"model": models["bert"], "input": "red"})
         assert "is the base model: ask an adapter" in base.text

@@ -235,6 +235,9 @@ def test_malformed_bodies(client: httpx.Client) -> None:
     headers = {"Content-Type": "application/json"}
     half = client.post("/v1/completions", content=json.dumps({"prompt": "\ud800"}), headers=headers)
     assert (half.status_code, "half of a surrogate pair is no character" in half.text) == (400, True)
+    for depth in (*range(900, 1000, 4), 5000):
+        deep = '{"model": "prefix", "prompt": "red", "more": ' + depth * "[" + depth * "]" + "}"
+        assert client.post("/v1/completions", content=deep, headers=headers).status_code == 400
     assert client.post("/v1/completions", content=b"nothing").status_code == 400
     chunks = (b"x" * 2**19 for _ in range(3))
     assert client.post("/v1/completions", content=chunks).status_code == 413

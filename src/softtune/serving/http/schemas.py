@@ -39,6 +39,8 @@ class Request(BaseModel):
             json.dumps(given, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("half of a surrogate pair is no character") from None
+        except RecursionError:
+            raise ValueError("lists and objects stand within each other too deep: send them flatter") from None
         return {name: value for name, value in given.items() if value is not None}
 
 
