@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from softtune import PeftModel
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
 from softtune.serving.limits import Limits
+from softtune.serving.registry import Registry
 from softtune.serving.service import Service
 
 ADMIN = {"Authorization": "Bearer boss"}
@@ -270,6 +272,28 @@ def test_adapters_come_and_go(llama: str, adapters: Path, tmp_path: Path) -> Non
         assert client.delete("/v1/adapters/two", headers=ADMIN).json() == {"removed": "two"}
         assert complete(client, model="two").status_code == 404
         assert client.delete("/v1/adapters/two", headers=ADMIN).status_code == 404
+
+
+def test_folders_are_not_waited_for(
+    llama: str, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(adapters / "prefix", tmp_path / "adapters" / "one")
+    looking: list[str] = []
+
+    def note_loop(what: str) -> None:
+        with suppress(RuntimeError):  # there is none in this thread
+            asyncio.get_running_loop()
+            looking.append(what)
+
+    listing, remove, read = AdapterFolder.names, Registry.remove, Path.read_text
+    monkeypatch.setattr(AdapterFolder, "names", property(lambda self: note_loop("names") or listing.fget(self)))
+    monkeypatch.setattr(Registry, "remove", lambda self, name: note_loop("remove") or remove(self, name))
+    monkeypatch.setattr(Path, "read_text", lambda self, **how: note_loop(self.name) or read(self, **how))
+    with serving(llama, tmp_path / "adapters") as client:
+        assert client.get("/v1/adapters", headers=ADMIN).json()["available"] == ["one"]
+        assert client.delete("/v1/adapters/one", headers=ADMIN).status_code == 200
+        assert "<title>softtune</title>" in client.get("/").text
+    assert not looking
 
 
 def test_who_hangs_up_leaves_a_place(llama: str, adapters: Path) -> None:

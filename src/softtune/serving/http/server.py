@@ -58,10 +58,11 @@ class Server:
         self._questions = Questions(service)
         self._folder = folder
         self._metrics = metrics
+        self._page = (files("softtune.serving.http") / "page.html").read_text(encoding="utf-8")
 
     async def page(self) -> HTMLResponse:
         """A page to try what is served."""
-        return HTMLResponse((files("softtune.serving.http") / "page.html").read_text(encoding="utf-8"))
+        return HTMLResponse(self._page)
 
     async def health(self) -> dict[str, str]:
         """Whether the server works."""
@@ -133,7 +134,7 @@ class Server:
         """The adapters that are served, and those in the folder."""
         versions = self._service.registry.versions
         served = [{"name": v.name, "version": v.number, "requests": v.leases} for v in versions]
-        return {"served": served, "available": self._folder.names}
+        return {"served": served, "available": await run_in_threadpool(lambda: self._folder.names)}
 
     async def load(self, body: LoadRequest) -> dict[str, Any]:
         """Serve an adapter of the folder, in place of what had its name; where it is broken, that stays."""
@@ -142,7 +143,7 @@ class Server:
 
     async def unload(self, name: str) -> dict[str, str]:
         """Serve an adapter no longer; requests that have begun end as they would."""
-        self._service.registry.remove(name)
+        await run_in_threadpool(self._service.registry.remove, name)
         return {"removed": name}
 
     async def _write(
