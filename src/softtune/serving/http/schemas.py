@@ -1,4 +1,5 @@
-"""What requests may say: OpenAI's fields, and those of labels, tags and answers. What has no effect is refused."""
+"""What requests may say: OpenAI's fields, and those of labels, tags and answers. What has no effect is refused, but
+for ``user`` and ``name``."""
 
 from __future__ import annotations
 

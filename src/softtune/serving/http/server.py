@@ -161,7 +161,7 @@ class Server:
             texts = Texts(self._service, self._metrics, version, body.model, asked, body.n, kind)
             if not body.stream:
                 whole = await while_asked(request, texts.whole())
-                return Response(json.dumps(whole), media_type="application/json")
+                return Response(json.dumps(whole, allow_nan=False), media_type="application/json")
             parts = texts.parts(with_usage=bool(body.stream_options and body.stream_options.include_usage))
             first = await while_asked(request, anext(parts))  # errors before it have a status of their own
             lease = stack.pop_all()
@@ -252,4 +252,4 @@ async def _together(works: Sequence[Awaitable[Result]]) -> list[Result]:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
+    return f"data: {json.dumps(content, allow_nan=False)}\n\n"

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 import uuid
+from codecs import getincrementaldecoder
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,9 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from softtune.errors import RequestError
 from softtune.serving.http.metrics import Metrics
 from softtune.serving.http.schemas import MOST, ChatRequest, CompletionRequest
+from softtune.serving.http.vocabulary import bytes_of, shown
 from softtune.serving.registry import Version
 from softtune.serving.sampling import Choice, Sampling
 from softtune.serving.service import Service, Written
+
+IMPOSSIBLE = -9999.0
+"""What OpenAI's clients are told instead of minus infinity."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,17 @@ class Completions:
     def _logprobs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
         if not self._tells:
             return None
-        tokens = [_text(self._tokenizer, choice.token) for choice in choices]
+        written = [bytes_of(self._tokenizer, choice.token) for choice in choices]
+        decoder = getincrementaldecoder("utf-8")("replace")
+        lengths = [len(decoder.decode(token)) for token in written]
         return {
-            "tokens": tokens,
-            "token_logprobs": [choice.logprob for choice in choices],
+            "tokens": [shown(token) for token in written],
+            "token_logprobs": [_finite(choice.logprob) for choice in choices],
             "top_logprobs": [
-                {_text(self._tokenizer, token): value for token, value in choice.likeliest.items()}
+                {shown(bytes_of(self._tokenizer, token)): _finite(value) for token, value in choice.likeliest.items()}
                 for choice in choices
             ],
-            "text_offset": [0, *itertools.accumulate(map(len, tokens[:-1]))],
+            "text_offset": [0, *itertools.accumulate(lengths[:-1])],
         }
 
 
@@ -122,8 +129,8 @@ class ChatCompletions:
         return {**self._one(choice.token, choice.logprob), "top_logprobs": top}
 
     def _one(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = _text(self._tokenizer, token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        own = bytes_of(self._tokenizer, token)
+        return {"token": shown(own), "logprob": _finite(logprob), "bytes": list(own)}
 
 
 class Texts:
@@ -241,5 +248,7 @@ def asked_to_chat(request: ChatRequest, service: Service, version: Version | Non
     return [Asked(words, request.sampling(number, most, logprobs)) for number in range(request.n)]
 
 
-def _text(tokenizer: Any, token: int) -> str:
-    return str(tokenizer.decode([token]))
+def _finite(logprob: float | None) -> float:
+    """A log-probability as JSON can say it, of a token that cannot come too."""
+    assert logprob is not None
+    return max(IMPOSSIBLE, logprob)

@@ -1,0 +1,39 @@
+"""How single tokens read, which may be a part of a character."""
+
+from __future__ import annotations
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+"""Bytes that byte-level vocabularies write as the character of their number, all others as one from 256 on."""
+_BYTES = {chr(byte): byte for byte in _PRINTED} | {
+    chr(256 + number): byte for number, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
+}
+_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+"""How other vocabularies write a byte."""
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""How those write a space, which is not shown at a text's beginning."""
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+"""How a part of a character is shown."""
+
+
+def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """A token's own bytes."""
+    piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
+    if _SPACE in piece and token not in tokenizer.added_tokens_decoder:
+        return piece.replace(_SPACE, " ").encode()
+    if _UNKNOWN not in text:
+        return text.encode()
+    if byte := _FALLBACK.fullmatch(piece):
+        return bytes.fromhex(byte[1])
+    return bytes(_BYTES[c] for c in piece) if _BYTES.keys() >= {*piece} else text.encode()
+
+
+def shown(token: bytes) -> str:
+    """A token's text; where it has none of its own, its bytes, as OpenAI has it."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return f"bytes:{repr(token)[2:-1]}"
