@@ -75,8 +75,9 @@ def command(
             console.print(f"vLLM runs {model}: texts of {service.engine.longest} tokens at most", soft_wrap=True)
         folder.follow(service.registry)
     served = len(service.registry.versions)
+    adapter = "adapter" if served == 1 else "adapters"
     console.print(
-        f"{served} adapters on {model}: http://{host}:{port}, its API http://{host}:{port}/docs", soft_wrap=True
+        f"{served} {adapter} on {model}: http://{host}:{port}, its API http://{host}:{port}/docs", soft_wrap=True
     )
     config = uvicorn.Config(
         create_app(service, folder, settings),
