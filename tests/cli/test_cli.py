@@ -484,7 +484,10 @@ def test_a_base_model_of_another_kind(
 
 
 def test_a_server_says_what_it_serves(
-    models: dict[str, str], trained: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, str],
+    trained: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("softtune.cli.serve._Server.run", lambda server: None)
     assert run("serve", "--model", models["llama"], "--adapters", str(trained["prefix"])) == 0

@@ -150,6 +150,7 @@ def test_what_an_adapter_is_not_for(tmp_path: Path, models: dict[str, str]) -> N
         assert "the record lacks 'x': labels reads x" in wrong.text
         assert "holds no list of words" in client.post("/v1/tag", json={"model": "tags", "input": {"tokens": 3}}).text
         assert client.post("/v1/classify", json={"model": "labels", "input": "red"}).status_code == 200
+        assert 'softtune_tokens_total{adapter="labels",kind="read"}' in client.get("/metrics").text
         unknown = client.post("/v1/classify", json={"model": "labels", "input": {"x": "red", "why": "not"}})
         assert "labels does not read 'why': it reads x" in unknown.text
         for depth in (300, 900):

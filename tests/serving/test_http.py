@@ -265,12 +265,15 @@ def test_adapters_come_and_go(llama: str, adapters: Path, tmp_path: Path) -> Non
         shutil.copytree(adapters / "prompt", folder / "two")
         assert client.post("/v1/adapters", json={"name": "two"}, headers=ADMIN).json() == {"name": "two", "version": 3}
         assert complete(client, model="two").status_code == 200
+        assert 'adapter="two"' in client.get("/metrics").text
         assert client.post("/v1/adapters", json={"name": "../one"}, headers=ADMIN).status_code == 404
         (folder / "one" / "adapter_model.safetensors").write_bytes(b"broken")
         assert client.post("/v1/adapters", json={"name": "one"}, headers=ADMIN).status_code == 400
         assert complete(client, model="one").json()["choices"] == before
         assert client.delete("/v1/adapters/two", headers=ADMIN).json() == {"removed": "two"}
         assert complete(client, model="two").status_code == 404
+        assert 'adapter="two"' not in client.get("/metrics").text
+        assert 'adapter="one"' in client.get("/metrics").text
         assert client.delete("/v1/adapters/two", headers=ADMIN).status_code == 404
 
 

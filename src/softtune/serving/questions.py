@@ -33,10 +33,12 @@ class Questions:
 
     Args:
         service: what is served.
+        note: told how many tokens an adapter of some name has read.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, note: Callable[[str, int], None]) -> None:
         self._service = service
+        self._note = note
         self._nothing_said: WeakKeyDictionary[Version, Tensor] = WeakKeyDictionary()
         """What labels have where nothing is said."""
 
@@ -121,12 +123,14 @@ class Questions:
         scores = await self._service.told(
             self._service.engine, version, lambda tell: Scoring(ids[:count], answers, tell, places)
         )
+        self._note(version.name, count + sum(len(answer) - 1 for answer in answers))
         return torch.tensor(scores)
 
     async def _judge(self, version: Version, examples: Sequence[Example]) -> list[tuple[Tensor, ...]]:
         """What the adapter's head says to examples."""
         found: list[tuple[Tensor, ...]]
         found = await self._service.told(version.facts.lane, version, lambda tell: Judging(examples, tell))
+        self._note(version.name, sum(len(example.input_ids) for example in examples))
         return found
 
 

@@ -20,6 +20,7 @@ class Metrics:
     """
 
     def __init__(self, service: Service) -> None:
+        self._service = service
         self._all = all_ = CollectorRegistry()
         self._requests = Counter("softtune_requests", "Ended requests.", ("adapter", "path", "status"), registry=all_)
         self._tokens = Counter("softtune_tokens", "Tokens read and written.", ("adapter", "kind"), registry=all_)
@@ -38,7 +39,13 @@ class Metrics:
 
     @property
     def text(self) -> bytes:
-        """All of them, as Prometheus reads them."""
+        """All of them, as Prometheus reads them, but those of adapters that are gone."""
+        served = {"", self._service.name, *(version.name for version in self._service.registry.versions)}
+        for counts in (self._requests, self._tokens, self._seconds, self._first):
+            told = [sample.labels for family in counts.collect() for sample in family.samples]
+            gone = [labels for labels in told if labels["adapter"] not in served]
+            for labels in {tuple(labels[name] for name in labels if name != "le") for labels in gone}:
+                counts.remove(*labels)
         return generate_latest(self._all)
 
     def ended(self, adapter: str, path: str, status: int, seconds: float) -> None:
@@ -46,9 +53,12 @@ class Metrics:
         self._requests.labels(adapter, path, str(status)).inc()
         self._seconds.labels(adapter).observe(seconds)
 
-    def began_to_write(self, adapter: str, read: int, seconds: float) -> None:
-        """The first token of the answer to so many was written."""
-        self._tokens.labels(adapter, "read").inc(read)
+    def read(self, adapter: str, tokens: int) -> None:
+        """So many tokens were read."""
+        self._tokens.labels(adapter, "read").inc(tokens)
+
+    def began_to_write(self, adapter: str, seconds: float) -> None:
+        """An answer's first token was written."""
         self._first.labels(adapter).observe(seconds)
 
     def wrote(self, adapter: str) -> None:

@@ -55,7 +55,7 @@ class Server:
 
     def __init__(self, service: Service, folder: AdapterFolder, metrics: Metrics) -> None:
         self._service = service
-        self._questions = Questions(service)
+        self._questions = Questions(service, metrics.read)
         self._folder = folder
         self._metrics = metrics
         self._page = (files("softtune.serving.http") / "page.html").read_text(encoding="utf-8")

@@ -214,7 +214,8 @@ class Texts:
         try:
             async for piece in self.service.write(self.version, asked.words, asked.sampling):
                 if not begun:
-                    self.metrics.began_to_write(adapter, len(asked.words), time.perf_counter() - clock)
+                    self.metrics.read(adapter, len(asked.words))
+                    self.metrics.began_to_write(adapter, time.perf_counter() - clock)
                 begun = True
                 self.metrics.wrote(adapter)
                 self._counts["completion_tokens"] += 1
