@@ -43,7 +43,7 @@ class Served:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = PeftModel(AutoModelForCausalLM.from_pretrained(model).eval())
         self.engine = engine(self.model.backbone, Limits(**limits), spool)
-        self.registry = Registry(self._bake, spool, lambda version: None)
+        self.registry = Registry(self._bake, spool, lambda version: None, model)
         self.told: dict[Writing, list[Any]] = {}
         """What was told of each text."""
         for path in sorted(folder.iterdir()):

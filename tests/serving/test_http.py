@@ -277,6 +277,19 @@ def test_adapters_come_and_go(llama: str, adapters: Path, tmp_path: Path) -> Non
         assert client.delete("/v1/adapters/two", headers=ADMIN).status_code == 404
 
 
+def test_no_adapter_has_the_base_models_name(
+    llama: str, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(llama).parent)
+    for name in ("llama", "one"):
+        shutil.copytree(adapters / "prefix", tmp_path / name)
+    with serving("llama", tmp_path) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["llama", "one"]
+        refused = client.post("/v1/adapters", json={"name": "llama"}, headers=ADMIN)
+        assert refused.status_code == 400
+        assert "llama is the base model's name: give the adapter's folder another one" in refused.text
+
+
 def test_folders_are_not_waited_for(
     llama: str, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

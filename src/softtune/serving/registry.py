@@ -17,7 +17,7 @@ from threading import RLock
 from typing import Any, Generic, Protocol, TypeVar
 
 from softtune.data import Task
-from softtune.errors import AdapterError
+from softtune.errors import AdapterError, ConfigError
 from softtune.methods import PeftConfig
 
 
@@ -76,6 +76,7 @@ class Registry:
         bake: checks the adapter in a folder and writes its inference form into another.
         folder: where inference forms are kept.
         forget: told of a version that nobody holds on to any more.
+        taken: the base model's name, which no adapter can have.
     """
 
     def __init__(
@@ -83,10 +84,12 @@ class Registry:
         bake: Callable[[Path, Path], Facts],
         folder: Path,
         forget: Callable[[Version], None],
+        taken: str,
     ) -> None:
         self._bake = bake
         self._folder = folder
         self._forget = forget
+        self._taken = taken
         self._versions: dict[str, Version] = {}
         self._numbers = itertools.count(1)
         self._lock = RLock()
@@ -101,8 +104,11 @@ class Registry:
         """Serve the adapter in a folder by a name, from now on in place of what had it.
 
         Raises:
+            ConfigError: the name is the base model's.
             SofttuneError: it cannot be served; what had the name is still there.
         """
+        if name == self._taken:
+            raise ConfigError(f"{name} is the base model's name: give the adapter's folder another one")
         number = next(self._numbers)
         own = self._folder / str(number)
         own.mkdir()

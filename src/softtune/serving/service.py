@@ -77,7 +77,7 @@ class Service:
         self.loop = Loop([])
         self._folder = Path(tempfile.mkdtemp(prefix="softtune-"))
         self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self.registry = Registry(self._bake, self._folder, lambda version: self.loop.wake())
+        self.registry = Registry(self._bake, self._folder, lambda version: self.loop.wake(), model)
         self._heads: dict[tuple[TaskType, int | None], Heads] = {}
         self._baking, self._encoding = Lock(), Lock()
         self._engine = self._made(engine)
