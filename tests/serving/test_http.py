@@ -290,6 +290,20 @@ def test_no_adapter_has_the_base_models_name(
         assert "llama is the base model's name: give the adapter's folder another one" in refused.text
 
 
+def test_the_api_says_what_is_sent(strict: httpx.Client) -> None:
+    api = strict.get("/openapi.json").json()
+    assert [scheme["scheme"] for scheme in api["components"]["securitySchemes"].values()] == ["bearer"]
+    for path, own in api["paths"].items():
+        for operation in own.values():
+            assert "422" not in operation["responses"]
+            if path != "/healthz":
+                assert operation["security"]
+                assert {"400", "401", "404", "429"} <= operation["responses"].keys()
+    error = strict.post("/v1/completions", headers={"Authorization": "Bearer wrong"}).json()
+    assert error.keys() == api["components"]["schemas"]["Failure"]["properties"].keys()
+    assert error["error"].keys() == api["components"]["schemas"]["Problem"]["properties"].keys()
+
+
 def test_folders_are_not_waited_for(
     llama: str, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ from softtune.errors import (
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.guard import BEARER, Bounded, error_of, keyed
 from softtune.serving.http.metrics import Metrics
+from softtune.serving.http.schemas import Failure
 from softtune.serving.http.server import Server
 from softtune.serving.service import Service
 
@@ -43,6 +44,8 @@ STATUS: dict[type[Exception], int] = {
     ClosedError: 503,
 }
 """What errors are over HTTP."""
+SAID: dict[int | str, dict[str, Any]] = {status: {"model": Failure} for status in (400, 401, 404, 429, "default")}
+"""What the API says of errors; all of them look alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ def create_app(service: Service, folder: AdapterFolder, settings: Settings) -> F
 
 
 def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
-    asking = _router(settings.keys) if settings.keys else APIRouter()
+    asking = _router(settings.keys) if settings.keys else APIRouter(responses=SAID)
     ruling = _router(settings.admin_keys)
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(server.page)
     app.get("/healthz")(server.health)
@@ -116,7 +119,7 @@ def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
 
 def _router(keys: Sequence[str]) -> APIRouter:
     """Takes endpoints for those who have one of the keys."""
-    return APIRouter(route_class=keyed(keys), dependencies=[Depends(BEARER)])
+    return APIRouter(route_class=keyed(keys), dependencies=[Depends(BEARER)], responses=SAID)
 
 
 async def _follow(folder: AdapterFolder, service: Service, seconds: float | None) -> None:

@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
+from softtune.serving.http.schemas import Failure, Problem
+
 Result = TypeVar("Result")
 
 BEARER = HTTPBearer(auto_error=False)
@@ -165,4 +167,4 @@ def error_of(status: int, message: str, code: str | None = None) -> dict[str, An
     """An error as OpenAI's clients read it."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return Failure(error=Problem(message=message, type=kind, code=code)).model_dump()

@@ -1,5 +1,5 @@
 """What requests may say: OpenAI's fields, and those of labels, tags and answers. What has no effect is refused, but
-for ``user`` and ``name``."""
+for ``user`` and ``name``. And what errors say."""
 
 from __future__ import annotations
 
@@ -170,3 +170,18 @@ class LoadRequest(BaseModel):
 
     name: StrictStr
     """Its name in the folder of adapters."""
+
+
+class Problem(BaseModel):
+    """What is wrong, and what to do."""
+
+    message: str
+    type: str
+    param: None = None
+    code: str | None
+
+
+class Failure(BaseModel):
+    """An error as OpenAI's clients read it."""
+
+    error: Problem
