@@ -481,14 +481,3 @@ def test_a_base_model_of_another_kind(
     what = f"the base model {models['bert']!r} is no decoder and goes on from no text"
     remedy = f"name the adapter's own with --model, {models['llama']}, or a copy of it"
     assert capsys.readouterr().err == f"softtune: {what}: {remedy}\n"
-
-
-def test_a_server_says_what_it_serves(
-    models: dict[str, str],
-    trained: dict[str, Path],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("softtune.cli.serve._Server.run", lambda server: None)
-    assert run("serve", "--model", models["llama"], "--adapters", str(trained["prefix"])) == 0
-    assert capsys.readouterr().out.startswith(f"1 adapter on {models['llama']}: http://127.0.0.1:8000, its API")
