@@ -75,7 +75,9 @@ def test_an_object_store_is_followed(service: Service, adapters: Path, monkeypat
     assert not any(path.exists() for path in copies)
 
 
-def test_adapters_come_from_several_places(service: Service, adapters: Path, tmp_path: Path) -> None:
+def test_adapters_come_from_several_places(
+    service: Service, adapters: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     files: Any = fsspec.filesystem("memory")
     files.put(str(adapters / "prompt"), "/user/prompt", recursive=True)
     for name in ("prefix", "infix"):
@@ -85,6 +87,7 @@ def test_adapters_come_from_several_places(service: Service, adapters: Path, tmp
     assert list(served(service)) == ["infix", "prefix", "prompt"]
     methods = {version.name: version.facts.config.peft_type for version in service.registry.versions}
     assert methods == {"infix": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
+    assert f"more/prefix is not served: there is another prefix in {adapters}" in caplog.text
 
 
 def test_keys_with_dots_stay_outside(service: Service, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,15 @@ def test_texts_with_virtual_tokens_within_are_refused(tmp_path: Path, models: di
         assert (refused.status_code, "ask it for labels, by records" in refused.text) == (400, True)
 
 
+def test_a_space_at_the_end_is_the_answers(tmp_path: Path, models: dict[str, str]) -> None:  # noqa: F811
+    own = recipe(tmp_path, models["llama"], ROWS, template="{x} text : ", label_column="y", max_new_tokens=8)
+    folder = trained(tmp_path / "adapters", {"texts": own})
+    with serving(models["llama"], folder) as client:
+        for row, expected in zip(ROWS[:3], alone(folder / "texts", ROWS[:3]).texts, strict=True):
+            body = {"model": "texts", "prompt": f"{row['x']} text : ", "max_tokens": 8, "temperature": 0}
+            assert client.post("/v1/completions", json=body).json()["choices"][0]["text"].strip() == expected
+
+
 def test_texts_are_encoded_one_at_a_time(models: dict[str, str]) -> None:  # noqa: F811
     service = Service(models["llama"])
     words = ["red", "sky"] * 20

@@ -174,12 +174,14 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "nobody"}, 404, "no adapter is named 'nobody'"),
     ({"prompt": ""}, 400, "the text is empty"),
     ({"prompt": [[1, 999]]}, 400, "999 is no token: they go from 0 to 16"),
-    ({"prompt": "red " * 60}, 400, "are more than the 64 that the model takes: shorten the text"),
+    ({"prompt": "red " * 60}, 400, "are more than the 64 that there is room for: shorten the text"),
     ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
     ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
     ({"top_p": 0}, 400, "top_p: Input should be greater than 0"),
     ({"n": 8, "prompt": ["red"] * 5}, 400, "the request asks for 40 texts: ask for 32 at most"),
     ({"best_of": 3}, 400, "best_of: Input should be 1"),
+    ({"stop": ["red"] * 5}, 400, "stop: List should have at most 4 items"),
+    ({"prompt": []}, 400, "prompt: List should have at least 1 item"),
     ({"frequency_penalty": 1}, 400, "frequency_penalty: Input should be 0"),
     ({"colour": "red"}, 400, "colour: Extra inputs are not permitted"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options needs stream"),
@@ -240,7 +242,10 @@ def test_malformed_bodies(client: httpx.Client) -> None:
     for depth in (*range(900, 1000, 4), 5000):
         deep = '{"model": "prefix", "prompt": "red", "more": ' + depth * "[" + depth * "]" + "}"
         assert client.post("/v1/completions", content=deep, headers=headers).status_code == 400
-    assert client.post("/v1/completions", content=b"nothing").status_code == 400
+    nothing = client.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert "the body: send a JSON object, with Content-Type: application/json" in nothing.text
+    many = client.post("/v1/classify", json={"model": "prefix", "input": ["red"] * 33})
+    assert (many.status_code, "input: List should have at most 32 items" in many.text) == (400, True)
     chunks = (b"x" * 2**19 for _ in range(3))
     assert client.post("/v1/completions", content=chunks).status_code == 413
     assert client.get("/v1/nothing").status_code == 404
@@ -326,13 +331,14 @@ def test_folders_are_not_waited_for(
     assert not looking
 
 
-def test_who_hangs_up_leaves_a_place(llama: str, adapters: Path) -> None:
+def test_who_hangs_up_leaves_a_place(llama: str, adapters: Path, caplog: pytest.LogCaptureFixture) -> None:
     with serving(llama, adapters, Limits(rows=1, slots=600)) as client:
         body = {"model": "prefix", "prompt": "red", "max_tokens": 55, "stream": True}
         for _ in range(3):
             with client.stream("POST", "/v1/completions", json=body) as stream:
                 next(stream.iter_lines())
         assert complete(client, max_tokens=3).status_code == 200
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_metrics(client: httpx.Client) -> None:

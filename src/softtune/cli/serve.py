@@ -7,7 +7,7 @@ import os
 from functools import partial
 from importlib.util import find_spec
 from math import ceil
-from socket import socket
+from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
 from typing import Annotated, Any, Literal
 
 import typer
@@ -65,6 +65,7 @@ def command(
     limits = Limits(rows=rows, waiting=waiting, tokens=tokens, slots=slots, hot=hot * 2**20)
     settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace, follow=follow)
     made = _engine(engine, model, gpus)
+    _check_port(host, port)
     if replicas > 1:
         run(model, adapters or [], limits, settings, replicas=replicas, host=host, port=port, **made)
         return
@@ -115,6 +116,17 @@ def _engine(name: str, model: str, gpus: int) -> dict[str, Any]:
     from softtune.serving.vllm.engine import VllmEngine
 
     return {"engine": partial(VllmEngine, locate_base_model(model), gpus=gpus)}
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise ConfigError where a server cannot listen, before it loads anything."""
+    family = AF_INET6 if ":" in host else AF_INET
+    with socket(family) as probe:
+        probe.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"nobody can listen at {host}:{port} ({error.strerror}): name another --port") from error
 
 
 def _keys(variable: str) -> tuple[str, ...]:

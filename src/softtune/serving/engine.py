@@ -56,7 +56,7 @@ class Engine:
         self.limits = limits
         self.pool = Pool(backbone, limits.slots)
         self.hot: Hot[HeldPrompt] = Hot(self._load)
-        self.waiting: Waiting[Job] = Waiting(limits.waiting)
+        self.waiting: Waiting[Job] = Waiting(limits.waiting, lambda: limits.rows - len(self.running))
         self.running: list[Ticket[Job]] = []
         self._base = Held.of(self.pool, Prompt())
 

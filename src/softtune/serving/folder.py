@@ -38,6 +38,8 @@ class AdapterFolder:
         """What was found in each place when it could be read."""
         self._loaded: dict[str, Stamps] = {}
         """What the files of each adapter were when it was tried."""
+        self._hidden: set[Path] = set()
+        """Folders that were said to have the name of another."""
         self._lock = RLock()
 
     @property
@@ -102,7 +104,13 @@ class AdapterFolder:
                 self._listings[number] = _adapters_in(source.path, source.name)
             except Exception as error:  # a store's own types, and those of its network
                 logger.warning("%s cannot be read: %s", source.name, error)
-        return {name: path for listing in reversed(self._listings) for name, path in listing.items()}
+        found: dict[str, Path] = {}
+        for listing in self._listings:
+            for name, path in listing.items():
+                if found.setdefault(name, path) != path and path not in self._hidden:
+                    logger.warning("%s is not served: there is another %s in %s", path, name, found[name].parent)
+                    self._hidden.add(path)
+        return found
 
 
 def _adapters_in(path: Path, name: str) -> dict[str, Path]:

@@ -81,7 +81,7 @@ class Heads:
         self.outputs = OUTPUTS[task]
         self.judges_tokens = task is not TaskType.SEQ_CLS
         self.limits = limits
-        self.waiting: Waiting[Judging] = Waiting(limits.waiting)
+        self.waiting: Waiting[Judging] = Waiting(limits.waiting, lambda: limits.rows - len(self.running))
         self.running: list[Ticket[Judging]] = []
         self._found: dict[Ticket[Judging], list[tuple[Tensor, ...]]] = {}
         """What the head has said so far to the examples of those that have been begun."""

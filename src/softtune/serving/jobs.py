@@ -245,7 +245,7 @@ def check_length(job: Job, virtual: int, longest: int) -> None:
     if virtual + job.longest > longest:
         raise TooLongError(
             f"{job.length} tokens of text, {job.longest - job.length} to write and {virtual} virtual ones are more "
-            f"than the {longest} that the model takes: shorten the text or lower max_tokens"
+            f"than the {longest} that there is room for: shorten the text or lower max_tokens"
         )
 
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import IGNORED, ChoiceTask, Example, LabelTask, SpanTask, TagTask, TextTask
+from softtune.data import IGNORED, ChoiceTask, Example, LabelTask, SpanTask, TagTask
 from softtune.data.tagging import OUTSIDE
 from softtune.errors import RequestError
 from softtune.evaluation.answers import best_span
 from softtune.serving.heads import Judging
 from softtune.serving.jobs import Scoring
 from softtune.serving.registry import Version
-from softtune.serving.service import Service
+from softtune.serving.service import ASKED, Service
 
 MOST_CHOICES = 64
 """Of one record."""
@@ -138,18 +138,7 @@ def _checked(version: Version, record: Mapping[str, Any], *kinds: type) -> Any:
     """The adapter's task, which a request may ask about this record."""
     task: Any = version.facts.task
     if type(task) not in kinds:
-        raise RequestError(f"{version.name} was not trained for that: ask it for {_ASKED[type(task)]}")
+        raise RequestError(f"{version.name} was not trained for that: ask it for {ASKED[type(task)]}")
     if missing := [column for column in task.columns if column not in record]:
         raise RequestError(f"the record lacks {missing[0]!r}: {version.name} reads {', '.join(task.columns)}")
     return task
-
-
-_ASKED: dict[type, str] = {
-    LabelTask: "labels",
-    ChoiceTask: "labels",
-    TagTask: "tags",
-    SpanTask: "answers",
-    TextTask: "texts",
-    type(None): "texts",
-}
-"""What each kind of task is asked for."""

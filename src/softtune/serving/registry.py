@@ -32,6 +32,8 @@ class Facts:
     """Where its requests are worked on."""
     has_places_within: bool = False
     """Whether its template has virtual tokens within the text."""
+    separator: str = ""
+    """The space at its template's end, which is the answer's."""
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from softtune.backbone import Backbone
-from softtune.data import Template, TextTask, has_places_within
+from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, Template, TextTask, has_places_within
 from softtune.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 from softtune.evaluation.answers import fitted_beside
 from softtune.methods import PeftConfig, TaskType
@@ -39,6 +39,16 @@ from softtune.serving.waiting import Ticket
 from softtune.training.recipe import RECIPE_NAME, Recipe
 
 Result = TypeVar("Result")
+
+ASKED: dict[type, str] = {
+    LabelTask: "labels",
+    ChoiceTask: "labels",
+    TagTask: "tags",
+    SpanTask: "answers",
+    TextTask: "texts",
+    type(None): "texts",
+}
+"""What adapters for each kind of task are asked for."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,11 @@ class Service:
         """A text's tokens."""
         return self.encoded(lambda tokenizer: list(tokenizer(text, verbose=False)["input_ids"]))
 
+    def prompt(self, version: Version | None, text: str) -> list[int]:
+        """The tokens of a text to go on with. A space at its end that is the answer's, by the adapter's template, is
+        left to the answer."""
+        return self.tokenized(text if version is None else text.removesuffix(version.facts.separator))
+
     def checked(self, tokens: list[int]) -> list[int]:
         """Tokens that a request brings along. Raises RequestError where the base model has no such token."""
         count = self.engine.backbone.embedding.num_embeddings
@@ -168,7 +183,8 @@ class Service:
     def check_writes(self, version: Version | None) -> None:
         """Raise RequestError where an adapter writes no texts, UnsupportedModelError where the base model does not."""
         if version is not None and isinstance(version.facts.lane, Heads):
-            raise RequestError(f"{version.name} has a head and writes no texts: ask it for labels")
+            asked = ASKED[type(version.facts.task)]
+            raise RequestError(f"{version.name} has a head and writes no texts: ask it for {asked}")
         if version is not None and version.facts.has_places_within:
             raise RequestError(f"{version.name} has virtual tokens within its text: ask it for labels, by records")
         _ = self.engine
@@ -253,13 +269,14 @@ class Service:
             virtual = getattr(config, "num_virtual_tokens", 0)
             positions = lane.backbone.max_positions
             task = None if recipe is None else fitted_beside(recipe.definition, positions, virtual)
-            within = recipe is not None and self.encoded(partial(has_places_within, Template(recipe.template)))
+            template = Template("" if recipe is None else recipe.template)
+            within = self.encoded(partial(has_places_within, template))
             if within and isinstance(task, TextTask):
                 raise UnsupportedModelError(
                     "its template has virtual tokens within the text, where a request's text has none: train it without"
                 )
             lane.keep(adapter, own, ahead=not within)
-            return Facts(config, task, lane, within)
+            return Facts(config, task, lane, within, template.separator)
 
     def _lane(self, kind: TaskType, recipe: Recipe | None) -> Lane:
         """Where an adapter's requests are worked on."""

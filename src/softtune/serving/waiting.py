@@ -38,11 +38,13 @@ class Waiting(Generic[Job]):
     """The queue, which any thread may add to.
 
     Args:
-        bound: how many may wait.
+        bound: how many may wait beside those for whom there is a place.
+        free: how many places there are.
     """
 
-    def __init__(self, bound: int) -> None:
+    def __init__(self, bound: int, free: Callable[[], int]) -> None:
         self.bound = bound
+        self._free = free
         self.is_closed = False
         self._queues: OrderedDict[Version | None, deque[Ticket[Job]]] = OrderedDict()
         self._lock = Lock()
@@ -72,7 +74,7 @@ class Waiting(Generic[Job]):
             if self.is_closed:
                 raise ClosedError("the server is shutting down: try again later")
             last = None
-            if self._count >= self.bound:
+            if self._count >= self.bound + max(self._free(), 0):
                 longest = max(self._queues.values(), key=len)
                 if len(self._queues.get(ticket.version, ())) + 1 >= len(longest):
                     raise full

@@ -169,9 +169,17 @@ async def _told(status: int, request: Request, error: Exception) -> JSONResponse
 
 
 async def _invalid(request: Request, error: Any) -> JSONResponse:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:]) if first["type"] != "json_invalid" else "the body"
-    return JSONResponse(error_of(400, f"{place or 'the body'}: {first['msg']}"), 400)
+    found = error.errors()
+    told = next((one for one in found if not one["type"].endswith("_type")), found[0])  # of the form that was meant
+    if told["loc"] == ("body",) and told["type"].endswith("_type"):
+        told = {**told, "msg": "send a JSON object, with Content-Type: application/json"}
+    place = "" if told["type"] == "json_invalid" else ".".join(str(x) for x in told["loc"][1:] if not _is_form(x))
+    return JSONResponse(error_of(400, f"{place or 'the body'}: {told['msg']}"), 400)
+
+
+def _is_form(part: str | int) -> bool:
+    """Whether a part of a field's place is pydantic's name for one of the field's forms."""
+    return isinstance(part, str) and (part in ("str", "constrained-str", "dict") or "[" in part)
 
 
 async def _refused(request: Request, error: Any) -> JSONResponse:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import files
 from typing import Any, TypeVar
 
+from anyio import fail_after
 from fastapi import HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
@@ -91,7 +92,7 @@ class Server:
 
         def ask(version: Version | None) -> tuple[list[Asked], Kind]:
             kind = Completions(self._service.tokenizer, body.logprobs is not None)
-            return asked_to_complete(body, self._service), kind
+            return asked_to_complete(body, self._service, version), kind
 
         return await self._write(request, body, ask)
 
@@ -227,11 +228,13 @@ async def _events(
             yield _event(first)
             with suppress(StopAsyncIteration):
                 while True:
-                    yield _event(await asyncio.wait_for(anext(parts), deadline.left))
+                    with fail_after(deadline.left):
+                        part = await anext(parts)
+                    yield _event(part)
             yield "data: [DONE]\n\n"
         except SofttuneError as error:
             yield _event(error_of(500, str(error)))
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             yield _event(error_of(504, deadline.refusal))
         except Exception:
             logger.exception("a streamed answer failed")

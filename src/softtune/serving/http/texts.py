@@ -224,14 +224,14 @@ class Texts:
             put((index, error))
 
 
-def asked_to_complete(request: CompletionRequest, service: Service) -> list[Asked]:
+def asked_to_complete(request: CompletionRequest, service: Service, version: Version | None) -> list[Asked]:
     """Each text, n times. Raises RequestError where there is none, too many, or one with unknown tokens."""
     given: Any = request.prompt
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
     if len(given) * request.n > MOST:
         raise RequestError(f"the request asks for {len(given) * request.n} texts: ask for {MOST} at most")
-    texts = [service.tokenized(one) if isinstance(one, str) else service.checked(one) for one in given]
+    texts = [service.prompt(version, one) if isinstance(one, str) else service.checked(one) for one in given]
     return [
         Asked(words, request.sampling(number, request.max_tokens, request.logprobs))
         for words in texts
