@@ -92,6 +92,9 @@ def test_bad_input_is_one_line(models: dict[str, str], tmp_path: Path, capsys: p
     file = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "out", test_size=0)
     assert run("compare", file, "--output", str(tmp_path / "out"), "--entries", "prefix") == 2
     assert "no entry 'prefix': use some of prefix-tuning" in capsys.readouterr().err
+    for entries in ("", "lora, lora"):
+        assert run("compare", file, "--output", str(tmp_path / "out"), "--entries", entries) == 2
+        assert "name each once" in capsys.readouterr().err
     assert run("compare", file, "--output", str(tmp_path / "out")) == 2
     assert "an experiment needs rows to evaluate on" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="has no experiment and no adapter"):

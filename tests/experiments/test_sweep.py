@@ -225,6 +225,8 @@ def test_the_command_writes_a_page(models: dict[str, str], tmp_path: Path, over:
         ({"over": {"learning_rate": {"low": 1, "high": 0.1}}, "trials": 2}, "over is .*list values"),
         ({"over": {"epochs": [1]}, "seed": 3}, "seed: no such field: use seeds"),
         ({}, "over is missing"),
+        ({"over": {"output": ["a", "b"]}}, "a sweep has one folder for all points: name it with --output alone"),
+        ({"over": {"epochs": [1, 2, 1]}}, "over has a value of epochs twice: list each once"),
     ],
 )
 def test_a_sweep_that_is_wrong_is_told(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

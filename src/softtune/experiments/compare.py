@@ -31,6 +31,8 @@ def compare(
     """
     if (Path(recipe.output) / SWEEP_NAME).is_file():
         raise ConfigError(f"{recipe.output} has another experiment: name another output, or delete it")
+    if len({*names}) < len(names) or not all(names):
+        raise ConfigError(f"entries are {', '.join(map(repr, names))}: name each once")
     if recipe.ensemble > 1:
         raise ConfigError("a comparison is of single adapters: set ensemble to 1, or sweep over it")
     fields = recipe.model_dump(exclude_unset=True)

@@ -84,6 +84,11 @@ class Sweep(BaseModel):
     def _fits_together(self) -> Sweep:
         if empty := [name for name, axis in self.over.items() if not axis]:
             raise ValueError(f"over has no values for {empty[0]}: list some")
+        if "output" in {*self.fields, *self.over}:
+            raise ValueError("a sweep has one folder for all points: name it with --output alone")
+        lists = {name: [*map(repr, axis)] for name, axis in self.over.items() if isinstance(axis, list)}
+        if twice := [name for name, values in lists.items() if len({*values}) < len(values)]:
+            raise ValueError(f"over has a value of {twice[0]} twice: list each once")
         if self.trials is None and (ranges := [name for name, axis in self.over.items() if isinstance(axis, Range)]):
             raise ValueError(f"{ranges[0]} is a range to search in: say how many trials, or list values")
         return self

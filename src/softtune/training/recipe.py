@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from softtune.data import LabelTask, Task, Template
-from softtune.errors import CheckpointError
+from softtune.errors import CheckpointError, ConfigError
 from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, TaskType
 from softtune.methods.base import CONFIG_NAME
 from softtune.pretrained import MODEL_CLASSES, known_task
@@ -200,6 +200,8 @@ class Recipe(BaseModel):
             ConfigError: there is no such file, it is no YAML mapping, or a field is unknown, missing or out of range.
         """
         fields = read_fields(path, "recipe")
+        if "over" in fields:
+            raise ConfigError(f"{path} is a sweep: run it with softtune sweep")
         return cls.of({**fields, **(overrides or {})})
 
     @classmethod
