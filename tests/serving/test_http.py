@@ -181,7 +181,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"n": 8, "prompt": ["red"] * 5}, 400, "the request asks for 40 texts: ask for 32 at most"),
     ({"best_of": 3}, 400, "best_of: Input should be 1"),
     ({"stop": ["red"] * 5}, 400, "stop: List should have at most 4 items"),
-    ({"prompt": []}, 400, "prompt: List should have at least 1 item"),
+    ({"prompt": []}, 400, "prompt: Value should have at least 1 item"),
     ({"frequency_penalty": 1}, 400, "frequency_penalty: Input should be 0"),
     ({"colour": "red"}, 400, "colour: Extra inputs are not permitted"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options needs stream"),
