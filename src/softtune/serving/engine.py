@@ -56,8 +56,8 @@ class Engine:
         self.limits = limits
         self.pool = Pool(backbone, limits.slots)
         self.hot: Hot[HeldPrompt] = Hot(self._load)
-        self.waiting: Waiting[Job] = Waiting(limits.waiting, lambda: limits.rows - len(self.running))
         self.running: list[Ticket[Job]] = []
+        self.waiting: Waiting[Job] = Waiting(limits, self.running)
         self._base = Held.of(self.pool, Prompt())
 
     def keep(self, adapter: Adapter, folder: Path, *, ahead: bool) -> None:

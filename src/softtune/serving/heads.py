@@ -81,8 +81,8 @@ class Heads:
         self.outputs = OUTPUTS[task]
         self.judges_tokens = task is not TaskType.SEQ_CLS
         self.limits = limits
-        self.waiting: Waiting[Judging] = Waiting(limits.waiting, lambda: limits.rows - len(self.running))
         self.running: list[Ticket[Judging]] = []
+        self.waiting: Waiting[Judging] = Waiting(limits, self.running)
         self._found: dict[Ticket[Judging], list[tuple[Tensor, ...]]] = {}
         """What the head has said so far to the examples of those that have been begun."""
         self._collate = Collator(pad_token_id, padding_side="left")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Generic, TypeVar
 
 from softtune.errors import ClosedError, FullError
+from softtune.serving.limits import Limits
 from softtune.serving.registry import Version
 
 Job = TypeVar("Job")
@@ -38,13 +39,13 @@ class Waiting(Generic[Job]):
     """The queue, which any thread may add to.
 
     Args:
-        bound: how many may wait beside those for whom there is a place.
-        free: how many places there are.
+        limits: how many may wait, beside those for whom there is a place.
+        running: those who have the places, at any time.
     """
 
-    def __init__(self, bound: int, free: Callable[[], int]) -> None:
-        self.bound = bound
-        self._free = free
+    def __init__(self, limits: Limits, running: Sequence[Ticket[Job]]) -> None:
+        self._limits = limits
+        self._running = running
         self.is_closed = False
         self._queues: OrderedDict[Version | None, deque[Ticket[Job]]] = OrderedDict()
         self._lock = Lock()
@@ -69,12 +70,12 @@ class Waiting(Generic[Job]):
             FullError: too many wait already, and no other adapter's are more than this one's.
             ClosedError: no more requests are taken.
         """
-        full = FullError(f"{self.bound} requests are waiting: try again later")
+        full = FullError(f"{self._limits.waiting} requests are waiting: try again later")
         with self._lock:
             if self.is_closed:
                 raise ClosedError("the server is shutting down: try again later")
             last = None
-            if self._count >= self.bound + max(self._free(), 0):
+            if self._count >= self._limits.waiting + max(self._limits.rows - len(self._running), 0):
                 longest = max(self._queues.values(), key=len)
                 if len(self._queues.get(ticket.version, ())) + 1 >= len(longest):
                     raise full

@@ -84,8 +84,8 @@ class VllmEngine:
         self.backbone = backbone
         self.limits = limits
         self.hot: Hot[HeldVectors] = Hot(self._load)
-        self.waiting: Waiting[Job] = Waiting(limits.waiting, lambda: limits.rows - len(self.running))
         self.running: list[Ticket[Job]] = []
+        self.waiting: Waiting[Job] = Waiting(limits, self.running)
         self._parts: dict[str, tuple[Ticket[Job], Part]] = {}
         self._numbers = itertools.count()
         try:
