@@ -277,6 +277,21 @@ def test_predict_answers_a_file_and_measures_it(
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
 
 
+def test_predict_counts_the_rows_of_the_file_where_records_are_made_one(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter", labels=None, max_new_tokens=2)
+    assert run("train", recipe, "--epochs", "0.5") == 0
+    data = tmp_path / "new.csv"
+    data.write_text("words,label\nred,zero\nred,one\nblue,two\n")
+    capsys.readouterr()
+    assert run("predict", str(tmp_path / "adapter"), str(data)) == 0
+    shown = capsys.readouterr().out
+    assert "3 records, of which 2 are different" in shown
+    mistakes = shown[shown.index("2 of 2 records are not answered right") :]
+    assert [cells[1].strip() for line in mistakes.splitlines() if len(cells := line.split("│")) > 2] == ["1", "3"]
+
+
 def test_predict_takes_texts(trained: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("predict", str(trained["words"]), "--text", "red sky", "--text", "blue sky") == 0
     shown = capsys.readouterr().out

@@ -49,6 +49,7 @@ def test_an_empty_word_has_no_place() -> None:
         (record(["x0"], ["O", "O"]), "1 words and 2 tags; give one tag for each word"),
         (record(["x0"], ["B-ORG"]), "tag 'B-ORG' is not one of O, B-PER, I-PER, B-LOC"),
         (record(["x0", "x1"], ["O", "I-PER"]), "tag 'I-PER' at word 2 follows 'O'; begin an entity with B-PER"),
+        (record(["x0"], ["I-PER"]), "tag 'I-PER' is the first word's; begin an entity with B-PER"),
         (record(["x0", "x1"], ["B-LOC", "I-PER"]), "tag 'I-PER' at word 2 follows 'B-LOC'"),
         (record([], []), "column 'tokens' has no words"),
         (record(["", ""], ["O", "O"]), "the words have no tokens"),

@@ -58,7 +58,7 @@ def test_what_is_kept_is_not_run_again(compared: Path, monkeypatch: pytest.Monke
     assert compare(recipe, ["lora", "few-shot"], seeds=2) == [
         entry for entry in entries_of(compared / "out") if entry.name in ("lora", "few-shot")
     ]
-    with pytest.raises(ConfigError, match="is of another experiment: name another output"):
+    with pytest.raises(ConfigError, match="differs in its seeds: name another output"):
         compare(recipe, ["lora"], seeds=3)
 
 
@@ -98,7 +98,7 @@ def test_bad_input_is_one_line(models: dict[str, str], tmp_path: Path, capsys: p
     assert run("compare", file, "--output", str(tmp_path / "out")) == 2
     assert "an experiment needs rows to evaluate on" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="has no experiment and no adapter"):
-        report.write(tmp_path / "nothing", "nothing")
+        report.write(tmp_path / "nothing")
 
 
 def test_what_does_not_go_with_an_entry_is_told_with_its_name(models: dict[str, str], tmp_path: Path) -> None:

@@ -124,6 +124,14 @@ def test_another_experiment_in_the_folder_is_refused_before_any_work(
     assert [found[0], found[2]] == before
 
 
+def test_the_folder_of_an_adapter_is_refused(models: dict[str, str], tmp_path: Path) -> None:
+    own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1]})
+    train(own[1])
+    for experiment in (lambda: sweep(*own), lambda: compare(own[1], ["lora"])):
+        with pytest.raises(ConfigError, match="out has an adapter: name another output"):
+            experiment()
+
+
 def test_runs_of_another_recipe_are_refused_before_any_work(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,8 +158,10 @@ def test_what_is_finished_is_kept(models: dict[str, str], tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         sweep(*own)
     assert len(entries_of(tmp_path / "out")) == 1
+    assert "1 of 3 points are done." in report.page_of(tmp_path / "out", "").texts[0]
     ran.append("interrupted")
     entries = sweep(*own)
+    assert "points are done" not in report.page_of(tmp_path / "out", "").texts[0]
     assert ran == ["learning_rate 0.01", "interrupted", "learning_rate 0.1", "learning_rate 0.2"]
     assert entries == entries_of(tmp_path / "out")
 
@@ -222,9 +232,9 @@ def test_the_command_writes_a_page(models: dict[str, str], tmp_path: Path, over:
         ({"over": {"learning_rate": []}}, "over has no values for learning_rate"),
         ({"over": {"learning_rate": 0.1}}, "over is .*list values"),
         ({"over": {"learning_rate": {"low": 0.1, "high": 1}}}, "say how many trials"),
-        ({"over": {"learning_rate": {"low": 1, "high": 0.1}}, "trials": 2}, "over is .*list values"),
+        ({"over": {"learning_rate": {"low": 1, "high": 0.1}}, "trials": 2}, "a range goes from low up to high"),
         ({"over": {"epochs": [1]}, "seed": 3}, "seed: no such field: use seeds"),
-        ({}, "over is missing"),
+        ({}, "over is missing: for each field list values"),
         ({"over": {"output": ["a", "b"]}}, "a sweep has one folder for all points: name it with --output alone"),
         ({"over": {"epochs": [1, 2, 1]}}, "over has a value of epochs twice: list each once"),
     ],

@@ -24,7 +24,7 @@ def command(recipe: str, output: str, entries: str, seeds: int, **flags: str | N
     with progress_bars() as progress:
         found = compare(chosen, [name.strip() for name in entries.split(",")], seeds=seeds, progress=progress)
     show_entries(found)
-    console.print(f"The page is {report.write(Path(output), title=Path(recipe).stem)}.", soft_wrap=True)
+    console.print(f"The page is {report.write(Path(output))}.", soft_wrap=True)
     exit_on_failures(found)
 
 

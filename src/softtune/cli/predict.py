@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from softtune import storage
 from softtune.cli.console import console, counting, quiet
 from softtune.cli.loading import Trained, load_trained, read_records
 from softtune.cli.tables import show_mistakes, show_quality
-from softtune.data import Task, TextTask, each_row, with_all_references
+from softtune.data import Task, TextTask, alike, each_row, with_all_references
 from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import Answers, judge
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
@@ -63,7 +63,7 @@ def command(
     if (column := trained.task.label_column) in records.column_names:
         quality = judge(trained.task, records, answers)
         show_quality(quality)
-        show_mistakes(quality, answered, [*trained.task.columns, column, "answer"])
+        show_mistakes(quality, answered, [*trained.task.columns, column, "answer"], _rows(trained.task, given))
 
 
 @contextmanager
@@ -107,6 +107,11 @@ def _checked(task: Task, records: Dataset) -> Dataset:
     except DataError as error:
         raise DataError(f"{error}; or leave out the column {task.label_column!r}, and nothing is measured") from error
     return with_all_references(records, task) if isinstance(task, TextTask) else records
+
+
+def _rows(task: Task, records: Dataset) -> Sequence[int]:
+    """The row of each answer, from 0: the first one of records that were made one."""
+    return [rows[0] for rows in alike(records, task.columns)] if isinstance(task, TextTask) else range(len(records))
 
 
 def _answers(trained: Trained, records: Dataset, *, vote: bool) -> Answers:

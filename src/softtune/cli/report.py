@@ -19,4 +19,4 @@ def command(folder: Annotated[Path, typer.Argument(help="The folder of a compari
     """
     quiet()
     check_finished(folder)
-    console.print(f"The page is {report.write(folder, title=folder.name)}.", soft_wrap=True)
+    console.print(f"The page is {report.write(folder)}.", soft_wrap=True)

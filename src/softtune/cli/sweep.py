@@ -36,7 +36,7 @@ def command(
     with progress_bars() as progress:
         found = sweep(asked, Recipe.load(asked.recipe, {"output": output}), run=runner, progress=progress)
     show_entries(found, asked.metric)
-    console.print(f"The page is {report.write(Path(output), title=Path(file).stem)}.", soft_wrap=True)
+    console.print(f"The page is {report.write(Path(output))}.", soft_wrap=True)
     exit_on_failures(found)
 
 

@@ -55,14 +55,15 @@ def show_quality(quality: Quality) -> None:
     console.print(table)
 
 
-def show_mistakes(quality: Quality, answered: Dataset, columns: Sequence[str]) -> None:
-    """The first records that were not answered right, with their numbers."""
+def show_mistakes(quality: Quality, answered: Dataset, columns: Sequence[str], rows: Sequence[int]) -> None:
+    """The first records that were not answered right, with the numbers of their rows, which come from 0."""
     if not quality.mistakes:
         return
     title = f"{len(quality.mistakes)} of {quality.rows} records are not answered right to the letter"
     table = Table("row", *columns, title=title, title_justify="left")
-    for row in quality.mistakes[:MOST_MISTAKES]:
-        table.add_row(str(row + 1), *(_shortened(str(answered[row][column])) for column in columns))
+    for mistake in quality.mistakes[:MOST_MISTAKES]:
+        cells = (_shortened(str(answered[mistake][column])) for column in columns)
+        table.add_row(str(rows[mistake] + 1), *cells)
     console.print(table)
 
 

@@ -11,7 +11,7 @@ from softtune.data.spans import SpanTask
 from softtune.data.tagging import TagTask
 from softtune.data.task import Task
 from softtune.data.templates import Template, Verbalizer
-from softtune.data.writing import TextTask, with_all_references
+from softtune.data.writing import TextTask, alike, with_all_references
 
 __all__ = [
     "IGNORED",
@@ -25,6 +25,7 @@ __all__ = [
     "Template",
     "TextTask",
     "Verbalizer",
+    "alike",
     "answer_width",
     "each_row",
     "encode",

@@ -16,7 +16,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softtune import storage
 from softtune.data.formats import WHOLE, parse, quoted
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ARCHIVED = "zip://"
 """How the name of a file in an archive begins, as in fsspec."""
+KINDS = {str: "text", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
+"""What JSON calls its values."""
 NAMED = 8
 """Files of an archive to name where one is not there."""
 
@@ -130,11 +132,24 @@ def _load_file(source: str, split: str, columns: Sequence[str] | None) -> Datase
 
     name, content = _read(source)
     try:
-        return datasets.Dataset.from_dict(parse(content, Path(name).suffix, split=split, names=columns))
+        cells = parse(content, Path(name).suffix, split=split, names=columns)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
+    try:
+        return datasets.Dataset.from_dict(cells)
     except (pa.ArrowException, OverflowError, UnicodeError) as error:
-        raise DataError(f"{source}: {_first_line(error)}; give every column values of one type") from error
+        reason = _of_two_types(cells) or _first_line(error)
+        raise DataError(f"{source}: {reason}; give every column values of one type") from error
+
+
+def _of_two_types(columns: Mapping[str, Sequence[Any]]) -> str:
+    """Where a column's values are of two types; empty where what differs is deeper than the values themselves."""
+    for name, values in columns.items():
+        kinds = [(row, KINDS[type(value)]) for row, value in enumerate(values, start=1) if value is not None]
+        for row, kind in kinds:
+            if kind != kinds[0][1]:
+                return f"column {name!r} has a {kind} in row {row} and a {kinds[0][1]} before"
+    return ""
 
 
 def _read(source: str) -> tuple[str, bytes]:

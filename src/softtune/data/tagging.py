@@ -94,7 +94,8 @@ def check_bio(tags: Sequence[str]) -> None:
     """Raise DataError where a tag I-X does not follow B-X or I-X."""
     for i, (before, tag) in enumerate(zip([OUTSIDE, *tags], tags, strict=False), start=1):
         if tag.startswith("I-") and before[1:] != tag[1:]:
-            raise DataError(f"tag {tag!r} at word {i} follows {before!r}; begin an entity with B{tag[1:]}")
+            place = f"at word {i} follows {before!r}" if i > 1 else "is the first word's"
+            raise DataError(f"tag {tag!r} {place}; begin an entity with B{tag[1:]}")
 
 
 def _list(record: Mapping[str, Any], column: str) -> list[str]:

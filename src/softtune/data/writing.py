@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +76,16 @@ def with_all_references(records: Dataset, task: TextTask) -> Dataset:
     from datasets import Dataset
 
     references = each_row(records, [*task.columns, task.label_column], task.right)
-    merged: dict[tuple[str, ...], dict[str, Any]] = {}
-    for record, texts in zip(records, references, strict=True):
-        key = tuple(cell_text(record, field) for field in task.columns)
-        if key in merged:
-            own = merged[key][task.label_column]
-            own += [text for text in texts if text not in own]
-        else:
-            merged[key] = {**record, task.label_column: list(texts)}
-    return Dataset.from_list(list(merged.values()))
+    merged = []
+    for rows in alike(records, task.columns):
+        texts = dict.fromkeys(text for row in rows for text in references[row])
+        merged.append({**records[rows[0]], task.label_column: [*texts]})
+    return Dataset.from_list(merged)
+
+
+def alike(records: Dataset, columns: Collection[str]) -> list[list[int]]:
+    """The rows, from 0, of each of the records that do not read alike, in the order of their first ones."""
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for row, record in enumerate(records):
+        rows.setdefault(tuple(cell_text(record, column) for column in columns), []).append(row)
+    return [*rows.values()]

@@ -11,6 +11,7 @@ from softtune.experiments.outcomes import Entry
 from softtune.experiments.runs import run_at_once
 from softtune.training.company import shared
 from softtune.training.folder import RunFolder
+from softtune.training.recipe import holds_adapter
 from softtune.training.setup import Progress, Rows
 
 Runner = Callable[[Sequence[Sequence[Case]], Progress], Iterator[tuple[Case, list[Entry]]]]
@@ -33,11 +34,13 @@ def with_rows(cases: Sequence[Case], known: dict[str, dict[str, str]] | None = N
         known: fingerprints from before; those that are found are added.
 
     Raises:
-        ConfigError: a recipe without rows to evaluate on.
+        ConfigError: a recipe without rows to evaluate on, or the folder is an adapter's.
         DataError: the data does not fit.
     """
     if any(case.recipe.evaluation is None and not case.recipe.test_size for case in cases):
         raise ConfigError("an experiment needs rows to evaluate on: set evaluation or test_size")
+    if any(holds_adapter(case.folder) for case in cases):
+        raise ConfigError(f"{cases[0].folder} has an adapter: name another output")
     known = {} if known is None else known
     found = []
     for case in cases:

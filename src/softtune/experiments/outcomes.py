@@ -134,10 +134,11 @@ def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | Non
     if not all(entry.is_final for entry in entries):
         return None
     then = found["asked"]
-    if then != asked and {**then, "rows": asked["rows"]} == asked:
-        raise ConfigError(f"the data is not what {file.parent} came of: restore it, or name another output")
-    if then != asked:
-        raise ConfigError(f"{file.parent} is of another experiment: name another output, or delete it")
+    other = [name for name in asked if then.get(name) != asked[name]]
+    if other == ["rows"]:
+        raise ConfigError(f"the data is not what {folder} came of: restore it, or name another output")
+    if other:
+        raise ConfigError(f"the experiment in {folder} differs in its {other[0]}: name another output, or delete it")
     return entries
 
 

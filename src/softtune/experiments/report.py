@@ -20,14 +20,13 @@ from softtune.training.recipe import holds_adapter
 PAGE_NAME, MARKDOWN_NAME = "report.html", "report.md"
 
 
-def write(folder: Path, title: str) -> Path:
+def write(folder: Path) -> Path:
     """Write the page of an experiment or an adapter into its folder.
 
     It is HTML that stands alone, and Markdown with each picture as SVG.
 
     Args:
-        folder: of a comparison, a sweep or a trained adapter.
-        title: of the page.
+        folder: of a comparison, a sweep or a trained adapter. Its name is the page's title.
 
     Returns:
         The page.
@@ -35,7 +34,7 @@ def write(folder: Path, title: str) -> Path:
     Raises:
         CheckpointError: there is neither in the folder.
     """
-    write_page(page_of(folder, title), folder, PAGE_NAME, MARKDOWN_NAME)
+    write_page(page_of(folder, folder.resolve().name), folder, PAGE_NAME, MARKDOWN_NAME)
     return folder / PAGE_NAME
 
 
@@ -102,10 +101,12 @@ def failures(entries: Sequence[Entry]) -> list[str]:
 def of_sweep(sweep: Sweep, entries: Sequence[Entry], title: str) -> Page:
     """What there is to show of a sweep, and what it asks and finds."""
     spread = " Mean over seeds ± standard deviation." if sweep.seeds > 1 else ""
+    done = len({repr([entry.at[axis] for axis in sweep.over]) for entry in entries})
+    unfinished = f" {done} of {sweep.size} points are done." if done < sweep.size else ""
     says = {"Here": sweep.found, "Paper": sweep.paper}
     return Page(
         title=sweep.question or title,
-        texts=[f"{_rows(entries)}{spread}", *(f"{who}: {text}" for who, text in says.items() if text)],
+        texts=[f"{_rows(entries)}{unfinished}{spread}", *(f"{who}: {text}" for who, text in says.items() if text)],
         tables=tables_of(entries, sweep.metric),
         notes=failures(entries),
         pictures=views.of_sweep(entries, sweep.metric, searched=sweep.trials is not None),

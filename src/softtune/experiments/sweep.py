@@ -131,6 +131,11 @@ class Sweep(BaseModel):
         for values in itertools.product(*self.over.values()):
             yield dict(zip(self.over, values, strict=True))
 
+    @property
+    def size(self) -> int:
+        """How many points run."""
+        return self.trials or sum(1 for _ in self.points)
+
     def changes(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """The recipe's fields at a point."""
         changes: dict[str, Any] = {}

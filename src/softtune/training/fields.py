@@ -112,7 +112,8 @@ def _what_is_wrong(
         remedy = hints.get(name) or f"use {close[0] if close else 'one of ' + ', '.join(known)}"
         return f"{name}: no such field: {remedy}"
     if name not in fields:
-        return f"{name} is missing: add it"
+        return f"{name} is missing: {hints.get(name, 'add it')}"
     shown = repr(fields[name])
     shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
-    return f"{name} is {shown}: {hints.get(name) or error['msg'].replace('Input should', 'it should', 1)}"
+    says = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "it should", 1)
+    return f"{name} is {shown}: {says if error['type'] == 'value_error' else hints.get(name, says)}"
