@@ -14,7 +14,7 @@ from softtune.errors import ConfigError
 from softtune.pretrained import load_base_model
 from softtune.serving.vllm.fitting import bake_folder
 from softtune.serving.vllm.prompts import NAME
-from softtune.training.recipe import RECIPE_NAME, Recipe
+from softtune.training.recipe import Recipe
 
 
 def command(
@@ -34,9 +34,8 @@ def command(
             raise ConfigError(f"{to / adapter.name} is there already: give the adapter's folder another name")
     base, tokenizer = load_base_model(model)
     for adapter in adapters:
-        if (adapter / RECIPE_NAME).is_file():
-            template = Template(Recipe.of_adapter(adapter).template)
-            if has_places_within(template, tokenizer):
-                raise ConfigError(f"{adapter} has virtual tokens within its text: serve it by softtune serve")
+        recipe = Recipe.found_in(adapter)
+        if recipe is not None and has_places_within(Template(recipe.template), tokenizer):
+            raise ConfigError(f"{adapter} has virtual tokens within its text: serve it by softtune serve")
         virtual = bake_folder(Backbone(base), adapter, to / adapter.name)
         console.print(f"{adapter.name}: texts begin with {virtual} placeholders", soft_wrap=True)

@@ -16,7 +16,7 @@ from softtune.evaluation.answers import fitted
 from softtune.methods import PeftConfig, TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model, name_here
-from softtune.training.recipe import RECIPE_NAME, Recipe
+from softtune.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,15 @@ def load_trained(adapter: Path, model: str | None) -> Trained:
 
 def check_single(adapter: Path) -> None:
     """Raise ConfigError where a recipe made an ensemble."""
-    if (adapter / RECIPE_NAME).is_file() and (names := Recipe.of_adapter(adapter).adapter_names) != ["default"]:
-        raise ConfigError(f"{adapter} has {len(names)} adapters: name the folder of one, such as {adapter / names[0]}")
+    recipe = Recipe.found_in(adapter)
+    if recipe is not None and recipe.ensemble > 1:
+        one = adapter / recipe.adapter_names[0]
+        raise ConfigError(f"{adapter} has {recipe.ensemble} adapters: name the folder of one, such as {one}")
 
 
 def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Any adapter, one that PEFT wrote too, on the base model that it names or on the one named instead."""
-    if (adapter / RECIPE_NAME).is_file():
+    if Recipe.found_in(adapter) is not None:
         trained = load_trained(adapter, model)
         return trained.model, trained.tokenizer
     saved = config.base_model_name_or_path

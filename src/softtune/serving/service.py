@@ -262,7 +262,7 @@ class Service:
         """See ``Registry``."""
         with self._baking:
             config = PeftConfig.from_pretrained(folder)
-            recipe = Recipe.of_adapter(folder) if (folder / RECIPE_NAME).is_file() else None
+            recipe = Recipe.found_in(folder)
             kind = config.task_type or TaskType.CAUSAL_LM
             lane = self._lane(kind, recipe)
             adapter = baking.load(lane.backbone, folder)

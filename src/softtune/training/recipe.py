@@ -218,9 +218,15 @@ class Recipe(BaseModel):
             CheckpointError: there is no such folder, its run is unfinished, or it has no recipe.
         """
         check_finished(folder)
-        if not (Path(folder) / RECIPE_NAME).is_file():
+        if (recipe := cls.found_in(folder)) is None:
             raise CheckpointError(f"{folder} has no {RECIPE_NAME}: name the folder of an adapter that softtune trained")
-        return cls.load(Path(folder) / RECIPE_NAME)
+        return recipe
+
+    @classmethod
+    def found_in(cls, folder: str | os.PathLike[str]) -> Recipe | None:
+        """The recipe in an adapter's folder; None where something else trained it."""
+        file = Path(folder) / RECIPE_NAME
+        return cls.load(file) if file.is_file() else None
 
     def save(self, path: Path) -> None:
         """Write all fields as YAML."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,13 +23,19 @@ _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     """A token's own bytes."""
     piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
-    if _SPACE in piece and token not in tokenizer.added_tokens_decoder:
+    if _SPACE in piece and token not in _added(tokenizer):
         return piece.replace(_SPACE, " ").encode()
     if _UNKNOWN not in text:
         return text.encode()
     if byte := _FALLBACK.fullmatch(piece):
         return bytes.fromhex(byte[1])
     return bytes(_BYTES[c] for c in piece) if _BYTES.keys() >= {*piece} else text.encode()
+
+
+@lru_cache(maxsize=8)
+def _added(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that are texts as they stand, which the tokenizer gathers anew whenever it is asked."""
+    return frozenset(tokenizer.added_tokens_decoder)
 
 
 def shown(token: bytes) -> str:
