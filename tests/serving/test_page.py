@@ -14,13 +14,22 @@ from tests.serving.test_http import generated, serving
 from tests.training.test_tasks import recipe
 
 BROWSER = shutil.which("chromium")
+TEMPLATE = "{prompt:3} {{red}} {x} text : "
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 @pytest.fixture
 def folder(llama: str, adapters: Path, tmp_path: Path) -> Path:
-    """Two adapters that write, and one that labels."""
-    folder = trained(tmp_path / "adapters", {"labels": recipe(tmp_path, llama, ROWS, **LABELLED)})
+    """Three adapters that write, one of them by a template, and one that labels."""
+    texts: dict[str, Any] = {
+        "template": TEMPLATE,
+        "label_column": "y",
+        "max_new_tokens": 8,
+        "method": "PROMPT_TUNING",
+        "options": {},
+    }
+    kinds = {"labels": recipe(tmp_path, llama, ROWS, **LABELLED), "told": recipe(tmp_path, llama, ROWS, **texts)}
+    folder = trained(tmp_path / "adapters", kinds)
     for kind in ("prefix", "prompt"):
         shutil.copytree(adapters / kind, folder / kind)
     return folder
@@ -35,7 +44,7 @@ def page() -> Iterator[Page]:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs the browser chromium")
-def test_the_page_shows_answers_side_by_side(page: Page, llama: str, adapters: Path, folder: Path) -> None:
+def test_the_page_shows_answers_side_by_side(page: Page, llama: str, folder: Path) -> None:
     problems: list[Any] = []
     page.on("pageerror", lambda error: problems.append(error))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -49,15 +58,14 @@ def test_the_page_shows_answers_side_by_side(page: Page, llama: str, adapters: P
             page.get_by_label(column, exact=True).fill("the sky is")
         page.get_by_label("Tokens at most").fill("9")
         page.keyboard.press("Control+Enter")
-        page.wait_for_function("document.querySelectorAll('article').length === 4 && !asking")
+        page.wait_for_function("document.querySelectorAll('article').length === 5 && !asking")
         cards = {
             card.query_selector("h2").inner_text(): card.inner_text() for card in page.query_selector_all("article")
         }
-        for name in (None, "prefix", "prompt"):
-            assert (
-                generated(llama, name and adapters / name, "the sky is", 9).split()
-                == cards[name or llama].split("\n")[1].split()
-            )
+        asked = {llama: "the sky is", "prefix": "the sky is", "prompt": "the sky is", "told": "{red} the sky is text :"}
+        for name, text in asked.items():
+            expected = generated(llama, None if name == llama else folder / name, text, 9)
+            assert cards[name].split("\n")[1].split() == expected.split()
         assert "tokens/s" in cards["prefix"]
         assert [bar.inner_text()[-1] for bar in page.query_selector_all(".bar")] == ["%", "%"]
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
