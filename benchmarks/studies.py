@@ -138,7 +138,8 @@ def write_index() -> None:
     hours = sum(run["minutes"] for each in kept for run in each["runs"]) / 60
     says = (
         "The papers' questions and known data sets at a small scale. `python benchmarks/studies.py` runs them all: "
-        f"{hours:.1f} hours with one core, which several processes can share by their names."
+        f"{hours:.1f} hours on one core, or half of that on two, by two processes that share the names. Seconds and "
+        "memory are of a process with one thread, with one other at most beside it."
     )
     (RESULTS / "README.md").write_text("\n".join(["# Results", "", says, "", *lines]) + "\n", encoding="utf-8")
 
@@ -149,10 +150,14 @@ def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:
     whose = [f" ({', '.join(run['entries'])})" if len(runs) > 1 else "" for run in runs]
     says = [
         f"python benchmarks/studies.py {name}{entries}: {run['minutes']} minutes on {run['hardware']['cpu']}, "
-        f"{run['hardware']['threads']} threads, torch {run['hardware']['torch']}, commit {run['commit']}."
+        f"{_counted(run['hardware']['threads'], 'thread')}, torch {run['hardware']['torch']}, commit {run['commit']}."
         for run, entries in zip(runs, whose, strict=True)
     ]
     return dataclasses.replace(page, notes=[*page.notes, *says])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 if __name__ == "__main__":
