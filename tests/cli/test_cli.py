@@ -280,7 +280,8 @@ def test_predict_answers_a_file_and_measures_it(
 def test_predict_counts_the_rows_of_the_file_where_records_are_made_one(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter", labels=None, max_new_tokens=2)
+    texts: dict[str, Any] = {"labels": None, "max_new_tokens": 2, "test_size": 1}
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter", **texts)
     assert run("train", recipe, "--epochs", "0.5") == 0
     data = tmp_path / "new.csv"
     data.write_text("words,label\nred,zero\nred,one\nblue,two\n")

@@ -135,6 +135,13 @@ def test_cells_without_a_header_take_the_names_given(write, name, content):
     ]
 
 
+def test_a_header_beside_the_names_is_no_row(write):
+    assert load_records(write("a.csv", "a,b\n1,2\na,b\n"), columns=["a", "b"]).to_list() == [
+        {"a": "1", "b": "2"},
+        {"a": "a", "b": "b"},
+    ]
+
+
 def test_names_that_do_not_fit_are_refused(write):
     with pytest.raises(DataError, match="row 2 has 1 cells and the header 2"):
         load_records(write("lines", "0 a\n1\n"), columns=["label", "text"])

@@ -116,6 +116,12 @@ def test_padding_moves_spans_along() -> None:
         (record("w3 w4", ("", 0)), "the answer '' is not at character 0"),
         ({**record("w3"), "answers": "w3"}, "column 'answers' holds no list of answers"),
         ({**record("w3"), "answers": [{"text": "w3"}]}, "write 'text' and 'answer_start'"),
+        ({**record("w3"), "answers": [{"text": "w3", "answer_start": None}]}, "'answer_start', a number"),
+        (
+            {**record("w3"), "answers": {"text": "w3", "answer_start": 0}},
+            "give 'text' and 'answer_start' lists as long",
+        ),
+        ({**record("w3"), "answers": {"text": ["w3"], "answer_start": []}}, "lists as long"),
         (record("w3", question="w1 " * 9), "the question takes 12 tokens and the stride 3 of 12"),
     ],
 )

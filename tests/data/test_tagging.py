@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from softtune.data.encoding import IGNORED
 from softtune.data.tagging import TagTask, check_bio
@@ -41,6 +44,17 @@ def test_words_that_are_cut_have_no_place() -> None:
 def test_an_empty_word_has_no_place() -> None:
     _, firsts = task().prompt(record(["x0", "", "OK"], ["O", "O", "O"]), WORDS)
     assert firsts == [0, None, 1]
+
+
+def test_words_read_as_a_running_text() -> None:
+    """With the spaces that byte-level tokenizers have within their tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(BPE({token: i for i, token in enumerate([*letters, "Ġb"])}, [("Ġ", "b")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own = PreTrainedTokenizerFast(tokenizer_object=core)
+    example, firsts = task().prompt(record(["a", "bc", "d", "b"], ["O"] * 4), own)
+    assert own.convert_ids_to_tokens(example.input_ids) == ["a", "Ġb", "c", "Ġ", "d", "Ġb"]
+    assert firsts == [0, 1, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def test_every_choice_follows_the_same_words() -> None:
     assert [" ".join(words_of(e)) for e in encoded] == ["x0 x1 Q y0 </s>", "x0 x1 Q OK y0 OK </s>"]
     assert choosing().right(record) == "OK y0 OK"
     assert choosing().right({**record, "label": "y0"}) == "y0"
+    digits = {**record, "options": ["4", "2", "3", "0"]}
+    assert [choosing().right({**digits, "label": label}) for label in (2, "2", "1")] == ["3", "2", "2"]
     assert choosing().examples(record, WORDS) == [encoded[1]]
 
 

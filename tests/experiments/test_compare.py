@@ -60,6 +60,8 @@ def test_what_is_kept_is_not_run_again(compared: Path, monkeypatch: pytest.Monke
     ]
     with pytest.raises(ConfigError, match="differs in its seeds: name another output"):
         compare(recipe, ["lora"], seeds=3)
+    with pytest.raises(ConfigError, match="differs in its epochs: name another output"):
+        compare(recipe.model_copy(update={"epochs": 2.0}), ["last-layers"], seeds=2)
 
 
 def test_the_page_stands_alone(compared: Path) -> None:

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
 
 from softtune import DataError
-from softtune.experiments import report
+from softtune.data import Template, TextTask
+from softtune.evaluation.answers import Answers
+from softtune.experiments import answering, report
+from softtune.experiments import experiment as room
 from softtune.experiments.compare import compare
 from softtune.experiments.outcomes import Entry, Outcome, entries_of, keep
+from softtune.experiments.prompting import END
+from softtune.methods import TaskType
 from softtune.training.recipe import Recipe
+from softtune.training.setup import Rows
 from tests.cli.test_cli import run, write_recipe
 from tests.experiments.test_sweep import asked, sweep
 from tests.tiny import save_models
@@ -78,6 +86,46 @@ def test_data_that_does_not_fit_ends_all_and_says_where(
     own = asked(tmp_path / "sweep.yaml", models["llama"], over={"data": {"good": {}, "bad": changes}}, at_once=1)
     with pytest.raises(DataError, match="bad: "):
         sweep(*own)
+
+
+def test_one_entry_that_is_too_large_fails_alone(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.load(write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "out"))
+    run_at_once = room.run_at_once
+
+    def short_of_memory(cases: Any, progress: Any) -> Any:
+        if cases[0].name == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much.")
+        return run_at_once(cases, progress)
+
+    monkeypatch.setattr(room, "run_at_once", short_of_memory)
+    full, other = compare(recipe, ["full", "zero-shot"], seeds=1)
+    assert (full.failure, full.is_final) == ("CUDA out of memory.", False)
+    assert other.outcomes
+
+
+def test_rows_in_front_that_leave_no_room_are_left_out(models: dict[str, str], tmp_path: Path) -> None:
+    rows = "".join(f"{'red ' * 40},{label}\n" for label in ("warm", "cold") * 5)
+    (tmp_path / "rows.csv").write_text(f"words,label\n{rows}")
+    fields = {"train": str(tmp_path / "rows.csv"), "max_length": 30}
+    recipe = Recipe.load(write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "out", **fields))
+    few, other = compare(recipe, ["few-shot", "zero-shot"], seeds=1)
+    assert few.is_left_out
+    assert few.failure.startswith("4 rows in front of a record leave it no room (row 1: template and answer alone take")
+    assert other.outcomes
+
+
+def test_texts_end_before_the_next_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those in front of a record do."""
+    kind = TaskType.CAUSAL_LM
+    task = TextTask(kind=kind, template=Template("{x}"), label_column="y", max_length=9, max_new_tokens=9)
+    held_out = Dataset.from_list([{"x": "red", "y": "warm"}])
+    rows = Rows(training=held_out, validation=held_out, evaluation=held_out, fingerprints={})
+    monkeypatch.setattr(answering, "answer", lambda *_, **__: Answers(["warm\n\nText: red"], None, 0))
+    nobody: Any = None
+    told = [answering.metrics_of(nobody, nobody, task, rows, lambda *_: None, end=end) for end in (None, END)]
+    assert [metrics["exact_match"] for metrics in told] == [0, 1]
 
 
 def test_choices_take_rows_in_front(models: dict[str, str], tmp_path: Path) -> None:

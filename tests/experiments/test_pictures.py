@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from softtune.experiments.pictures import INK, LIGHT_INK, Point, curves, scatter
+from softtune.experiments.pictures import INK, LIGHT_INK, Point, curves, places, scatter
 
 
 def texts(svg: str) -> list[str]:
@@ -37,6 +37,10 @@ def test_ink_is_legible_in_print_and_on_dark_screens() -> None:
 def test_numbers_across_are_few_and_plain(most: float, shown: list[str]) -> None:
     picture = scatter("", {"a": (1e-3, 0.25), "b": (most, 0.25)}, across="share", up="quality")
     assert texts(picture.svg.split("matplotlib.axis_")[1]) == [*shown, "share"]
+
+
+def test_dollars_are_no_formula() -> None:
+    assert ">$$<" in places("tokens", {"tokens": [("$$", 0.0, 0.0), ("$x_", 1.0, 1.0)]}, across="x", up="y").svg
 
 
 def test_long_names_stand_below_the_axes() -> None:

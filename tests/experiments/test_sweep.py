@@ -235,6 +235,8 @@ def test_the_command_writes_a_page(models: dict[str, str], tmp_path: Path, over:
         ({"over": {"learning_rate": {"low": 1, "high": 0.1}}, "trials": 2}, "a range goes from low up to high"),
         ({"over": {"epochs": [1]}, "seed": 3}, "seed: no such field: use seeds"),
         ({}, "over is missing: for each field list values"),
+        ({"over": {"epochs": [1]}, "fields": {"epochs": 2}}, "epochs is both a field and an axis"),
+        ({"over": {"point": {"a": {"output": "b"}}}}, "a sweep has one folder for all points"),
         ({"over": {"output": ["a", "b"]}}, "a sweep has one folder for all points: name it with --output alone"),
         ({"over": {"epochs": [1, 2, 1]}}, "over has a value of epochs twice: list each once"),
     ],
@@ -249,6 +251,10 @@ def test_a_sweep_that_is_wrong_is_told(tmp_path: Path, fields: dict[str, Any], m
     ("over", "message"),
     [
         ({"entry": ["lora", "prefix"]}, "no entry 'prefix'"),
+        (
+            {"entry": ["prefix-tuning"], "method": ["P_TUNING_V2"]},
+            "the entry is prefix-tuning and the field method P_TUNING_V2: leave one of the two out",
+        ),
         ({"learning_rates": [1]}, "learning_rates: no such field: use learning_rate"),
         ({"options.tokens": [1]}, "tokens"),
     ],
@@ -276,14 +282,14 @@ def test_fields_apply_before_the_seed_and_the_metric_are_read(
     seeds, sampler = list[Any](), optuna.samplers.TPESampler
     monkeypatch.setattr(optuna.samplers, "TPESampler", lambda seed: (seeds.append(seed), sampler(seed=seed))[1])
     over: dict[str, Any] = {"learning_rate": {"low": 0.001, "high": 1.0}}
-    own = asked(tmp_path / "sweep.yaml", models["llama"], over=over, trials=1, metric="chrf")
+    own = asked(tmp_path / "sweep.yaml", models["llama"], {"test_size": 1}, over=over, trials=1, metric="chrf")
     fields = {"seed": 5, "labels": None, "max_new_tokens": 3}
     [found] = sweep(own[0].model_copy(update={"fields": fields}), own[1])
     assert seeds == [5]
     assert "chrf" in found.metrics
     over = {"epochs": [2], "task": {"labels": {}, "words": {"labels": None}}}
     with pytest.raises(ConfigError, match="epochs 2, words is not measured as epochs 2, labels is"):
-        sweep(*asked(tmp_path / "sweep.yaml", models["llama"], over=over))
+        sweep(*asked(tmp_path / "sweep.yaml", models["llama"], {"test_size": 1}, over=over))
 
 
 def test_data_that_has_changed_is_noticed(models: dict[str, str], tmp_path: Path) -> None:
@@ -313,7 +319,7 @@ def test_rows_of_all_points_are_read_once(
 
 def test_the_least_perplexity_is_best(models: dict[str, str], tmp_path: Path) -> None:
     over = {"learning_rate": {"low": 1e-5, "high": 1.0, "log": True}}
-    fields = {"labels": None, "max_new_tokens": 3, "epochs": 4}
+    fields = {"labels": None, "max_new_tokens": 3, "epochs": 4, "test_size": 1}
     own = asked(tmp_path / "sweep.yaml", models["llama"], fields, over=over, trials=8, at_once=2, metric="perplexity")
     found = sweep(*own)
     values = [entry.mean("perplexity") for entry in found]

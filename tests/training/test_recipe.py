@@ -80,6 +80,7 @@ def test_every_field_says_what_it_is_for() -> None:
             "the template says where virtual tokens stand",
         ),
         ({"evaluation": "more.csv", "test_size": 0.3}, "test_size holds rows out where there is no evaluation"),
+        ({"evaluation": "rows.csv"}, "evaluation names rows that are trained on"),
         ({"evaluation_split": "dev"}, "evaluation_split needs evaluation: name the data set there too"),
         ({"evaluation_examples": 8, "test_size": 0}, "evaluation_examples needs rows to evaluate on: set evaluation"),
         ({"validation_size": 0.2}, "validation_size holds rows out for patience: set patience, or drop it"),

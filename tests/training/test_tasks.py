@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from softtune.methods import TaskType
 from softtune.pretrained import load_base_model
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
+from softtune.training.setup import Rows
 
 SENTENCES = [(["the", "sky", "is", "red"], ["O", "B-X", "O", "B-Y"]), (["good", "sky"], ["O", "B-X"])] * 8
 QUESTIONS = [
@@ -69,7 +71,7 @@ def reading(folder: Path, models: dict[str, str], **fields: Any) -> Recipe:
 
 
 def test_tags_are_learnt(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    fields = {"method": "P_TUNING_V2", "epochs": 12, "learning_rate": 0.05}
+    fields = {"method": "P_TUNING_V2", "epochs": 24, "learning_rate": 0.05}
     report = train(tagging(tmp_path, models, **fields))
     assert report.before["f1"] < 0.5
     assert report.after["f1"] == 1.0
@@ -81,7 +83,7 @@ def test_tags_are_learnt(tmp_path: Path, models: dict[str, str], capsys: pytest.
 def test_parts_of_a_text_are_learnt(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"method": "P_TUNING_V2", "epochs": 40, "learning_rate": 0.05, "patience": 40, "validation_size": 3}
     report = train(reading(tmp_path, models, **fields, test_size=0))
-    assert report.training_rows > 9  # a long context has several parts
+    assert report.training_rows == 9  # however many parts their contexts have
     assert run("predict", str(tmp_path / "out"), str(tmp_path / "rows.jsonl")) == 0
     shown = capsys.readouterr().out
     assert "exact match │ 100.0%" in shown
@@ -94,6 +96,18 @@ def test_texts_are_compared_with_all_references(tmp_path: Path, models: dict[str
     report = train(recipe(tmp_path, models["llama"], rows, **fields, test_size=0))
     assert (report.training_rows, report.evaluation_rows) == (6, 2)
     assert {"bleu", "rouge_l", "chrf", "exact_match", "perplexity"} == report.after.keys()
+
+
+@pytest.mark.parametrize("fields", [{}, {"patience": 1, "validation_size": 2}])
+def test_rows_that_read_alike_stay_together(tmp_path: Path, fields: dict[str, Any]) -> None:
+    texts = [" ".join(words) for words in itertools.permutations(["red", "blue", "cold"])]
+    file = write(tmp_path / "rows.jsonl", [{"x": x, "y": y} for y in ("bad", "good") for x in texts])
+    described = {"model": "", "train": file, "template": "{x} :", "label_column": "y", "output": str(tmp_path / "out")}
+    rows = Rows.of(Recipe.of({**described, "test_size": 2, **fields}))
+    assert rows.evaluation is not None
+    held_out = {*rows.evaluation["x"], *rows.validation["x"]}
+    assert len(held_out) == len(rows.evaluation) + len(rows.validation) // 2
+    assert sorted([*rows.training["x"]]) == sorted(x for x in texts * 2 if x not in held_out)
 
 
 @pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
@@ -132,7 +146,11 @@ def test_perplexity_reads_no_more_of_a_reference_than_may_be_written(tmp_path: P
     long = Dataset.from_list([{"x": "red", "y": "the sky is good " * 20}])
     found = answer(own.model, own.tokenizer, own.task, long)
     assert found.likelihoods is not None
-    assert int(found.likelihoods[0, 1]) == 5  # a space, three words and spaces, the end
+    assert int(found.likelihoods[0, 1]) == 4  # a space, three words and spaces, and no end
+    whole = Dataset.from_list([{"x": "red", "y": "the sky"}])
+    likelihoods = answer(own.model, own.tokenizer, own.task, whole).likelihoods
+    assert likelihoods is not None
+    assert int(likelihoods[0, 1]) == 5  # with the end
     for labels in ({}, {"y": None}):
         records = Dataset.from_list([{"x": "red", **labels}])
         assert answer(own.model, own.tokenizer, own.task, records).likelihoods is None

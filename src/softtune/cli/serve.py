@@ -67,6 +67,7 @@ def command(
     made = _engine(engine, model, gpus)
     _check_port(host, port)
     if replicas > 1:
+        console.print(f"{replicas} servers of {model} start: http://{host}:{port}", soft_wrap=True)
         run(model, adapters or [], limits, settings, replicas=replicas, host=host, port=port, **made)
         return
     folder = AdapterFolder(*adapters or [])

@@ -30,8 +30,8 @@ def command(
     """
     quiet()
     own = {"over": None if over is None else read("over", over), "seeds": seeds, "trials": trials}
-    asked = Sweep.load(file, {name: value for name, value in own.items() if value is not None})
-    asked = asked.model_copy(update={"fields": {**asked.fields, **overrides(flags)}})
+    given = {name: value for name, value in own.items() if value is not None}
+    asked = Sweep.load(file, given, **overrides(flags))
     runner = run_here if ray is None else on_ray(ray)
     with progress_bars() as progress:
         found = sweep(asked, Recipe.load(asked.recipe, {"output": output}), run=runner, progress=progress)

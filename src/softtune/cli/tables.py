@@ -123,8 +123,10 @@ def exit_on_failures(entries: Sequence[Entry]) -> None:
     """End the command with one line and exit code 1 where entries failed; those that do not fit are no failures."""
     failed = [entry for entry in entries if entry.failure and not entry.is_left_out]
     if failed:
+        may_pass = any(not entry.is_final for entry in failed)
+        remedy = "and run the same command again" if may_pass else "which would end so again, and name another output"
         count = f"{len(failed)} of {len(entries)}"
-        print(f"softtune: {count} failed: mend what is told above, and run the same command again", file=sys.stderr)
+        print(f"softtune: {count} failed: mend what is told above, {remedy}", file=sys.stderr)
         sys.exit(FAILED)
 
 

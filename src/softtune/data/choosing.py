@@ -25,7 +25,8 @@ class ChoiceTask:
     choices: str
     """The column with the choices, a list of texts."""
     label_column: str
-    """The column with the right choice: its text, or its number from 0."""
+    """The column with the right choice: its text, or its number from 0. A text of digits is a number where no choice
+    reads so."""
     max_length: int
     """Tokens of a record with a choice at most."""
 
@@ -41,9 +42,9 @@ class ChoiceTask:
         for field in self.template.fields:
             cell_text(record, field)
         choices, value = self.of(record), record[self.label_column]
-        if str(value) in choices:
-            return str(value)
-        if str(value).isdigit() and int(value) < len(choices):
+        if isinstance(value, str) and value in choices:
+            return value
+        if str(value).isdecimal() and int(value) < len(choices):
             return choices[int(value)]
         raise DataError(f"{value!r} is not one of {', '.join(map(repr, choices))}, nor the number of one from 0")
 

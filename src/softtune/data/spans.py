@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PARTS = ("text", "answer_start")
+"""What an answer in the data has."""
+
+
 class Answer(NamedTuple):
     """A part of a context."""
 
@@ -151,10 +155,19 @@ def _tokens_of(answer: Answer, places: list[tuple[int, int] | None]) -> tuple[in
 
 def _answers(value: Any, column: str) -> Iterator[Answer]:
     if isinstance(value, dict):
-        value = [{name: own[i] for name, own in value.items()} for i in range(len(next(iter(value.values()), [])))]
+        value = _rows_of(value, column)
     if not isinstance(value, list):
         raise DataError(f"column {column!r} holds no list of answers; give [] where there is none")
     for answer in value:
-        if not isinstance(answer, dict) or not {"text", "answer_start"} <= answer.keys():
-            raise DataError(f"column {column!r} has the answer {answer!r}; write 'text' and 'answer_start'")
-        yield Answer(str(answer["text"]), int(answer["answer_start"]))
+        text, start = (answer.get(name) for name in PARTS) if isinstance(answer, dict) else (None, None)
+        if not isinstance(text, str) or not isinstance(start, int):
+            raise DataError(f"column {column!r} has the answer {answer!r}; write 'text' and 'answer_start', a number")
+        yield Answer(text, start)
+
+
+def _rows_of(columns: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """Answers of lists by name, as SQuAD has them."""
+    lists: list[Any] = [columns.get(name) for name in PARTS]
+    if not all(isinstance(own, list) for own in lists) or len({len(own) for own in lists}) > 1:
+        raise DataError(f"column {column!r} has the answers {columns!r}; give 'text' and 'answer_start' lists as long")
+    return [dict(zip(PARTS, own, strict=True)) for own in zip(*lists, strict=True)]

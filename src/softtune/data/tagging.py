@@ -79,15 +79,25 @@ class TagTask:
     def _encode(
         self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[int], list[int | None], int]:
-        """Ids, the place of each word's first, and how many were cut."""
+        """Ids, the place of each word's first, and how many were cut. The words read as a running text, with spaces
+        between them."""
         words = self._words(record)
-        whole = tokenizer(words, is_split_into_words=True, verbose=False)
-        short = tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
-        owners = short.word_ids()
+        text = " ".join(words)
+        whole = tokenizer(text, verbose=False)
+        short = tokenizer(text, truncation=True, max_length=self.max_length, return_offsets_mapping=True)
+        spaced = [[number] * len(word) + [None] for number, word in enumerate(words)]
+        owner_of = [owner for own in spaced for owner in own]  # of each character
+        covered = [owner_of[start:end] for start, end in short["offset_mapping"]]
+        owners = [next((owner for owner in own if owner is not None), None) for own in covered]
         firsts = [owners.index(word) if word in owners else None for word in range(len(words))]
         if not any(first is not None for first in firsts):
             raise DataError("the words have no tokens; drop the row")
         return list(short["input_ids"]), firsts, len(whole["input_ids"]) - len(short["input_ids"])
+
+
+def is_bio(tag: str) -> bool:
+    """Whether a tag is O, or begins or goes on with an entity."""
+    return tag == OUTSIDE or (tag[:2] in ("B-", "I-") and len(tag) > 2)
 
 
 def check_bio(tags: Sequence[str]) -> None:

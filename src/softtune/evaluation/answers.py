@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import IGNORED, ChoiceTask, LabelTask, SpanTask, TagTask, Task, TextTask, each_row
+from softtune.data import IGNORED, ChoiceTask, Example, LabelTask, SpanTask, TagTask, Task, TextTask, each_row
 from softtune.data.spans import Stride
 from softtune.data.tagging import OUTSIDE
 from softtune.errors import ConfigError
@@ -176,26 +176,30 @@ def _texts(task: TextTask, asked: _Question) -> Answers:
 
 
 def _likelihoods(task: TextTask, asked: _Question) -> Tensor | None:
-    """[B, 2] see ``Answers``. Of a reference count as many tokens as the model may write, and its end."""
+    """[B, 2] see ``Answers``. Of a reference count as many tokens as the model may write, and its end where it is one
+    of them."""
     column = task.label_column
     if column not in asked.records.column_names or any(text in (None, "", []) for text in asked.records[column]):
         return None
     is_apart = task.kind is TaskType.SEQ_2_SEQ_LM
     wide = task if is_apart else replace(task, max_length=task.max_length + task.max_new_tokens)
-    rows = [
-        wide.encode(record, asked.tokenizer, text=_shortened(text, asked.tokenizer, max(1, task.max_new_tokens - 1)))
-        for record in asked.records
-        for text in task.right(record)[:1]
-    ]
+    first = [(record, task.right(record)[0]) for record in asked.records]
+    rows = [_reference(wide, record, text, asked.tokenizer, task.max_new_tokens) for record, text in first]
     scores = score_words(asked.model, [[row] for row in rows], asked.pad, batch_size=8)
     counts = torch.tensor([[float(sum(x != IGNORED for x in row.labels))] for row in rows])
     return torch.cat([scores, counts], dim=1)
 
 
-def _shortened(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
-    """The first tokens of a text."""
+def _reference(
+    task: TextTask, record: Mapping[str, Any], text: str, tokenizer: PreTrainedTokenizerBase, count: int
+) -> Example:
+    """A record with the first tokens of a reference."""
     ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return text if len(ends) <= count else text[: ends[count - 1][1]]
+    if len(ends) < count:
+        return task.encode(record, tokenizer, text=text)
+    own = task.encode(record, tokenizer, text=text[: ends[max(count - 1, 1) - 1][1]])
+    is_end = isinstance(own.labels, list) and own.labels[-1] == tokenizer.eos_token_id
+    return replace(own, labels=[*own.labels[:-1], IGNORED]) if is_end else own
 
 
 def _choices(task: ChoiceTask, asked: _Question) -> Answers:

@@ -89,9 +89,10 @@ def tag_quality(right: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Precision and F-score are ill-defined")
         warnings.filterwarnings("ignore", message="Recall and F-score are ill-defined")
-        report: dict[str, Any] = classification_report(
-            [list(tags) for tags in right], [list(tags) for tags in answers], output_dict=True, zero_division=0
-        )
+        report: dict[str, Any] = {}
+        if wanted.any() or found.any():
+            sides = ([list(tags) for tags in side] for side in (right, answers))
+            report = classification_report(*sides, output_dict=True, zero_division=0)
     return _quality(
         {
             "f1": lambda rows: _share(2 * hits[rows].sum(), wanted[rows].sum() + found[rows].sum()),

@@ -63,7 +63,7 @@ def train_alone(case: Case, run: Recipe, progress: Progress) -> Outcome:
         seconds=seconds,
         memory=memory,
         steps=trainer.state.global_step,
-        training_rows=len(setup.examples),
+        training_rows=len(rows.training),
         evaluation_rows=len(rows.evaluation or ()),
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import Task
+from softtune.data import Task, TextTask
 from softtune.errors import AdapterError, TrainingError
 from softtune.evaluation.answers import answer, judge
 from softtune.model import PeftModel
@@ -12,9 +14,16 @@ from softtune.training.setup import Progress, Rows
 
 
 def metrics_of(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Rows, progress: Progress
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Rows,
+    progress: Progress,
+    *,
+    end: str | None = None,
 ) -> dict[str, float]:
-    """The metrics of the task. Raises TrainingError where the model answers with no numbers."""
+    """The metrics of the task, where texts that are written end before ``end``. Raises TrainingError where the model
+    answers with no numbers."""
     held_out = rows.evaluation
     assert held_out is not None
 
@@ -25,4 +34,6 @@ def metrics_of(
         answers = answer(model, tokenizer, task, held_out, advance=advance)
     except AdapterError as error:
         raise TrainingError(str(error)) from error
+    if end is not None and isinstance(task, TextTask):
+        answers = replace(answers, texts=[text.partition(end)[0].strip() for text in answers.texts])
     return judge(task, held_out, answers).metrics

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softtune.errors import ConfigError, SofttuneError
+from softtune.errors import ConfigError
 from softtune.experiments import outcomes
 from softtune.experiments.baselines import BASELINES
 from softtune.experiments.outcomes import Entry
@@ -25,6 +25,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "bitfit": {"method": PeftType.BITFIT, "options": {"add_missing": True}},
 }
 """Fields of the recipe that each method replaces; the recipe's own method keeps the recipe's."""
+
+REPLACED = ("method", "options", "learning_rate", "trunk_cache", "trunk_cache_disk")
+"""Fields of the recipe that an entry may replace."""
 
 PROMPTS = {"zero-shot": 0, "few-shot": 4}
 """Rows in front of each record, for a base model that nothing is trained of."""
@@ -119,9 +122,10 @@ class Case:
         """Write what it came to."""
         outcomes.keep(self.folder, self.stem, self.number, self.asked, entries)
 
-    def failed(self, error: SofttuneError) -> list[Entry]:
+    def failed(self, error: Exception) -> list[Entry]:
         """What it came to where it cannot be run."""
-        return [Entry(name=self.name, at=self.at, outcomes=[], failure=str(error), failed_by=type(error).__name__)]
+        reason = str(error).partition("\n")[0]
+        return [Entry(name=self.name, at=self.at, outcomes=[], failure=reason, failed_by=type(error).__name__)]
 
 
 def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -> Recipe:
@@ -134,6 +138,8 @@ def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -
     if entry in BASELINES:
         fields = {**fields, "learning_rate": BASELINES[entry].learning_rate, **no_trunk}
     recipe = Recipe.of(with_changes(fields, changes))
+    if method and recipe.method is not method["method"]:
+        raise ConfigError(f"the entry is {entry} and the field method {recipe.method.value}: leave one of the two out")
     if entry in BASELINES and recipe.patience is not None:  # the best step would be a copy of a whole model
         raise ConfigError(f"patience stops adapters, and not {entry}: leave one of the two out")
     if entry not in METHODS and entry and recipe.ensemble > 1:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from softtune.errors import ConfigError
-from softtune.experiments.cases import ENTRIES, Case
+from softtune.experiments.cases import ENTRIES, REPLACED, Case
 from softtune.experiments.experiment import run_cases, with_rows
-from softtune.experiments.outcomes import SWEEP_NAME, Entry
+from softtune.experiments.outcomes import SWEEP_NAME, Entry, asked_of
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
 
@@ -26,7 +27,7 @@ def compare(
 
     Raises:
         ConfigError: an unknown name, a recipe of an ensemble or without evaluation rows, or there is another experiment
-            in the folder.
+            in the folder, be it a comparison by other rows, steps or seeds.
         DataError: the data does not fit.
     """
     if (Path(recipe.output) / SWEEP_NAME).is_file():
@@ -48,4 +49,22 @@ def compare(
         )
         for name in names
     ]
-    return [entry for entries in run_cases(with_rows(cases), at_once=1, progress=progress) for entry in entries]
+    cases = with_rows(cases)
+    _check_budget(cases[0])
+    return [entry for entries in run_cases(cases, at_once=1, progress=progress) for entry in entries]
+
+
+def _check_budget(case: Case) -> None:
+    """Raise ConfigError where what is kept beside a case came of other rows, steps or seeds."""
+    own = _budget(case.asked)
+    for then in map(_budget, asked_of(case.folder)):
+        if other := next((name for name in own if own[name] != then[name]), None):
+            raise ConfigError(
+                f"the experiment in {case.folder} differs in its {other}: name another output, or delete it"
+            )
+
+
+def _budget(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What all entries of a comparison have in common."""
+    recipe = {name: value for name, value in asked["recipe"].items() if name not in REPLACED}
+    return {**recipe, "seeds": asked["seeds"], "rows": asked["rows"]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+
 from softtune.errors import ConfigError, DataError, SofttuneError
 from softtune.experiments.cases import Case
 from softtune.experiments.outcomes import Entry
@@ -111,7 +113,7 @@ def run_bundle(cases: Sequence[Case], progress: Progress) -> Iterator[tuple[Case
     does not fit."""
     try:
         yield from zip(cases, run_at_once(cases, progress), strict=True)
-    except SofttuneError as error:
+    except (SofttuneError, torch.OutOfMemoryError) as error:
         if len(cases) == 1 and isinstance(error, DataError):
             raise DataError(f"{cases[0].name}: {error}") from error
         if len(cases) == 1:

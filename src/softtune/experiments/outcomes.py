@@ -142,6 +142,12 @@ def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | Non
     return entries
 
 
+def asked_of(folder: Path) -> list[dict[str, Any]]:
+    """What was run of each part of an experiment that came to something."""
+    files = [storage.read_json(file) for file in (folder / ENTRIES_NAME).glob("*.json")]
+    return [file["asked"] for file in files if all(entry.is_final for entry in _entries(file))]
+
+
 def came_to(folder: Path, stem: str) -> list[Entry]:
     """What a part of an experiment that has run came to, failures too."""
     return _entries(storage.read_json(_file(folder, stem)))

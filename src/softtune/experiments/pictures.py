@@ -82,7 +82,7 @@ def bars(title: str, own: Sequence[Bar], *, unit: str, says: str = "") -> Pictur
 
 def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: str, up: str, says: str = "") -> Picture:
     """Named points, on a logarithmic scale across; those at 0 stand at its left end."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator
 
     with _figure(3.6 + _below(points)) as (axes, finished):
         positive = [x for x, _ in points.values() if x > 0]
@@ -90,11 +90,9 @@ def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: st
         for number, (name, (x, y)) in enumerate(points.items()):
             style = MARKS[number // len(COLORS) % len(MARKS)]
             axes.plot(max(x, least), y, style, color=COLORS[number % len(COLORS)], markersize=7, alpha=0.85, label=name)
-        axes.set_xscale("log")
+        _be_logarithmic(axes)
         most = max(x for x, _ in points.values())
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if most > 100 * least else (1.0, 3.0)))
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.1, y=0.15)
         _legend(axes, points)
         axes.set_xlabel(across)
@@ -116,7 +114,7 @@ def curves(
             axes.errorbar(x, y, whiskers, fmt=style, color=color, markersize=size, capsize=2.5, label=name)
         places = sorted({point.x for points in lines.values() for point in points})
         if places[0] > 0 and places[-1] / places[0] >= WIDE:
-            axes.set_xscale("log")
+            _be_logarithmic(axes)
         if joined and len(places) <= MANY:
             axes.set_xticks(places, [f"{place:g}" for place in places])
             axes.minorticks_off()
@@ -163,6 +161,15 @@ def places(
     return Picture(title, finished[0], says)
 
 
+def _be_logarithmic(axes: Any) -> None:
+    """Across, with plain numbers."""
+    from matplotlib.ticker import NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _legend(axes: Any, names: Iterable[str]) -> None:
     """Beside the axes, or below them where a name is long."""
     style: Any = {"frameon": False, "labelcolor": INK, "fontsize": 9}
@@ -186,6 +193,7 @@ def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
 
     style: Any = {
         "svg.fonttype": "none",
+        "text.parse_math": False,  # tokens and names may have dollars
         "svg.hashsalt": "softtune",
         "font.family": "sans-serif",
         "axes.edgecolor": INK,

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from softtune.data import ChoiceTask, LabelTask, Task, Template, TextTask
-from softtune.errors import ConfigError, UnsupportedModelError
+from softtune.errors import ConfigError, DataError, UnsupportedModelError
 from softtune.evaluation.answers import fitted
 from softtune.experiments.answering import metrics_of
 from softtune.experiments.cases import PROMPTS, Case
@@ -19,6 +19,9 @@ from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress, Rows
+
+END = "\n\n"
+"""Behind each row in front of a record, and so behind what is written."""
 
 
 def answer_alone(case: Case, progress: Progress) -> list[Outcome]:
@@ -36,8 +39,14 @@ def answer_alone(case: Case, progress: Progress) -> list[Outcome]:
     found = []
     for run in case.runs if shots else case.runs[:1]:
         task = _with_shots(recipe, rows.training.shuffle(seed=run.seed).select(range(shots)), tokenizer)
-        with model.disable_adapter():
-            metrics = metrics_of(model, tokenizer, fitted(task, model), rows, progress)
+        try:
+            with model.disable_adapter():
+                metrics = metrics_of(model, tokenizer, fitted(task, model), rows, progress, end=END if shots else None)
+        except DataError as error:
+            if not shots:
+                raise
+            reason = f"{shots} rows in front of a record leave it no room ({error}): leave this entry out"
+            raise UnsupportedModelError(reason) from error
         found.append(
             Outcome(
                 metrics=metrics,
@@ -60,7 +69,7 @@ def _with_shots(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBas
     assert isinstance(task, (LabelTask, TextTask, ChoiceTask))
     if not len(rows):
         return task
-    shots = "".join(f"{task.template.filled(row)}{_answer(task, row)}\n\n" for row in rows)
+    shots = "".join(f"{task.template.filled(row)}{_answer(task, row)}{END}" for row in rows)
     more = len(tokenizer(shots)["input_ids"])
     template = Template(shots.replace("{", "{{").replace("}", "}}") + task.template.text)
     return dataclasses.replace(task, template=template, max_length=task.max_length + more)

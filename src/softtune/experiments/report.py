@@ -18,6 +18,7 @@ from softtune.experiments.views import finished, in_words
 from softtune.training.recipe import holds_adapter
 
 PAGE_NAME, MARKDOWN_NAME = "report.html", "report.md"
+SPREAD = " Mean over seeds ± standard deviation."
 
 
 def write(folder: Path) -> Path:
@@ -62,9 +63,10 @@ def page_of(folder: Path, title: str) -> Page:
 
 def of_comparison(entries: Sequence[Entry], title: str) -> Page:
     """What there is to show of a comparison."""
+    several = any(len(entry.outcomes) > 1 for entry in entries)
     return Page(
         title=title,
-        texts=[f"{_rows(entries)} Mean over seeds ± standard deviation; stored is what a task needs beside the model."],
+        texts=[f"{_rows(entries)}{SPREAD if several else ''} Stored is what a task needs beside the model."],
         tables=tables_of(entries),
         notes=failures(entries),
         pictures=views.of_comparison(entries),
@@ -100,7 +102,7 @@ def failures(entries: Sequence[Entry]) -> list[str]:
 
 def of_sweep(sweep: Sweep, entries: Sequence[Entry], title: str) -> Page:
     """What there is to show of a sweep, and what it asks and finds."""
-    spread = " Mean over seeds ± standard deviation." if sweep.seeds > 1 else ""
+    spread = SPREAD if sweep.seeds > 1 else ""
     done = len({repr([entry.at[axis] for axis in sweep.over]) for entry in entries})
     unfinished = f" {done} of {sweep.size} points are done." if done < sweep.size else ""
     says = {"Here": sweep.found, "Paper": sweep.paper}

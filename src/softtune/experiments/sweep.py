@@ -84,8 +84,11 @@ class Sweep(BaseModel):
     def _fits_together(self) -> Sweep:
         if empty := [name for name, axis in self.over.items() if not axis]:
             raise ValueError(f"over has no values for {empty[0]}: list some")
-        if "output" in {*self.fields, *self.over}:
+        points = [point for axis in self.over.values() if isinstance(axis, dict) for point in axis.values()]
+        if any("output" in fields for fields in (self.fields, self.over, *points)):
             raise ValueError("a sweep has one folder for all points: name it with --output alone")
+        if twice := [name for name, axis in self.over.items() if name in self.fields and not isinstance(axis, dict)]:
+            raise ValueError(f"{twice[0]} is both a field and an axis: leave one of the two out")
         lists = {name: [*map(repr, axis)] for name, axis in self.over.items() if isinstance(axis, list)}
         if twice := [name for name, values in lists.items() if len({*values}) < len(values)]:
             raise ValueError(f"over has a value of {twice[0]} twice: list each once")
@@ -94,8 +97,13 @@ class Sweep(BaseModel):
         return self
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Sweep:
+    def load(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, **of_recipe: Any) -> Sweep:
         """Read a YAML file, some of its fields replaced; of a recipe's file, a sweep over that recipe.
+
+        Args:
+            path: of the file.
+            overrides: fields of the sweep.
+            of_recipe: fields of the recipe to replace beside those that the file does.
 
         Raises:
             ConfigError: there is no such file, it is no YAML mapping, or a field is unknown, missing or out of range.
@@ -104,6 +112,8 @@ class Sweep(BaseModel):
         if "model" in fields:
             fields = {"recipe": Path(path).name}
         fields = {**fields, **(overrides or {})}
+        if of_recipe:
+            fields["fields"] = {**(fields.get("fields") or {}), **of_recipe}
         sweep = checked(cls, fields, "sweep", HINTS)
         return sweep.model_copy(update={"recipe": str(Path(path).parent / sweep.recipe)})
 

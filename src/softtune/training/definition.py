@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, Task, Template, TextTask, Verbalizer
+from softtune.data.tagging import is_bio
 from softtune.methods import TaskType
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def check_task(recipe: Recipe) -> None:
         raise ValueError(f"{kind.value} needs labels: list them")
     if kind is TaskType.TOKEN_CLS and isinstance(labels, dict):
         raise ValueError("TOKEN_CLS has no words for its labels: list the tags")
+    if kind is TaskType.TOKEN_CLS and (others := [tag for tag in labels or () if not is_bio(tag)]):
+        raise ValueError(f"the label {others[0]!r} is no BIO tag: write O, and B- and I- before the kind of an entity")
     if kind is TaskType.QUESTION_ANS and labels:
         raise ValueError("QUESTION_ANS answers with parts of a text: drop labels")
     if recipe.choices and (labels or kind is not TaskType.CAUSAL_LM):

@@ -116,4 +116,5 @@ def _what_is_wrong(
     shown = repr(fields[name])
     shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
     says = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "it should", 1)
-    return f"{name} is {shown}: {says if error['type'] == 'value_error' else hints.get(name, says)}"
+    is_told = error["type"] == "value_error" and len(error["loc"]) > 1  # by a part that knows best
+    return f"{name} is {shown}: {says if is_told else hints.get(name, says)}"

@@ -10,6 +10,7 @@ from softtune.data import (
     LabelTask,
     Task,
     TextTask,
+    alike,
     each_row,
     load_records,
     sample_balanced,
@@ -33,12 +34,26 @@ def training_and_evaluation_rows(recipe: Recipe, task: Task) -> tuple[Dataset, D
     if recipe.evaluation is not None:
         held_out = _labelled(recipe, task, recipe.evaluation, recipe.evaluation_split)
     elif recipe.test_size:
-        rows, held_out = split_records(rows, test_size=recipe.test_size, seed=recipe.rows_seed)
+        rows, held_out = split_rows(rows, task, recipe.test_size, recipe.rows_seed)
     if recipe.shots is not None:
         rows = _few_shot(recipe, task, rows)
     elif recipe.examples is not None:
         rows = _sample(recipe, rows, recipe.examples)
     return rows, None if held_out is None else _evaluated(recipe, task, held_out)
+
+
+def split_rows(rows: Dataset, task: Task, size: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Rows to train on and rows held out, so many or a share of them. Rows that read alike, with a text to write each,
+    count once and stay together."""
+    if not isinstance(task, TextTask):
+        return split_records(rows, test_size=size, seed=seed)
+    groups = alike(rows, task.columns)
+    numbers = Dataset.from_dict({"group": range(len(groups))})
+    kept, held_out = (
+        rows.select([row for group in part["group"] for row in groups[group]])
+        for part in split_records(numbers, test_size=size, seed=seed)
+    )
+    return kept, held_out
 
 
 def check_every_label(task: Task, rows: Dataset) -> None:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from softtune.adapter import Adapter
-from softtune.data import IGNORED, Collator, Example, LabelTask, Task, each_row, split_records
+from softtune.data import IGNORED, Collator, Example, LabelTask, Task, each_row
 from softtune.errors import DataError
 from softtune.evaluation.answers import fitted
 from softtune.methods import TaskType
@@ -19,7 +19,7 @@ from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.folder import RunFolder
 from softtune.training.recipe import Recipe
-from softtune.training.rows import check_every_label, fingerprints, training_and_evaluation_rows
+from softtune.training.rows import check_every_label, fingerprints, split_rows, training_and_evaluation_rows
 from softtune.training.trainer import AdapterTrainer, InterruptSaver, ProgressReporter, trackers, training_arguments
 
 LABEL_NAMES = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
@@ -47,7 +47,7 @@ class Rows:
         prints = fingerprints(recipe.definition, training, evaluation)
         validation = training.select([])
         if recipe.patience is not None:
-            training, validation = split_records(training, test_size=recipe.validation_size, seed=recipe.rows_seed)
+            training, validation = split_rows(training, recipe.definition, recipe.validation_size, recipe.rows_seed)
         check_every_label(recipe.definition, training)
         return cls(training=training, validation=validation, evaluation=evaluation, fingerprints=prints)
 
@@ -63,7 +63,9 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
     examples: list[Example]
-    """The training rows, encoded."""
+    """The training rows, encoded: one or several of each."""
+    truncated: int
+    """Training rows that were cut to fit."""
     validation: list[Example]
     """Rows that tell when to stop, encoded; none where nothing does."""
     progress: Progress
@@ -85,7 +87,7 @@ class Setup:
         task = fitted(recipe.definition, model)
         columns = [*task.columns, task.label_column]
         training, validation = (
-            [x for own in each_row(part, columns, lambda row: task.examples(row, tokenizer)) for x in own]
+            each_row(part, columns, lambda row: task.examples(row, tokenizer))
             for part in (rows.training, rows.validation)
         )
         _check_labels(task, rows.training[0], tokenizer)
@@ -95,8 +97,9 @@ class Setup:
             model=model,
             tokenizer=tokenizer,
             rows=rows,
-            examples=training,
-            validation=validation,
+            examples=[example for own in training for example in own],
+            truncated=sum(any(example.truncated for example in own) for own in training),
+            validation=[example for own in validation for example in own],
             progress=progress,
         )
 
