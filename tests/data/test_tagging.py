@@ -67,8 +67,8 @@ def test_words_read_as_a_running_text() -> None:
         (record(["x0", "x1"], ["B-LOC", "I-PER"]), "tag 'I-PER' at word 2 follows 'B-LOC'"),
         (record([], []), "column 'tokens' has no words"),
         (record(["", ""], ["O", "O"]), "the words have no tokens"),
-        ({"tokens": "x0 x1", "tags": ["O"]}, "column 'tokens' holds no list of words"),
-        ({"tokens": ["x0"], "tags": None}, "column 'tags' holds no list of words"),
+        ({"tokens": "x0 x1", "tags": ["O"]}, "column 'tokens' holds no list of texts"),
+        ({"tokens": ["x0"], "tags": None}, "column 'tags' holds no list of texts"),
     ],
 )
 def test_what_does_not_fit_is_refused(bad: dict[str, Any], message: str) -> None:

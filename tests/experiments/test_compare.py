@@ -64,6 +64,12 @@ def test_what_is_kept_is_not_run_again(compared: Path, monkeypatch: pytest.Monke
         compare(recipe.model_copy(update={"epochs": 2.0}), ["last-layers"], seeds=2)
 
 
+def test_no_adapter_is_trained_into_the_folder(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", str(compared / "recipe.yaml"), "--output", str(compared / "out")) == 2
+    assert "out has an experiment: choose another output" in capsys.readouterr().err
+    assert not (compared / "out" / "full-1").exists()  # nothing is kept of a changed base model
+
+
 def test_the_page_stands_alone(compared: Path) -> None:
     text = (compared / "out" / report.PAGE_NAME).read_text(encoding="utf-8")
     tags: list[str] = []

@@ -124,6 +124,16 @@ def test_another_experiment_in_the_folder_is_refused_before_any_work(
     assert [found[0], found[2]] == before
 
 
+def test_points_that_failed_can_be_replaced(models: dict[str, str], tmp_path: Path) -> None:
+    file, axis = tmp_path / "sweep.yaml", "options.layers"
+    first = sweep(*asked(file, models["llama"], over={axis: ["last:1", "last:9"]}))
+    assert [bool(entry.failure) for entry in first] == [False, True]
+    found = sweep(*asked(file, models["llama"], over={axis: ["last:1", "last:2"]}))
+    assert found[0] == first[0]
+    assert not found[1].failure
+    assert entries_of(tmp_path / "out") == found
+
+
 def test_the_folder_of_an_adapter_is_refused(models: dict[str, str], tmp_path: Path) -> None:
     own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1]})
     train(own[1])

@@ -51,7 +51,7 @@ def test_a_folder_is_followed(
         folder.follow(service.registry)
     assert served(service) == after
     told = [record.getMessage().partition(":")[0] for record in caplog.records]
-    assert told == ["several/2 is gone, and served no longer", "skipped one"]
+    assert told == ["several/2 is gone, and served no longer", "kept the old one"]
 
 
 def test_an_object_store_is_followed(service: Service, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,7 @@ def test_labels(tmp_path: Path, models: dict[str, str], kind: str) -> None:  # n
         expected = alone(folder / name, ROWS[:3])
         assert expected.scores is not None
         assert [result["label"] for result in results] == expected.texts
+        assert not any(result["truncated"] for result in results)
         for result, scores in zip(results, expected.scores.softmax(1).tolist(), strict=True):
             assert list(result["scores"].values()) == pytest.approx(scores, abs=1e-4)
 
@@ -157,8 +158,12 @@ def test_what_an_adapter_is_not_for(tmp_path: Path, models: dict[str, str]) -> N
             assert (refused.status_code, message in refused.text) == (400, True), refused.text
         wrong = client.post("/v1/classify", json={"model": "labels", "input": {}})
         assert "the record lacks 'x': labels reads x" in wrong.text
-        assert "holds no list of words" in client.post("/v1/tag", json={"model": "tags", "input": {"tokens": 3}}).text
-        assert client.post("/v1/classify", json={"model": "labels", "input": "red"}).status_code == 200
+        assert "holds no list of texts" in client.post("/v1/tag", json={"model": "tags", "input": {"tokens": 3}}).text
+        assert client.post("/v1/classify", json={"model": "labels", "input": "red"}).json()["data"][0]["truncated"] == 0
+        long = client.post("/v1/classify", json={"model": "labels", "input": "red " * 60}).json()["data"][0]
+        assert long["truncated"] > 30
+        tagged = client.post("/v1/tag", json={"model": "tags", "input": {"tokens": ["red"] * 60}}).json()["data"][0]
+        assert (len(tagged["tags"]), tagged["tags"][-1], tagged["truncated"] > 30) == (60, "O", True)
         assert 'softtune_tokens_total{adapter="labels",kind="read"}' in client.get("/metrics").text
         unknown = client.post("/v1/classify", json={"model": "labels", "input": {"x": "red", "why": "not"}})
         assert "labels does not read 'why': it reads x" in unknown.text

@@ -100,6 +100,8 @@ def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str 
                 f"{quoted(records.column_names)}: rename one of them"
             )
         return records
+    if recipe.task is TaskType.TOKEN_CLS:
+        raise ConfigError(f"--text is no list of words, which {recipe.output} tags: give a data file")
     if len(fields) != 1:
         raise ConfigError(f"--text fills one field, the template has {', '.join(fields)}: give a data file")
     return Dataset.from_dict({fields[0]: texts})

@@ -62,7 +62,7 @@ def show_mistakes(quality: Quality, answered: Dataset, columns: Sequence[str], r
     title = f"{len(quality.mistakes)} of {quality.rows} records are not answered right to the letter"
     table = Table("row", *columns, title=title, title_justify="left")
     for mistake in quality.mistakes[:MOST_MISTAKES]:
-        cells = (_shortened(str(answered[mistake][column])) for column in columns)
+        cells = (shortened(str(answered[mistake][column])) for column in columns)
         table.add_row(str(rows[mistake] + 1), *cells)
     console.print(table)
 
@@ -168,7 +168,8 @@ def _between(metric: str, interval: tuple[float, float]) -> str:
     return " to ".join(_figure(metric, end) for end in interval)
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """A text in a line that a cell has room for."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
 

@@ -53,6 +53,8 @@ def train_alone(case: Case, run: Recipe, progress: Progress) -> Outcome:
         with nullcontext() if baseline else _saving(setup, trainer):
             seconds, memory = _costs(trainer)
         metrics = metrics_of(setup.model, setup.tokenizer, setup.task, rows, progress)
+    if baseline:
+        shutil.rmtree(setup.folder.path, ignore_errors=True)  # the Trainer makes it, and nothing is kept there
     trained, total = setup.model.get_nb_trainable_parameters()
     own = sum(parameter.nbytes for parameter in setup.model.parameters() if parameter.requires_grad)
     return Outcome(

@@ -83,10 +83,13 @@ def run_cases(
     left = list({case.stem: case for case in cases if found[case.stem] is None}.values())
     _check_folders(left)
     progress("all", len(found) - len(left), len(found), "")
-    for done, (case, entries) in enumerate(run(bundles(left, at_once), progress), start=1):
-        case.keep(entries)
-        found[case.stem] = entries
-        progress("all", len(found) - len(left) + done, len(found), "")
+    try:
+        for done, (case, entries) in enumerate(run(bundles(left, at_once), progress), start=1):
+            case.keep(entries)
+            found[case.stem] = entries
+            progress("all", len(found) - len(left) + done, len(found), "")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; go on with the same command") from None
     return [found[case.stem] or [] for case in cases]
 
 

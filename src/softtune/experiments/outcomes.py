@@ -17,9 +17,7 @@ from typing import Any
 
 from softtune import storage
 from softtune.errors import ConfigError, TrainingError, UnsupportedModelError
-
-ENTRIES_NAME = "entries"
-"""The folder in an experiment's where its entries are."""
+from softtune.training.folder import ENTRIES_NAME
 
 SWEEP_NAME = "sweep.yaml"
 """A sweep, in its folder; a comparison's has none."""
@@ -140,6 +138,13 @@ def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | Non
     if other:
         raise ConfigError(f"the experiment in {folder} differs in its {other[0]}: name another output, or delete it")
     return entries
+
+
+def forget_failures(folder: Path) -> None:
+    """Remove what an experiment keeps of parts that may come to something in another run."""
+    for file in (folder / ENTRIES_NAME).glob("*.json"):
+        if not all(entry.is_final for entry in _entries(storage.read_json(file))):
+            file.unlink()
 
 
 def asked_of(folder: Path) -> list[dict[str, Any]]:

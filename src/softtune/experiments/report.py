@@ -54,6 +54,8 @@ def page_of(folder: Path, title: str) -> Page:
     entries = entries_of(folder)
     if not entries and holds_adapter(folder):
         return portrait(folder, title)
+    if not entries and (folder / SWEEP_NAME).is_file():
+        raise CheckpointError(f"nothing of the sweep in {folder} is finished: go on with softtune sweep")
     if not entries:
         raise CheckpointError(f"{folder} has no experiment and no adapter: run softtune train, compare or sweep first")
     if (folder / SWEEP_NAME).is_file():

@@ -83,7 +83,7 @@ def _train(runs: Sequence[Recipe], progress: Progress) -> list[Result]:
     has_begun = any(RunFolder(run).is_unfinished for run in runs)
     results = [r for r in train_all(runs, resume=has_begun, before=False, progress=progress) if r is not None]
     if any(isinstance(result, Report) and not result.finished for result in results):
-        raise KeyboardInterrupt("stopped; go on with the same command")
+        raise KeyboardInterrupt
     return results
 
 

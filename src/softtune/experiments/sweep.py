@@ -21,7 +21,7 @@ from softtune.evaluation.answers import metric_names
 from softtune.evaluation.metrics import direction
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_cases, run_here, with_rows
-from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of, said
+from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of, forget_failures, said
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
@@ -118,22 +118,25 @@ class Sweep(BaseModel):
         return sweep.model_copy(update={"recipe": str(Path(path).parent / sweep.recipe)})
 
     def save(self, folder: Path) -> None:
-        """Write it into its folder, where its page finds what it asks. Raises ConfigError where another is there."""
+        """Write it into its folder, where its page finds what it asks, and forget what failed there and may not again.
+        Raises ConfigError where another is there that has come to something."""
         there = Sweep.load(folder / SWEEP_NAME) if (folder / SWEEP_NAME).is_file() else None
-        if (entries_of(folder) and there is None) or (there is not None and not self._goes_on_from(there)):
+        done = [entry for entry in entries_of(folder) if entry.is_final]
+        if done and (there is None or not self._goes_on_from(there, done)):
             raise ConfigError(f"{folder} has another experiment: name another output, or delete it")
+        forget_failures(folder)
         fields = self.model_dump(mode="json", exclude_unset=True) | {"recipe": str(Path(self.recipe).resolve())}
         with storage.staged(folder) as stage:
             (stage / SWEEP_NAME).write_text(to_yaml(fields), encoding="utf-8")
 
-    def _goes_on_from(self, other: Sweep) -> bool:
-        """Whether all points of another sweep are among this one's."""
+    def _goes_on_from(self, other: Sweep, done: Sequence[Entry]) -> bool:
+        """Whether all points of another sweep that came to something are among this one's."""
         if [*self.over] != [*other.over] or (self.fields, self.seeds) != (other.fields, other.seeds):
             return False
         if self.trials is not None or other.trials is not None:
             own, others = ((each.over, each.metric, each.at_once) for each in (self, other))  # all steer a search
             return own == others and (self.trials or 0) >= (other.trials or math.inf)
-        return all(_has_all(self.over[name], axis) for name, axis in other.over.items())
+        return all(_has(self.over[name], other.over[name], entry.at[name]) for entry in done for name in self.over)
 
     @property
     def points(self) -> Iterator[dict[str, Any]]:
@@ -155,11 +158,11 @@ class Sweep(BaseModel):
         return changes
 
 
-def _has_all(axis: Axis, other: Axis) -> bool:
-    """Whether an axis has all values, or named points, of another."""
+def _has(axis: Axis, other: Axis, value: Any) -> bool:
+    """Whether an axis has a value, or named point, of another."""
     if isinstance(axis, dict) and isinstance(other, dict):
-        return other.items() <= axis.items()
-    return isinstance(axis, list) and isinstance(other, list) and all(value in axis for value in other)
+        return value in axis and axis[value] == other[value]
+    return isinstance(axis, list) and isinstance(other, list) and value in axis
 
 
 def sweep(asked: Sweep, recipe: Recipe, *, run: Runner = run_here, progress: Progress = lambda *_: None) -> list[Entry]:

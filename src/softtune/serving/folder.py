@@ -77,7 +77,8 @@ class AdapterFolder:
                     if self._loaded.get(name) != _stamps(listing[name]):
                         self._serve(name, listing[name], registry)
                 except Exception as error:  # whatever is wrong with it, the others are served
-                    logger.warning("skipped %s: %s", name, error)
+                    is_served = name in {version.name for version in registry.versions}
+                    logger.warning("%s %s: %s", "kept the old" if is_served else "skipped", name, error)
 
     def _serve(self, name: str, path: Path, registry: Registry) -> Version:
         """Serve a folder as it is now; where that fails by the machine, which may pass, it counts as not tried."""

@@ -58,8 +58,8 @@ class Questions:
             raise RequestError(f"{version.name} does not read {unknown[0]!r}: it reads {', '.join(columns)}")
         return dict(given)
 
-    async def label(self, version: Version, record: Mapping[str, Any]) -> dict[str, float]:
-        """Each label's probability, or each choice's.
+    async def label(self, version: Version, record: Mapping[str, Any]) -> tuple[dict[str, float], int]:
+        """Each label's probability, or each choice's; and how many tokens of the record were cut.
 
         Raises:
             RequestError: the adapter has no labels for whole records.
@@ -71,24 +71,23 @@ class Questions:
             labels = task.of(record)
             if len(labels) > MOST_CHOICES:
                 raise RequestError(f"the record has {len(labels)} choices: give {MOST_CHOICES} at most")
-            scores = await self._score(
-                version, await self._encoded(lambda own: [task.encode(record, own, choice) for choice in labels])
-            )
+            examples = await self._encoded(lambda own: [task.encode(record, own, choice) for choice in labels])
+            scores, cut = await self._score(version, examples), examples[0].truncated
         else:
             labels = task.verbalizer.labels
-            scores = await self._scores_of_labels(version, task, record)
+            scores, cut = await self._scores_of_labels(version, task, record)
             if task.is_calibrated and version not in self._nothing_said:
-                self._nothing_said[version] = await self._scores_of_labels(version, task, task.nothing_said)
+                self._nothing_said[version], _ = await self._scores_of_labels(version, task, task.nothing_said)
             scores = scores - self._nothing_said[version] if task.is_calibrated else scores
-        return dict(zip(labels, scores.softmax(-1).tolist(), strict=True))
+        return dict(zip(labels, scores.softmax(-1).tolist(), strict=True)), cut
 
-    async def tag(self, version: Version, record: Mapping[str, Any]) -> list[str]:
-        """The tag of each word. Raises as ``label`` does."""
+    async def tag(self, version: Version, record: Mapping[str, Any]) -> tuple[list[str], int]:
+        """The tag of each word, and how many tokens of them were cut. Raises as ``label`` does."""
         task = _checked(version, record, TagTask)
         example, firsts = await self._encoded(lambda own: task.prompt(record, own))
         [(logits,)] = await self._judge(version, [example])
         classes = logits.argmax(-1).tolist()
-        return [OUTSIDE if first is None else task.labels[classes[first]] for first in firsts]
+        return [OUTSIDE if first is None else task.labels[classes[first]] for first in firsts], example.truncated
 
     async def answer(self, version: Version, record: Mapping[str, Any]) -> tuple[int, int, str]:
         """The part of the text that answers the question: its first character, the one behind it, and what it reads; an
@@ -99,14 +98,16 @@ class Questions:
         start, end = best_span(task, [(part, own[0], own[1]) for part, own in zip(parts, found, strict=True)])
         return start, end, record[task.context][start:end]
 
-    async def _scores_of_labels(self, version: Version, task: LabelTask, record: Mapping[str, Any]) -> Tensor:
+    async def _scores_of_labels(
+        self, version: Version, task: LabelTask, record: Mapping[str, Any]
+    ) -> tuple[Tensor, int]:
         if task.has_head:
-            [(logits,)] = await self._judge(version, [await self._encoded(lambda own: task.encode(record, own))])
-            return logits
+            example = await self._encoded(lambda own: task.encode(record, own))
+            [(logits,)] = await self._judge(version, [example])
+            return logits, example.truncated
         labels = task.verbalizer.labels
-        return await self._score(
-            version, await self._encoded(lambda own: [task.encode(record, own, label=label) for label in labels])
-        )
+        examples = await self._encoded(lambda own: [task.encode(record, own, label=label) for label in labels])
+        return await self._score(version, examples), examples[0].truncated
 
     async def _encoded(self, encode: Callable[[PreTrainedTokenizerBase], Result]) -> Result:
         """What a function makes of a record, which would keep others waiting."""

@@ -31,15 +31,16 @@ def check_company(recipes: Sequence[Recipe]) -> None:
         for (name, own), other in zip(shared(recipe).items(), shared(first).values(), strict=True):
             if own != other:
                 raise ConfigError(
-                    f"{name} is {other!r} for {first.output} and {own!r} for {recipe.output}: recipes that run at once "
+                    f"{name} is {other} for {first.output} and {own} for {recipe.output}: recipes that run at once "
                     "share it, run these one after the other"
                 )
 
 
 def shared(recipe: Recipe) -> dict[str, Any]:
     """What recipes that run at once have in common, since it holds for all rows of a step."""
-    names = ("model", "task", "num_labels", "bf16", "compile", "gradient_checkpointing")
-    return {name: getattr(recipe, name) for name in names} | {"the use of a trunk cache": recipe.has_trunk_cache}
+    names = ("model", "num_labels", "bf16", "compile", "gradient_checkpointing")
+    own = {"task": recipe.task.value, **{name: getattr(recipe, name) for name in names}}
+    return own | {"the use of a trunk cache": recipe.has_trunk_cache}
 
 
 def _check_trackers(recipes: Sequence[Recipe]) -> None:

@@ -74,7 +74,9 @@ def read_fields(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"no {kind} at {path}: check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}): correct it") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        reason = f"line {mark.line + 1}: {problem}" if mark and problem else " ".join(str(error).split())
+        raise ConfigError(f"{path} is no YAML ({reason}): correct it") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds no fields: write lines such as 'model: smollm2-135m'")
     return fields
@@ -96,7 +98,9 @@ def checked(model: type[Model], fields: Mapping[str, Any], kind: str, hints: Map
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
-        reason = _what_is_wrong(error.errors()[0], fields, [*model.model_fields], hints)
+        found = error.errors()
+        unknown = [own for own in found if own["type"] == "extra_forbidden" and len(own["loc"]) == 1]
+        reason = _what_is_wrong([*unknown, *found][0], fields, [*model.model_fields], hints)
         raise ConfigError(f"{kind}: {reason}") from None
 
 

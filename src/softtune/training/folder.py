@@ -20,6 +20,8 @@ START_NAME = "start.json"
 """What a run began with: the metrics of the base model alone, and fingerprints of the data."""
 
 
+ENTRIES_NAME = "entries"
+"""The folder in an experiment's where its entries are; a run's has none."""
 LOGS = "logs"
 """The folder with TensorBoard's files."""
 HISTORY_NAME = "history.json"
@@ -136,6 +138,8 @@ def check_folders(folders: Sequence[RunFolder], *, resume: bool) -> None:
     """
     for folder in folders:
         storage.check_writable(folder.path)
+        if (folder.path / ENTRIES_NAME).is_dir():
+            raise ConfigError(f"{folder.path} has an experiment: choose another output")
     finished = [folder for folder in folders if folder.is_finished]
     unfinished = [folder for folder in folders if folder.is_unfinished]
     if finished and (not resume or len(finished) == len(folders)):

@@ -98,8 +98,8 @@ def create_app(service: Service, folder: AdapterFolder, settings: Settings) -> F
 
 
 def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
-    asking = _router(settings.keys) if settings.keys else APIRouter(responses=SAID)
-    ruling = _router(settings.admin_keys)
+    asking = _router(settings.keys, "key") if settings.keys else APIRouter(responses=SAID)
+    ruling = _router(settings.admin_keys, "admin key, one of SOFTTUNE_ADMIN_KEYS")
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(server.page)
     app.get("/healthz")(server.health)
     asking.get("/metrics", response_class=Response)(server.metrics)
@@ -117,9 +117,9 @@ def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
     app.include_router(ruling)
 
 
-def _router(keys: Sequence[str]) -> APIRouter:
+def _router(keys: Sequence[str], called: str) -> APIRouter:
     """Takes endpoints for those who have one of the keys."""
-    return APIRouter(route_class=keyed(keys), dependencies=[Depends(BEARER)], responses=SAID)
+    return APIRouter(route_class=keyed(keys, called), dependencies=[Depends(BEARER)], responses=SAID)
 
 
 async def _follow(folder: AdapterFolder, service: Service, seconds: float | None) -> None:

@@ -25,8 +25,8 @@ LAST = 1.0
 """Seconds in which a client has to take what it is told when the time is over."""
 
 
-def keyed(keys: Sequence[str]) -> type[APIRoute]:
-    """Routes that refuse requests without one of the keys, before they read their bodies."""
+def keyed(keys: Sequence[str], called: str) -> type[APIRoute]:
+    """Routes that refuse requests without one of the keys, which are called so, before they read their bodies."""
 
     class Keyed(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -38,7 +38,7 @@ def keyed(keys: Sequence[str]) -> type[APIRoute]:
                 # Compared with all of them, so that the time does not tell which one is close.
                 if True not in [secrets.compare_digest(given, key.encode()) for key in keys]:
                     challenge = {"WWW-Authenticate": "Bearer"}
-                    raise HTTPException(401, "wrong or missing key: send 'Authorization: Bearer KEY'", challenge)
+                    raise HTTPException(401, f"wrong or missing {called}: send 'Authorization: Bearer KEY'", challenge)
                 return await handle(request)
 
             return check

@@ -109,8 +109,8 @@ class Server:
         """Tell the labels of records, with their probabilities."""
 
         async def label(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            scores = await self._questions.label(version, record)
-            return {"label": max(scores, key=scores.__getitem__), "scores": scores}
+            scores, cut = await self._questions.label(version, record)
+            return {"label": max(scores, key=scores.__getitem__), "scores": scores, "truncated": cut}
 
         return await self._each(body, request, label)
 
@@ -118,7 +118,8 @@ class Server:
         """Tell the tags of records' words."""
 
         async def tag(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            return {"tags": await self._questions.tag(version, record)}
+            tags, cut = await self._questions.tag(version, record)
+            return {"tags": tags, "truncated": cut}
 
         return await self._each(body, request, tag)
 
