@@ -131,17 +131,28 @@ def write(name: str) -> None:
 
 def write_index() -> None:
     """The list of all pages."""
-    pages = sorted(RESULTS.glob("*/README.md"))
-    titles = [page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for page in pages]
-    lines = [f"- [{title}]({page.parent.name}/README.md)" for title, page in zip(titles, pages, strict=True)]
-    kept = [json.loads(file.read_text(encoding="utf-8")) for file in RESULTS.glob("*.json")]
+    names = sorted(file.stem for file in RESULTS.glob("*.json"))
+    lines = [
+        "# Results",
+        "",
+        "The papers' questions at a small scale, and what methods come to on known data sets. "
+        "`python benchmarks/studies.py` runs them all; several processes can share the names. Seconds and memory are of "
+        "a process with one thread, with one other at most beside it. Some runs had more company, which makes their "
+        "hours longer.",
+        *listed("The papers' questions", [name for name in names if name not in HEADLINES]),
+        *listed("Known data sets", [name for name in names if name in HEADLINES]),
+    ]
+    (RESULTS / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def listed(title: str, names: list[str]) -> list[str]:
+    """A part of the list, with the time that it takes."""
+    kept = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     hours = sum(run["minutes"] for each in kept for run in each["runs"]) / 60
-    says = (
-        "The papers' questions and known data sets at a small scale. `python benchmarks/studies.py` runs them all: "
-        f"{hours:.1f} hours on one core, or half of that on two, by two processes that share the names. Seconds and "
-        "memory are of a process with one thread, with one other at most beside it."
-    )
-    (RESULTS / "README.md").write_text("\n".join(["# Results", "", says, "", *lines]) + "\n", encoding="utf-8")
+    pages = [(RESULTS / name / "README.md").read_text(encoding="utf-8") for name in names]
+    titles = [page.partition("\n")[0].removeprefix("# ") for page in pages]
+    links = [f"- [{title}]({name}/README.md)" for title, name in zip(titles, names, strict=True)]
+    return ["", f"## {title}", "", f"{hours:.1f} hours on one core.", "", *links]
 
 
 def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:
