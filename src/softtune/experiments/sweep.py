@@ -222,7 +222,8 @@ def _search(asked: Sweep, recipe: Recipe, run: Runner, progress: Progress) -> li
         trials = [study.ask() for _ in range(min(width, asked.trials - first))]
         cases = with_rows([_case(asked, recipe, trial.number, _point(asked, trial)) for trial in trials], rows)
         _check_metric(asked, cases)
-        asked.save(Path(recipe.output))
+        if not first:
+            asked.save(Path(recipe.output))
         each = run_cases(cases, at_once=asked.at_once, run=run, progress=progress)
         for trial, entries in zip(trials, each, strict=True):
             if entries[0].failure:
