@@ -48,7 +48,11 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
         ["p-tuning-v2", "bitfit", "head", "full"],
         {"examples": 2048, "evaluation_examples": 1000},
     ),
-    "squad": ("SQuAD subset, answers", ["p-tuning-v2", "bitfit", "head", "full"], {}),
+    "squad": (
+        "SQuAD subset, answers",
+        ["p-tuning-v2", "bitfit", "head", "full"],
+        {"examples": 1024, "evaluation_examples": 400},
+    ),
     "scitldr": ("SciTLDR, summaries", ["prefix-tuning", "zero-shot"], {"evaluation_examples": 100}),
 }
 """Recipes to compare methods on: the page's title, the entries, and fields to replace."""
