@@ -38,8 +38,8 @@ def check_company(recipes: Sequence[Recipe]) -> None:
 
 def shared(recipe: Recipe) -> dict[str, Any]:
     """What recipes that run at once have in common, since it holds for all rows of a step."""
-    names = ("model", "num_labels", "bf16", "compile", "gradient_checkpointing")
-    own = {"task": recipe.task.value, **{name: getattr(recipe, name) for name in names}}
+    names = ("model", "task", "num_labels", "bf16", "compile", "gradient_checkpointing")
+    own = {name: getattr(recipe, name) for name in names} | {"task": recipe.task.value}
     return own | {"the use of a trunk cache": recipe.has_trunk_cache}
 
 
