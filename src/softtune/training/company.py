@@ -31,7 +31,7 @@ def check_company(recipes: Sequence[Recipe]) -> None:
         for (name, own), other in zip(shared(recipe).items(), shared(first).values(), strict=True):
             if own != other:
                 raise ConfigError(
-                    f"{name} is {other} for {first.output} and {own} for {recipe.output}: recipes that run at once "
+                    f"{name} is {other!r} for {first.output} and {own!r} for {recipe.output}: recipes that run at once "
                     "share it, run these one after the other"
                 )
 
