@@ -18,6 +18,9 @@ from softtune.training.run import Result, train_all
 from softtune.training.setup import Progress
 from softtune.training.together import TASKS
 
+LONGEST = 24
+"""Characters of a case's name beside a progress bar."""
+
 
 def run_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
     """Run cases, several only where all are adapters over one base model.
@@ -32,7 +35,9 @@ def run_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
     Raises:
         SofttuneError: one does not fit its task or base model.
     """
-    told = _Sum(progress, cases[0].name + (f" and {len(cases) - 1} more" if len(cases) > 1 else ""))
+    name = cases[0].name
+    first = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    told = _Sum(progress, first + (f" and {len(cases) - 1} more" if len(cases) > 1 else ""))
     if cases[0].is_adapter and not cases[0].is_alone:
         return _train_at_once(cases, told)
     [case] = cases
