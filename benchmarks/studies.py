@@ -141,8 +141,8 @@ def write_index() -> None:
         "",
         "The papers' questions at a small scale, and what methods come to on known data sets. "
         "`python benchmarks/studies.py` runs them all; several processes can share the names. Seconds and memory are "
-        "of a process with one thread, while others worked on the second core, and at times on its own: take differences "
-        "of a tenth for nothing. Hours count such company too.",
+        "of a process with one thread, while others worked on the second core, and at times on its own: take "
+        "differences of a tenth for nothing. Hours count such company too.",
         *listed("The papers' questions", [name for name in names if name not in HEADLINES]),
         *listed("Known data sets", [name for name in names if name in HEADLINES]),
     ]
