@@ -9,7 +9,7 @@ from typing import Any
 from softtune.errors import ConfigError
 from softtune.experiments.cases import ENTRIES, REPLACED, Case
 from softtune.experiments.experiment import run_cases, with_rows
-from softtune.experiments.outcomes import SWEEP_NAME, Entry, asked_of
+from softtune.experiments.outcomes import SWEEP_NAME, Entry, asked_of, check_same
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
 
@@ -57,11 +57,8 @@ def compare(
 def _check_budget(case: Case) -> None:
     """Raise ConfigError where what is kept beside a case came of other rows, steps or seeds."""
     own = _budget(case.asked)
-    for then in map(_budget, asked_of(case.folder)):
-        if other := next((name for name in own if own[name] != then[name]), None):
-            raise ConfigError(
-                f"the experiment in {case.folder} differs in its {other}: name another output, or delete it"
-            )
+    for then in asked_of(case.folder):
+        check_same(case.folder, _budget(then), own)
 
 
 def _budget(asked: Mapping[str, Any]) -> dict[str, Any]:

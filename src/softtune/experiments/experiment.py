@@ -41,7 +41,7 @@ def with_rows(cases: Sequence[Case], known: dict[str, dict[str, str]] | None = N
     """
     if any(case.recipe.evaluation is None and not case.recipe.test_size for case in cases):
         raise ConfigError("an experiment needs rows to evaluate on: set evaluation or test_size")
-    if any(holds_adapter(case.folder) for case in cases):
+    if holds_adapter(cases[0].folder):
         raise ConfigError(f"{cases[0].folder} has an adapter: name another output")
     known = {} if known is None else known
     found = []

@@ -128,29 +128,32 @@ def kept(folder: Path, stem: str, asked: Mapping[str, Any]) -> list[Entry] | Non
     if not file.is_file():
         return None
     found = storage.read_json(file)
-    entries = _entries(found)
-    if not all(entry.is_final for entry in entries):
+    if not _is_final(found):
         return None
-    then = found["asked"]
-    other = [name for name in asked if then.get(name) != asked[name]]
+    check_same(folder, found["asked"], asked)
+    return _entries(found)
+
+
+def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError where what an experiment came of is not what is asked for."""
+    other = [name for name in now if then.get(name) != now[name]]
     if other == ["rows"]:
         raise ConfigError(f"the data is not what {folder} came of: restore it, or name another output")
     if other:
         raise ConfigError(f"the experiment in {folder} differs in its {other[0]}: name another output, or delete it")
-    return entries
 
 
 def forget_failures(folder: Path) -> None:
     """Remove what an experiment keeps of parts that may come to something in another run."""
     for file in (folder / ENTRIES_NAME).glob("*.json"):
-        if not all(entry.is_final for entry in _entries(storage.read_json(file))):
+        if not _is_final(storage.read_json(file)):
             file.unlink()
 
 
 def asked_of(folder: Path) -> list[dict[str, Any]]:
     """What was run of each part of an experiment that came to something."""
     files = [storage.read_json(file) for file in (folder / ENTRIES_NAME).glob("*.json")]
-    return [file["asked"] for file in files if all(entry.is_final for entry in _entries(file))]
+    return [file["asked"] for file in files if _is_final(file)]
 
 
 def came_to(folder: Path, stem: str) -> list[Entry]:
@@ -173,6 +176,10 @@ def stem_of(name: str) -> str:
 
 def _file(folder: Path, stem: str) -> Path:
     return folder / ENTRIES_NAME / f"{stem}.json"
+
+
+def _is_final(file: Mapping[str, Any]) -> bool:
+    return all(entry.is_final for entry in _entries(file))
 
 
 def _entries(file: Mapping[str, Any]) -> list[Entry]:

@@ -170,8 +170,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         check_task(self)
-        sources = [self.train] if isinstance(self.train, str) else self.train
-        if self.evaluation in sources and self.evaluation_split == self.train_split:
+        if self.evaluation in self.sources and self.evaluation_split == self.train_split:
             raise ValueError("evaluation names rows that are trained on: name others, or hold rows out by test_size")
         if twice := [label for label, count in Counter(list(self.labels or ())).items() if count > 1]:
             raise ValueError(f"labels has {twice[0]!r} more than once: list every label once")
@@ -235,6 +234,11 @@ class Recipe(BaseModel):
         """Write all fields as YAML."""
         fields = self.model_dump(mode="json")
         path.write_text(to_yaml(fields), encoding="utf-8")
+
+    @property
+    def sources(self) -> list[str]:
+        """The training data, one or several."""
+        return [self.train] if isinstance(self.train, str) else self.train
 
     @property
     def has_trunk_cache(self) -> bool:

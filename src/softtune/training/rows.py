@@ -28,8 +28,7 @@ def training_and_evaluation_rows(recipe: Recipe, task: Task) -> tuple[Dataset, D
     Raises:
         DataError: a file is missing, damaged or empty, a row does not fit the task, or there are too few.
     """
-    sources = [recipe.train] if isinstance(recipe.train, str) else recipe.train
-    rows = _joined([_labelled(recipe, task, source, recipe.train_split) for source in sources], task)
+    rows = _joined([_labelled(recipe, task, source, recipe.train_split) for source in recipe.sources], task)
     held_out = None
     if recipe.evaluation is not None:
         held_out = _labelled(recipe, task, recipe.evaluation, recipe.evaluation_split)
