@@ -164,15 +164,11 @@ def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:
     runs = kept["runs"]
     whose = [f" ({', '.join(run['entries'])})" if len(runs) > 1 else "" for run in runs]
     says = [
-        f"python benchmarks/studies.py {name}{entries}: {run['minutes']} minutes on {run['hardware']['cpu']}, "
-        f"{_counted(run['hardware']['threads'], 'thread')}, torch {run['hardware']['torch']}, commit {run['commit']}."
+        f"python benchmarks/studies.py {name}{entries}: {run['minutes']} minutes on {timing.machine(run['hardware'])}, "
+        f"commit {run['commit']}."
         for run, entries in zip(runs, whose, strict=True)
     ]
     return dataclasses.replace(page, notes=[*page.notes, *says])
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from timing import RESULTS
+from timing import RESULTS, machine
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 SECTIONS = {
@@ -44,10 +44,8 @@ def main() -> None:
 
 
 def section(title: str, results: dict[str, Any]) -> Iterator[str]:
-    hardware = results["hardware"]
-    threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
     yield from (f"## {title}", "")
-    yield from (f"{hardware['cpu']}, {threads}, torch {hardware['torch']}, commit `{results['commit']}`.", "")
+    yield from (f"{machine(results['hardware'])}, commit `{results['commit']}`.", "")
     yield from measures(results["measures"]) if "measures" in results else runs(results["runs"])
     yield ""
 

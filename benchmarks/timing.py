@@ -65,6 +65,12 @@ def stamp() -> dict[str, Any]:
     return {"hardware": _hardware(), "commit": _commit()}
 
 
+def machine(hardware: dict[str, Any]) -> str:
+    """Hardware in words."""
+    threads = hardware["threads"]
+    return f"{hardware['cpu']}, {threads} thread{'s' * (threads > 1)}, torch {hardware['torch']}"
+
+
 def _hardware() -> dict[str, Any]:
     cpu = next(
         (x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.machine()

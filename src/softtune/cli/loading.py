@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softtune.data import Task, load_records
-from softtune.data.formats import NAMED, quoted
+from softtune.data.formats import SELF_NAMED, quoted
 from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import fitted
 from softtune.methods import PeftConfig, TaskType
@@ -92,7 +92,7 @@ def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str 
         raise ConfigError("--split names a part of a data set, --text has none: drop one of the two")
     fields = recipe.definition.columns
     if data:
-        names = None if data.lower().endswith(NAMED) else recipe.columns
+        names = None if data.lower().endswith(SELF_NAMED) else recipe.columns
         records = load_records(data, split=split or "train", columns=names)
         if missing := [name for name in fields if name not in records.column_names]:
             raise DataError(

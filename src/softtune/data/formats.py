@@ -28,7 +28,7 @@ from softtune.errors import DataError
 Columns = dict[str, list[Any]]
 Names = Sequence[str] | None
 
-NAMED = (".jsonl", ".conll")
+SELF_NAMED = (".jsonl", ".conll")
 """Endings of files that name their columns themselves."""
 WHOLE = "train"
 """The split that a file without splits is."""
@@ -53,7 +53,7 @@ def parse(content: bytes, ending: str, *, split: str = WHOLE, names: Names = Non
         raise DataError(f"not a {', '.join(FORMATS)} file; convert it, or name its columns")
     if split != WHOLE and ending != ".json":
         raise DataError(f"a file has no split {split!r}; name the file of that split, or use {WHOLE!r}")
-    if names is not None and ending in NAMED:
+    if names is not None and ending in SELF_NAMED:
         raise DataError(f"a {ending} file names its columns itself; leave their names out")
     text = _decoded(content)
     columns = _json(text, split, names) if ending == ".json" else FORMATS.get(ending, _lines_of_cells)(text, names)
