@@ -6,7 +6,6 @@ Knows nothing about adapters: what stands in the files is ``checkpoint``'s busin
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -127,9 +126,3 @@ def _mode_of_new_files(folder: Path) -> int:
     mode = probe.stat().st_mode
     probe.unlink()
     return mode
-
-
-def in_units(size: float) -> str:
-    """Bytes as people read them."""
-    power = min(int(math.log(max(size, 1), 1000)), 3)
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

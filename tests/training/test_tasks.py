@@ -75,9 +75,13 @@ def test_tags_are_learnt(tmp_path: Path, models: dict[str, str], capsys: pytest.
     report = train(tagging(tmp_path, models, **fields))
     assert report.before["f1"] < 0.5
     assert report.after["f1"] == 1.0
-    assert run("predict", str(tmp_path / "out"), str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "a.csv")) == 0
-    assert "f1" in capsys.readouterr().out
-    assert "O B-X O B-Y" in (tmp_path / "a.csv").read_text(encoding="utf-8")
+    output = tmp_path / "a.jsonl"
+    assert run("predict", str(tmp_path / "out"), str(tmp_path / "rows.jsonl"), "--output", str(output)) == 0
+    shown = capsys.readouterr().out
+    assert "f1" in shown
+    assert "O, B-X, O, B-Y" in shown
+    answered = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert all(row["answer"] == row["tags"] for row in answered)
 
 
 def test_parts_of_a_text_are_learnt(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune import checkpoint, storage
+from softtune import checkpoint
 from softtune.backbone import Backbone, Site
 from softtune.cli.console import console, quiet, show_pairs
 from softtune.cli.loading import check_single, load_adapter
@@ -19,6 +19,7 @@ from softtune.evaluation.inspection import bias_changes, nearest_words, prefix_n
 from softtune.methods import PeftConfig
 from softtune.methods.base import KeyValue
 from softtune.training.recipe import check_finished
+from softtune.wording import in_units
 
 NEIGHBOURS = 5
 """Words to show for each virtual token."""
@@ -39,9 +40,7 @@ def command(
     files = sorted(path for path in adapter.glob("*") if path.is_file())
     show_pairs("Config", [(k, str(v)) for k, v in config.to_dict().items() if v is not None])
     show_pairs("Tensors", [(name, " x ".join(map(str, tensor.shape))) for name, tensor in weights.items()])
-    show_pairs(
-        f"Files ({numbers:,} parameters)", [(path.name, storage.in_units(path.stat().st_size)) for path in files]
-    )
+    show_pairs(f"Files ({numbers:,} parameters)", [(path.name, in_units(path.stat().st_size)) for path in files])
     module = loaded.adapter(loaded.active_adapter).module
     prompt = module.prompt()
     if prompt.vectors is not None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from softtune import storage
 from softtune.cli.console import console, counting, quiet
 from softtune.cli.loading import Trained, load_trained, read_records
-from softtune.cli.tables import shortened, show_mistakes, show_quality
+from softtune.cli.tables import in_cell, show_mistakes, show_quality
 from softtune.data import Task, TextTask, alike, each_row, with_all_references
 from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import Answers, judge
@@ -126,8 +126,8 @@ def _answers(trained: Trained, records: Dataset, *, vote: bool) -> Answers:
 
 def _with_answers(records: Dataset, answers: Answers) -> Dataset:
     """The records with a column for the answer and, where labels were scored, one for its probability among them."""
-    words = [" ".join(text) if isinstance(text, tuple) else text for text in answers.texts]
-    answered = records.add_column("answer", words)
+    lists = [list(text) if isinstance(text, tuple) else text for text in answers.texts]
+    answered = records.add_column("answer", lists)
     if answers.scores is None:
         return answered
     return answered.add_column("probability", answers.scores.softmax(1).amax(1).tolist())
@@ -139,7 +139,7 @@ def _show(answered: Dataset, fields: tuple[str, ...], output: Path | None) -> No
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=False)
     for record in answered.select(range(min(SHOWN, len(answered)))):
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else shortened(str(v)) for v in map(record.get, columns)))
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else in_cell(v) for v in map(record.get, columns)))
     console.print(table)
     if len(answered) > SHOWN:
         place = f"all of them are in {output}" if output else "write all of them to a file with --output"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from datasets import Dataset
 from rich.table import Table
 
-from softtune import storage
 from softtune.cli.console import console, show_pairs
 from softtune.evaluation.metrics import PERPLEXITY, Quality
 from softtune.experiments.outcomes import Entry
@@ -17,6 +17,7 @@ from softtune.experiments.report import failures, tables_of
 from softtune.training.learning_rate import STEPS, RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
+from softtune.wording import in_units, shortened
 
 FAILED = 1
 """Exit code where a part of an experiment failed."""
@@ -34,7 +35,7 @@ def show_report(report: Report, title: str = "") -> None:
         *([("validated on", _validated(report))] if report.validation_rows else []),
         ("evaluated on", _rows(report.evaluation_rows, report.evaluation.truncated)),
         ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
-        ("adapter", f"{report.folder} ({storage.in_units(report.size)})"),
+        ("adapter", f"{report.folder} ({in_units(report.size)})"),
         ("training", f"{report.seconds:.0f} s"),
     ]
     show_pairs(title, pairs)
@@ -62,7 +63,7 @@ def show_mistakes(quality: Quality, answered: Dataset, columns: Sequence[str], r
     title = f"{len(quality.mistakes)} of {quality.rows} records are not answered right to the letter"
     table = Table("row", *columns, title=title, title_justify="left")
     for mistake in quality.mistakes[:MOST_MISTAKES]:
-        cells = (shortened(str(answered[mistake][column])) for column in columns)
+        cells = (in_cell(answered[mistake][column]) for column in columns)
         table.add_row(str(rows[mistake] + 1), *cells)
     console.print(table)
 
@@ -168,10 +169,10 @@ def _between(metric: str, interval: tuple[float, float]) -> str:
     return " to ".join(_figure(metric, end) for end in interval)
 
 
-def shortened(text: str) -> str:
-    """A text in a line that a cell has room for."""
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+def in_cell(value: Any) -> str:
+    """A value in a line that a cell has room for, lists as their parts."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return shortened(" ".join(text.split()), LONGEST)
 
 
 def _validated(report: Report) -> str:

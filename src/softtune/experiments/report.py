@@ -16,6 +16,7 @@ from softtune.experiments.portrait import portrait
 from softtune.experiments.sweep import Sweep
 from softtune.experiments.views import finished, in_words
 from softtune.training.recipe import holds_adapter
+from softtune.wording import in_units
 
 PAGE_NAME, MARKDOWN_NAME = "report.html", "report.md"
 SPREAD = " Mean over seeds ± standard deviation."
@@ -147,8 +148,8 @@ def _seconds(entry: Entry) -> str:
 
 
 def _stored(entry: Entry) -> str:
-    return storage.in_units(entry.cost("stored"))
+    return in_units(entry.cost("stored"))
 
 
 def _memory(entry: Entry) -> str:
-    return storage.in_units(entry.cost("memory")) if entry.cost("steps") else ""
+    return in_units(entry.cost("memory")) if entry.cost("steps") else ""

@@ -17,6 +17,7 @@ from softtune.training.report import Report
 from softtune.training.run import Result, train_all
 from softtune.training.setup import Progress
 from softtune.training.together import TASKS
+from softtune.wording import shortened
 
 LONGEST = 24
 """Characters of a case's name beside a progress bar."""
@@ -36,7 +37,7 @@ def run_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
         SofttuneError: one does not fit its task or base model.
     """
     name = cases[0].name
-    first = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    first = shortened(name, LONGEST)
     told = _Sum(progress, first + (f" and {len(cases) - 1} more" if len(cases) > 1 else ""))
     if cases[0].is_adapter and not cases[0].is_alone:
         return _train_at_once(cases, told)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from yaml.resolver import Resolver
 
 from softtune.errors import ConfigError
+from softtune.wording import shortened
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -117,8 +118,7 @@ def _what_is_wrong(
         return f"{name}: no such field: {remedy}"
     if name not in fields:
         return f"{name} is missing: {hints.get(name, 'add it')}"
-    shown = repr(fields[name])
-    shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+    shown = shortened(repr(fields[name]), LONGEST)
     says = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "it should", 1)
     is_told = error["type"] == "value_error" and len(error["loc"]) > 1  # by a part that knows best
     return f"{name} is {shown}: {says if is_told else hints.get(name, says)}"

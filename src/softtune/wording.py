@@ -1,0 +1,16 @@
+"""Values as people read them."""
+
+from __future__ import annotations
+
+import math
+
+
+def in_units(size: float) -> str:
+    """Bytes, such as 66.1 MB."""
+    power = min(int(math.log(max(size, 1), 1000)), 3)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def shortened(text: str, length: int) -> str:
+    """A text, cut to so many characters, the last an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
