@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 
 import torch
@@ -9,6 +10,9 @@ from accelerate import Accelerator
 from tests.families import CAUSAL_LM, METHODS, VOCABULARY, base_model, scramble
 
 from softtune import get_peft_model
+
+PATIENCE = 150
+"""Seconds after which a process that waits for ever shows where it does, and ends."""
 
 
 def main(method: str, folder: str) -> None:
@@ -31,4 +35,5 @@ def main(method: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     main(*sys.argv[1:])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training.processes import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,9 +33,8 @@ def train(method: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
         for i in range(processes)
     ]
     try:
-        for process in running:
-            _, errors = process.communicate(timeout=180)
-            assert process.returncode == 0, errors[-2000:]
+        errors = [process.communicate(timeout=2 * PATIENCE)[1][-3000:] for process in running]
+        assert all(process.returncode == 0 for process in running), "\n\n".join(errors)
     finally:
         for process in running:
             process.kill()
