@@ -51,11 +51,16 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "squad": (
         "SQuAD subset, answers",
         ["p-tuning-v2", "bitfit", "head", "full"],
-        {"examples": 1024, "evaluation_examples": 400},
+        {"examples": 1536, "epochs": 4, "evaluation_examples": 400},
     ),
     "scitldr": ("SciTLDR, summaries", ["prefix-tuning", "zero-shot"], {"evaluation_examples": 100}),
 }
 """Recipes to compare methods on: the page's title, the entries, and fields to replace."""
+
+OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "squad": {"bitfit": {"method": "BITFIT", "options": {}, "learning_rate": 3e-3}},
+}
+"""Fields that an entry of one of these has to itself."""
 
 LOOKED_INTO = {"biases": "all"}
 """Studies in whose pages a point's first adapter is shown, by how much its biases have changed (Ben Zaken et al. 2022,
@@ -115,9 +120,17 @@ def study(name: str, progress: Progress) -> list[Entry]:
 
 
 def headline(name: str, progress: Progress) -> list[Entry]:
-    _, entries, fields = HEADLINES[name]
-    recipe = Recipe.load(ROOT / "recipes" / f"{name}.yaml", {**fields, "output": str(RUNS / name)})
-    return compare(recipe, entries, seeds=1, progress=progress)
+    for entry, recipe in recipes(name):
+        compare(recipe, [entry], seeds=1, progress=progress)
+    return entries_of(RUNS / name)
+
+
+def recipes(name: str) -> Iterator[tuple[str, Recipe]]:
+    """The entries of a headline, and each one's recipe."""
+    _, entries, shared = HEADLINES[name]
+    for entry in entries:
+        fields = {**shared, **OWN.get(name, {}).get(entry, {}), "output": str(RUNS / name)}
+        yield entry, Recipe.load(ROOT / "recipes" / f"{name}.yaml", fields)
 
 
 def write(name: str) -> None:
