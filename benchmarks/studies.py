@@ -57,9 +57,8 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 """Recipes to compare methods on: the page's title, the entries, and fields to replace."""
 
-OWN: dict[str, dict[str, dict[str, Any]]] = {
-    "squad": {"bitfit": {"method": "BITFIT", "options": {}, "learning_rate": 3e-3}},
-}
+BITFIT = {"bitfit": {"method": "BITFIT", "options": {}, "learning_rate": 3e-3}}
+OWN: dict[str, dict[str, dict[str, Any]]] = {"btc_ner": BITFIT, "squad": BITFIT}
 """Fields that an entry of one of these has to itself."""
 
 LOOKED_INTO = {"biases": "all"}
