@@ -29,6 +29,12 @@ def test_defaults() -> None:
     assert recipe.num_labels is None
 
 
+def test_biases_learn_faster_beside_a_head() -> None:
+    beside = {"task": "SEQ_CLS", "labels": ["a", "b"]}
+    rates = [Recipe.of({**FIELDS, "method": "BITFIT", **own}).peak_learning_rate for own in ({}, beside)]
+    assert rates == [3e-4, 1e-3]
+
+
 def test_a_saved_recipe_is_the_same_when_it_is_read(tmp_path: Path) -> None:
     recipe = Recipe.of({**FIELDS, "labels": {"0": "no", "1": "yes"}, "options": {"num_virtual_tokens": 7}})
     recipe.save(tmp_path / "recipe.yaml")

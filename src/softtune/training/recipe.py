@@ -37,6 +37,8 @@ LEARNING_RATES = {
     PeftType.BITFIT: 3e-4,
 }
 """Where ``learning_rate`` is left out."""
+HEAD_LEARNING_RATES = {**LEARNING_RATES, PeftType.BITFIT: 1e-3}
+"""The same where a head is trained too."""
 
 
 NOT_OPTIONS = {
@@ -122,7 +124,7 @@ class Recipe(BaseModel):
     options: dict[str, Any] = {}
     """Fields of the method's config, such as num_virtual_tokens."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; by default the method's."""
+    """Peak learning rate; by default the method's, of which BitFit has another one beside a head."""
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     """How the learning rate falls."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.1
@@ -277,7 +279,7 @@ class Recipe(BaseModel):
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate or LEARNING_RATES[self.method]
+        return self.learning_rate or (HEAD_LEARNING_RATES if self.task.has_head else LEARNING_RATES)[self.method]
 
     @property
     def definition(self) -> Task:
