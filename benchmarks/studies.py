@@ -50,7 +50,7 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     ),
     "squad": (
         "SQuAD subset, answers",
-        ["p-tuning-v2", "bitfit", "head", "full"],
+        ["p-tuning-v2", "bitfit", "head"],
         {"examples": 1536, "epochs": 4, "evaluation_examples": 400},
     ),
     "scitldr": ("SciTLDR, summaries", ["prefix-tuning", "zero-shot"], {"evaluation_examples": 100}),
