@@ -57,9 +57,8 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 """Recipes to compare methods on: the page's title, the entries, and fields to replace."""
 
-BITFIT = {"bitfit": {"method": "BITFIT", "options": {}, "learning_rate": 3e-3}}
-OWN: dict[str, dict[str, dict[str, Any]]] = {"btc_ner": BITFIT, "squad": BITFIT}
-"""Fields that an entry of one of these has to itself."""
+RATES = {"btc_ner": {"bitfit": 3e-3}, "squad": {"bitfit": 3e-3}}
+"""Learning rates of entries that have neither the recipe's nor their default."""
 
 LOOKED_INTO = {"biases": "all"}
 """Studies in whose pages a point's first adapter is shown, by how much its biases have changed (Ben Zaken et al. 2022,
@@ -119,17 +118,9 @@ def study(name: str, progress: Progress) -> list[Entry]:
 
 
 def headline(name: str, progress: Progress) -> list[Entry]:
-    for entry, recipe in recipes(name):
-        compare(recipe, [entry], seeds=1, progress=progress)
-    return entries_of(RUNS / name)
-
-
-def recipes(name: str) -> Iterator[tuple[str, Recipe]]:
-    """The entries of a headline, and each one's recipe."""
-    _, entries, shared = HEADLINES[name]
-    for entry in entries:
-        fields = {**shared, **OWN.get(name, {}).get(entry, {}), "output": str(RUNS / name)}
-        yield entry, Recipe.load(ROOT / "recipes" / f"{name}.yaml", fields)
+    _, entries, fields = HEADLINES[name]
+    recipe = Recipe.load(ROOT / "recipes" / f"{name}.yaml", {**fields, "output": str(RUNS / name)})
+    return compare(recipe, entries, seeds=1, learning_rates=RATES.get(name), progress=progress)
 
 
 def write(name: str) -> None:

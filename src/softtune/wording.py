@@ -11,6 +11,11 @@ def in_units(size: float) -> str:
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
+def in_words(name: str) -> str:
+    """The name of a metric, a field or an option."""
+    return name.rpartition(".")[2].replace("_", " ")
+
+
 def shortened(text: str, length: int) -> str:
     """A text, cut to so many characters, the last an ellipsis."""
     return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -64,6 +64,36 @@ def test_what_is_kept_is_not_run_again(compared: Path, monkeypatch: pytest.Monke
         compare(recipe.model_copy(update={"epochs": 2.0}), ["last-layers"], seeds=2)
 
 
+def test_each_entry_can_have_a_rate_of_its_own(models: dict[str, str], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", models["bert"], tmp_path / "unused", task="SEQ_CLS")
+    output = tmp_path / "out"
+    rates = "{head: 0.5, p-tuning-v2: 2e-2}"
+    entries = ("--entries", "head,p-tuning-v2,full", "--learning-rates", rates, "--seeds", "1")
+    assert run("compare", recipe, "--output", str(output), *entries) == 0
+    kept = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in (output / "entries").glob("*.json")}
+    used = {name: entry["asked"]["recipe"]["learning_rate"] for name, entry in kept.items()}
+    assert used == {"head": 0.5, "p-tuning-v2": 0.02, "full": 5e-5}
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ("{lora: 0.1}", "a learning rate for 'lora', which is not trained: compare it, or drop its rate"),
+        ("{zero-shot: 0.1}", "a learning rate for 'zero-shot', which is not trained"),
+        ("{full: much}", "full: recipe: learning_rate is 'much'"),
+        ("0.1", "--learning-rates '0.1' names no values: write it as in '{name: value}'"),
+    ],
+)
+def test_rates_that_do_nothing_are_refused(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], rates: str, message: str
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "unused")
+    entries = ("--entries", "full,zero-shot", "--learning-rates", rates)
+    assert run("compare", recipe, "--output", str(tmp_path / "out"), *entries) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_adapter_is_trained_into_the_folder(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", str(compared / "recipe.yaml"), "--output", str(compared / "out")) == 2
     assert "out has an experiment: choose another output" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from softtune import ConfigError, DataError, PeftModel, TrainingError
 from softtune.cli.loading import load_trained
-from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask
+from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask, load_records
 from softtune.evaluation.answers import Answers, answer, judge, metric_names
 from softtune.methods import TaskType
 from softtune.pretrained import load_base_model
@@ -75,13 +75,13 @@ def test_tags_are_learnt(tmp_path: Path, models: dict[str, str], capsys: pytest.
     report = train(tagging(tmp_path, models, **fields))
     assert report.before["f1"] < 0.5
     assert report.after["f1"] == 1.0
-    output = tmp_path / "a.jsonl"
-    assert run("predict", str(tmp_path / "out"), str(tmp_path / "rows.jsonl"), "--output", str(output)) == 0
-    shown = capsys.readouterr().out
-    assert "f1" in shown
-    assert "O, B-X, O, B-Y" in shown
-    answered = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert all(row["answer"] == row["tags"] for row in answered)
+    for output in (tmp_path / "a.jsonl", tmp_path / "a.csv"):
+        assert run("predict", str(tmp_path / "out"), str(tmp_path / "rows.jsonl"), "--output", str(output)) == 0
+        shown = capsys.readouterr().out
+        assert "f1" in shown
+        assert "O B-X O B-Y" in shown
+        answered = load_records(str(output))
+        assert answered["answer"] == answered["tags"]
 
 
 def test_parts_of_a_text_are_learnt(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

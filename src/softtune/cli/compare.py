@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from softtune.cli.console import console, progress_bars, quiet
-from softtune.cli.flags import argument, option, overrides, with_flags
+from softtune.cli.flags import argument, option, overrides, read_mapping, with_flags
 from softtune.cli.tables import exit_on_failures, show_entries
 from softtune.experiments import report
 from softtune.experiments.cases import ENTRIES
@@ -13,7 +13,9 @@ from softtune.experiments.compare import compare
 from softtune.training.recipe import Recipe
 
 
-def command(recipe: str, output: str, entries: str, seeds: int, **flags: str | None) -> None:
+def command(
+    recipe: str, output: str, entries: str, seeds: int, learning_rates: str | None, **flags: str | None
+) -> None:
     """Compare methods and baselines on the task of a recipe: quality, trained parameters, time and memory.
 
     All take the same steps on the same rows. What is finished is kept, so that the same command goes on after Ctrl-C.
@@ -21,8 +23,10 @@ def command(recipe: str, output: str, entries: str, seeds: int, **flags: str | N
     """
     quiet()
     chosen = Recipe.load(recipe, {**overrides(flags), "output": output})
+    names = [name.strip() for name in entries.split(",")]
+    rates = None if learning_rates is None else read_mapping("learning_rates", learning_rates)
     with progress_bars() as progress:
-        found = compare(chosen, [name.strip() for name in entries.split(",")], seeds=seeds, progress=progress)
+        found = compare(chosen, names, seeds=seeds, learning_rates=rates, progress=progress)
     show_entries(found)
     console.print(f"The page is {report.write(Path(output))}.", soft_wrap=True)
     exit_on_failures(found)
@@ -35,5 +39,6 @@ with_flags(
         option("output", str, help="The comparison's folder."),
         option("entries", str, ",".join(ENTRIES), help="What to compare, separated by commas."),
         option("seeds", int, 3, min=1, help="Runs of each, with seeds that follow one another."),
+        option("learning_rates", str | None, None, help="By entry, such as '{bitfit: 0.001}'; others have theirs."),
     ],
 )

@@ -81,6 +81,14 @@ def read(name: str, text: str) -> Any:
         raise ConfigError(f"{flag(name)} {text!r} cannot be read: write it as in a YAML file") from error
 
 
+def read_mapping(name: str, text: str) -> dict[str, Any]:
+    """A flag's text as a mapping. Raises ConfigError where it is none."""
+    value = read(name, text)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{flag(name)} {text!r} names no values: write it as in '{{name: value}}'")
+    return value
+
+
 def _choices(annotation: Any) -> list[str]:
     """The values that a field can have, where they can be listed."""
     if annotation is TaskType:

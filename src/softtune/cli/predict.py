@@ -126,8 +126,8 @@ def _answers(trained: Trained, records: Dataset, *, vote: bool) -> Answers:
 
 def _with_answers(records: Dataset, answers: Answers) -> Dataset:
     """The records with a column for the answer and, where labels were scored, one for its probability among them."""
-    lists = [list(text) if isinstance(text, tuple) else text for text in answers.texts]
-    answered = records.add_column("answer", lists)
+    column = [list(text) if isinstance(text, tuple) else text for text in answers.texts]
+    answered = records.add_column("answer", column)
     if answers.scores is None:
         return answered
     return answered.add_column("probability", answers.scores.softmax(1).amax(1).tolist())

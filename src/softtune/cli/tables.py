@@ -17,7 +17,7 @@ from softtune.experiments.report import failures, tables_of
 from softtune.training.learning_rate import STEPS, RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
-from softtune.wording import in_units, shortened
+from softtune.wording import in_units, in_words, shortened
 
 FAILED = 1
 """Exit code where a part of an experiment failed."""
@@ -46,7 +46,7 @@ def show_quality(quality: Quality) -> None:
     intervals, metrics = quality.intervals(), quality.metrics.items()
     show_pairs(
         f"{quality.rows} records",
-        [(_words(name), f"{_figure(name, value)} ({_between(name, intervals[name])})") for name, value in metrics],
+        [(in_words(name), f"{_figure(name, value)} ({_between(name, intervals[name])})") for name, value in metrics],
     )
     if not 0 < len(quality.classes) <= MOST_CLASSES:
         return
@@ -147,7 +147,7 @@ def _fitting(table: Cells, width: int) -> Iterator[list[int]]:
 
 def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iterator[tuple[str, str]]:
     """A metric's lines in the table: before and after and, of an ensemble, the vote's and its members'."""
-    label, found = _words(metric), report.evaluation
+    label, found = in_words(metric), report.evaluation
     before, after = (_figure(metric, side[metric]) for side in (report.before, report.after))
     yield label, f"{before} before, {after} after ({_between(metric, interval)})"
     if found.members:
@@ -155,10 +155,6 @@ def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iter
         mean = _figure(metric, sum(members) / len(members))
         yield f"{label} by vote", _figure(metric, found.vote[metric])
         yield f"{label} of one", f"{_between(metric, (min(members), max(members)))}, {mean} on average"
-
-
-def _words(metric: str) -> str:
-    return metric.replace("_", " ")
 
 
 def _figure(metric: str, value: float) -> str:
@@ -170,8 +166,9 @@ def _between(metric: str, interval: tuple[float, float]) -> str:
 
 
 def in_cell(value: Any) -> str:
-    """A value in a line that a cell has room for, lists as their parts."""
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """A value in a line that a cell has room for: a list's words beside each other, its texts with bars between."""
+    parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    text = (" | " if any(" " in part for part in parts) else " ").join(parts)
     return shortened(" ".join(text.split()), LONGEST)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softtune.errors import ConfigError
-from softtune.experiments.cases import ENTRIES, REPLACED, Case
+from softtune.experiments.cases import ENTRIES, PROMPTS, REPLACED, Case
 from softtune.experiments.experiment import run_cases, with_rows
 from softtune.experiments.outcomes import SWEEP_NAME, Entry, asked_of, check_same
 from softtune.training.recipe import Recipe
@@ -15,7 +15,12 @@ from softtune.training.setup import Progress
 
 
 def compare(
-    recipe: Recipe, names: Sequence[str] = ENTRIES, *, seeds: int = 3, progress: Progress = lambda *_: None
+    recipe: Recipe,
+    names: Sequence[str] = ENTRIES,
+    *,
+    seeds: int = 3,
+    learning_rates: Mapping[str, float] | None = None,
+    progress: Progress = lambda *_: None,
 ) -> list[Entry]:
     """Run a recipe's task by several methods and baselines.
 
@@ -23,11 +28,12 @@ def compare(
         recipe: the task, the data and the steps. Its output is the folder of the comparison.
         names: of ``ENTRIES``.
         seeds: runs of each, with the recipe's seed and those that follow it.
+        learning_rates: peak rates by name. The others have their default, and the recipe's own method the recipe's.
         progress: told of every step.
 
     Raises:
-        ConfigError: an unknown name, a recipe of an ensemble or without evaluation rows, or there is another experiment
-            in the folder, be it a comparison by other rows, steps or seeds.
+        ConfigError: an unknown name, a rate for what is not trained, a recipe of an ensemble or without evaluation
+            rows, or there is another experiment in the folder, be it a comparison by other rows, steps or seeds.
         DataError: the data does not fit.
     """
     if (Path(recipe.output) / SWEEP_NAME).is_file():
@@ -36,12 +42,15 @@ def compare(
         raise ConfigError(f"entries are {', '.join(map(repr, names))}: name each once")
     if recipe.ensemble > 1:
         raise ConfigError("a comparison is of single adapters: set ensemble to 1, or sweep over it")
+    rates = learning_rates or {}
+    if idle := [name for name in rates if name not in names or name in PROMPTS]:
+        raise ConfigError(f"a learning rate for {idle[0]!r}, which is not trained: compare it, or drop its rate")
     fields = recipe.model_dump(exclude_unset=True)
     cases = [
         Case.of(
             fields,
             name,
-            {},
+            {"learning_rate": rates[name]} if name in rates else {},
             name=name,
             number=ENTRIES.index(name) if name in ENTRIES else 0,
             seeds=seeds,

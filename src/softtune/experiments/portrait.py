@@ -16,12 +16,13 @@ from softtune.backbone import Backbone, Site
 from softtune.evaluation.inspection import bias_changes_by_layer, nearest_words, prefix_norms
 from softtune.experiments.page import Page, Table
 from softtune.experiments.pictures import Picture, Point, curves, heat, places
-from softtune.experiments.views import filled, in_words
+from softtune.experiments.views import filled
 from softtune.methods.base import KeyValue
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.folder import HISTORY_NAME
 from softtune.training.recipe import Recipe
+from softtune.wording import in_words
 
 SMOOTH = 20
 """Parts of a learning curve, each the mean of its steps."""

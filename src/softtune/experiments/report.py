@@ -14,9 +14,9 @@ from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
 from softtune.experiments.page import Page, Table, as_html, as_markdown, file_of
 from softtune.experiments.portrait import portrait
 from softtune.experiments.sweep import Sweep
-from softtune.experiments.views import finished, in_words
+from softtune.experiments.views import finished
 from softtune.training.recipe import holds_adapter
-from softtune.wording import in_units
+from softtune.wording import in_units, in_words
 
 PAGE_NAME, MARKDOWN_NAME = "report.html", "report.md"
 SPREAD = " Mean over seeds ± standard deviation."

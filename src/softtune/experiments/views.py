@@ -10,6 +10,7 @@ from typing import Any
 from softtune.evaluation.metrics import direction
 from softtune.experiments.outcomes import Entry, said
 from softtune.experiments.pictures import Bar, Picture, Point, bars, curves, heat, scatter
+from softtune.wording import in_words
 
 FEWEST = 3
 """Numbers that make a curve."""
@@ -60,11 +61,6 @@ def of_sweep(entries: Sequence[Entry], metric: str | None, *, searched: bool) ->
     varied = [name for name, keys in axes.items() if len(keys) > 1]
     is_map = len(varied) == 2 and all(name in entry.at for name in varied for entry in found)
     return [_map(found, metric, *varied)] if is_map else [_bars(found, metric)]
-
-
-def in_words(name: str) -> str:
-    """A metric's or a field's name, or an option's, as people read it."""
-    return name.rpartition(".")[2].replace("_", " ")
 
 
 def finished(entries: Sequence[Entry]) -> list[Entry]:

@@ -37,8 +37,8 @@ LEARNING_RATES = {
     PeftType.BITFIT: 3e-4,
 }
 """Where ``learning_rate`` is left out."""
-HEAD_LEARNING_RATES = {**LEARNING_RATES, PeftType.BITFIT: 1e-3}
-"""The same where a head is trained too."""
+BITFIT_HEAD_LEARNING_RATE = 1e-3
+"""BitFit's where a head is trained too."""
 
 
 NOT_OPTIONS = {
@@ -124,7 +124,7 @@ class Recipe(BaseModel):
     options: dict[str, Any] = {}
     """Fields of the method's config, such as num_virtual_tokens."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; by default the method's, of which BitFit has another one beside a head."""
+    """Peak learning rate; by default the method's, and for BitFit a higher one where a head is trained."""
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     """How the learning rate falls."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.1
@@ -279,7 +279,8 @@ class Recipe(BaseModel):
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate or (HEAD_LEARNING_RATES if self.task.has_head else LEARNING_RATES)[self.method]
+        is_higher = self.method is PeftType.BITFIT and self.task.has_head
+        return self.learning_rate or (BITFIT_HEAD_LEARNING_RATE if is_higher else LEARNING_RATES[self.method])
 
     @property
     def definition(self) -> Task:
