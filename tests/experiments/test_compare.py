@@ -58,9 +58,9 @@ def test_what_is_kept_is_not_run_again(compared: Path, monkeypatch: pytest.Monke
     assert compare(recipe, ["lora", "few-shot"], seeds=2) == [
         entry for entry in entries_of(compared / "out") if entry.name in ("lora", "few-shot")
     ]
-    with pytest.raises(ConfigError, match="differs in its seeds: name another output"):
+    with pytest.raises(ConfigError, match="differs in its seeds, 2 then and 3 now: name another output"):
         compare(recipe, ["lora"], seeds=3)
-    with pytest.raises(ConfigError, match="differs in its epochs: name another output"):
+    with pytest.raises(ConfigError, match=r"differs in its epochs, 1\.0 then and 2\.0 now: name another output"):
         compare(recipe.model_copy(update={"epochs": 2.0}), ["last-layers"], seeds=2)
 
 

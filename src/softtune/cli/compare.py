@@ -37,7 +37,13 @@ with_flags(
     [
         argument("recipe", str, help="The recipe, a YAML file: the task, the data and the steps."),
         option("output", str, help="The comparison's folder."),
-        option("entries", str, ",".join(ENTRIES), help="What to compare, separated by commas."),
+        option(
+            "entries",
+            str,
+            ",".join(ENTRIES),
+            help=f"What to compare, separated by commas. [default: {', '.join(ENTRIES)}]",
+            show_default=False,
+        ),
         option("seeds", int, 3, min=1, help="Runs of each, with seeds that follow one another."),
         option("learning_rates", str | None, None, help="By entry, such as '{bitfit: 0.001}'; others have theirs."),
     ],

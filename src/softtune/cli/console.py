@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from softtune.wording import shortened
+
 if TYPE_CHECKING:
     from softtune.training.setup import Progress as Reporting
 
@@ -23,6 +25,8 @@ def _plain(*, stderr: bool = False) -> Console:
 
 
 console = _plain()
+DESCRIPTION, COUNTS = 26, 23
+"""Characters of a progress bar's name, and of its counts, its clock and what is between."""
 
 
 @contextmanager
@@ -31,15 +35,18 @@ def progress_bars() -> Iterator[Reporting]:
 
     Nothing is shown before the first report, not even the empty line that bars without a task leave behind.
     """
+    shown = _plain(stderr=True)
+    bar = min(40, shown.width // 6)
+    room = max(shown.width - DESCRIPTION - bar - COUNTS, 1)
     columns = (
-        TextColumn("{task.description:<26}", markup=False),
-        BarColumn(),
+        TextColumn(f"{{task.description:<{DESCRIPTION}}}", markup=False),
+        BarColumn(bar),
         MofNCompleteColumn(),
         TextColumn("{task.fields[notes]}", markup=False),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     bars: dict[str, TaskID] = {}
-    progress = Progress(*columns, console=_plain(stderr=True))
+    progress = Progress(*columns, console=shown)
 
     def report(phase: str, done: int, total: int, notes: str) -> None:
         if phase not in bars:
@@ -47,7 +54,7 @@ def progress_bars() -> Iterator[Reporting]:
             progress.start()
         if done < progress.tasks[bars[phase]].completed:  # begun anew, and so is its clock
             progress.reset(bars[phase])
-        progress.update(bars[phase], completed=done, total=total, notes=notes)
+        progress.update(bars[phase], completed=done, total=total, notes=shortened(notes, room))
 
     try:
         yield report

@@ -167,7 +167,8 @@ def _between(metric: str, interval: tuple[float, float]) -> str:
 
 def in_cell(value: Any) -> str:
     """A value in a line that a cell has room for: a list's words beside each other, its texts with bars between."""
-    parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    values = value if isinstance(value, list) else [value]
+    parts = [str(part["text"] if isinstance(part, dict) and "text" in part else part) for part in values]
     text = (" | " if any(" " in part for part in parts) else " ").join(parts)
     return shortened(" ".join(text.split()), LONGEST)
 

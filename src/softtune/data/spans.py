@@ -157,7 +157,9 @@ def _answers(value: Any, column: str) -> Iterator[Answer]:
     if isinstance(value, dict):
         value = _rows_of(value, column)
     if not isinstance(value, list):
-        raise DataError(f"column {column!r} holds no list of answers; write {{text, answer_start}} for each")
+        raise DataError(
+            f"column {column!r} holds no list of answers (CSV files have none); write {{text, answer_start}} for each"
+        )
     for answer in value:
         text, start = (answer.get(name) for name in PARTS) if isinstance(answer, dict) else (None, None)
         if not isinstance(text, str) or not isinstance(start, int):

@@ -111,5 +111,5 @@ def check_bio(tags: Sequence[str]) -> None:
 def _list(record: Mapping[str, Any], column: str) -> list[str]:
     value = record[column]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise DataError(f"column {column!r} holds no list of texts; give one for each word")
+        raise DataError(f"column {column!r} holds no list of texts (CSV files have none); give one for each word")
     return value

@@ -18,12 +18,15 @@ from typing import Any
 from softtune import storage
 from softtune.errors import ConfigError, TrainingError, UnsupportedModelError
 from softtune.training.folder import ENTRIES_NAME
+from softtune.wording import shortened
 
 SWEEP_NAME = "sweep.yaml"
 """A sweep, in its folder; a comparison's has none."""
 
 LONGEST_STEM = 60
 """Characters of a file's name that come from an entry's."""
+LONGEST_VALUE = 60
+"""Characters of a value in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +142,12 @@ def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
     other = [name for name in now if then.get(name) != now[name]]
     if other == ["rows"]:
         raise ConfigError(f"the data is not what {folder} came of: restore it, or name another output")
+    if other and isinstance(now[other[0]], Mapping):
+        check_same(folder, then.get(other[0]) or {}, now[other[0]])
     if other:
-        raise ConfigError(f"the experiment in {folder} differs in its {other[0]}: name another output, or delete it")
+        was, is_now = (shortened(repr(asked.get(other[0])), LONGEST_VALUE) for asked in (then, now))
+        says = f"differs in its {other[0]}, {was} then and {is_now} now"
+        raise ConfigError(f"the experiment in {folder} {says}: name another output, or delete it")
 
 
 def forget_failures(folder: Path) -> None:

@@ -84,7 +84,7 @@ def tables_of(entries: Sequence[Entry], metric: str | None = None) -> list[Table
         return []
     metrics = found[0].metrics
     order = metric or metrics[0]
-    ranked = sorted(found, key=lambda entry: -direction(order) * entry.mean(order))
+    ranked = sorted(found, key=lambda entry: [-direction(name) * entry.mean(name) for name in (order, *metrics)])
     worth = {in_words(name): partial(_value, metric=name) for name in metrics}
     sizes = {"trained": _trained, "share": _share}
     if any(entry.at for entry in entries):  # points of a sweep train at once
