@@ -57,7 +57,10 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 """Recipes to compare methods on: the page's title, the entries, and fields to replace."""
 
-RATES = {"btc_ner": {"bitfit": 3e-3}, "squad": {"bitfit": 3e-3, "head": 1e-2}}
+RATES = {
+    "btc_ner": {"bitfit": 1e-2, "full": 2e-4, "head": 1e-2},
+    "squad": {"bitfit": 3e-3, "head": 1e-2},
+}
 """Learning rates of entries that have neither the recipe's nor their default."""
 
 LOOKED_INTO = {"biases": "all"}
