@@ -58,7 +58,7 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 """Recipes to compare methods on: the page's title, the entries, and fields to replace."""
 
 RATES = {
-    "btc_ner": {"bitfit": 1e-2, "full": 2e-4, "head": 1e-2},
+    "btc_ner": {"bitfit": 1e-2, "full": 2e-4, "head": 1e-1},
     "squad": {"bitfit": 3e-3, "head": 1e-2},
 }
 """Learning rates of entries that have neither the recipe's nor their default."""
@@ -174,7 +174,9 @@ def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:
         f"commit {run['commit']}."
         for run, entries in zip(runs, whose, strict=True)
     ]
-    return dataclasses.replace(page, notes=[*page.notes, *says])
+    rates = ", ".join(f"{entry} {rate:g}" for entry, rate in RATES.get(name, {}).items())
+    own = [f"Learning rates that are neither the recipe's nor the defaults: {rates}."] if rates else []
+    return dataclasses.replace(page, notes=[*page.notes, *own, *says])
 
 
 if __name__ == "__main__":
