@@ -142,6 +142,7 @@ def write(name: str) -> None:
 def write_index() -> None:
     """The list of all pages."""
     names = sorted(file.stem for file in RESULTS.glob("*.json"))
+    papers = [name for name in names if name not in HEADLINES and Sweep.load(STUDIES / f"{name}.yaml").paper]
     lines = [
         "# Results",
         "",
@@ -149,8 +150,8 @@ def write_index() -> None:
         "`python benchmarks/studies.py` runs them all; several processes can share the names. Seconds and memory are "
         "of a process with one thread, while others worked on the second core, and at times on its own: take "
         "differences of a tenth for nothing. Hours count such company too.",
-        *listed("The papers' questions", [name for name in names if name not in HEADLINES]),
-        *listed("Known data sets", [name for name in names if name in HEADLINES]),
+        *listed("The papers' questions", papers),
+        *listed("Known data sets", [name for name in names if name not in papers]),
     ]
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
