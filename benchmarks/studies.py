@@ -123,7 +123,7 @@ def study(name: str, progress: Progress) -> list[Entry]:
 def headline(name: str, progress: Progress) -> list[Entry]:
     _, entries, fields = HEADLINES[name]
     recipe = Recipe.load(ROOT / "recipes" / f"{name}.yaml", {**fields, "output": str(RUNS / name)})
-    return compare(recipe, entries, seeds=1, learning_rates=RATES.get(name), progress=progress)
+    return compare(recipe, entries, seeds=1, learning_rates=RATES.get(name, {}), progress=progress)
 
 
 def write(name: str) -> None:

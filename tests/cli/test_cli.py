@@ -289,6 +289,7 @@ def test_predict_counts_the_rows_of_the_file_where_records_are_made_one(
     assert run("predict", str(tmp_path / "adapter"), str(data)) == 0
     shown = capsys.readouterr().out
     assert "3 records, of which 2 are different" in shown
+    assert "2 of 2 records are not answered right to the letter" in " ".join(shown.split())
     mistakes = shown[shown.index("2 of 2 records are not answered") :]
     assert [cells[1].strip() for line in mistakes.splitlines() if len(cells := line.split("│")) > 2] == ["1", "3"]
 

@@ -114,7 +114,10 @@ def test_padding_moves_spans_along() -> None:
     [
         (record("w3 w4", ("w4", 2)), "the answer 'w4' is not at character 2 of 'c'"),
         (record("w3 w4", ("", 0)), "the answer '' is not at character 0"),
-        ({**record("w3"), "answers": "w3"}, r"column 'answers' holds no list of answers \(CSV files have none\)"),
+        (
+            {**record("w3"), "answers": "w3"},
+            r"column 'answers' holds no list of answers \(CSV files have none\); write {text, answer_",
+        ),
         ({**record("w3"), "answers": [{"text": "w3"}]}, "write 'text' and 'answer_start'"),
         ({**record("w3"), "answers": [{"text": "w3", "answer_start": None}]}, "'answer_start', a number"),
         (

@@ -33,7 +33,7 @@ def train(method: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
         for i in range(processes)
     ]
     try:
-        errors = [process.communicate(timeout=2 * PATIENCE)[1][-3000:] for process in running]
+        errors = [process.communicate(timeout=PATIENCE + 30)[1][-3000:] for process in running]
         assert all(process.returncode == 0 for process in running), "\n\n".join(errors)
     finally:
         for process in running:

@@ -13,9 +13,7 @@ from softtune.experiments.compare import compare
 from softtune.training.recipe import Recipe
 
 
-def command(
-    recipe: str, output: str, entries: str, seeds: int, learning_rates: str | None, **flags: str | None
-) -> None:
+def command(recipe: str, output: str, entries: str, seeds: int, learning_rates: str, **flags: str | None) -> None:
     """Compare methods and baselines on the task of a recipe: quality, trained parameters, time and memory.
 
     All take the same steps on the same rows. What is finished is kept, so that the same command goes on after Ctrl-C.
@@ -24,7 +22,7 @@ def command(
     quiet()
     chosen = Recipe.load(recipe, {**overrides(flags), "output": output})
     names = [name.strip() for name in entries.split(",")]
-    rates = None if learning_rates is None else read_mapping("learning_rates", learning_rates)
+    rates = read_mapping("learning_rates", learning_rates)
     with progress_bars() as progress:
         found = compare(chosen, names, seeds=seeds, learning_rates=rates, progress=progress)
     show_entries(found)
@@ -37,14 +35,8 @@ with_flags(
     [
         argument("recipe", str, help="The recipe, a YAML file: the task, the data and the steps."),
         option("output", str, help="The comparison's folder."),
-        option(
-            "entries",
-            str,
-            ",".join(ENTRIES),
-            help=f"What to compare, separated by commas. [default: {', '.join(ENTRIES)}]",
-            show_default=False,
-        ),
+        option("entries", str, ", ".join(ENTRIES), help="What to compare, separated by commas."),
         option("seeds", int, 3, min=1, help="Runs of each, with seeds that follow one another."),
-        option("learning_rates", str | None, None, help="By entry, such as '{bitfit: 0.001}'; others have theirs."),
+        option("learning_rates", str, "{}", help="By entry, such as '{bitfit: 0.001}'; others have theirs."),
     ],
 )

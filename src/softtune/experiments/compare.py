@@ -19,7 +19,7 @@ def compare(
     names: Sequence[str] = ENTRIES,
     *,
     seeds: int = 3,
-    learning_rates: Mapping[str, float] | None = None,
+    learning_rates: Mapping[str, float] = {},
     progress: Progress = lambda *_: None,
 ) -> list[Entry]:
     """Run a recipe's task by several methods and baselines.
@@ -42,15 +42,14 @@ def compare(
         raise ConfigError(f"entries are {', '.join(map(repr, names))}: name each once")
     if recipe.ensemble > 1:
         raise ConfigError("a comparison is of single adapters: set ensemble to 1, or sweep over it")
-    rates = learning_rates or {}
-    if idle := [name for name in rates if name not in names or name in PROMPTS]:
+    if idle := [name for name in learning_rates if name not in names or name in PROMPTS]:
         raise ConfigError(f"a learning rate for {idle[0]!r}, which is not trained: compare it, or drop its rate")
     fields = recipe.model_dump(exclude_unset=True)
     cases = [
         Case.of(
             fields,
             name,
-            {"learning_rate": rates[name]} if name in rates else {},
+            {"learning_rate": learning_rates[name]} if name in learning_rates else {},
             name=name,
             number=ENTRIES.index(name) if name in ENTRIES else 0,
             seeds=seeds,

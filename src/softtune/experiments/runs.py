@@ -36,8 +36,7 @@ def run_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
     Raises:
         SofttuneError: one does not fit its task or base model.
     """
-    name = cases[0].name
-    first = shortened(name, LONGEST)
+    first = shortened(cases[0].name, LONGEST)
     told = _Sum(progress, first + (f" and {len(cases) - 1} more" if len(cases) > 1 else ""))
     if cases[0].is_adapter and not cases[0].is_alone:
         return _train_at_once(cases, told)
