@@ -13,6 +13,7 @@ from memory import apart, resident
 from step import ROUNDS, Step, adapted, at_answers, forward_backward, padded_batch
 from timing import measure, ratio, report
 
+from softtune.compat import enable_checkpointing
 from softtune.pretrained import load_base_model
 
 FORMS = ("gradient checkpointing", "autocast to bfloat16", "layers compiled")
@@ -46,7 +47,7 @@ def step(form: str) -> Step:
     with torch.no_grad():
         model(batch["input_ids"][:1, -2:])  # touches the weights, which are read from disk when they are needed
     if form == "gradient checkpointing":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model, use_reentrant=False)
     if form == "layers compiled":
         model.backbone.compile_layers()
     run = forward_backward(model, batch)

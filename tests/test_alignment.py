@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import softtune.acting
 from softtune import PeftModel
+from softtune.compat import ARGUMENTS, cache_of
 from softtune.injection import layout
 from tests.families import (
     CAUSAL_LM,
@@ -66,7 +67,7 @@ def test_shapes_are_the_base_models(family: str, task: str, method: str) -> None
         alone = model(**first)
     assert output.keys() == base.keys()
     for name in output:
-        if name in ("past_key_values", "cache_params"):
+        if name in {s.name for s in ARGUMENTS["cache"]}:
             continue
         fields = zip(as_list(output[name]), as_list(base[name]), as_list(alone[name]), strict=True)
         for own, expected, single in fields:
@@ -213,4 +214,4 @@ def test_labels_of_another_sequence_do_not_place_a_suffix(family: str) -> None:
 @pytest.mark.parametrize("method", PREFIX_METHODS)
 def test_the_cache_holds_the_text_alone(method: str) -> None:
     model, (row,) = adapted("llama", CAUSAL_LM, method), texts("llama", CAUSAL_LM, (4,))
-    assert model(row[None], use_cache=True).past_key_values.get_seq_length() == 4
+    assert cache_of(model(row[None], use_cache=True)).get_seq_length() == 4

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from softtune import AdapterError, PeftModel, PrefixTuningConfig
+from softtune.compat import cache_of
 from tests.families import CAUSAL_LM, SEQ_2_SEQ_LM, adapted
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -21,10 +22,10 @@ def filled(model: PeftModel, how: str) -> tuple[DynamicCache, Tensor]:
     cache = DynamicCache()
     with torch.no_grad():
         if how == "generate":
-            text = model.generate(IDS, past_key_values=cache, **SETTINGS)
+            text = model.generate(IDS, cache=cache, **SETTINGS)
         else:
             text = IDS
-            model(IDS, past_key_values=cache, use_cache=False if how == "forward without an output" else None)
+            model(IDS, cache=cache, use_cache=False if how == "forward without an output" else None)
     return cache, torch.cat([text, torch.tensor([[4]])], dim=1)
 
 
@@ -34,7 +35,7 @@ def test_an_adapter_goes_on_from_its_own_cache(method: str, how: str) -> None:
     model = adapted("gpt2", CAUSAL_LM, method)
     cache, text = filled(model, how)
     expected = model.generate(text, **SETTINGS)
-    assert torch.equal(model.generate(text, past_key_values=cache, **SETTINGS), expected)
+    assert torch.equal(model.generate(text, cache=cache, **SETTINGS), expected)
 
 
 @pytest.mark.parametrize("how", ["generate", "forward", "forward without an output"])
@@ -44,12 +45,12 @@ def test_nobody_goes_on_from_anothers_cache(method: str, how: str) -> None:
     cache, text = filled(model, how)
     with model.disable_adapter():
         with pytest.raises(AdapterError, match="computed with default, not __base__"):
-            model.generate(text, past_key_values=cache, **SETTINGS)
+            model.generate(text, cache=cache, **SETTINGS)
         with pytest.raises(AdapterError, match="computed with default, not __base__"):
-            model(text[:, -1:], past_key_values=cache)
+            model(text[:, -1:], cache=cache)
         cache, text = filled(model, how)
     with pytest.raises(AdapterError, match="computed with __base__, not default"):
-        model.generate(text, past_key_values=cache, **SETTINGS)
+        model.generate(text, cache=cache, **SETTINGS)
 
 
 def test_a_cache_that_a_broken_call_filled_has_an_owner() -> None:
@@ -60,24 +61,24 @@ def test_a_cache_that_a_broken_call_filled_has_an_owner() -> None:
 
     handle = model.get_output_embeddings().register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        model(IDS, past_key_values=cache)
+        model(IDS, cache=cache)
     handle.remove()
     with model.disable_adapter(), pytest.raises(AdapterError, match="computed with default"):
-        model(IDS[:, :1], past_key_values=cache)
+        model(IDS[:, :1], cache=cache)
 
 
 def test_an_empty_cache_is_anyones() -> None:
     model, cache = adapted("gpt2", CAUSAL_LM, "prefix"), DynamicCache()
     model.add_adapter("b", PrefixTuningConfig(num_virtual_tokens=2, task_type=CAUSAL_LM))
     with pytest.raises(AdapterError, match="no adapter"):
-        model(IDS, past_key_values=cache, adapter_names=["nobody"])
-    model(IDS, past_key_values=cache, adapter_names=["b"])
+        model(IDS, cache=cache, adapter_names=["nobody"])
+    model(IDS, cache=cache, adapter_names=["b"])
     with pytest.raises(AdapterError, match="computed with b, not default"):
-        model(IDS[:, :1], past_key_values=cache)
+        model(IDS[:, :1], cache=cache)
 
 
 def test_the_cache_of_an_encoder_decoder() -> None:
     model = adapted("t5", SEQ_2_SEQ_LM, "prefix")
     made = model.generate(IDS, **SETTINGS, return_dict_in_generate=True)
     with model.disable_adapter(), pytest.raises(AdapterError, match="computed with default"):
-        model(IDS, decoder_input_ids=made.sequences[:, -1:], past_key_values=made.past_key_values)
+        model(IDS, decoder_input_ids=made.sequences[:, -1:], cache=cache_of(made))

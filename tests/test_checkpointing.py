@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softtune import BitFitConfig, PeftModel
+from softtune.compat import CHECKPOINT, disable_checkpointing, enable_checkpointing
 from tests.families import (
     CAUSAL_LM,
     SEQ_2_SEQ_LM,
@@ -89,7 +90,7 @@ def test_gradients_are_those_without(family: str, reentrant: bool, step: Callabl
     for checkpoints in (False, True):
         model = two_adapters(family)
         if checkpoints:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            enable_checkpointing(model, use_reentrant=reentrant)
         step(model, family).backward()
         gradients.append({n: p.grad for n, p in trained(model).items()})
     assert any(g is not None for g in gradients[0].values())
@@ -99,7 +100,7 @@ def test_gradients_are_those_without(family: str, reentrant: bool, step: Callabl
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_nothing_outlives_a_call_or_its_backward_pass(reentrant: bool) -> None:
     model = two_adapters("gpt2")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    enable_checkpointing(model, use_reentrant=reentrant)
     before = traces(model)
     loss = loss_of(model, "gpt2", adapter_names=["a", "b", "a"])
     assert traces(model) == before
@@ -110,12 +111,12 @@ def test_nothing_outlives_a_call_or_its_backward_pass(reentrant: bool) -> None:
 def traces(model: PeftModel) -> list[tuple[list[int], Any]]:
     """Every module's hooks, and what it is checkpointed by."""
     modules = model.base_model.modules()
-    return [(list(m._forward_hooks), getattr(m, "_gradient_checkpointing_func", None)) for m in modules]
+    return [(list(m._forward_hooks), getattr(m, CHECKPOINT, None)) for m in modules]
 
 
 def test_disabled_checkpointing_is_none() -> None:
     model = adapted("gpt2", CAUSAL_LM, "bitfit").train()
     expected = loss_of(model, "gpt2")
-    model.gradient_checkpointing_enable()
-    model.gradient_checkpointing_disable()
+    enable_checkpointing(model)
+    disable_checkpointing(model)
     assert torch.equal(loss_of(model, "gpt2"), expected)

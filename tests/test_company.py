@@ -23,6 +23,7 @@ from softtune import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from softtune.compat import cache_of, enable_checkpointing
 from tests.families import CAUSAL_LM, SEQ_CLS, adapted, base_model, batch, scramble, texts
 
 
@@ -40,7 +41,7 @@ def test_a_prefix_beside_trained_biases_starts_from_the_frozen_model() -> None:
 def test_a_copied_module_is_the_base_models_own() -> None:
     model = get_peft_model(base_model("bert", SEQ_CLS), BitFitConfig(task_type=SEQ_CLS))
     scramble(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model, use_reentrant=False)
     inputs = batch(texts("bert", SEQ_CLS))
     model.train()(**inputs).logits.sum().backward()
     model.add_adapter("new", PrefixTuningConfig(num_virtual_tokens=2, modules_to_save=["pooler"], task_type=SEQ_CLS))
@@ -66,7 +67,7 @@ def test_the_base_model_is_clean_between_calls(method: str) -> None:
     base, inputs = base_model("gpt2", CAUSAL_LM), batch(texts("gpt2", CAUSAL_LM))
     expected = base(**inputs).logits
     model = adapted("gpt2", CAUSAL_LM, method)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model, use_reentrant=False)
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert torch.equal(model.eval().get_base_model()(**inputs).logits, expected)
 
@@ -79,7 +80,7 @@ def test_trained_modules_inside_layers_under_checkpointing() -> None:
         )
         scramble(model)
         if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model, use_reentrant=False)
         inputs = batch(texts("llama", CAUSAL_LM))
         model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -162,6 +163,6 @@ def test_places_out_of_order_are_refused() -> None:
 def test_a_cache_of_states_belongs_to_its_adapter() -> None:
     model, ids = adapted("mamba", CAUSAL_LM, "prompt"), torch.tensor([[5, 6, 7]])
     with torch.no_grad():
-        states = model(ids, use_cache=True).cache_params
+        states = cache_of(model(ids, use_cache=True))
         with model.disable_adapter(), pytest.raises(AdapterError, match="computed with default"):
-            model(ids[:, :1], cache_params=states)
+            model(ids[:, :1], cache=states)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softtune import AdapterError, PeftModel, UnsupportedModelError
+from softtune.compat import cache_of
 from tests.families import CAUSAL_LM, FAMILIES, KINDS, SEQ_2_SEQ_LM, P, adapted, base_model, batch, cases, takes, texts
 
 pytestmark = pytest.mark.promise(2)
@@ -91,7 +92,7 @@ def test_going_on_from_returned_keys_and_values(family: str, task: str, method: 
         begun = model.generate(**inputs, **first, return_dict_in_generate=True)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
         rest = {**SETTINGS, "max_new_tokens": GENERATED - 2, "min_new_tokens": GENERATED - 2}
-        rest |= {"attention_mask": mask, "past_key_values": begun.past_key_values}
+        rest |= {"attention_mask": mask, "cache": cache_of(begun)}
         written = model.generate(begun.sequences, **rest)[:, -GENERATED:]
         assert torch.equal(written, uncached(model, inputs))
 
@@ -104,8 +105,8 @@ def test_steps_by_hand(family: str, task: str, method: str) -> None:
     written = []
     with torch.no_grad():
         for _ in range(GENERATED):
-            output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-            ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            output = model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True)
+            ids, cache = output.logits[:, -1:].argmax(-1), cache_of(output)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             written.append(ids)
         assert torch.equal(torch.cat(written, dim=1), uncached(model, inputs))
@@ -128,16 +129,16 @@ def test_a_cache_belongs_to_whom_it_was_computed_with(method: str) -> None:
     model, inputs = adapted("llama", CAUSAL_LM, method), batch(texts("llama", CAUSAL_LM), "left")
     ids = inputs["input_ids"][:, :1]
     with torch.no_grad():
-        own = model(**inputs, use_cache=True).past_key_values
+        own = cache_of(model(**inputs, use_cache=True))
         with model.disable_adapter():
-            base = model(**inputs, use_cache=True).past_key_values
+            base = cache_of(model(**inputs, use_cache=True))
             with pytest.raises(AdapterError, match="computed with default"):
-                model(ids, past_key_values=own)
+                model(ids, cache=own)
         with pytest.raises(AdapterError, match="computed with __base__"):
-            model(ids, past_key_values=base)
-        unsigned = base_model("llama", CAUSAL_LM)(**inputs, use_cache=True).past_key_values
+            model(ids, cache=base)
+        unsigned = cache_of(base_model("llama", CAUSAL_LM)(**inputs, use_cache=True))
         with pytest.raises(AdapterError, match="computed with __base__"):
-            model.generate(inputs["input_ids"], past_key_values=unsigned, **SETTINGS)
+            model.generate(inputs["input_ids"], cache=unsigned, **SETTINGS)
 
 
 @pytest.mark.promise(2, methods=("p_tuning_mlp",))

@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softtune import PeftModel, UnsupportedModelError, get_peft_model
+from softtune.compat import enable_checkpointing
 from tests import flash
 from tests.families import (
     CAUSAL_LM,
@@ -195,7 +196,7 @@ def test_checkpointing(implementation: str, method: str, reentrant: bool) -> Non
     inputs = batch(texts("llama", CAUSAL_LM))
     expected = run(model_on("sdpa", "llama", CAUSAL_LM, method).train(), CAUSAL_LM, inputs)
     model = model_on(implementation, "llama", CAUSAL_LM, method).train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, use_reentrant=reentrant)
     torch.testing.assert_close(run(model, CAUSAL_LM, inputs), expected, atol=1e-7, rtol=1e-5)
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from softtune import DataError
+from softtune.compat import cache_of
 from tests.families import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, P, adapted, answers, batch, texts
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -57,20 +58,20 @@ def test_a_mask_of_cached_tokens_too(method: str) -> None:
     model = adapted("gpt2", CAUSAL_LM, method)
     with torch.no_grad():
         expected = model(IDS, attention_mask=ones(2, 4)).logits[:, 3:]
-        begun = model(IDS[:, :3], attention_mask=ones(2, 3), use_cache=True).past_key_values
-        found = model(IDS[:, 3:], attention_mask=ones(2, 4), past_key_values=begun).logits
+        begun = cache_of(model(IDS[:, :3], attention_mask=ones(2, 3), use_cache=True))
+        found = model(IDS[:, 3:], attention_mask=ones(2, 4), cache=begun).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         with pytest.raises(DataError, match=r"attention_mask \[3, 5\] does not fit the input \[2, 1\]"):
-            model(IDS[:, 3:], attention_mask=ones(3, 5), past_key_values=begun)
+            model(IDS[:, 3:], attention_mask=ones(3, 5), cache=begun)
 
 
 def test_generate_goes_on_with_a_mask_of_the_whole_text() -> None:
     model, cache = adapted("gpt2", CAUSAL_LM, "prefix"), DynamicCache()
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
-    first = model.generate(IDS, attention_mask=ones(2, 4), past_key_values=cache, **settings)
+    first = model.generate(IDS, attention_mask=ones(2, 4), cache=cache, **settings)
     mask = ones(*first.shape)
     expected = model.generate(first, attention_mask=mask, **settings)
-    assert torch.equal(model.generate(first, attention_mask=mask, past_key_values=cache, **settings), expected)
+    assert torch.equal(model.generate(first, attention_mask=mask, cache=cache, **settings), expected)
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", SEQ_CLS), ("t5", SEQ_2_SEQ_LM)])

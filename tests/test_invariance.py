@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softtune import AdapterError, PeftModel, UnsupportedModelError
+from softtune.compat import cache_of
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -309,14 +310,14 @@ def test_a_decoding_cache_holds_the_prefix_once_and_counts_the_text() -> None:
     inputs = batch(rows, "left")
     with torch.no_grad():
         result = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-        cache = result.past_key_values
+        cache = cache_of(result)
         text = inputs["input_ids"].shape[1] + 2
         assert cache.get_seq_length() == text
         assert cache.layers[0].keys.shape[2] == text + P
         # Going on with the cache is going on with the text.
         mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(len(rows), 3)], dim=1)
         ids = result.sequences
-        step = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+        step = model(input_ids=ids[:, -1:], attention_mask=mask, cache=cache).logits[:, -1]
         whole = model(input_ids=ids, attention_mask=mask).logits[:, -1]
     torch.testing.assert_close(step, whole, atol=1e-5, rtol=1e-5)
 
@@ -327,4 +328,4 @@ def test_a_cache_of_another_adapter_is_refused() -> None:
     result = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
     model.prompt_encoder["default"].embedding.weight.data += 1
     with pytest.raises(AdapterError, match="another adapter"), torch.no_grad():
-        model(input_ids=result.sequences[:, -1:], past_key_values=result.past_key_values)
+        model(input_ids=result.sequences[:, -1:], cache=cache_of(result))

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from softtune import PeftModel
+from softtune.compat import enable_checkpointing
 from tests.families import CAUSAL_LM, METHODS, adapted, batch, labels_for, pad, scramble, texts, trained
 
 CASES = [
@@ -136,7 +137,7 @@ def test_layers_run_again_within_another_call(method: str, reentrant: bool) -> N
     loss().backward()
     expected = {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
     model.zero_grad()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model.get_base_model(), use_reentrant=reentrant)
     model.train()
     waiting = [loss()]
     model.eval()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softtune import PeftModel
+from softtune.compat import cache_of
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -99,7 +100,7 @@ def test_a_window_does_not_end_virtual_tokens_in_front(family: str) -> None:
     """They are a prefix, of the keys and values that the frozen model computes for them."""
     model, base = adapted(family, CAUSAL_LM, "prompt"), base_model(family, CAUSAL_LM)
     vectors, leaves = prompt_of(model)
-    cache = base(inputs_embeds=vectors[None], use_cache=True).past_key_values
+    cache = cache_of(base(inputs_embeds=vectors[None], use_cache=True))
     pairs = {f"layers.{i}.self_attn": (layer.keys[0], layer.values[0]) for i, layer in enumerate(cache.layers)}
     rows = texts(family, CAUSAL_LM, (14, 9, 2))
     with prefixes.naive_prefixes(base, pairs) as naive:

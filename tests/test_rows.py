@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softtune import AdapterError, DataError, PeftModel, PrefixTuningConfig, UnsupportedModelError, get_peft_model
+from softtune.compat import enable_checkpointing
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -200,7 +201,7 @@ def test_rows_train_under_checkpointing(kinds: tuple[str, ...]) -> None:
     for checkpointed in (False, True):
         model, names = mixed("llama", CAUSAL_LM, kinds)
         if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model, use_reentrant=False)
         inputs = batch(rows_for("llama", CAUSAL_LM, len(names)))
         model.train()(**inputs, labels=inputs["input_ids"], adapter_names=names).loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtune import compat
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, Site, cache_of, cached_length, evaluating, turn
+from softtune.backbone import Backbone, Site, cached_length, evaluating, turn
 from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
 from softtune.injection import Injection
 from softtune.injection.ahead import run_ahead
@@ -216,16 +217,14 @@ def claim(options: Mapping[str, Any], cast: Cast) -> None:
     Raises:
         AdapterError: the cache among the options is not empty and belongs to others.
     """
-    cache, is_begun = cache_of(options), cached_length(options)[1]
+    cache, is_begun = compat.cache_of(options), cached_length(options)[1]
     owners = owners_of(cache)
     if is_begun and differ(owners, cast.owners):
-        raise AdapterError(
-            f"past_key_values were computed with {named(owners)}, not {named(cast.owners)}: leave them out"
-        )
+        raise AdapterError(f"the cache was computed with {named(owners)}, not {named(cast.owners)}: leave it out")
     sign(options, cast)
 
 
 def sign(call: Any, cast: Cast) -> None:
     """Note whose keys and values the cache holds that is among a call's arguments, or in its output."""
-    if (cache := cache_of(call if isinstance(call, dict) else {})) is not None:
+    if (cache := compat.cache_of(call if isinstance(call, dict) else {})) is not None:
         sign_as(cache, cast.owners)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from softtune.backbone import Backbone, cache_of
+from softtune import compat
+from softtune.backbone import Backbone
 from softtune.errors import DataError
 from softtune.injection.step import is_flat
 
@@ -49,7 +50,7 @@ class Inputs:
             mask=mask if is_flat(mask) else None,
             labels=call.get("labels"),
             columns=columns,
-            has_cache=cache_of(call) is not None,
+            has_cache=compat.cache_of(call) is not None,
             encoder_outputs=call.get("encoder_outputs"),
         )
         if inputs.text is not None:

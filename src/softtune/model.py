@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.hub import PushToHubMixin
 
-from softtune import checkpoint
+from softtune import checkpoint, compat
 from softtune.acting import Cast, acting, check_trunk, claim, sign
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.backbone.interface import install
+from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterError, CheckpointError
 from softtune.injection.owners import BASE
 from softtune.injection.store import Store
@@ -235,6 +235,7 @@ class PeftModel(PushToHubMixin, AdapterState):
             "inputs_embeds": inputs_embeds,
             "labels": labels,
         }
+        kwargs = compat.renamed(kwargs, self.base_model.forward)
         kwargs |= {name: value for name, value in given.items() if value is not None}
         inputs = Inputs.of(kwargs, prompt_positions, self.backbone)
         cast = self._cast(adapter_names, inputs)
@@ -265,11 +266,13 @@ class PeftModel(PushToHubMixin, AdapterState):
         Raises:
             DataError, AdapterError: see ``forward``.
         """
+        base: Any = self.base_model
+        generate = base.generate
+        kwargs = compat.renamed(kwargs, base.prepare_inputs_for_generation)
         call = {**dict(zip(("inputs",), args, strict=False)), **kwargs}
         inputs = Inputs.of(call, prompt_positions, self.backbone)
         cast = self._cast(adapter_names, inputs)
         claim(kwargs, cast)
-        generate: Any = self.base_model.generate
         with acting(self.backbone, cast, inputs) as injection:
             if injection is not None:
                 injection.check_parts(kwargs)

@@ -73,6 +73,21 @@ def test_spans_take_the_nearest_answer() -> None:
     assert quality.mistakes == [1, 3]
 
 
+@pytest.mark.parametrize(
+    ("right", "answer", "exact", "f1"),
+    [
+        ("The cat sat.", "a cat sat down", 0.0, 4 / 5),
+        ("an  Apple-pie", "applepie", 1.0, 1.0),  # punctuation goes without leaving a space
+        ("theatre", "the atre", 0.0, 0.0),  # articles are whole words
+        ("to be or not to be", "to be", 0.0, 4 / 8),  # a word counts as often as it stands in both
+        ("a", "", 1.0, 1.0),  # nothing is left of an article
+        ("", "Paris", 0.0, 0.0),
+    ],
+)
+def test_spans_are_compared_by_the_words_of_squad(right: str, answer: str, exact: float, f1: float) -> None:
+    assert span_quality([[right]], [answer]).metrics == pytest.approx({"exact_match": exact, "f1": f1})
+
+
 def test_texts_are_compared_with_every_reference() -> None:
     draw = random.Random(7)
     counts = [draw.randint(1, 3) for _ in range(30)]

@@ -35,6 +35,7 @@ from softtune import (
     UnsupportedModelError,
     get_peft_model,
 )
+from softtune.compat import enable_checkpointing
 from softtune.injection.trunk import Trunk
 
 EPOCHS = [[(0, 1, 2), (3, 4)], [(4, 0), (2, 3, 1)], [(1,), (3, 2, 4, 0)]]
@@ -190,7 +191,7 @@ def test_under_gradient_checkpointing(family: str, reentrant: bool) -> None:
     rows = rows_of(family)
     expected = train(with_prefix(family), rows)
     model = with_prefix(family)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    enable_checkpointing(model, use_reentrant=reentrant)
     with model.trunk_cache() as trunk:
         assert_alike(train(model, rows), expected)
     assert trunk.hits == 10

@@ -23,6 +23,7 @@ from softtune import (
     get_peft_model,
 )
 from softtune.backbone import Backbone
+from softtune.compat import renamed
 from softtune.methods import initialization as init
 
 WORDS = ["great", "terrible", "movie", "the", "classify"]
@@ -155,7 +156,8 @@ def test_missing_text_or_tokenizer(tokenizer: str, tmp_path: Path) -> None:
 def cached(family: str, ids: Tensor) -> Tensor:
     """[P, W] what the model's own cache holds of a text."""
     cache = DynamicCache()
-    base_model(family, CAUSAL_LM)(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    base = base_model(family, CAUSAL_LM)
+    base(**renamed({"input_ids": ids[None], "cache": cache, "use_cache": True}, base.forward))
     parts = [
         part[0].transpose(0, 1).reshape(len(ids), -1) for layer in cache.layers for part in (layer.keys, layer.values)
     ]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from softtune.compat import renamed
+
 checked = jaxtyped(typechecker=beartype)
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -46,7 +48,8 @@ def causal_by_cache(
     length = next(iter(pairs.values()))[0].shape[1]
     positions = {"position_ids": torch.arange(length, length + len(ids))[None]} if has_ids else {}
     mask = torch.ones(1, length + len(ids), dtype=torch.long)
-    return model(input_ids=ids[None], attention_mask=mask, past_key_values=cache, **positions).logits[0]
+    call = {"input_ids": ids[None], "attention_mask": mask, "cache": cache, **positions}
+    return model(**renamed(call, model.forward)).logits[0]
 
 
 _prefixes: dict[nn.Module, tuple[Tensor, Tensor]] = {}

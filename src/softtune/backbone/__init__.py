@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softtune import compat
 from softtune.backbone.checkpointing import around_runs, is_checkpointing, is_reentrant, keeping_caches, unchecked
 from softtune.backbone.generation import counting_words
 from softtune.backbone.interface import install
@@ -25,7 +26,6 @@ from softtune.backbone.stack import (
     Place,
     Site,
     Stack,
-    cache_of,
     cached_length,
     is_causal,
     skipped,
@@ -40,7 +40,6 @@ __all__ = [
     "Site",
     "Stack",
     "around_runs",
-    "cache_of",
     "cached_length",
     "counting_words",
     "evaluating",
@@ -69,7 +68,7 @@ class Backbone:
             )
         self.model = model
         self.stacks = _stacks(model)
-        if model._can_set_attn_implementation():
+        if compat.has_interface(model):
             install(model)
 
     @property

@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-_FUNCTION = "_gradient_checkpointing_func"
-"""Where transformers keeps what runs a layer: torch's ``checkpoint``, with its settings once it is enabled."""
+from softtune.compat import CHECKPOINT, CHECKPOINTS, KEEPS_CACHE, GradientCheckpointingLayer
 
 
 def is_checkpointing(model: nn.Module) -> bool:
     """Whether a model or stack runs its layers again during the backward pass."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return model.training and any(layer.gradient_checkpointing for layer in layers)
+    return model.training and any(getattr(layer, CHECKPOINTS) for layer in layers)
 
 
 def is_reentrant(stack: nn.Module) -> bool:
@@ -39,25 +37,25 @@ def around_runs(model: nn.Module, context: Callable[[nn.Module], AbstractContext
     plain = _functions(model)
     for layer, function in plain.items():
         given = partial(function)
-        setattr(layer, _FUNCTION, partial(_run_within, partial(context, layer), given.func, **given.keywords))
+        setattr(layer, CHECKPOINT, partial(_run_within, partial(context, layer), given.func, **given.keywords))
     try:
         yield
     finally:
         for layer, function in plain.items():
-            setattr(layer, _FUNCTION, function)
+            setattr(layer, CHECKPOINT, function)
 
 
 @contextmanager
 def unchecked(model: nn.Module) -> Iterator[None]:
     """No gradient checkpointing, for the length of the block: nothing would recompute what is kept in it."""
-    checkpointed: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    checkpointed: list[Any] = [m for m in model.modules() if getattr(m, CHECKPOINTS, False)]
     for module in checkpointed:
-        module.gradient_checkpointing = False
+        setattr(module, CHECKPOINTS, False)
     try:
         yield
     finally:
         for module in checkpointed:
-            module.gradient_checkpointing = True
+            setattr(module, CHECKPOINTS, True)
 
 
 @contextmanager
@@ -65,16 +63,16 @@ def keeping_caches(model: nn.Module) -> Iterator[None]:
     """Let checkpointed layers have a cache that may be read again, for the length of the block."""
     layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
-        layer._can_checkpoint_with_cache = True
+        setattr(layer, KEEPS_CACHE, True)
     try:
         yield
     finally:
         for layer in layers:
-            del layer._can_checkpoint_with_cache
+            delattr(layer, KEEPS_CACHE)
 
 
 def _functions(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-    return {m: vars(m)[_FUNCTION] for m in model.modules() if _FUNCTION in vars(m)}
+    return {m: vars(m)[CHECKPOINT] for m in model.modules() if CHECKPOINT in vars(m)}
 
 
 def _run_within(

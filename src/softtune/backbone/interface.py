@@ -8,7 +8,6 @@ layers again during the backward pass. Knows nothing about prefixes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -16,10 +15,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from softtune import compat
+from softtune.compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionInterface,
+    AttentionMaskInterface,
+)
 from softtune.errors import UnsupportedModelError
 
 WRAPPER = "softtune_attention"
@@ -32,6 +35,20 @@ _UNGROUPED = nn.Identity()
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
 Mask = Tensor | BlockMask | None
+
+
+class _Name(str):
+    """softtune's name for an attention function, equal to the stock one too: some models compute otherwise by it."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or self.removeprefix(_PREFIX) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
 
 
 class MaskForm(Enum):
@@ -79,12 +96,12 @@ def install(model: nn.Module) -> None:
     """
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in configs.values():
-        if name := getattr(config, "_attn_implementation", None):
-            config._attn_implementation = _register(name.removeprefix(_PREFIX))
+        if name := compat.attention_name(config):
+            compat.set_attention_name(config, _register(name.removeprefix(_PREFIX)))
 
 
 def _register(stock: str) -> str:
-    name = _PREFIX + stock
+    name = _Name(_PREFIX + stock)
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, _wrapped(stock))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[stock])
@@ -100,8 +117,7 @@ def _wrapped(stock: str) -> Function:
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         wrapper: AttentionWrapper | None = kwargs.pop(WRAPPER, None)
-        # Each model file has an eager function of its own, with the model's soft caps and sinks.
-        attend: Function = function or sys.modules[type(module).__module__].eager_attention_forward
+        attend: Function = function or compat.eager_function(module)
         if wrapper is None:
             return attend(module, *args, **kwargs)
         if form is None:
@@ -136,7 +152,7 @@ def _named(flash: Function, stock: str) -> Function:
     """Flash attention looks its kernels up by the name in the layer's config, which is softtune's there."""
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        config = _Instead(module.config, _attn_implementation=stock)
+        config = _Instead(module.config, **compat.with_attention_name(stock))
         return flash(_Instead(module, config=config), *args, **kwargs)
 
     return attention
@@ -161,12 +177,12 @@ def _form(stock: str) -> MaskForm | None:
 
 def takes_padding(config: Any) -> bool:
     """Whether attention is told which keys are padding, and no more."""
-    return _form((config._attn_implementation or "eager").removeprefix(_PREFIX)) is MaskForm.PADDING
+    return _form((compat.attention_name(config) or "eager").removeprefix(_PREFIX)) is MaskForm.PADDING
 
 
 def takes_any_mask(config: Any) -> bool:
     """Whether attention calls a wrapper, and is told of each query which keys it sees."""
-    name = config._attn_implementation or ""
+    name = compat.attention_name(config) or ""
     return name.startswith(_PREFIX) and _form(name.removeprefix(_PREFIX)) is MaskForm.DENSE
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softtune import compat
 from softtune.backbone.interface import WRAPPER, AttentionRecorder
 from softtune.backbone.outputs import TOKENS, Outputs, observing
 from softtune.backbone.stack import AttentionLayer, Site, Stack
@@ -40,9 +41,9 @@ def seen_attention(model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Te
             token.
     """
     recorder = AttentionRecorder()
-    with _passing(recorder, stacks) if model._can_set_attn_implementation() else nullcontext():
+    with _passing(recorder, stacks) if compat.has_interface(model) else nullcontext():
         output = _run(model, stacks, inputs, **{"use_cache": True} if _is_decoder(stacks) else {})
-    cache = getattr(output, "past_key_values", None) if _is_decoder(stacks) else None
+    cache = compat.cache_of(output) if _is_decoder(stacks) else None
     seen = _recorded(recorder, stacks, cache) if recorder.calls else _cached(cache)
     return sorted(seen, key=lambda s: list(Site).index(s.layer.site))
 
@@ -102,6 +103,8 @@ def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) 
 def _cached(cache: Any) -> list[Seen]:
     """The layers of a decoder that takes a prefix as a ready cache alone."""
     layers = [] if cache is None else cache.layers
+    if any(getattr(layer, "keys", None) is None for layer in layers):  # states, as Mamba has
+        return []
     return [_seen(x.keys[0], x.values[0], site=Site.DECODER, index=i) for i, x in enumerate(layers)]
 
 

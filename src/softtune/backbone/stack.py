@@ -13,18 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
 
+from softtune import compat
 from softtune.backbone.checkpointing import unchecked
 from softtune.backbone.modes import evaluating
+from softtune.errors import UnsupportedModelError
 
-_CACHES = {"past_key_values", "cache_params", "state"}
-"""The names that a stack gives to its cache; a model without attention has states in place of keys and values. RWKV's
-are a list."""
-
-
-_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed", "pos_encoding")
-"""How the names of position tables end."""
+_ADDED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache")
+"""Arguments by which a prompt reaches a stack."""
 
 
 class Site(str, Enum):
@@ -90,30 +86,23 @@ class Stack:
     @property
     def keeps_states(self) -> bool:
         """Whether layers of RecurrentGemma keep states to themselves, and begin anew where a position is 0 alone."""
-        return hasattr(self.module, "_setup_cache")
+        return compat.keeps_states(self.module)
 
     @cached_property
     def position_table(self) -> nn.Module | None:
         """The position embedding of BART's kin, which counts for itself and takes an offset."""
-        return None if self.takes_position_ids else getattr(self.module, "embed_positions", None)
+        return None if self.takes_position_ids else compat.position_table(self.module)
 
     @cached_property
     def first_position(self) -> int:
         """The first real token's position: RoBERTa's kin begin behind their padding's."""
-        embeddings: Any = getattr(self.module, "embeddings", None)
-        counts_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
-        return int(embeddings.padding_idx) + 1 if counts_padding else 0
+        return compat.first_position(self.module)
 
     @cached_property
     def table_size(self) -> int | None:
         """Positions that the stack has a table for; None where they are rotary, relative or linear biases."""
-        if hasattr(self.module, "build_mpt_alibi_tensor"):  # MPT has linear biases, but of a fixed length
-            return int(self.module.config.max_seq_len)
-        limit = getattr(self.module.config, "max_position_embeddings", None)
-        modules = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.Embedding)]
-        names = [n for n, _ in (*modules, *self.module.named_buffers())]  # GPT-J keeps its sines in a buffer
-        has_table = any(n.endswith(_TABLES) for n in (*names, *vars(self.module)))  # CTRL its own beside them
-        return limit - self.first_position if limit and has_table else None
+        size = compat.table_size(self.module)
+        return size - self.first_position if size else None
 
     def some_ids(self, count: int) -> Tensor:
         """[count] different words, as far as there are so many."""
@@ -183,7 +172,7 @@ class Stack:
             self.module.config,
             torch.empty(1, length, 0, dtype=self.module.dtype, device=self.module.device),
         )
-        masks = create_masks_for_generate(config, words, attention_mask=None, past_key_values=None)
+        masks = compat.create_masks(config, words)
         plain = torch.ones(1, 1, length, length, dtype=torch.bool, device=words.device).tril()
         if isinstance(masks, dict):
             return {name: plain if mask is None else mask for name, mask in masks.items()}
@@ -192,7 +181,7 @@ class Stack:
     @cached_property
     def relative_bias(self) -> nn.Module | None:
         """T5's attention module that owns the relative position bias of the whole stack; the first of UMT5's."""
-        return next((m for m in self.module.modules() if getattr(m, "has_relative_attention_bias", False)), None)
+        return next(filter(compat.has_relative_bias, self.module.modules()), None)
 
     @property
     def sees_later_words(self) -> bool:
@@ -201,21 +190,13 @@ class Stack:
 
     def bias_owner(self, layer: nn.Module) -> nn.Module | None:
         """The attention module whose relative position bias a layer adds: its own in UMT5, the stack's in T5."""
-        return layer if getattr(layer, "has_relative_attention_bias", False) else self.relative_bias
+        return layer if compat.has_relative_bias(layer) else self.relative_bias
 
     def prefix_bias(self, owner: Any, positions: Tensor, length: int) -> Tensor:
         """[B, heads, T, P] T5's bias of queries at positions [B, T] for a prefix that stands right before position
         0."""
         distance = torch.arange(-length, 0, device=positions.device) - positions[..., None]
-        settings = {
-            "bidirectional": not self.is_causal,
-            "num_buckets": owner.relative_attention_num_buckets,
-            "max_distance": owner.relative_attention_max_distance,
-        }
-        if "num_buckets" not in inspect.signature(owner._relative_position_bucket).parameters:
-            settings = {}  # UMT5's knows them
-        bias: Tensor = owner.relative_attention_bias(owner._relative_position_bucket(distance, **settings))
-        return bias.permute(0, 3, 1, 2)
+        return compat.relative_bias(owner, distance, bidirectional=not self.is_causal).permute(0, 3, 1, 2)
 
     @cached_property
     def word_scale(self) -> float | None:
@@ -245,10 +226,29 @@ class Stack:
         return embedded * (self.word_scale or 1.0)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a call to the stack by name."""
+        """All arguments of a call to the stack, by softtune's names. Raises DataError where it has two caches."""
         bound = self.signature.bind(*args, **kwargs).arguments
         rest = bound.pop("kwargs", {})
-        return {**bound, **rest}
+        return compat.canonical({**bound, **rest})
+
+    def keywords(self, call: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments by the stack's own names.
+
+        Args:
+            call: by softtune's names.
+            given: the keyword arguments that its caller has for the stack.
+
+        Raises:
+            UnsupportedModelError: the stack knows no name of an argument that was added, which it would not read.
+        """
+        own, parameters = compat.renamed(call, self.module.forward), self.signature.parameters
+        for name in (compat.spelled(name, parameters) for name in _ADDED):
+            if own.get(name) is not None and name not in parameters and name not in given:
+                raise UnsupportedModelError(
+                    f"{type(self.module).__name__} of transformers {compat.INSTALLED} takes no {name}, by which a "
+                    "prompt reaches it: install a version that docs/support.md names"
+                )
+        return own
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def skipped(layers: Sequence[nn.Module], change: Callable[[Tensor], Tensor]) -> 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return change(hidden_states)
 
-    instead = {"forward": forward, "gradient_checkpointing": False}
+    instead = {"forward": forward, compat.CHECKPOINTS: False}
     own = [{name: vars(layer)[name] for name in instead if name in vars(layer)} for layer in layers]
     try:
         for layer in layers:
@@ -271,17 +271,12 @@ def skipped(layers: Sequence[nn.Module], change: Callable[[Tensor], Tensor]) -> 
             vars(layer).update(before)
 
 
-def cache_of(call: Mapping[str, Any]) -> Any:
-    """The cache among a call's arguments, or an output's fields; None where there is none."""
-    return next((call[name] for name in _CACHES if call.get(name) is not None), None)
-
-
 def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
     """How many tokens the cache of a call to a stack counts, and whether there is any text before the call's.
 
     A cache of states alone counts none.
     """
-    cache = cache_of(call)
+    cache = compat.cache_of(call)
     if cache is None or isinstance(cache, list):
         return 0, cache is not None
     try:
@@ -294,4 +289,4 @@ def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
 def is_causal(stack: PreTrainedModel) -> bool:
     """Whether a stack without another beside it is a decoder."""
     flags = [m.is_causal for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    return any(flags) if flags else not _CACHES.isdisjoint(inspect.signature(stack.forward).parameters)
+    return any(flags) if flags else compat.takes_cache(inspect.signature(stack.forward).parameters)

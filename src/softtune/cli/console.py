@@ -83,7 +83,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     from datasets.utils.logging import disable_progress_bar, set_verbosity_error
-    from transformers.utils import logging as transformers_logging
+    from transformers import logging as transformers_logging
 
     set_verbosity_error()
     disable_progress_bar()

@@ -1,12 +1,15 @@
-"""How well answers agree with the right ones, by the libraries that their fields use: scikit-learn, seqeval, sacreBLEU,
-rouge-score, and SQuAD's own measures in transformers.
+"""How well answers agree with the right ones, by the libraries that their fields use: scikit-learn, seqeval, sacreBLEU
+and rouge-score. SQuAD's two measures have no library of their own, and stand here.
 
 Every metric is a function of rows, so that resampled rows show how far chance may have moved it.
 """
 
 from __future__ import annotations
 
+import re
+import string
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,15 +120,30 @@ def tag_quality(right: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]
 def span_quality(right: Sequence[Sequence[str]], answers: Sequence[str]) -> Quality:
     """``exact_match`` and ``f1`` of words against the nearest of a question's right answers (Rajpurkar et al. 2016); of
     a question without an answer, "" is right."""
-    from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
-
-    measures: tuple[Callable[[str, str], float], ...] = (compute_exact, compute_f1)
-    pairs = [(several or [""], answer) for several, answer in zip(right, answers, strict=True)]
-    exact, f1 = (np.array([max(measure(one, found) for one in some) for some, found in pairs]) for measure in measures)
+    pairs = [
+        ([_squad_words(one) for one in several or [""]], _squad_words(answer))
+        for several, answer in zip(right, answers, strict=True)
+    ]
+    exact = np.array([max(float(one == found) for one in some) for some, found in pairs])
+    f1 = np.array([max(_word_f1(one, found) for one in some) for some, found in pairs])
     return _quality(
         {"exact_match": lambda rows: float(exact[rows].mean()), "f1": lambda rows: float(f1[rows].mean())},
         mistakes=exact < 1,
     )
+
+
+def _squad_words(text: str) -> list[str]:
+    """The words that SQuAD compares: in lower case, without punctuation and articles."""
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _word_f1(right: Sequence[str], found: Sequence[str]) -> float:
+    """The harmonic mean of precision and recall of words, each as often as it stands there; 1.0 where there are
+    none on either side."""
+    if not right or not found:
+        return float(right == found)
+    return 2 * (Counter(right) & Counter(found)).total() / (len(right) + len(found))
 
 
 def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str], likelihoods: Tensor | None = None) -> Quality:

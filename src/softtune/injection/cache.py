@@ -16,10 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers import PreTrainedModel
 
 from softtune.backbone import is_checkpointing
+from softtune.compat import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from softtune.errors import AdapterError, UnsupportedModelError
 from softtune.injection.layout import Layout
 from softtune.injection.rows import multiplied
@@ -119,7 +126,7 @@ def begin_with(prefixes: Mapping[Any, KeyValue], cache: Any, step: Step, dtype: 
     held = {m: layer for m in prefixes if layers and isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
     for module, layer in list(held.items())[:1]:  # one tells: looking at every layer would cost more than it is worth
         if not layer.holds(prefixes[module]):
-            raise AdapterError("past_key_values were computed with another adapter: leave them out")
+            raise AdapterError("the cache was computed with another adapter: leave it out")
     return set(held)
 
 
@@ -163,7 +170,7 @@ def as_long_as(cache: Cache | None, mask: Tensor) -> Tensor:
 
 def own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:
     """The text's cache where the call has or wants one. Gradient checkpointing allows none."""
-    cache: Cache | None = call.get("past_key_values")
+    cache: Cache | None = call.get("cache")
     if cache is not None:
         return cache
     uses_cache = call.get("use_cache")

@@ -35,7 +35,7 @@ def can_pack(stack: Stack, call: Call) -> bool:
         getattr(config, name, False) if call.get(name) is None else call[name]
         for name in ("output_attentions", "output_router_logits")
     )
-    has_places = call.get("past_key_values") is not None or call.get("position_ids") is not None
+    has_places = call.get("cache") is not None or call.get("position_ids") is not None
     is_free = call.get("use_cache") is False and not has_places and not asks
     return is_free and is_whole and takes_any_mask(config)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtune import compat
 from softtune.backbone import Stack
 from softtune.backbone.interface import flash_refusal, takes_padding
 from softtune.errors import DataError, UnsupportedModelError
@@ -85,15 +86,16 @@ class Positions:
     def move_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
         """Look up again, further on, what BART's kin look up by themselves."""
         signature, shift = inspect.signature(module.forward), self.shift[:, None].to(output.device)
-        if "past_key_values_length" not in signature.parameters:
+        length_name = compat.spelled("cache_length", signature.parameters)
+        if length_name not in signature.parameters:
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} counts positions in a way of its own: set shift_positions=False"
             )
         call = signature.bind(*args, **kwargs).arguments
-        past, positions = call.get("past_key_values_length", 0), call.get("position_ids")
+        past, positions = call.get(length_name, 0), call.get("position_ids")
         if not isinstance(module, nn.Embedding):  # M2M100's is no table, and gives padding no position
             for length in self.shift.unique().tolist():
-                counted = {"past_key_values_length": past + length}
+                counted = {length_name: past + length}
                 moved = counted if positions is None else {"position_ids": positions + length}
                 output = output.where(shift[..., None] != length, module.forward(**call | moved))
             return output

@@ -61,7 +61,7 @@ class Prefixes:
             beside = Layout.of(starts, mask.shape[1], columns, is_prefix, causal=True)
             call["attention_mask"] = beside.merge(mask, is_prefix)
             layout = beside if bool(starts.any()) else None
-        call["past_key_values"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
+        call["cache"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
 
     def check_reached(self, wrapper: PrefixAttention | PackedAttention, call: Call) -> None:
         """Raise UnsupportedModelError where a layer that is not left out by chance has not called the wrapper."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from softtune import compat
 from softtune.backbone import Backbone, Site, Stack, is_reentrant, skipped
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import UnsupportedModelError
@@ -97,6 +98,7 @@ class StackInjection:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
         call = self.stack.arguments(args, kwargs)
+        call.pop("logits_to_keep", None)  # the head's; Gemma 4's stack would return no other tokens
         self.layout, self.trim, self.columns.trim, self.pack = None, None, None, None
         self.stop_skipping()
         self._check_states(call)
@@ -125,12 +127,12 @@ class StackInjection:
             self._add_prefix(call, step, here)
         elif (slots := self._open_slots(call, step, here)) is not None:
             call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, held=(), open_slots=slots)
-        return (), call
+        return (), self.stack.keywords(call, kwargs)
 
     def _check_states(self, call: Call) -> None:
         """Refuse states that do not begin anew with a text, whose first position is behind virtual tokens."""
         acts = bool(self.layers) or self.prompts.vectors is not None
-        if acts and self.stack.keeps_states and call.get("past_key_values") is not None:
+        if acts and self.stack.keeps_states and call.get("cache") is not None:
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} keeps states beside its cache, which know nothing of virtual "
                 "tokens: pass use_cache=False"
@@ -141,7 +143,7 @@ class StackInjection:
         if here.vectors is None or not (self.has_interface and self.layers_attend):
             return None
         if self.layout is None:
-            is_virtual = virtual_slots(call["past_key_values"], step.cached + step.length, step.rows)
+            is_virtual = virtual_slots(call["cache"], step.cached + step.length, step.rows)
         else:
             is_virtual = self._is_virtual(self.layout, here)
         if not self.stack.is_causal:
@@ -176,7 +178,7 @@ class StackInjection:
     def _trim(self, call: Call) -> None:
         """Leave out what is padding in every row, where nothing later counts on its columns."""
         mask = call.get("attention_mask")
-        cached = call.get("past_key_values") is not None or call.get("use_cache") is not False
+        cached = call.get("cache") is not None or call.get("use_cache") is not False
         if isinstance(mask, Tensor) and mask.dim() == 2 and not (self.stack.is_causal and cached):
             self.trim = self.columns.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
             self.trim.cut(call)
@@ -221,14 +223,14 @@ class StackInjection:
             layout = Layout.of(step.starts, mask.shape[1], columns, here.is_vector, causal=True)
             call["attention_mask"] = layout.merge(mask, here.is_vector)
         if not self.has_interface and call.get("attention_mask") is not None:
-            call["attention_mask"] = as_long_as(call.get("past_key_values"), call["attention_mask"])
+            call["attention_mask"] = as_long_as(call.get("cache"), call["attention_mask"])
 
     def _make_room(self, call: Call, here: RowPrompts) -> None:
         """Begin a decoder's cache."""
         if self.stack.is_causal and self.layers_attend and self.layout is not None:
-            call["past_key_values"] = own_cache(self.stack.module, call)
-            if call["past_key_values"] is not None:
-                make_room(call["past_key_values"], self._is_virtual(self.layout, here))
+            call["cache"] = own_cache(self.stack.module, call)
+            if call["cache"] is not None:
+                make_room(call["cache"], self._is_virtual(self.layout, here))
 
     def with_virtual(self, mask: Tensor | None, states: Tensor) -> Tensor | None:
         """[B, S] the attention mask [B, T] of an input together with its virtual tokens, whose outputs are ``states``
@@ -267,7 +269,7 @@ class StackInjection:
             self.prefixes.add_cache(call, step, here)
             return
         in_cache = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None and a.is_cached}
-        held = begin_with(in_cache, call.get("past_key_values"), step, self.stack.module.dtype)
+        held = begin_with(in_cache, call.get("cache"), step, self.stack.module.dtype)
         call[WRAPPER] = self.prefixes.attention(
             step, here, self.layout, held=held, open_slots=self._open_slots(call, step, here)
         )
@@ -277,8 +279,8 @@ class StackInjection:
         self.stop_skipping()
         if (wrapper := kwargs.get(WRAPPER)) is not None:
             self.prefixes.check_reached(wrapper, kwargs)
-        if isinstance(cache := kwargs.get("past_key_values"), PrefixCache):
-            output.past_key_values = cache.inner
+        if isinstance(cache := compat.cache_of(kwargs), PrefixCache):
+            compat.set_cache(output, cache.inner)
             if output.attentions is not None:
                 output.attentions = tuple(cache.align_keys(weights) for weights in output.attentions)
         first = output.last_hidden_state[:, :1] if self.shows_first_slot else None

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from softtune import compat
 from softtune.adapter import Adapter
 from softtune.data import IGNORED, Collator, Example, LabelTask, Task, each_row
 from softtune.errors import DataError
@@ -204,9 +205,9 @@ def _arguments(recipe: Recipe, folder: Path, seed: int) -> Any:
         max_grad_norm=recipe.max_grad_norm,
         save_steps=recipe.save_steps,
         bf16=recipe.bf16,
-        gradient_checkpointing=recipe.gradient_checkpointing,
         seed=seed,
         label_names=LABEL_NAMES.get(recipe.task, ["labels"]),
+        **{compat.spelled("activation_checkpointing"): recipe.gradient_checkpointing},
         **({} if recipe.patience is None else _stopping(recipe)),
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import set_seed
 
+from softtune import compat
 from softtune.data import IGNORED
 from softtune.errors import ConfigError, DataError, TrainingError
 from softtune.methods import TaskType
@@ -109,7 +110,7 @@ class _Run:
         """Write a checkpoint of the last step, where the run is between two."""
         if self._loop and self.trainer.state.global_step > 0:
             with self.own(), suppress(TrainingError, OSError):
-                self.trainer._save_checkpoint(self.model, trial=None)
+                compat.save_checkpoint(self.trainer)
 
     def _run(self, loss: Tensor | None) -> bool:
         with self.own():

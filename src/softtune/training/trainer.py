@@ -26,10 +26,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from softtune import checkpoint
+from softtune import checkpoint, compat
 from softtune.acting import baked
 from softtune.data import IGNORED, answer_width
 from softtune.errors import DataError, TrainingError
@@ -39,6 +37,7 @@ STATE_FILE = "trainer_state.json"
 """Written last: a checkpoint without it was cut short."""
 
 
+@compat.trainer_hooks
 class AdapterTrainer(Trainer):
     """Trains the active adapter of a ``PeftModel``.
 
@@ -61,8 +60,8 @@ class AdapterTrainer(Trainer):
         """Computes a batch's loss and gradients in place of the Trainer; None where that does it."""
         super().__init__(model=model, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
+        for callback in compat.console_callbacks():
+            self.remove_callback(callback)
         self._last_good: list[Tensor] = []
         """What was trained when the loss was last a number."""
 
@@ -89,7 +88,7 @@ class AdapterTrainer(Trainer):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE_FILE)))
             if _is_out_of_patience(state):
                 self.state = state
-                self._load_best_model()
+                self.load_best()
                 return
         with self._trunk():
             super().train(resume_from_checkpoint=resume_from_checkpoint)
@@ -120,7 +119,7 @@ class AdapterTrainer(Trainer):
         if self.gradients is None:
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         else:
-            loss = self.gradients(self._prepare_inputs(inputs))
+            loss = self.gradients(compat.prepared_inputs(self, inputs))
         if not torch.isfinite(loss):
             raise self._blown_up(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         self._keep()
@@ -147,7 +146,7 @@ class AdapterTrainer(Trainer):
         when = "the last finite loss"
         if self.state.best_model_checkpoint is not None:
             when = "its lowest validation loss"
-            self._load_best_model()
+            self.load_best()
         elif self._last_good:
             for kept, parameter in zip(self._last_good, self._trained(), strict=True):
                 parameter.data.copy_(kept)
@@ -165,7 +164,7 @@ class AdapterTrainer(Trainer):
         parts: list[nn.Module] = [part for own in adapters for part in (own.module, *own.heads.values())]
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_adapter(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter alone: its folder holds all that training goes on from. Raises TrainingError where it is no
         longer made of numbers."""
         self._check_numbers()
@@ -173,12 +172,12 @@ class AdapterTrainer(Trainer):
         name = self.model.active_adapter
         checkpoint.save(output_dir or str(self.args.output_dir), self.model.adapter(name), self.model.backbone)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def load_adapter(self, resume_from_checkpoint: str, model: Any = None) -> None:
         assert isinstance(self.model, PeftModel)
         checkpoint.load(resume_from_checkpoint, self.model.adapter(self.model.active_adapter))
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+    def load_best(self) -> None:
+        self.load_adapter(str(self.state.best_model_checkpoint))
 
 
 def _is_out_of_patience(state: TrainerState) -> bool:
@@ -253,9 +252,9 @@ def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
     if "tensorboard" in names:
         from torch.utils.tensorboard import SummaryWriter
 
-        found.append(TensorBoardCallback(SummaryWriter(folder)))
+        found.append(compat.tracking_callback("tensorboard")(SummaryWriter(folder)))
     if "wandb" in names:
-        found.append(WandbCallback())
+        found.append(compat.tracking_callback("wandb")())
     return found
 
 
