@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     AlbertConfig,
@@ -75,6 +75,7 @@ from softtune import (
     PTuningV2Config,
     get_peft_model,
 )
+from softtune.compat import INSTALLED
 
 P = 5
 VOCABULARY = 97
@@ -391,8 +392,7 @@ FAMILIES = {
         sizes={"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
         tasks=DECODER_TASKS,
         limit=64,
-        attention={"decoder": [Attention(None, (0, 1), 4, 8)]},
-        refused=ALL_OR_NONE,
+        attention={"decoder": [Attention("h.{}.attn", (0, 1), 4, 8)]},
     ),
     "gpt_neox": Family(
         config=GPTNeoXConfig,
@@ -661,8 +661,11 @@ FAMILIES = {
     ),
 }
 
-if transformers.__version__.startswith("5.17."):
+if Version("5.18") > INSTALLED:
     del FAMILIES["umt5"]  # refused: its decoder sees later words there
+if Version("5.24") > INSTALLED:  # GPT-J does not call the attention interface there
+    unreachable = {"decoder": [Attention(None, (0, 1), 4, 8)]}
+    FAMILIES["gptj"] = replace(FAMILIES["gptj"], attention=unreachable, refused=ALL_OR_NONE)
 
 METHODS: dict[str, Callable[..., PeftConfig]] = {
     "prompt": lambda **k: PromptTuningConfig(num_virtual_tokens=P, **k),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import FSMTConfig, FSMTForConditionalGeneration
@@ -32,6 +33,7 @@ from softtune import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from softtune.compat import INSTALLED
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -462,21 +464,17 @@ def test_an_infix_in_pieces() -> None:
 
 
 @pytest.mark.promise(7, methods=("prefix",))
-@pytest.mark.parametrize("family", ["llama", "bart"])
+@pytest.mark.parametrize("family", ["llama", "bart", "t5"])
 def test_another_attention_after_wrapping_does_not_drop_the_prefix(family: str) -> None:
     task = CAUSAL_LM if family == "llama" else SEQ_2_SEQ_LM
-    model = adapted(family, task, "prefix")
-    model.get_base_model().set_attn_implementation("eager")
-    inputs = batch(texts(family, task))
-    with pytest.raises(UnsupportedModelError, match="set_attn_implementation"):
-        model(**inputs, labels=inputs["input_ids"])
-
-
-def test_t5s_stacks_do_not_hear_of_another_attention() -> None:
-    model, inputs = adapted("t5", SEQ_2_SEQ_LM, "prefix"), batch(texts("t5", SEQ_2_SEQ_LM))
+    model, inputs = adapted(family, task, "prefix"), batch(texts(family, task))
     expected = model(**inputs, labels=inputs["input_ids"]).logits
     model.get_base_model().set_attn_implementation("eager")
-    torch.testing.assert_close(model(**inputs, labels=inputs["input_ids"]).logits, expected)
+    if family == "t5" and Version("5.24") > INSTALLED:  # whose stacks do not hear of it there
+        torch.testing.assert_close(model(**inputs, labels=inputs["input_ids"]).logits, expected)
+        return
+    with pytest.raises(UnsupportedModelError, match="set_attn_implementation"):
+        model(**inputs, labels=inputs["input_ids"])
 
 
 @pytest.mark.promise(7)

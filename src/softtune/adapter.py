@@ -65,6 +65,12 @@ class Adapter:
                 )
 
     @property
+    def all_learn(self) -> bool:
+        """Whether each of its tensors has a gradient in every step: not where modules may be left out, as experts are,
+        or a softmax takes no notice, as of the biases of keys."""
+        return self.config.is_prompt_learning
+
+    @property
     def is_reparameterised(self) -> bool:
         """Whether the module trains more than inference needs of it."""
         return len(self.module.state_dict()) > len(self.baked_state())

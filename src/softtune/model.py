@@ -61,9 +61,10 @@ class PeftModel(PushToHubMixin, AdapterState):
         base: PreTrainedModel = model.get_base_model() if layered else model
         backbone = Backbone(base)
         super().__init__(base if layered else base.requires_grad_(False), backbone, adapter_name)
-        self._trunk: Trunk | None = None
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
+
+    _trunk: Trunk | None = None
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

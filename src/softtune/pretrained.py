@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +110,7 @@ def locate_base_model(name: str) -> str:
     if name == "minilm":
         return str(_package(PACKAGED[name]) / "model")
     if name == "smollm2-135m":
-        folder = cache_folder() / name
+        folder = storage.cache_folder() / name
         if not (folder / "model.safetensors").is_file():
             _convert_gguf(next(_package(PACKAGED[name]).glob("*.gguf")), folder)
         return str(folder)
@@ -128,11 +127,6 @@ def name_here(name: str) -> str:
     """What a model is called here that others know by ``name``: a packaged one whose package is installed, or the
     same."""
     return next((own for own, it in PACKAGED.items() if it.public_name == name and find_spec(it.module)), name)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: below ``XDG_CACHE_HOME``, or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softtune"
 
 
 def _check_reachable(name: str) -> None:

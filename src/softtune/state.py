@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softtune import self_check
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, AdapterMismatchError
@@ -135,7 +136,16 @@ class AdapterState(nn.Module):
         if name in self.peft_config or not is_name:
             reason = "is loaded already" if name in self.peft_config else "is no name: use another, without . / \\"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
-        return Adapter.new(config, self.backbone)
+        adapter = Adapter.new(config, self.backbone)
+        self_check.ensure(self.backbone, config, self._with)
+        return adapter
+
+    def _with(self, adapter: Adapter) -> Any:
+        """The same base model with this adapter alone."""
+        other: AdapterState = type(self).__new__(type(self))
+        AdapterState.__init__(other, self.base_model, self.backbone, "probe")
+        other._register("probe", adapter)
+        return other
 
     def _check_trainable(self, adapter_name: str) -> None:
         """Refuse to load an adapter for training where the one that is there was frozen, and does not just wait for its

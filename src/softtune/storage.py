@@ -20,6 +20,11 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only"
 """Keyword arguments of ``from_pretrained`` that say where on the hub to look."""
 
 
+def cache_folder() -> Path:
+    """Where converted models and what was found out of models are kept: below ``XDG_CACHE_HOME``, or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softtune"
+
+
 def locate(model_id: str | os.PathLike[str], filename: str, **hub: Any) -> Path | None:
     """The path of ``filename`` in a local folder or a hub repository; None where there is no such file.
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 
 
+def in_one_line(error: BaseException, length: int = 160) -> str:
+    """An error's message, or its kind where it has none."""
+    return shortened(" ".join(str(error).split()) or type(error).__name__, length)
+
+
 def in_units(size: float) -> str:
     """Bytes, such as 66.1 MB."""
     power = min(int(math.log(max(size, 1), 1000)), 3)

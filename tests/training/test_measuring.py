@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.training.test_run import no_dropout
 from torch.profiler import profile as Profiler
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from softtune import ConfigError, TrainingError
 from softtune.injection.trunk import Trunk
@@ -51,8 +51,8 @@ def test_a_profiled_step_runs_layers_again_where_the_recipe_does(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[bool] = []
-    forward = LlamaDecoderLayer.forward
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *args, **k: calls.append(True) or forward(*args, **k))
+    forward = LlamaMLP.forward  # a part of each layer, since a layer's own forward is what starts a checkpoint
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *args, **k: calls.append(True) or forward(*args, **k))
     counts = []
     for again in (False, True):
         profile_recipe(Recipe.of({**fields, "gradient_checkpointing": again}))

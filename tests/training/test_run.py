@@ -353,10 +353,8 @@ def test_a_run_stops_when_held_out_rows_say_so_and_keeps_the_best(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[str] = []
-    load = AdapterTrainer._load_from_checkpoint
-    monkeypatch.setattr(
-        AdapterTrainer, "_load_from_checkpoint", lambda self, path, *args: (kept.append(path), load(self, path))
-    )
+    load = AdapterTrainer.load_adapter
+    monkeypatch.setattr(AdapterTrainer, "load_adapter", lambda self, path: (kept.append(path), load(self, path)))
     wild = {"learning_rate": 3.0, "schedule": "constant", "epochs": 20, "save_steps": 2, "warmup_steps": 0}
     recipe = Recipe.of({**fields, **wild, "patience": 2, "validation_size": 4})
     report = train(recipe)

@@ -68,6 +68,7 @@ class Backbone:
             )
         self.model = model
         self.stacks = _stacks(model)
+        _check_words(self.stacks[0])
         if compat.has_interface(model):
             install(model)
 
@@ -87,8 +88,7 @@ class Backbone:
     @property
     def embedding(self) -> nn.Embedding:
         """The word embedding of the stack that reads the input."""
-        embedding = self.stacks[0].module.get_input_embeddings()
-        assert isinstance(embedding, nn.Embedding)
+        embedding: nn.Embedding = self.stacks[0].module.get_input_embeddings()
         return embedding
 
     @property
@@ -154,7 +154,12 @@ class Backbone:
     def runs_ahead(self) -> bool:
         """Whether keys and values are all that a text's later tokens take from its first ones: a decoder whose every
         layer attends."""
-        return self.is_decoder_only and len(self.attention_layers) == self.text_config.num_hidden_layers
+        return self.is_decoder_only and len(self.attention_layers) == self.depth
+
+    @property
+    def depth(self) -> int | None:
+        """How many layers a stack has; None where the config has no such number."""
+        return getattr(self.text_config, "num_hidden_layers", None)
 
     @property
     def packs(self) -> bool:
@@ -272,6 +277,17 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
             f"{type(model).__name__}'s decoder sees later words in this transformers: install 5.18 or newer"
         )
     return stacks
+
+
+def _check_words(stack: Stack) -> None:
+    try:
+        embedding = stack.module.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if not isinstance(embedding, nn.Embedding):
+        raise UnsupportedModelError(
+            f"{type(stack.module).__name__} has no one embedding of words: use a base model that reads text"
+        )
 
 
 def _below_head(stack: nn.Module) -> PreTrainedModel:

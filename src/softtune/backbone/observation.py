@@ -11,12 +11,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softtune import compat
 from softtune.backbone.interface import WRAPPER, AttentionRecorder
 from softtune.backbone.outputs import TOKENS, Outputs, observing
+from softtune.backbone.refusal import reading_text
 from softtune.backbone.stack import AttentionLayer, Site, Stack
 
 
@@ -79,10 +81,11 @@ def _passing(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
 def _run(model: PreTrainedModel, stacks: Sequence[Stack], inputs: dict[str, Tensor], **kwargs: Any) -> Any:
     """A forward below the head, and below what puts pictures among the words."""
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    if len(stacks) == 1:
-        return stacks[0].module(**inputs, **kwargs)
-    ids = inputs["input_ids"]
-    return model.base_model(**inputs, decoder_input_ids=ids[:, :-1] if ids.shape[1] > 1 else ids.repeat(1, 2))
+    with reading_text(model):
+        if len(stacks) == 1:
+            return stacks[0].module(**inputs, **kwargs)
+        ids = inputs["input_ids"]
+        return model.base_model(**inputs, decoder_input_ids=ids[:, :-1] if ids.shape[1] > 1 else ids.repeat(1, 2))
 
 
 def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) -> list[Seen]:
@@ -94,7 +97,7 @@ def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) 
     seen = []
     for module, key, value, other in reversed(calls.values()):
         site = Site.CROSS if other and own[module] is Site.DECODER else own[module]
-        facts = _facts(module, key, recorder, cache)
+        facts = _facts(module, key, value, recorder, cache)
         seen.append(_seen(key[0], value[0], site=site, index=count[site], module=module, **facts))
         count[site] += 1
     return seen
@@ -102,7 +105,7 @@ def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) 
 
 def _cached(cache: Any) -> list[Seen]:
     """The layers of a decoder that takes a prefix as a ready cache alone."""
-    layers = [] if cache is None else cache.layers
+    layers = getattr(cache, "layers", [])
     if any(getattr(layer, "keys", None) is None for layer in layers):  # states, as Mamba has
         return []
     return [_seen(x.keys[0], x.values[0], site=Site.DECODER, index=i) for i, x in enumerate(layers)]
@@ -113,11 +116,17 @@ def _seen(key: Tensor, value: Tensor, **facts: Any) -> Seen:
     return Seen(AttentionLayer(**sizes, **facts), key, value)
 
 
-def _facts(module: nn.Module, key: Tensor, recorder: AttentionRecorder, cache: Any) -> dict[str, Any]:
-    """Whether a layer's keys [1, H, T, K] are shared and cached."""
+def _facts(module: nn.Module, key: Tensor, value: Tensor, recorder: AttentionRecorder, cache: Any) -> dict[str, Any]:
+    """Whether a layer's keys [1, H, T, K] and values are shared and cached."""
     shared = {call[0] for call in recorder.calls if call[1].data_ptr() == key.data_ptr()} != {module}
     if cache is None:
         return {"is_shared": shared}
     index = module.layer_idx
-    held = cache.layers[index].keys if isinstance(index, int) and index < len(cache.layers) else None
-    return {"is_shared": shared, "is_cached": held is not None and held.shape == key.shape and not shared}
+    held = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
+    # DiffLlama attends to halves of the values that are cached.
+    are_held = held is not None and _same(held.keys, key) and _same(held.values, value)
+    return {"is_shared": shared, "is_cached": are_held and not shared}
+
+
+def _same(held: Tensor | None, given: Tensor) -> bool:
+    return held is not None and torch.equal(held, given)

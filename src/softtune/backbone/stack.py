@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from softtune import compat
 from softtune.backbone.checkpointing import unchecked
 from softtune.backbone.modes import evaluating
+from softtune.backbone.refusal import reading_text
 from softtune.errors import UnsupportedModelError
 
 _ADDED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache")
@@ -138,7 +139,7 @@ class Stack:
     @cached_property
     def layers(self) -> list[nn.Module]:
         """The layers in the order in which they run; empty where they are no list of modules."""
-        count = self.module.config.num_hidden_layers
+        count = getattr(self.module.config, "num_hidden_layers", None)
         lists = (m for m in self.module.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
         return list(next(lists, ()))
 
@@ -202,14 +203,16 @@ class Stack:
     def word_scale(self) -> float | None:
         """What the stack multiplies words with that it looks up by itself, but not vectors that come in their place:
         Marian's and Pegasus' encoders do. None where no vector can take a word's place."""
-        word = (self.module.config.pad_token_id or 0) + 1  # padding has a position of its own in RoBERTa
+        padding = getattr(self.module.config, "pad_token_id", None)
+        word = (padding or 0) + 1  # padding has a position of its own in RoBERTa
         ids = self.some_ids(word + 1)[-1].expand(1, 3)
         words = self.module.get_input_embeddings()(ids)
         try:
             self._states(inputs_embeds=words + 1)
-        except RuntimeError:  # Gemma 4 looks for the ids of all vectors
+        except (RuntimeError, TypeError, ValueError):  # Gemma 4 looks for the ids of all vectors
             return None
-        expected = self._states(input_ids=ids)
+        with reading_text(self.module):
+            expected = self._states(input_ids=ids)
         scales = (1.0, float(getattr(self.module, "embed_scale", 1.0)))
         fits = (s for s in scales if torch.allclose(self._states(inputs_embeds=words * s), expected, atol=1e-3))
         return next(fits, None)

@@ -174,7 +174,7 @@ def own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:
     if cache is not None:
         return cache
     uses_cache = call.get("use_cache")
-    uses_cache = stack.config.use_cache if uses_cache is None else uses_cache
+    uses_cache = getattr(stack.config, "use_cache", True) if uses_cache is None else uses_cache
     return DynamicCache(config=stack.config) if uses_cache and not is_checkpointing(stack) else None
 
 

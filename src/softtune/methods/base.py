@@ -125,6 +125,8 @@ class PeftConfig:
     """Further modules of the base model to train and save; the head of a classification task is always among them."""
 
     is_prompt_learning: ClassVar[bool] = True
+    ways: ClassVar[tuple[str, ...]] = ()
+    """The fields that decide by which way it gets into the base model."""
 
     def __post_init__(self) -> None:
         own_type = type(self).__dataclass_fields__["peft_type"].default
@@ -149,6 +151,19 @@ class PeftConfig:
     def trains_head(self) -> bool:
         """Whether the head that the task's class adds to the base model is trained along."""
         return self.task_type is not None and self.task_type.has_head
+
+    @property
+    def kind(self) -> str:
+        """The method and its way into the base model, as words."""
+        values = [getattr(self, name) for name in ("peft_type", *self.ways)]
+        return " ".join(str(v.value if isinstance(v, Enum) else v) for v in values)
+
+    def probing(self) -> PeftConfig:
+        """A small config of the same kind, to try the method on a base model."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in self.ways}
+        if self.is_prompt_learning:
+            fields["num_virtual_tokens"] = 2
+        return type(self)(task_type=self.task_type, **fields)
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
         """Whether PEFT computes the same from the saved adapter."""

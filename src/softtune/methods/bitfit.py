@@ -35,6 +35,7 @@ class BitFitConfig(PeftConfig):
     """Add biases, at zero, to modules of the chosen roles that have none."""
 
     is_prompt_learning: ClassVar[bool] = False
+    ways: ClassVar[tuple[str, ...]] = ("add_missing",)
 
     @property
     def trains_head(self) -> bool:

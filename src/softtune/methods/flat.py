@@ -69,7 +69,7 @@ def is_even(backbone: Backbone) -> bool:
     """Whether every layer has keys and values of one size in the model's own cache, as PEFT supposes."""
     layers = backbone.attention_layers
     sizes = {(a.heads, size) for a in layers for size in (a.key_size, a.value_size)}
-    depth = backbone.text_config.num_hidden_layers
+    depth = backbone.depth
     return len(sizes) == 1 and len(layers) == depth and all(a.is_cached for a in layers)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     """Train the input layer's vectors alone and let the layers propagate them (the paper's ablation)."""
     shift_positions: bool = field(default=True, metadata=OURS)
     """Let the text start at position P, as in the paper and PEFT, instead of at 0."""
+
+    ways: ClassVar[tuple[str, ...]] = ("placement", "embedding_only")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -66,6 +66,8 @@ class PromptTuningConfig(PromptLearningConfig):
     """Arguments for ``AutoTokenizer.from_pretrained``."""
     placement: Placement = field(default="prefix", metadata=OURS)
     """Before the text, or behind it."""
+
+    ways: ClassVar[tuple[str, ...]] = ("placement",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,7 +46,7 @@ def _obstacle(prompt: Prompt, backbone: Backbone) -> str | None:
         return "a prefix behind the text"
     if not prompt.shifts_positions:
         return "a prefix that takes no positions"
-    if len(prompt.prefixes) < backbone.text_config.num_hidden_layers:
+    if len(prompt.prefixes) < (backbone.depth or 0):
         return "a prefix in some layers alone"
     if not is_even(backbone):
         return "a prefix in layers that differ in size"

@@ -1,0 +1,100 @@
+"""Tells, after the first backward pass, which trained tensors learn nothing: their gradient is missing or all zeros.
+
+A quantised layer without a backward, a detached input or a renamed argument cuts an adapter off without an error, and
+its training then changes nothing. Knows nothing about methods.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, register_multi_grad_hook
+
+CAUSES = (
+    "a quantised layer that has no backward, tensors that were detached, or a base model that the adapter does not "
+    "reach: run softtune check"
+)
+
+
+class NoGradientWarning(UserWarning):
+    """A trained tensor got no gradient, or zeros only."""
+
+
+def without_gradient(gradients: Mapping[str, Tensor | None]) -> list[str]:
+    """Names of the tensors whose gradient is missing or all zeros."""
+    return [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())]
+
+
+def describe(names: Sequence[str], count: int) -> str:
+    """Say in one line that these trained tensors, out of ``count``, have no gradient."""
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"{names[0]}{others} of {count} trained tensors got no gradient, or zeros only: the usual causes are {CAUSES}"
+    )
+
+
+class GradientWatch:
+    """Warns at the end of the first backward pass that leaves out trained tensors."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        """Whether a backward pass has been seen, or nobody is to be warned."""
+        self._hooks: list[Any] = []
+        self._is_fed: dict[str, bool] = {}
+        """Whether a tensor's gradient has anything but zeros; nothing of tensors without one."""
+
+    def attach(self, outputs: Iterable[Tensor], trained: Mapping[str, Tensor], *, all_learn: bool) -> None:
+        """Watch the next backward pass through any of a forward's outputs; no longer that of an earlier forward.
+
+        Args:
+            outputs: what the forward returned.
+            trained: leaves by name.
+            all_learn: whether one idle tensor is worth a warning, rather than all of them.
+        """
+        self._detach()
+        roots = [output for output in outputs if output.requires_grad]
+        if self.is_over or not roots:
+            return
+        # What is asked for the gradients of other tensors alone, by autograd.grad, has not lost any.
+        reached = leaves_of(roots)
+        unreached = [name for name, leaf in trained.items() if id(leaf) not in reached]
+        for name, leaf in trained.items():
+            self._hooks.append(leaf.register_hook(lambda gradient, name=name: self._note(name, gradient)))
+
+        def end() -> None:
+            idle = [name for name in trained if not self._is_fed.get(name, name not in unreached)]
+            self.is_over = bool(idle or self._is_fed)
+            self._detach()
+            if idle and (all_learn or len(idle) == len(trained)):
+                warnings.warn(describe(idle, len(trained)), NoGradientWarning, stacklevel=2)
+
+        def begin(gradient: Tensor) -> None:
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+
+        self._hooks.append(register_multi_grad_hook(roots, begin, mode="any"))
+
+    def _note(self, name: str, gradient: Tensor) -> None:
+        self._is_fed[name] = self._is_fed.get(name, False) or bool(gradient.any())
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._is_fed = [], {}
+
+
+def leaves_of(roots: Sequence[Tensor]) -> set[int]:
+    """The ``id`` of the leaves that tensors are computed from, less those within reentrant checkpoints."""
+    found: set[int] = set()
+    seen: set[Node] = set()
+    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            found.add(id(getattr(node, "variable", None)))
+            waiting += [following for following, _ in node.next_functions if following is not None]
+    return found

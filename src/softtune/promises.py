@@ -1,0 +1,351 @@
+"""What softtune promises of every base model, checked on the model at hand with five tokens and a random prompt.
+
+Errors are compared with what the prompt does: a prompt that is lost, seen twice or out of place is off by as much as it
+moves the outputs. Where the base model alone breaks a promise, it is not asked of the adapter.
+
+Letters: B rows, T tokens, V words or classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from softtune.adapter import Adapter
+from softtune.backbone import Backbone, turn
+from softtune.backbone.checkpointing import unchecked
+from softtune.backbone.modes import evaluating, training
+from softtune.backbone.refusal import reading_text
+from softtune.errors import SofttuneError
+from softtune.gradients import without_gradient
+from softtune.wording import in_one_line
+
+NEW, GIVEN = 2, 3
+"""Tokens that are generated, and those before them: a text of five."""
+PADDING = 3
+STRONGER, TRIES = 4.0, 4
+"""A prompt that moves the outputs too little to tell is multiplied by so much, so many times."""
+OUTPUTS = ("logits", "start_logits", "prediction_logits", "last_hidden_state")
+"""The fields of outputs to compare, the first that there is."""
+
+
+State = dict[str, Any]
+"""What is in a model by name, so far as adapters must leave it alone."""
+
+
+class Adapted(Protocol):
+    """A base model with one adapter, as ``PeftModel`` is."""
+
+    base_model: Any
+    backbone: Backbone
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+class Promise(NamedTuple):
+    """Something that holds for every base model and method."""
+
+    text: str
+    check: Callable[[Probe], str | None]
+    """Says in what way it fails; None where it holds, or is not asked."""
+    is_quick: bool = True
+    """Whether it is among those that a model is checked for before its first use."""
+
+
+class Refused(NamedTuple):
+    """A promise that is not given: softtune says why, in one line."""
+
+    reason: str
+
+
+class Broken(NamedTuple):
+    """A promise that does not hold."""
+
+    how: str
+
+
+Outcome = Refused | Broken | None
+"""None where the promise holds."""
+
+
+class Probe:
+    """A model with a random adapter, the texts it is asked about, and what the base model answers.
+
+    Args:
+        model: the base model with the adapter.
+        adapter: the same, which is scaled until it acts.
+        before: the base model's ``state_of`` before anything was done to it.
+        columns: before which of the first three tokens each virtual token stands; by default where the method has them.
+
+    Raises:
+        UnsupportedModelError: the base model does not run on token ids alone.
+    """
+
+    def __init__(self, model: Adapted, adapter: Adapter, before: State, columns: Sequence[int] | None = None) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.base: Any = model.base_model
+        self.backbone = model.backbone
+        self.device = self.base.device
+        self.columns = columns
+        self.before = before
+        self.text = self._text(GIVEN + NEW)
+        self.expected = self._of_base()
+        self.size = float(self.expected.abs().max())
+        self.tolerance = max(1e-3, 8 * torch.finfo(self.base.dtype).eps) * max(self.size, 1e-3)
+        self.alone = self.read()
+        self._strengthen()
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model generates texts."""
+        return self.base.can_generate() and self.base.get_output_embeddings() is not None and self._has_decoder
+
+    @property
+    def _has_decoder(self) -> bool:
+        return self.backbone.is_encoder_decoder or self.backbone.is_decoder_only
+
+    @property
+    def places(self) -> dict[str, Tensor]:
+        """The option of a call that says where the virtual tokens stand; nothing where that is the method's own."""
+        if self.columns is None:
+            return {}
+        return {"prompt_positions": torch.tensor([list(self.columns)], device=self.device)}
+
+    def read(self, text: Tensor | None = None, **options: Any) -> Tensor:
+        """[T, V] or [V] what the model answers to a text [1, T], by default the probe's."""
+        options = {**self.places, **options}
+        with evaluating(self.model):  # type: ignore[arg-type]
+            return _answer(self.model(**self._call(self.text if text is None else text), **options))[0]
+
+    def padded(self, side: str, run: Callable[..., Any]) -> Tensor:
+        """What a model answers to the text padded on one side, at the tokens of the text."""
+        fill = torch.full((1, PADDING), self._padding, device=self.device)
+        parts = (fill, self.text) if side == "left" else (self.text, fill)
+        mask = torch.cat([torch.full_like(part, part is self.text) for part in parts], dim=1)
+        options = dict(self.places) if run is self.model else {}
+        if options and side == "left":
+            options["prompt_positions"] = options["prompt_positions"] + PADDING
+        with evaluating(self.base):
+            answer = _answer(run(**self._call(torch.cat(parts, dim=1), mask), **options))[0]
+        is_by_token = self.alone.dim() == 2 and len(self.alone) == self.text.shape[1] and len(answer) == mask.shape[1]
+        return answer[mask[0] != 0] if is_by_token else answer
+
+    def differ(self, found: Tensor, expected: Tensor) -> str | None:
+        """How far two answers are apart; None where that is rounding."""
+        if found.shape != expected.shape:
+            return f"shape {list(found.shape)} instead of {list(expected.shape)}"
+        error = float((found.float() - expected.float()).abs().max())
+        if error <= self.tolerance:
+            return None
+        return f"off by {error:.2g}, where the prompt moves the outputs by {self.moved:.2g}"
+
+    @property
+    def moved(self) -> float:
+        """How far the prompt moves the base model's answer."""
+        return float((self.alone.float() - self.expected.float()).abs().max())
+
+    def _strengthen(self) -> None:
+        for _ in range(TRIES):
+            if self.moved > 10 * self.tolerance:
+                return
+            with torch.no_grad():
+                for parameter in self.trained.values():
+                    parameter.mul_(STRONGER)
+            self.alone = self.read()
+
+    def _of_base(self) -> Tensor:
+        with evaluating(self.base), turn(self.base), reading_text(self.base):
+            return _answer(self.base(**self._call(self.text)))[0]
+
+    def _call(self, text: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The arguments of a forward."""
+        call = {"input_ids": text, "attention_mask": torch.ones_like(text) if mask is None else mask}
+        if self.backbone.is_encoder_decoder and self.base.get_output_embeddings() is not None:
+            call["decoder_input_ids"] = self.text[:, :GIVEN]
+        return call
+
+    def _text(self, length: int) -> Tensor:
+        """[1, T] different ids that stand for no special token; the end token where a classifier reads that."""
+        configs = (self.base.config, self.backbone.text_config)
+        special = {token for config in configs for token in _special(config)}
+        words = self.backbone.embedding.num_embeddings
+        ids = [i for i in range(min(words, 1000)) if i not in special][2:] or [*range(words)]
+        ids = (ids * length)[:: max(1, min(7, len(ids) // length))][:length]
+        end = getattr(self.base.config, "eos_token_id", None)
+        if self.backbone.labels_whole_texts and self.backbone.is_encoder_decoder and end is not None:
+            ids[-1] = end[0] if isinstance(end, list) else end
+        return torch.tensor([ids], device=self.device)
+
+    @property
+    def _padding(self) -> int:
+        padding = getattr(self.backbone.text_config, "pad_token_id", None)
+        return 0 if padding is None or padding < 0 else int(padding)
+
+
+def _acts(probe: Probe) -> str | None:
+    return None if probe.moved > probe.tolerance else "the outputs are the base model's"
+
+
+def _padding(probe: Probe) -> str | None:
+    for side in ("right", "left"):
+        how = probe.differ(probe.padded(side, probe.model), probe.alone)
+        if how and not _base_differs(probe, side):
+            return f"padded on the {side}, {how}"
+    return None
+
+
+def _base_differs(probe: Probe, side: str) -> bool:
+    """Whether padding changes what the base model alone answers, or it takes none."""
+    try:
+        return probe.differ(probe.padded(side, probe.base), probe.expected) is not None
+    except Exception:
+        return True
+
+
+def _cache(probe: Probe) -> str | None:
+    """Greedy decoding with a cache gives the logits of one forward over the text that it writes."""
+    if not probe.writes:
+        return None
+    how = _generation_differs(probe, probe.model)
+    if how is None:
+        return None
+    try:
+        base_too = _generation_differs(probe, probe.base) is not None
+    except Exception:
+        base_too = True
+    return None if base_too else how
+
+
+def _generation_differs(probe: Probe, model: Any) -> str | None:
+    given, is_adapted = probe.text[:, :GIVEN], model is probe.model
+    places = probe.places if is_adapted else {}
+    with evaluating(probe.base), evaluating(model):
+        written = model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            **places,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=probe._padding,
+        )
+        found = torch.stack(written.logits, dim=1)[0]
+        if probe.backbone.is_encoder_decoder:
+            call = {"input_ids": given, "decoder_input_ids": written.sequences[:, :-1]}
+        else:
+            call = {"input_ids": written.sequences[:, :-1]}
+            if is_adapted and not places and (behind := _virtual_behind(probe)):
+                places = {"prompt_positions": torch.full((1, behind), GIVEN, device=probe.device)}
+        whole = model(**call, **places, use_cache=False) if _has_use_cache(probe) else model(**call, **places)
+    return probe.differ(found, _answer(whole)[0][-NEW:])
+
+
+def _virtual_behind(probe: Probe) -> int:
+    """How many virtual tokens stand behind the text that is given, which a longer text would move."""
+    prompt = probe.adapter.module.prompt()
+    return prompt.num_virtual_tokens if prompt.after_text else 0
+
+
+def _has_use_cache(probe: Probe) -> bool:
+    return "use_cache" in probe.backbone.stacks[-1].signature.parameters
+
+
+def _gradients(probe: Probe) -> str | None:
+    trained = probe.trained
+    mode = evaluating if any(stack.drops_layers for stack in probe.backbone.stacks) else training
+    with torch.enable_grad(), unchecked(probe.base), mode(probe.model), torch.enable_grad():  # type: ignore[arg-type]
+        answer = _answer(probe.model(**probe._call(probe.text), **probe.places))
+        weights = torch.linspace(0.5, 1.5, answer.numel(), device=answer.device).view(answer.shape)
+        if not answer.requires_grad:
+            return "the outputs have no gradient"
+        found = torch.autograd.grad((answer.float() * weights).square().mean(), [*trained.values()], allow_unused=True)
+    idle = without_gradient(dict(zip(trained, found, strict=True)))
+    if not idle or (len(idle) < len(trained) and not probe.adapter.all_learn):
+        return None
+    return f"{idle[0]} gets no gradient, or zeros only, as do {len(idle) - 1} others of {len(trained)}"
+
+
+def _frozen(probe: Probe) -> str | None:
+    after = state_of(probe.base)
+    return next((f"{name} has changed" for name, own in probe.before.items() if after.get(name) != own), None)
+
+
+PROMISES = {
+    "acts": Promise("the prompt moves the outputs", _acts),
+    "padding": Promise("alone, padded left and padded right give the same outputs", _padding),
+    "cache": Promise("cached decoding gives the outputs of one forward", _cache),
+    "gradients": Promise("every trained tensor gets a gradient", _gradients),
+    "frozen": Promise("the base model is as it was", _frozen),
+}
+"""By a short name, in the order in which they are checked."""
+
+
+def outcomes(probe: Probe, names: Sequence[str] | None = None) -> dict[str, Outcome]:
+    """Check promises, by default all of them."""
+    return {name: _outcome(probe, PROMISES[name]) for name in names or PROMISES}
+
+
+def _outcome(probe: Probe, promise: Promise) -> Outcome:
+    try:
+        how = promise.check(probe)
+    except SofttuneError as error:
+        return Refused(str(error))
+    except Exception as error:
+        how = f"{type(error).__name__}: {in_one_line(error)}"
+    return Broken(how) if how else None
+
+
+def _answer(output: Any) -> Tensor:
+    """[B, T, V] or [B, V] the numbers of an output that tell it apart from another."""
+    fields = {**output}
+    named = [fields[name] for name in OUTPUTS if isinstance(fields.get(name), Tensor)]
+    others = [x for x in fields.values() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1]
+    answer: Tensor = [*named, *others][0]
+    return answer
+
+
+def state_of(model: nn.Module) -> State:
+    """What must not change of a base model: its tensors, its modes, its hooks."""
+    tensors = {
+        f"{name}{part}": value
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        for part, value in {
+            "": None if tensor.is_inference() else tensor._version,
+            "'s place": tensor.data_ptr(),
+            "'s requires_grad": tensor.requires_grad,
+        }.items()
+    }
+    modules = {
+        f"{name or 'the model'}'s hooks or mode": (
+            m.training,
+            len(m._forward_hooks),
+            len(m._forward_pre_hooks),
+            "forward" in vars(m),
+        )
+        for name, m in model.named_modules()
+    }
+    return tensors | modules
+
+
+def _special(config: Any) -> set[int]:
+    """The ids that a config gives a meaning of their own."""
+    values = [v for name, v in vars(config).items() if name.endswith(("_token_id", "_token_index", "_token_ids"))]
+    numbers = [x for v in values for x in (v if isinstance(v, (list, tuple)) else [v])]
+    return {x for x in numbers if isinstance(x, int)}

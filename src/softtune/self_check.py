@@ -1,0 +1,154 @@
+"""Checks the promises on a base model that softtune has not been tested with, before its first use.
+
+What was tested is in ``tested.json``, which the run of the support matrix writes: classes of models by the version of
+transformers. Every other pair is checked once for each dtype, attention function and kind of method, in a second or
+so; what held is noted in the user's cache folder. Set ``SOFTTUNE_SELF_CHECK=0`` to go without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from softtune import storage
+from softtune.adapter import Adapter
+from softtune.backbone import Backbone
+from softtune.compat import INSTALLED, attention_name
+from softtune.errors import SofttuneError, UnsupportedModelError
+from softtune.methods import BitFitConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
+from softtune.promises import PROMISES, Adapted, Broken, Outcome, Probe, outcomes, state_of
+
+SWITCH = "SOFTTUNE_SELF_CHECK"
+"""The environment variable that turns the check off, by 0."""
+TESTED = Path(__file__).with_name("tested.json")
+ALTERNATIVES: tuple[type[PeftConfig], ...] = (PrefixTuningConfig, PromptTuningConfig, BitFitConfig)
+"""Methods to look at where another does not hold: one for each way into a model."""
+
+Adapt = Callable[[Adapter], Adapted]
+"""Puts an adapter on the base model, and on nothing else."""
+
+_passed: set[str] = set()
+
+
+def ensure(backbone: Backbone, config: PeftConfig, adapt: Adapt) -> None:
+    """Check the promises on a base model for a method, unless that has been done.
+
+    Raises:
+        UnsupportedModelError: one of them does not hold; the message names it, the versions, and what does work.
+    """
+    model = backbone.model
+    if os.environ.get(SWITCH) == "0" or model.device.type == "meta" or is_tested(model):
+        return
+    note = _note(model, config)
+    if note.name in _passed or note.is_file():
+        return
+    broken = {name: how for name, how in check(backbone, config, adapt).items() if isinstance(how, Broken)}
+    if broken:
+        raise UnsupportedModelError(_refusal(backbone, config, adapt, *next(iter(broken.items()))))
+    _passed.add(note.name)
+    with suppress(OSError):  # a folder that cannot be written: the next process checks again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps({"transformers": str(INSTALLED), "class": _class(type(model))}), encoding="utf-8")
+
+
+def is_tested(model: PreTrainedModel) -> bool:
+    """Whether the support matrix covers the model's class in the installed transformers."""
+    return _class(type(model)) in tested().get(str(INSTALLED), ())
+
+
+@cache
+def tested() -> dict[str, list[str]]:
+    """Classes of models that were tested, by the version of transformers."""
+    versions: dict[str, list[str]] = json.loads(TESTED.read_text(encoding="utf-8"))
+    return versions
+
+
+def check(backbone: Backbone, config: PeftConfig, adapt: Adapt, *, thorough: bool = False) -> dict[str, Outcome]:
+    """Check the promises on a base model with a random adapter of a method.
+
+    Args:
+        backbone: the base model.
+        config: its method; the adapter that is checked has two virtual tokens.
+        adapt: puts an adapter on the base model.
+        thorough: check all promises, rather than the quick ones.
+
+    Raises:
+        UnsupportedModelError: the base model cannot take the method, or does not run on token ids alone.
+    """
+    devices = [backbone.model.device] if backbone.model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        before = state_of(backbone.model)
+        adapter = Adapter.new(config.probing(), backbone)
+        _disturb(adapter)
+        probe = Probe(adapt(adapter), adapter, before)
+        return outcomes(probe, [name for name, promise in PROMISES.items() if thorough or promise.is_quick])
+
+
+def _disturb(adapter: Adapter) -> None:
+    """Give what is zero at a method's start random numbers, so that it acts."""
+    for parameter in adapter.module.parameters():
+        if not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def _refusal(backbone: Backbone, config: PeftConfig, adapt: Adapt, name: str, outcome: Broken) -> str:
+    """One line: the promise, the versions, and what does work."""
+    own = type(backbone.model)
+    working = [
+        other.__name__ for other in ALTERNATIVES if type(config) is not other and _holds(backbone, other, config, adapt)
+    ]
+    versions = [number for number, classes in tested().items() if _class(own) in classes]
+    remedies = [
+        *([f"use {' or '.join(working)}, for which all hold here"] if working else []),
+        *([f"install transformers {versions[-1]}, with which it is tested"] if versions else []),
+        f"set {SWITCH}=0 to go on at your own risk",
+    ]
+    return (
+        f"{own.__name__} with transformers {INSTALLED} breaks a promise for {type(config).__name__}, "
+        f"{PROMISES[name].text} ({outcome.how}): {', or '.join(remedies)}"
+    )
+
+
+def _holds(backbone: Backbone, other: type[PeftConfig], config: PeftConfig, adapt: Adapt) -> bool:
+    options: dict[str, Any] = {"add_missing": True} if other is BitFitConfig else {}
+    try:
+        found = check(backbone, other(task_type=config.task_type, **options), adapt)
+    except SofttuneError:
+        return False
+    return not any(isinstance(outcome, Broken) for outcome in found.values())
+
+
+def _note(model: PreTrainedModel, config: PeftConfig) -> Path:
+    """The file that tells, by its name, what held."""
+    from softtune import __version__
+
+    parts = (_class(type(model)), INSTALLED, __version__, model.dtype, attention_name(model.config), config.kind)
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(map(str, parts)))
+    return storage.cache_folder() / "self_check" / f"{name}{_source(type(model))}.json"
+
+
+def _class(own: type) -> str:
+    """A model's class by name; with its module where that is not transformers'."""
+    return own.__name__ if own.__module__.startswith("transformers.") else f"{own.__module__}.{own.__qualname__}"
+
+
+def _source(own: type) -> str:
+    """What tells two versions of a class apart that is not transformers' own."""
+    if own.__module__.startswith("transformers."):
+        return ""
+    try:
+        return "-" + hashlib.sha256(inspect.getsource(own).encode()).hexdigest()[:12]
+    except (OSError, TypeError):
+        return ""
