@@ -44,8 +44,8 @@ _NAMES: dict[int, str] = {
     32: "moe_intermediate_size shared_expert_intermediate_size embedding_size chunk_size image_size "
     "mamba_chunk_size hidden_size_per_layer_input num_mel_bins",
     64: "hidden_size d_model n_embd dim emb_dim intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff "
-    "ffn_hidden_size hidden_dim d_inner inner_dim n_inner lru_width attention_hidden_size moe_shared_expert_intermediate_size "
-    "shared_intermediate_size intermediate_size_mlp output_dim pooler_hidden_size dense_intermediate_size",
+    "ffn_hidden_size hidden_dim d_inner inner_dim n_inner lru_width attention_hidden_size "
+    "moe_shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp output_dim pooler_hidden_size dense_intermediate_size",
     VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
     256: "max_position_embeddings n_positions max_source_positions max_target_positions",
 }
@@ -77,7 +77,8 @@ HINTS: dict[str, dict[str, Any]] = {
     "perceiver": {"d_latents": 32, "num_latents": 16, "num_self_attends_per_block": 2, "qk_channels": 32},
     "squeezebert": {"embedding_size": 64},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), {"head_dim": 16}),
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},
 }
@@ -133,11 +134,8 @@ def _fields(own: type[PretrainedConfig]) -> dict[str, Any]:
             fields[name] = min(SIZES[name], value)
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCABULARY:
             fields[name] = random.Random(name).randrange(100, VOCABULARY - 4)
-        elif (
-            name.endswith(("_dropout", "_pdrop", "dropout_rate", "_dropout_prob", "layerdrop", "_dropout_p"))
-            or name == "dropout"
-        ):
-            fields[name] = 0.0 if isinstance(value, float) else value
+        elif "drop" in name and isinstance(value, float):
+            fields[name] = 0.0
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         if isinstance(values.get(name), list) or (values.get(name) or 0) >= VOCABULARY:
             fields[name] = {"eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}[name]

@@ -40,6 +40,15 @@ def no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What checks of models have found is not kept in the user's cache."""
+    folder = tmp_path_factory.mktemp("self_check")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softtune.self_check.notes_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -130,13 +130,18 @@ def _holds(backbone: Backbone, other: type[PeftConfig], config: PeftConfig, adap
     return not any(isinstance(outcome, Broken) for outcome in found.values())
 
 
+def notes_folder() -> Path:
+    """Where it is noted what held."""
+    return storage.cache_folder() / "self_check"
+
+
 def _note(model: PreTrainedModel, config: PeftConfig) -> Path:
     """The file that tells, by its name, what held."""
     from softtune import __version__
 
     parts = (_class(type(model)), INSTALLED, __version__, model.dtype, attention_name(model.config), config.kind)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(map(str, parts)))
-    return storage.cache_folder() / "self_check" / f"{name}{_source(type(model))}.json"
+    return notes_folder() / f"{name}{_source(type(model))}.json"
 
 
 def _class(own: type) -> str:

@@ -7,7 +7,7 @@ so grouped heads, uneven layers and layers without attention need no rule of the
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,7 @@ class Backbone:
     @property
     def embedding(self) -> nn.Embedding:
         """The word embedding of the stack that reads the input."""
-        embedding: nn.Embedding = self.stacks[0].module.get_input_embeddings()
-        return embedding
+        return cast(nn.Embedding, self.stacks[0].module.get_input_embeddings())
 
     @property
     def labels_whole_texts(self) -> bool:
