@@ -45,7 +45,8 @@ _NAMES: dict[int, str] = {
     "mamba_chunk_size hidden_size_per_layer_input num_mel_bins",
     64: "hidden_size d_model n_embd dim emb_dim intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff "
     "ffn_hidden_size hidden_dim d_inner inner_dim n_inner lru_width attention_hidden_size "
-    "moe_shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp output_dim pooler_hidden_size dense_intermediate_size",
+    "moe_shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp output_dim "
+    "pooler_hidden_size dense_intermediate_size",
     VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
     256: "max_position_embeddings n_positions max_source_positions max_target_positions",
 }

@@ -150,9 +150,8 @@ def test_gradients_of_a_model_that_makes_masks_above_its_layers() -> None:
 
 @pytest.mark.parametrize("make", [gemma3, qwen_vl], ids=lambda make: make.__name__)
 def test_no_place_for_virtual_tokens_among_the_words(make: Any) -> None:
-    model = with_adapter(make(), "prompt_suffix")
     with pytest.raises(UnsupportedModelError, match=r"among the words .*: .*PrefixTuningConfig"):
-        model.generate(**batch(texts("gpt2", CAUSAL_LM), "left"), **GREEDY)
+        with_adapter(make(), "prompt_suffix").generate(**batch(texts("gpt2", CAUSAL_LM), "left"), **GREEDY)
 
 
 @torch.no_grad()

@@ -98,6 +98,7 @@ class Probe:
         self.before = before
         self.text = self._text(GIVEN + NEW)
         self.expected = self._of_base()
+        self.base_stays = state_of(self.base) == before
         self.size = float(self.expected.abs().max())
         self.tolerance = max(1e-3, 8 * torch.finfo(self.base.dtype).eps) * max(self.size, 1e-3)
         self.alone = self.read()
@@ -138,7 +139,7 @@ class Probe:
         options = dict(self.places) if run is self.model else {}
         if options and side == "left":
             options["prompt_positions"] = options["prompt_positions"] + PADDING
-        with evaluating(self.base):
+        with evaluating(self.model), evaluating(self.base):  # type: ignore[arg-type]
             answer = _answer(run(**self._call(torch.cat(parts, dim=1), mask), **options))[0]
         is_by_token = self.alone.dim() == 2 and len(self.alone) == self.text.shape[1] and len(answer) == mask.shape[1]
         return answer[mask[0] != 0] if is_by_token else answer
@@ -283,7 +284,7 @@ def _gradients(probe: Probe) -> str | None:
 
 
 def _frozen(probe: Probe) -> str | None:
-    after = state_of(probe.base)
+    after = state_of(probe.base) if probe.base_stays else probe.before  # RWKV scales its weights by the mode
     return next((f"{name} has changed" for name, own in probe.before.items() if after.get(name) != own), None)
 
 

@@ -89,7 +89,7 @@ class Stack:
         """Whether layers of RecurrentGemma keep states to themselves, and begin anew where a position is 0 alone."""
         return compat.keeps_states(self.module)
 
-    @cached_property
+    @property
     def position_table(self) -> nn.Module | None:
         """The position embedding of BART's kin, which counts for itself and takes an offset."""
         return None if self.takes_position_ids else compat.position_table(self.module)
