@@ -65,6 +65,13 @@ class Adapter:
                 )
 
     @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        parts = {"": self.module, **{f"{name}.": head for name, head in self.heads.items()}}
+        pairs = [(prefix + name, p) for prefix, part in parts.items() for name, p in part.named_parameters()]
+        return {name: parameter for name, parameter in pairs if parameter.requires_grad}
+
+    @property
     def all_learn(self) -> bool:
         """Whether each of its tensors has a gradient in every step: not where modules may be left out, as experts are,
         or a softmax takes no notice, as of the biases of keys."""

@@ -198,8 +198,9 @@ def enable_checkpointing(model: Any, **settings: Any) -> None:
 
 
 def disable_checkpointing(model: Any) -> None:
-    """Let no layer run again."""
+    """Let no layer run again, and words need no gradients, which they do where it is enabled."""
     getattr(model, f"{spelled('activation_checkpointing')}_disable")()
+    model.disable_input_require_grads()
 
 
 # What single model files do in ways of their own

@@ -20,6 +20,10 @@ CAUSES = (
 )
 
 
+MOST_FORWARDS = 32
+"""Forwards without a backward pass, after which nobody seems to train."""
+
+
 class NoGradientWarning(UserWarning):
     """A trained tensor got no gradient, or zeros only."""
 
@@ -43,6 +47,7 @@ class GradientWatch:
     def __init__(self) -> None:
         self.is_over = False
         """Whether a backward pass has been seen, or nobody is to be warned."""
+        self._forwards = 0
         self._hooks: list[Any] = []
         self._is_fed: dict[str, bool] = {}
         """Whether a tensor's gradient has anything but zeros; nothing of tensors without one."""
@@ -57,6 +62,8 @@ class GradientWatch:
         """
         self._detach()
         roots = [output for output in outputs if output.requires_grad]
+        self._forwards += 1
+        self.is_over = self.is_over or self._forwards > MOST_FORWARDS
         if self.is_over or not roots:
             return
         # What is asked for the gradients of other tensors alone, by autograd.grad, has not lost any.
@@ -76,6 +83,9 @@ class GradientWatch:
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
         self._hooks.append(register_multi_grad_hook(roots, begin, mode="any"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GradientWatch, ()
 
     def _note(self, name: str, gradient: Tensor) -> None:
         self._is_fed[name] = self._is_fed.get(name, False) or bool(gradient.any())

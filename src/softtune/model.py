@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -247,6 +248,7 @@ class PeftModel(PushToHubMixin, AdapterState):
         with acting(self.backbone, cast, inputs, self._trunk):
             output = self.base_model(return_dict=True, **kwargs)
         sign(output, cast)
+        self._watch(output, cast)
         return output if return_dict is not False else output.to_tuple()
 
     def generate(
@@ -280,6 +282,16 @@ class PeftModel(PushToHubMixin, AdapterState):
             generated = generate(*args, **kwargs)
         sign(generated, cast)
         return generated
+
+    def _watch(self, output: Any, cast: Cast) -> None:
+        """Warn after the first backward pass where what acts in a forward gets no gradient."""
+        if self.gradient_watch.is_over or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        adapters = {name: adapter for name, adapter in cast.adapters.items() if adapter is not None}
+        trained = {f"{name}.{key}": p for name, adapter in adapters.items() for key, p in adapter.trained.items()}
+        if trained:
+            tensors = [value for value in output.values() if isinstance(value, Tensor)]
+            self.gradient_watch.attach(tensors, trained, all_learn=all(a.all_learn for a in adapters.values()))
 
     def trunk_cache(
         self, memory: float = 1024, disk: float = 0, folder: str | os.PathLike[str] | None = None

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone, turn
-from softtune.backbone.checkpointing import unchecked
+from softtune.backbone.checkpointing import is_checkpointing, unchecked
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.refusal import reading_text
+from softtune.compat import cache_of, disable_checkpointing, enable_checkpointing
 from softtune.errors import SofttuneError
 from softtune.gradients import without_gradient
+from softtune.injection.owners import BASE
 from softtune.wording import in_one_line
 
 NEW, GIVEN = 2, 3
@@ -98,11 +100,15 @@ class Probe:
         self.before = before
         self.text = self._text(GIVEN + NEW)
         self.expected = self._of_base()
-        self.base_stays = state_of(self.base) == before
         self.size = float(self.expected.abs().max())
         self.tolerance = max(1e-3, 8 * torch.finfo(self.base.dtype).eps) * max(self.size, 1e-3)
         self.alone = self.read()
         self._strengthen()
+
+    @property
+    def numbers(self) -> set[str]:
+        """Names of the base model's tensors."""
+        return {name for name, _ in (*self.base.named_parameters(), *self.base.named_buffers())}
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -124,6 +130,14 @@ class Probe:
         if self.columns is None:
             return {}
         return {"prompt_positions": torch.tensor([list(self.columns)], device=self.device)}
+
+    @property
+    def places_in_longer(self) -> dict[str, Tensor]:
+        """The same for a text that begins with the first three tokens, behind which virtual tokens may stand."""
+        prompt = self.adapter.module.prompt()
+        if self.columns is not None or not prompt.after_text:
+            return self.places
+        return {"prompt_positions": torch.full((1, prompt.num_virtual_tokens), GIVEN, device=self.device)}
 
     def read(self, text: Tensor | None = None, **options: Any) -> Tensor:
         """[T, V] or [V] what the model answers to a text [1, T], by default the probe's."""
@@ -231,8 +245,8 @@ def _cache(probe: Probe) -> str | None:
 
 
 def _generation_differs(probe: Probe, model: Any) -> str | None:
-    given, is_adapted = probe.text[:, :GIVEN], model is probe.model
-    places = probe.places if is_adapted else {}
+    given = probe.text[:, :GIVEN]
+    places = probe.places if model is probe.model else {}
     with evaluating(probe.base), evaluating(model):
         written = model.generate(
             input_ids=given,
@@ -252,16 +266,9 @@ def _generation_differs(probe: Probe, model: Any) -> str | None:
             call = {"input_ids": given, "decoder_input_ids": written.sequences[:, :-1]}
         else:
             call = {"input_ids": written.sequences[:, :-1]}
-            if is_adapted and not places and (behind := _virtual_behind(probe)):
-                places = {"prompt_positions": torch.full((1, behind), GIVEN, device=probe.device)}
+            places = probe.places_in_longer if model is probe.model else {}
         whole = model(**call, **places, use_cache=False) if _has_use_cache(probe) else model(**call, **places)
     return probe.differ(found, _answer(whole)[0][-NEW:])
-
-
-def _virtual_behind(probe: Probe) -> int:
-    """How many virtual tokens stand behind the text that is given, which a longer text would move."""
-    prompt = probe.adapter.module.prompt()
-    return prompt.num_virtual_tokens if prompt.after_text else 0
 
 
 def _has_use_cache(probe: Probe) -> bool:
@@ -269,23 +276,75 @@ def _has_use_cache(probe: Probe) -> bool:
 
 
 def _gradients(probe: Probe) -> str | None:
-    trained = probe.trained
-    mode = evaluating if any(stack.drops_layers for stack in probe.backbone.stacks) else training
-    with torch.enable_grad(), unchecked(probe.base), mode(probe.model), torch.enable_grad():  # type: ignore[arg-type]
-        answer = _answer(probe.model(**probe._call(probe.text), **probe.places))
-        weights = torch.linspace(0.5, 1.5, answer.numel(), device=answer.device).view(answer.shape)
-        if not answer.requires_grad:
-            return "the outputs have no gradient"
-        found = torch.autograd.grad((answer.float() * weights).square().mean(), [*trained.values()], allow_unused=True)
-    idle = without_gradient(dict(zip(trained, found, strict=True)))
-    if not idle or (len(idle) < len(trained) and not probe.adapter.all_learn):
+    with unchecked(probe.base):
+        found = _gradients_of(probe)
+    idle = without_gradient(found)
+    if not idle or (len(idle) < len(found) and not probe.adapter.all_learn):
         return None
-    return f"{idle[0]} gets no gradient, or zeros only, as do {len(idle) - 1} others of {len(trained)}"
+    return f"{idle[0]} gets no gradient, or zeros only, as do {len(idle) - 1} others of {len(found)}"
+
+
+def _gradients_of(probe: Probe) -> dict[str, Tensor | None]:
+    """The gradient of everything that is trained, in a training step of a fixed loss."""
+    trained = probe.trained
+    mode = evaluating if any(stack.has_layerdrop for stack in probe.backbone.stacks) else training
+    torch.manual_seed(0)
+    with mode(probe.model), torch.enable_grad():  # type: ignore[arg-type]
+        answer = _answer(probe.model(**probe._call(probe.text), **probe.places))
+        if not answer.requires_grad:
+            return dict.fromkeys(trained)
+        weights = torch.linspace(0.5, 1.5, answer.numel(), device=answer.device).view(answer.shape)
+        loss = (answer.float() * weights).square().mean()
+        found = torch.autograd.grad(loss, [*trained.values()], allow_unused=True)
+    return dict(zip(trained, found, strict=True))
+
+
+def _checkpointing(probe: Probe) -> str | None:
+    """Layers that run again in the backward pass give the same gradients."""
+    if not probe.base.supports_gradient_checkpointing or is_checkpointing(probe.base):
+        return None
+    expected = _gradients_of(probe)
+    enable_checkpointing(probe.base, use_reentrant=False)
+    try:
+        found = _gradients_of(probe)
+    finally:
+        disable_checkpointing(probe.base)
+    for name, gradient in expected.items():
+        own = found[name]
+        if gradient is not None and (own is None or not torch.allclose(own, gradient, rtol=1e-2, atol=1e-5)):
+            return f"the gradient of {name} is another"
+    return None
+
+
+def _rows(probe: Probe) -> str | None:
+    """A row's outputs are its own beside a row of the base model."""
+    with evaluating(probe.model):  # type: ignore[arg-type]
+        call = {name: x.repeat(2, 1) for name, x in {**probe._call(probe.text), **probe.places}.items()}
+        answer = _answer(probe.model(**call, adapter_names=[BASE, "probe"]))
+    return probe.differ(answer[0], probe.expected) or probe.differ(answer[1], probe.alone)
+
+
+def _steps(probe: Probe) -> str | None:
+    """Going on from a returned cache is going on with the text."""
+    if not probe.writes or probe.backbone.is_encoder_decoder:
+        return None
+    text = probe.text[:, : GIVEN + 1]
+    with evaluating(probe.model):  # type: ignore[arg-type]
+        begun = probe.model(**probe._call(text[:, :GIVEN]), **probe.places, use_cache=True)
+        call = {"input_ids": text[:, GIVEN:], "attention_mask": torch.ones_like(text)}
+        found = _answer(probe.model(**call, **probe.places, cache=cache_of(begun)))[0]
+        whole = _answer(probe.model(**probe._call(text), **probe.places_in_longer))[0]
+    return probe.differ(found[-1:], whole[-1:])
 
 
 def _frozen(probe: Probe) -> str | None:
-    after = state_of(probe.base) if probe.base_stays else probe.before  # RWKV scales its weights by the mode
-    return next((f"{name} has changed" for name, own in probe.before.items() if after.get(name) != own), None)
+    after = state_of(probe.base)
+    changed = [name for name, own in probe.before.items() if after.get(name) != own]
+    if not changed:
+        return None
+    if probe.numbers.issuperset(changed) and torch.equal(probe._of_base(), probe.expected):
+        return None  # RWKV scales its weights in evaluation, and back in training
+    return f"{changed[0]} has changed"
 
 
 PROMISES = {
@@ -293,6 +352,9 @@ PROMISES = {
     "padding": Promise("alone, padded left and padded right give the same outputs", _padding),
     "cache": Promise("cached decoding gives the outputs of one forward", _cache),
     "gradients": Promise("every trained tensor gets a gradient", _gradients),
+    "rows": Promise("a row's outputs are its own beside the base model's", _rows, is_quick=False),
+    "steps": Promise("steps by hand from a returned cache are those of one forward", _steps, is_quick=False),
+    "checkpointing": Promise("activation checkpointing changes no gradient", _checkpointing, is_quick=False),
     "frozen": Promise("the base model is as it was", _frozen),
 }
 """By a short name, in the order in which they are checked."""

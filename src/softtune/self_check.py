@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from transformers import PreTrainedModel
 from softtune import storage
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
-from softtune.compat import INSTALLED, attention_name
+from softtune.backbone.interface import stock_name
+from softtune.compat import INSTALLED
 from softtune.errors import SofttuneError, UnsupportedModelError
 from softtune.methods import BitFitConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from softtune.promises import PROMISES, Adapted, Broken, Outcome, Probe, outcomes, state_of
@@ -137,9 +139,8 @@ def notes_folder() -> Path:
 
 def _note(model: PreTrainedModel, config: PeftConfig) -> Path:
     """The file that tells, by its name, what held."""
-    from softtune import __version__
-
-    parts = (_class(type(model)), INSTALLED, __version__, model.dtype, attention_name(model.config), config.kind)
+    own, attention = version("softtune"), stock_name(model.config)
+    parts = (_class(type(model)), INSTALLED, own, model.dtype, attention, config.kind)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(map(str, parts)))
     return notes_folder() / f"{name}{_source(type(model))}.json"
 

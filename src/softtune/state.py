@@ -17,6 +17,7 @@ from softtune import self_check
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, AdapterMismatchError
+from softtune.gradients import GradientWatch
 from softtune.injection.owners import BASE
 from softtune.methods import PeftConfig
 from softtune.methods.initialization import PROMPT_KEY
@@ -40,6 +41,8 @@ class AdapterState(nn.Module):
         self.heads = nn.ModuleDict()
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapter = active_adapter
+        self.gradient_watch = GradientWatch()
+        """Warns after the first backward pass that leaves out what is trained."""
         self._times_disabled = 0
 
     def adapter(self, adapter_name: str) -> Adapter:
@@ -137,10 +140,10 @@ class AdapterState(nn.Module):
             reason = "is loaded already" if name in self.peft_config else "is no name: use another, without . / \\"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
         adapter = Adapter.new(config, self.backbone)
-        self_check.ensure(self.backbone, config, self._with)
+        self_check.ensure(self.backbone, config, self.with_adapter)
         return adapter
 
-    def _with(self, adapter: Adapter) -> Any:
+    def with_adapter(self, adapter: Adapter) -> Any:
         """The same base model with this adapter alone."""
         other: AdapterState = type(self).__new__(type(self))
         AdapterState.__init__(other, self.base_model, self.backbone, "probe")

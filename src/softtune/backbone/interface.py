@@ -175,9 +175,15 @@ def _form(stock: str) -> MaskForm | None:
     return next((f for f in MaskForm if ALL_ATTENTION_FUNCTIONS[stock] is ALL_ATTENTION_FUNCTIONS[f.value]), None)
 
 
+def stock_name(config: Any) -> str | None:
+    """The name of the stock attention function in a config; None where it has none."""
+    name = compat.attention_name(config)
+    return name and name.removeprefix(_PREFIX)
+
+
 def takes_padding(config: Any) -> bool:
     """Whether attention is told which keys are padding, and no more."""
-    return _form((compat.attention_name(config) or "eager").removeprefix(_PREFIX)) is MaskForm.PADDING
+    return _form(stock_name(config) or "eager") is MaskForm.PADDING
 
 
 def takes_any_mask(config: Any) -> bool:

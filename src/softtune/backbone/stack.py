@@ -113,7 +113,12 @@ class Stack:
     @property
     def drops_layers(self) -> bool:
         """Whether layers may be left out by chance in this mode."""
-        return self.module.training and any(getattr(m, "layerdrop", 0) > 0 for m in self.module.modules())
+        return self.module.training and self.has_layerdrop
+
+    @property
+    def has_layerdrop(self) -> bool:
+        """Whether layers may be left out by chance in training."""
+        return any(getattr(m, "layerdrop", 0) > 0 for m in self.module.modules())
 
     @property
     def is_random(self) -> bool:

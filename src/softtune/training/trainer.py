@@ -31,6 +31,7 @@ from softtune import checkpoint, compat
 from softtune.acting import baked
 from softtune.data import IGNORED, answer_width
 from softtune.errors import DataError, TrainingError
+from softtune.gradients import describe, without_gradient
 from softtune.model import PeftModel
 
 STATE_FILE = "trainer_state.json"
@@ -62,6 +63,9 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         for callback in compat.console_callbacks():
             self.remove_callback(callback)
+        model.gradient_watch.is_over = True  # an error of this Trainer's own comes instead of the warning
+        self._learns = False
+        """Whether the first step has given gradients to what is trained."""
         self._last_good: list[Tensor] = []
         """What was trained when the loss was last a number."""
 
@@ -112,7 +116,7 @@ class AdapterTrainer(Trainer):
 
         Raises:
             DataError: the batch has no label to learn from.
-            TrainingError: the loss is not a number.
+            TrainingError: the loss is not a number, or what is trained got no gradient.
         """
         if isinstance(labels := inputs.get("labels"), Tensor) and bool((labels == IGNORED).all()):
             raise DataError(f"no label in the batch of step {self.state.global_step + 1}: drop rows without an answer")
@@ -122,8 +126,20 @@ class AdapterTrainer(Trainer):
             loss = self.gradients(compat.prepared_inputs(self, inputs))
         if not torch.isfinite(loss):
             raise self._blown_up(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+        if not self._learns:
+            self._check_gradients()
         self._keep()
         return loss
+
+    def _check_gradients(self) -> None:
+        """Raise TrainingError where the first step left what is trained without a gradient."""
+        assert isinstance(self.model, PeftModel)
+        for adapter in map(self.model.adapter, self.model.active_adapters):
+            gradients = {name: parameter.grad for name, parameter in adapter.trained.items()}
+            idle = without_gradient(gradients)
+            if idle and (adapter.all_learn or len(idle) == len(gradients)):
+                raise TrainingError(describe(idle, len(gradients)))
+        self._learns = True
 
     def _keep(self) -> None:
         """Note what is trained as good; the update of the step comes later."""
@@ -161,8 +177,7 @@ class AdapterTrainer(Trainer):
         """What the adapters train; nothing of a base model that is trained itself."""
         assert isinstance(self.model, PeftModel)
         adapters = [self.model.adapter(name) for name in self.model.active_adapters]
-        parts: list[nn.Module] = [part for own in adapters for part in (own.module, *own.heads.values())]
-        return [p for part in parts for p in part.parameters() if p.requires_grad]
+        return [parameter for adapter in adapters for parameter in adapter.trained.values()]
 
     def save_adapter(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter alone: its folder holds all that training goes on from. Raises TrainingError where it is no

@@ -1,0 +1,110 @@
+"""``softtune check``: what softtune promises, checked on a base model at hand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from softtune import self_check
+from softtune.backbone.interface import stock_name
+from softtune.cli.console import console, quiet
+from softtune.cli.tables import FAILED
+from softtune.compat import INSTALLED
+from softtune.errors import ConfigError, UnsupportedModelError
+from softtune.methods import (
+    BitFitConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    PTuningV2Config,
+    TaskType,
+)
+from softtune.model import PeftModel
+from softtune.pretrained import known_task, load_base_model
+from softtune.promises import PROMISES, Broken, Outcome, Refused
+
+METHODS: dict[str, type[PeftConfig]] = {
+    "prefix_tuning": PrefixTuningConfig,
+    "prompt_tuning": PromptTuningConfig,
+    "p_tuning": PromptEncoderConfig,
+    "p_tuning_v2": PTuningV2Config,
+    "bitfit": BitFitConfig,
+}
+"""By the names of the command line."""
+WIDTH = 28
+"""Characters of a promise in a line."""
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Base model: a folder or hub name, smollm2-135m or minilm.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Check this method alone; may be repeated. One of {', '.join(METHODS)}.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Check the method and the task of this adapter.")] = None,
+    task: Annotated[str | None, typer.Option(help="What the base model is loaded for. [default: CAUSAL_LM]")] = None,
+) -> None:
+    """Check what softtune promises on a base model: padding and caches change nothing, all is trained."""
+    quiet()
+    if adapter is not None and (method or task):
+        raise ConfigError("an adapter has a method and a task of its own: drop --method and --task, or --adapter")
+    saved = None if adapter is None else PeftConfig.from_pretrained(adapter)
+    kind = known_task(task or (saved and saved.task_type) or TaskType.CAUSAL_LM)
+    configs = {saved.kind: saved} if saved else {name: _config(name, kind) for name in method or METHODS}
+    base, _ = load_base_model(model, kind)
+    if adapter is not None:
+        PeftModel.from_pretrained(base, adapter)  # it may be another model's
+    columns = {name: _outcomes(base, config) for name, config in configs.items()}
+    _show(base, columns)
+    failed = [name for name, found in columns.items() if any(isinstance(o, Broken) for o in found.values())]
+    if failed:
+        print(f"softtune: promises fail for {', '.join(failed)}: see above what does work", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _config(name: str, task: TaskType) -> PeftConfig:
+    if name not in METHODS:
+        raise ConfigError(f"--method {name!r} is no method: use one of {', '.join(METHODS)}")
+    options: dict[str, Any] = {"add_missing": True} if name == "bitfit" else {}
+    return METHODS[name](task_type=task, **options)
+
+
+def _outcomes(base: PreTrainedModel, config: PeftConfig) -> dict[str, Outcome]:
+    """What becomes of each promise; of all alike where the model cannot take the method."""
+    model = PeftModel(base)
+    try:
+        return self_check.check(model.backbone, config, model.with_adapter, thorough=True)
+    except UnsupportedModelError as error:
+        return dict.fromkeys(PROMISES, Refused(str(error)))
+
+
+def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -> None:
+    """A table of promises by methods, and below it what is not held, and why."""
+    words = {"dtype": str(base.dtype).removeprefix("torch."), "attention": stock_name(base.config) or "its own"}
+    state = "tested" if self_check.is_tested(base) else "not among those tested"
+    title = f"{type(base).__name__}, transformers {INSTALLED}, {', '.join(words.values())}: {state}"
+    table = Table("promise", *(name.replace("_", " ") for name in columns), title=title, title_justify="left")
+    table.columns[0].min_width = WIDTH
+    notes: dict[str, None] = {}
+    for name, promise in PROMISES.items():
+        cells = []
+        for method, found in columns.items():
+            outcome = found[name]
+            if outcome is None:
+                cells.append("holds")
+            elif isinstance(outcome, Refused):
+                notes[f"{method}: refused, {outcome.reason}"] = None
+                cells.append("refused")
+            else:
+                notes[f"{method}: {promise.text} FAILS, {outcome.how}"] = None
+                cells.append("[bold red]FAILS[/]")
+        table.add_row(promise.text, *cells)
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
