@@ -41,6 +41,11 @@ def _import(name: str) -> Any:
     except KeyboardInterrupt:
         print("softtune: stopped", file=sys.stderr)
         sys.exit(130)
+    except ImportError as error:
+        if error.name != "transformers" or "softtune" not in str(error):
+            raise
+        print(f"softtune: {error}", file=sys.stderr)  # it is too old
+        sys.exit(2)
 
 
 main = typer.Typer(

@@ -3,6 +3,7 @@
 A script written for PEFT's prefix tuning, prompt tuning or P-tuning runs when it imports from here.
 """
 
+from softtune import compat  # noqa: F401  # first, since it says in one line that transformers is too old
 from softtune.errors import (
     AdapterError,
     AdapterMismatchError,

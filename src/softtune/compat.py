@@ -22,7 +22,8 @@ OLDEST = "5.17"
 INSTALLED = Version(version("transformers"))
 if Version(OLDEST) > INSTALLED:
     raise ImportError(
-        f"softtune needs transformers {OLDEST} or newer, and {INSTALLED} is installed: pip install -U transformers"
+        f"softtune needs transformers {OLDEST} or newer, and {INSTALLED} is installed: pip install -U transformers",
+        name="transformers",
     )
 
 from torch import Tensor, nn  # noqa: E402  # an old version lacks what is imported below

@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -76,7 +76,14 @@ def tested() -> dict[str, list[str]]:
     return versions
 
 
-def check(backbone: Backbone, config: PeftConfig, adapt: Adapt, *, thorough: bool = False) -> dict[str, Outcome]:
+def check(
+    backbone: Backbone,
+    config: PeftConfig,
+    adapt: Adapt,
+    *,
+    thorough: bool = False,
+    columns: Sequence[int] | None = None,
+) -> dict[str, Outcome]:
     """Check the promises on a base model with a random adapter of a method.
 
     Args:
@@ -84,6 +91,8 @@ def check(backbone: Backbone, config: PeftConfig, adapt: Adapt, *, thorough: boo
         config: its method; the adapter that is checked has two virtual tokens.
         adapt: puts an adapter on the base model.
         thorough: check all promises, rather than the quick ones.
+        columns: before which of the first three tokens its virtual tokens stand, as in a template; by default where
+            the method has them.
 
     Raises:
         UnsupportedModelError: the base model cannot take the method, or does not run on token ids alone.
@@ -94,7 +103,7 @@ def check(backbone: Backbone, config: PeftConfig, adapt: Adapt, *, thorough: boo
         before = state_of(backbone.model)
         adapter = Adapter.new(config.probing(), backbone)
         _disturb(adapter)
-        probe = Probe(adapt(adapter), adapter, before)
+        probe = Probe(adapt(adapter), adapter, before, columns)
         return outcomes(probe, [name for name, promise in PROMISES.items() if thorough or promise.is_quick])
 
 

@@ -251,7 +251,7 @@ class Stack:
         """
         own, parameters = compat.renamed(call, self.module.forward), self.signature.parameters
         for name in (compat.spelled(name, parameters) for name in _ADDED):
-            if own.get(name) is not None and name not in parameters and name not in given:
+            if own.get(name) is not None and name not in parameters and given.get(name) is None:
                 raise UnsupportedModelError(
                     f"{type(self.module).__name__} of transformers {compat.INSTALLED} takes no {name}, by which a "
                     "prompt reaches it: install a version that docs/support.md names"
