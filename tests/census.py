@@ -11,7 +11,6 @@ first use does not wait for.
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections import Counter
@@ -19,9 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ["OMP_NUM_THREADS"] = "1"
-warnings.filterwarnings("ignore")
 
 import torch
 import transformers
@@ -111,10 +107,10 @@ def page(cases: Sequence[Case]) -> str:
     lines = [
         HEADING,
         "",
-        f"Written by `make census`: every class of the auto mappings of transformers {INSTALLED}, built tiny and random, "
-        f"with torch {torch.__version__.partition('+')[0]}. **✓** every promise of `softtune check` holds, "
-        "**\N{EN DASH}** the model is refused in one line, **✗** it is wrong. BitFit adds the biases that are missing, and P-tuning has "
-        "its virtual tokens among the words, as a template does.",
+        f"Written by `make census`: every class of the auto mappings of transformers {INSTALLED}, built tiny and "
+        f"random, with torch {torch.__version__.partition('+')[0]}. **✓** every promise of `softtune check` holds, "
+        "**\N{EN DASH}** the model is refused in one line, **✗** it is wrong. BitFit adds the biases that are "
+        "missing, and P-tuning has its virtual tokens among the words, as a template does.",
         "",
         "| task | classes | built | " + " | ".join(METHODS) + " |",
         "| --- | --- | --- |" + " --- |" * len(METHODS),

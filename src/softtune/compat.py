@@ -10,9 +10,12 @@ Knows nothing about adapters.
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from packaging.version import Version
@@ -58,6 +61,27 @@ __all__ = [
     "StaticLayer",
     "StaticSlidingWindowLayer",
 ]
+
+
+TESTED = Path(__file__).with_name("tested.json")
+"""What the run of the support matrix has tested."""
+
+
+@cache
+def tested() -> dict[str, list[str]]:
+    """Classes of models that were tested, by the version of transformers."""
+    versions: dict[str, list[str]] = json.loads(TESTED.read_text(encoding="utf-8"))
+    return versions
+
+
+def is_tested(model_class: type) -> bool:
+    """Whether the support matrix covers a class of models in the installed transformers."""
+    return class_name(model_class) in tested().get(str(INSTALLED), ())
+
+
+def class_name(own: type) -> str:
+    """A class of models by name; with its module where that is not transformers'."""
+    return own.__name__ if own.__module__.startswith("transformers.") else f"{own.__module__}.{own.__qualname__}"
 
 
 class Name(NamedTuple):
@@ -227,9 +251,9 @@ def table_size(stack: Any) -> int | None:
 
 def first_position(stack: Any) -> int:
     """The first real token's position: RoBERTa's kin begin behind their padding's."""
-    embeddings = getattr(stack, "embeddings", None)
-    counts_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
-    return int(embeddings.padding_idx) + 1 if embeddings is not None and counts_padding else 0
+    table = getattr(getattr(stack, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
 
 
 def keeps_states(stack: Any) -> bool:
@@ -239,7 +263,7 @@ def keeps_states(stack: Any) -> bool:
 
 def has_relative_bias(module: nn.Module) -> bool:
     """Whether an attention module of T5's kin owns a table of relative position biases."""
-    return bool(getattr(module, "has_relative_attention_bias", False))
+    return bool(getattr(module, "has_relative_attention_bias", False)) and hasattr(module, "_relative_position_bucket")
 
 
 def relative_bias(owner: Any, distance: Tensor, *, bidirectional: bool) -> Tensor:

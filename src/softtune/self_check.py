@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,14 @@ from softtune import storage
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.backbone.interface import stock_name
-from softtune.compat import INSTALLED
+from softtune.compat import INSTALLED, class_name, is_tested, tested
 from softtune.errors import SofttuneError, UnsupportedModelError
 from softtune.methods import BitFitConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from softtune.promises import PROMISES, Adapted, Broken, Outcome, Probe, outcomes, state_of
+from softtune.wording import in_one_line
 
 SWITCH = "SOFTTUNE_SELF_CHECK"
 """The environment variable that turns the check off, by 0."""
-TESTED = Path(__file__).with_name("tested.json")
 ALTERNATIVES: tuple[type[PeftConfig], ...] = (PrefixTuningConfig, PromptTuningConfig, BitFitConfig)
 """Methods to look at where another does not hold: one for each way into a model."""
 
@@ -50,7 +48,7 @@ def ensure(backbone: Backbone, config: PeftConfig, adapt: Adapt) -> None:
         UnsupportedModelError: one of them does not hold; the message names it, the versions, and what does work.
     """
     model = backbone.model
-    if os.environ.get(SWITCH) == "0" or model.device.type == "meta" or is_tested(model):
+    if os.environ.get(SWITCH) == "0" or model.device.type == "meta" or is_tested(type(model)):
         return
     note = _note(model, config)
     if note.name in _passed or note.is_file():
@@ -61,19 +59,7 @@ def ensure(backbone: Backbone, config: PeftConfig, adapt: Adapt) -> None:
     _passed.add(note.name)
     with suppress(OSError):  # a folder that cannot be written: the next process checks again
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps({"transformers": str(INSTALLED), "class": _class(type(model))}), encoding="utf-8")
-
-
-def is_tested(model: PreTrainedModel) -> bool:
-    """Whether the support matrix covers the model's class in the installed transformers."""
-    return _class(type(model)) in tested().get(str(INSTALLED), ())
-
-
-@cache
-def tested() -> dict[str, list[str]]:
-    """Classes of models that were tested, by the version of transformers."""
-    versions: dict[str, list[str]] = json.loads(TESTED.read_text(encoding="utf-8"))
-    return versions
+        note.touch()
 
 
 def check(
@@ -103,8 +89,14 @@ def check(
         before = state_of(backbone.model)
         adapter = Adapter.new(config.probing(), backbone)
         _disturb(adapter)
-        probe = Probe(adapt(adapter), adapter, before, columns)
-        return outcomes(probe, [name for name, promise in PROMISES.items() if thorough or promise.is_quick])
+        names = [name for name, promise in PROMISES.items() if thorough or promise.is_quick]
+        try:
+            probe = Probe(adapt(adapter), adapter, before, columns)
+        except SofttuneError:
+            raise
+        except Exception as error:
+            return dict.fromkeys(names, Broken(f"{type(error).__name__}: {in_one_line(error)}"))
+        return outcomes(probe, names)
 
 
 def _disturb(adapter: Adapter) -> None:
@@ -120,7 +112,7 @@ def _refusal(backbone: Backbone, config: PeftConfig, adapt: Adapt, name: str, ou
     working = [
         other.__name__ for other in ALTERNATIVES if type(config) is not other and _holds(backbone, other, config, adapt)
     ]
-    versions = [number for number, classes in tested().items() if _class(own) in classes]
+    versions = [number for number, classes in tested().items() if class_name(own) in classes]
     remedies = [
         *([f"use {' or '.join(working)}, for which all hold here"] if working else []),
         *([f"install transformers {versions[-1]}, with which it is tested"] if versions else []),
@@ -149,14 +141,9 @@ def notes_folder() -> Path:
 def _note(model: PreTrainedModel, config: PeftConfig) -> Path:
     """The file that tells, by its name, what held."""
     own, attention = version("softtune"), stock_name(model.config)
-    parts = (_class(type(model)), INSTALLED, own, model.dtype, attention, config.kind)
+    parts = (class_name(type(model)), INSTALLED, own, model.dtype, attention, config.kind)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(map(str, parts)))
     return notes_folder() / f"{name}{_source(type(model))}.json"
-
-
-def _class(own: type) -> str:
-    """A model's class by name; with its module where that is not transformers'."""
-    return own.__name__ if own.__module__.startswith("transformers.") else f"{own.__module__}.{own.__qualname__}"
 
 
 def _source(own: type) -> str:

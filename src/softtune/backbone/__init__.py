@@ -67,8 +67,8 @@ class Backbone:
                 f"{type(model).__name__} is no Hugging Face transformer: load the model by from_pretrained"
             )
         self.model = model
+        _check_words(model)
         self.stacks = _stacks(model)
-        _check_words(self.stacks[0])
         if compat.has_interface(model):
             install(model)
 
@@ -266,7 +266,7 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
     if not model.config.is_encoder_decoder:
         decoder = model.get_decoder()  # of masked words a matrix may have that name
         stack = _below_head(decoder if isinstance(decoder, PreTrainedModel) else model)
-        return [Stack(stack, Site.DECODER if is_causal(stack) else Site.ENCODER)]
+        return [Stack(stack, Site.DECODER if is_causal(model, stack) else Site.ENCODER)]
     encoder, decoder = _below_head(model.get_encoder()), _below_head(model.get_decoder())
     if encoder in decoder.modules():  # UMT5's encoder alone
         return [Stack(encoder, Site.ENCODER)]
@@ -278,14 +278,14 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
     return stacks
 
 
-def _check_words(stack: Stack) -> None:
+def _check_words(model: PreTrainedModel) -> None:
     try:
-        embedding = stack.module.get_input_embeddings()
+        embedding = model.get_input_embeddings()
     except NotImplementedError:
         embedding = None
     if not isinstance(embedding, nn.Embedding):
         raise UnsupportedModelError(
-            f"{type(stack.module).__name__} has no one embedding of words: use a base model that reads text"
+            f"{type(model).__name__} has no one embedding of words: use a base model that reads text"
         )
 
 
@@ -295,5 +295,12 @@ def _below_head(stack: nn.Module) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"{type(stack).__name__} is no model of its own, so that no prompt reaches it: use another base model"
         )
-    base: Any = stack.base_model
-    return stack if base is stack else _below_head(base)
+    base: nn.Module = stack.base_model
+    if base is not stack:
+        return _below_head(base)
+    if stack.get_output_embeddings() is None:
+        return stack
+    # Llama 4's text model has its language head inside.
+    words = stack.get_input_embeddings()
+    inner = [m for m in stack.children() if isinstance(m, PreTrainedModel) and words in m.modules()]
+    return _below_head(inner[0]) if inner else stack

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ from softtune.errors import UnsupportedModelError
 
 _ADDED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache")
 """Arguments by which a prompt reaches a stack."""
+
+
+TOKENS, PADDING = 4, 2
+"""Of a text that shows whether padding acts."""
 
 
 class Site(str, Enum):
@@ -228,6 +233,22 @@ class Stack:
             states: Tensor = self.module.forward(**inputs).last_hidden_state
             return states
 
+    @cached_property
+    def ignores_padding(self) -> bool:
+        """Whether the outputs of tokens are the same beside padding: before them in a decoder, behind them in an
+        encoder."""
+        ids = self.some_ids(TOKENS)[None]
+        mask = torch.ones_like(ids)
+        blank = torch.zeros_like(ids[:, :PADDING])
+        parts = ((blank, mask), (ids[:, :PADDING], ids)) if self.is_causal else ((mask, blank), (ids, ids[:, :PADDING]))
+        padded_mask, padded = (torch.cat(pair, dim=1) for pair in parts)
+        positions = (padded_mask.cumsum(1) - 1).clamp(min=0) + self.first_position
+        places = {"position_ids": positions} if self.takes_position_ids and self.is_causal else {}
+        with reading_text(self.module):
+            expected = self._states(input_ids=ids, attention_mask=mask)
+            found = self._states(input_ids=padded, attention_mask=padded_mask, **places)[padded_mask != 0]
+        return torch.allclose(found, expected[0], atol=1e-3)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word vectors [B, T, D] as the first layer sees them, scaled where the model scales them."""
         embedded: Tensor = self.module.get_input_embeddings()(input_ids)
@@ -294,7 +315,29 @@ def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
     return length, length > 0
 
 
-def is_causal(stack: PreTrainedModel) -> bool:
-    """Whether a stack without another beside it is a decoder."""
+def is_causal(model: PreTrainedModel, stack: PreTrainedModel) -> bool:
+    """Whether a model's only stack is a decoder: by what its modules say, and where that is not known to be right, by
+    what its first token sees."""
     flags = [m.is_causal for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    return any(flags) if flags else compat.takes_cache(inspect.signature(stack.forward).parameters)
+    if any(flags):
+        return True
+    if compat.is_tested(type(model)):
+        return not flags and compat.takes_cache(inspect.signature(stack.forward).parameters)
+    if model not in _CAUSAL:
+        _CAUSAL[model] = _sees_nothing_later(stack)
+    return _CAUSAL[model]
+
+
+_CAUSAL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What was seen of models."""
+
+
+def _sees_nothing_later(stack: PreTrainedModel) -> bool:
+    """Whether the first token's output is the same before other tokens."""
+    words: Any = stack.get_input_embeddings()
+    count = 2 * TOKENS if int(words.num_embeddings) > 2 * TOKENS else TOKENS
+    first, *later = range(count)
+    ids = torch.tensor([[first, *later], [first, *later[::-1]]], device=stack.device)
+    with evaluating(stack), reading_text(stack):
+        states = stack.forward(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    return torch.allclose(states[0, 0], states[1, 0], atol=1e-4)

@@ -133,10 +133,10 @@ class Injection:
 
     def _align_encoder(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Take the virtual tokens out of what an encoder-decoder returns of its encoder."""
-        layout, states = self.stacks[0].layout, output.encoder_last_hidden_state
+        layout, states = self.stacks[0].layout, getattr(output, "encoder_last_hidden_state", None)
         if layout is not None and states is not None and len(states) == len(layout.token_slots):  # not among beams
             align_outputs(output, layout, "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions")
-            if output.cross_attentions is not None:
+            if getattr(output, "cross_attentions", None) is not None:
                 output.cross_attentions = tuple(layout.align_keys(a) for a in output.cross_attentions)
             sign(output.encoder_last_hidden_state, self.encoder_owners)
         return output

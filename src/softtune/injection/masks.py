@@ -88,8 +88,10 @@ class DenseMasks:
         is_causal = text.is_causal and text.queries > 1
         if visible is None and not is_causal:
             return None
-        mask = text.ones(1, 1, text.queries, text.keys)
-        return mask.tril() if is_causal else mask
+        # Numbers to add: eager attention adds truth values as if they were numbers.
+        mask = text.query.new_zeros(1, 1, text.queries, text.keys)
+        later = text.ones(text.queries, text.keys).triu(1)
+        return mask.masked_fill(later, torch.finfo(mask.dtype).min) if is_causal else mask
 
 
 class BlockMasks:

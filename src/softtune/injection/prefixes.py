@@ -47,6 +47,7 @@ class Prefixes:
     def add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Hand the prefix to layers that take a ready cache alone."""
         prefixes = [here.prefixes[a.place] for a in self.layers]
+        self._check_positions(here)
         is_prefix = here.is_prefix.get(here.lengths[self.layers[0].place])
         mask, layout = call.get("attention_mask"), None
         if mask is None and is_prefix is not None:
@@ -62,6 +63,15 @@ class Prefixes:
             call["attention_mask"] = beside.merge(mask, is_prefix)
             layout = beside if bool(starts.any()) else None
         call["cache"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
+
+    def _check_positions(self, here: RowPrompts) -> None:
+        """Refuse rows whose text does not begin behind the whole cache where the model counts by its length alone."""
+        counts_itself = not self.stack.takes_position_ids and self.stack.table_size is not None
+        if counts_itself and bool((here.shift != max(here.lengths[self.layers[0].place])).any()):
+            raise UnsupportedModelError(
+                f"{type(self.stack.module).__name__} counts positions by its cache: run rows with other prefixes in "
+                "batches of their own, and leave out shift_positions"
+            )
 
     def check_reached(self, wrapper: PrefixAttention | PackedAttention, call: Call) -> None:
         """Raise UnsupportedModelError where a layer that is not left out by chance has not called the wrapper."""
