@@ -73,6 +73,7 @@ HINTS: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "longcat_flash": {"expert_ffn_hidden_size": 32, "ffn_hidden_size": 64, "zero_expert_num": 2},
+    "longformer": {"attention_window": [4, 4]},
     "luke": {"entity_vocab_size": 60, "entity_emb_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "perceiver": {"d_latents": 32, "num_latents": 16, "num_self_attends_per_block": 2, "qk_channels": 32},

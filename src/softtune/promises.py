@@ -19,7 +19,7 @@ from softtune.backbone import Backbone, turn
 from softtune.backbone.checkpointing import is_checkpointing, unchecked
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.refusal import reading_text
-from softtune.compat import cache_of, disable_checkpointing, enable_checkpointing
+from softtune.compat import cache_of, disable_checkpointing, enable_checkpointing, renamed
 from softtune.errors import SofttuneError
 from softtune.gradients import without_gradient
 from softtune.injection.owners import BASE
@@ -347,12 +347,21 @@ def _steps(probe: Probe) -> str | None:
     """Going on from a returned cache is going on with the text."""
     if not probe.writes or probe.backbone.is_encoder_decoder:
         return None
-    text = probe.text[:, : GIVEN + 1]
-    with evaluating(probe.model):  # type: ignore[arg-type]
-        begun = probe.model(**probe._call(text[:, :GIVEN]), **probe.places, use_cache=True)
-        call = {"input_ids": text[:, GIVEN:], "attention_mask": torch.ones_like(text)}
-        found = _answer(probe.model(**call, **probe.places, cache=cache_of(begun)))[0]
-        whole = _answer(probe.model(**probe._call(text), **probe.places_in_longer))[0]
+    how = _step_differs(probe, probe.model)
+    try:
+        is_asked = how is not None and _step_differs(probe, probe.base) is None
+    except Exception:
+        is_asked = False
+    return how if is_asked else None
+
+
+def _step_differs(probe: Probe, model: Any) -> str | None:
+    text, is_adapted = probe.text[:, : GIVEN + 1], model is probe.model
+    with evaluating(probe.base), evaluating(model):
+        begun = model(**probe._call(text[:, :GIVEN]), **(probe.places if is_adapted else {}), use_cache=True)
+        call = {"input_ids": text[:, GIVEN:], "attention_mask": torch.ones_like(text), "cache": cache_of(begun)}
+        found = _answer(model(**renamed(call, probe.base.forward), **(probe.places if is_adapted else {})))[0]
+        whole = _answer(model(**probe._call(text), **(probe.places_in_longer if is_adapted else {})))[0]
     return probe.differ(found[-1:], whole[-1:])
 
 

@@ -219,7 +219,9 @@ class Stack:
         words = self.module.get_input_embeddings()(ids)
         try:
             self._states(inputs_embeds=words + 1)
-        except (RuntimeError, TypeError, ValueError):  # Gemma 4 looks for the ids of all vectors
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # Gemma 4 looks for the ids of all vectors
             return None
         with reading_text(self.module):
             expected = self._states(input_ids=ids)

@@ -70,10 +70,11 @@ class StackInjection:
         self.prompts = RowPrompts.of(prompts, self.layers, stack, reads=reads_input)
         if self.prompts.vectors is not None:
             _ = stack.word_scale  # found out by calls that must not meet what else acts
-        if self.prompts.is_ragged and not stack.ignores_padding:
+        is_padded = self.prompts.is_ragged or (self.prompts.is_prefix and not self.has_interface)
+        if is_padded and not stack.ignores_padding:
             raise UnsupportedModelError(
-                f"{type(stack.module).__name__} does not ignore the padding between rows with different numbers of "
-                "virtual tokens among the words: run them in batches of their own"
+                f"{type(stack.module).__name__} does not ignore padding, which rows with different numbers of virtual "
+                "tokens need: run them in batches of their own"
             )
         self.prefixes = Prefixes(stack, self.layers, self.columns)
         self.positions = Positions(stack, self.columns, has_prefix=bool(self.layers))

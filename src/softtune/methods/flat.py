@@ -60,7 +60,7 @@ def _layer_numbers(layers: Layers, count: int) -> list[int]:
 
 def settle_prefix(config: PromptLearningConfig, backbone: Backbone) -> None:
     """Fill in PEFT's size fields from the first layer of the site that all models of a kind have."""
-    main = [a for a in backbone.attention_layers if a.site is backbone.stacks[-1].site]
+    main = [a for a in backbone.attention_layers if a.site is backbone.stacks[-1].site] or backbone.attention_layers
     config.settle(token_dim=main[0].heads * main[0].key_size, num_attention_heads=main[0].heads, num_layers=len(main))
     config.num_transformer_submodules = config.num_transformer_submodules or len(backbone.stacks)
 
@@ -97,5 +97,10 @@ def flat_prefix(backbone: Backbone, layers: Sequence[AttentionLayer], words: Ten
     """
     computed = backbone.keys_and_values(words)
     rows = torch.arange(len(words))
+    if missing := [a for a in layers if a.place not in computed]:
+        raise UnsupportedModelError(
+            f"layer {missing[0].index} of {type(backbone.model).__name__} attends to some texts alone: set layers to "
+            "others, or init_weights='random'"
+        )
     parts = [part[:, rows % part.shape[1]] for a in layers for part in computed[a.site, a.index]]
     return torch.cat([part.transpose(0, 1).reshape(len(words), -1) for part in parts], dim=1).float()
