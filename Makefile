@@ -1,17 +1,19 @@
 # Every target sets up what it needs; a second run installs nothing.
 
-# Of transformers, TRANSFORMERS=5.17.0 takes another version than constraints.txt, in an environment of its own.
+# TRANSFORMERS=5.17.0 takes another version of it than constraints.txt, and NEWEST=1 the newest of everything, each in an
+# environment of its own.
 TRANSFORMERS ?=
-VENV := .venv$(addprefix -,$(TRANSFORMERS))
+NEWEST ?=
+VENV := .venv$(addprefix -,$(TRANSFORMERS))$(if $(NEWEST),-newest)
 PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
-CONSTRAINTS := $(VENV)/constraints.txt
-MATRIX ?= $(if $(TRANSFORMERS),build/support-$(TRANSFORMERS).md,docs/support.md)
+CONSTRAINED := $(if $(NEWEST),,--constraint constraints.txt)
+MATRIX ?= $(if $(TRANSFORMERS)$(NEWEST),build/support$(VENV:.venv%=%).md,docs/support.md)
 SYSTEM_PYTHON ?= python3
 SST2 ?= data/sst2
 VLLM := .venv-vllm
 
-.PHONY: demo test test-all test-slow test-vllm matrix check bench bench-serve bench-vllm bench-steps setup clean
+.PHONY: demo test test-all test-others test-vllm matrix census check bench bench-serve bench-vllm bench-steps setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -22,13 +24,18 @@ test: $(VENV)/.library
 test-all: $(VENV)/.models
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
-# Those of test-all that neither test nor matrix runs.
-test-slow: $(VENV)/.models
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "slow and not promise" --numprocesses 2 --dist worksteal
+# Those of test-all that matrix does not run.
+test-others: $(VENV)/.models
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not promise" --numprocesses 2 --dist worksteal
 
 # Those tests of test-all that say something of a family and a method, and what they say.
 matrix: $(VENV)/.library
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m promise -p tests.matrix --matrix $(MATRIX)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m promise --numprocesses 2 --dist worksteal \
+		-p tests.matrix --matrix $(MATRIX) --tested src/softtune/tested.json
+
+# What becomes of every architecture of transformers, five minutes: a section of docs/support.md.
+census: $(VENV)/.library
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.census $(MATRIX)
 
 # The engine on vLLM's build for CPUs, in an environment of its own: 3.5 GB, five minutes to make.
 test-vllm: $(VLLM)/.library
@@ -68,13 +75,26 @@ bench-steps: $(VENV)/.models
 
 setup: $(VENV)/.models
 
+ifeq ($(TRANSFORMERS),)
 # torch comes first and by its exact version: pip then finds a build for the CPU where one is at hand.
 $(VENV)/.library: pyproject.toml constraints.txt
 	test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv $(VENV)
-	sed '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/)' constraints.txt > $(CONSTRAINTS)
-	$(PIP) --constraint $(CONSTRAINTS) torch
-	$(PIP) --constraint $(CONSTRAINTS) --editable ".[test]"
+	$(PIP) $(CONSTRAINED) torch
+	$(PIP) $(CONSTRAINED) --editable ".[test]"
 	touch $@
+else
+# Another transformers, before all that the first environment has.
+$(VENV)/.library: .venv/.library
+	test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PYTHON) -c 'import site; print(site.getsitepackages()[0].replace("$(VENV)", ".venv"))' > $(VENV)/shared
+	mv $(VENV)/shared "$$($(PYTHON) -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	$(PIP) transformers==$(TRANSFORMERS)
+	$(PIP) --no-deps --editable .
+	touch $@
+
+.venv/.library: pyproject.toml constraints.txt
+	$(MAKE) $@ TRANSFORMERS=
+endif
 
 # vLLM brings its own transformers; its packages for pictures and sound want another torch than the one for CPUs.
 $(VLLM)/.library: pyproject.toml constraints.txt

@@ -37,6 +37,7 @@ from softtune.compat import INSTALLED
 from softtune.promises import PROMISES, Broken
 from softtune.self_check import check
 from tests.architectures import TASKS, architectures, build
+from tests.matrix import CENSUS
 
 METHODS: dict[str, Callable[..., PeftConfig]] = {
     "prefix": PrefixTuningConfig,
@@ -49,7 +50,6 @@ COLUMNS = {"P-tuning": (1, 3)}
 """Where a template has virtual tokens among the three words of a text."""
 HOLDS, REFUSED, WRONG, UNBUILT = "holds", "refused", "wrong", "unbuilt"
 MARKS = {HOLDS: "✓", REFUSED: "\N{EN DASH}", WRONG: "✗"}
-HEADING = "## Every architecture"
 
 
 class Case(NamedTuple):
@@ -105,7 +105,7 @@ def census(classes: Iterable[tuple[str, str, str]], processes: int = 2) -> list[
 def page(cases: Sequence[Case]) -> str:
     """The section of docs/support.md."""
     lines = [
-        HEADING,
+        CENSUS,
         "",
         f"Written by `make census`: every class of the auto mappings of transformers {INSTALLED}, built tiny and "
         f"random, with torch {torch.__version__.partition('+')[0]}. **✓** every promise of `softtune check` holds, "
@@ -147,7 +147,7 @@ def _table(cases: Sequence[Case]) -> list[str]:
 
 def write(cases: Sequence[Case], path: Path) -> None:
     """Put the section at the end of a page, in place of an earlier one."""
-    before = path.read_text(encoding="utf-8").partition(HEADING)[0].rstrip() if path.exists() else ""
+    before = path.read_text(encoding="utf-8").partition(CENSUS)[0].rstrip() if path.exists() else ""
     path.write_text(f"{before}\n\n{page(cases)}", encoding="utf-8")
 
 

@@ -1,21 +1,24 @@
 """The support matrix: which promise was tested for which family and method, and held.
 
-A pytest plugin: ``pytest -p tests.matrix --matrix docs/support.md``. A test says by ``pytest.mark.promise(2, 6)`` what
-it tests, and by its parameters ``family`` and ``method`` of what; the mark's ``families`` and ``methods`` (names, or a
-function from family to methods) say what a test runs over by itself. A promise is claimed where tests of it ran, and
-every one that was collected ran and passed.
+A pytest plugin: ``pytest -p tests.matrix --matrix docs/support.md --tested src/softtune/tested.json``. A test says by
+``pytest.mark.promise(2, 6)`` what it tests, and by its parameters ``family`` and ``method`` of what; the mark's
+``families`` and ``methods`` (names, or a function from family to methods) say what a test runs over alone. A promise
+is claimed where tests of it ran, and every one that was collected ran and passed. The second file has the classes of
+models that were tested with each version of transformers, which softtune does not check by itself.
 
 Knows nothing of what the tests do.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 PROMISES = {
     1: "Frozen: training changes the adapter alone, and no tensor of the base model.",
@@ -43,6 +46,8 @@ COLUMNS = {
     "BitFit, added": ("bitfit_added",),
 }
 REFUSED = "\N{EN DASH}"
+CENSUS = "## Every architecture"
+"""The heading of what ``make census`` has written, which stays."""
 HEAD = """# What is tested
 
 Written by `make matrix` from a run of all contract tests with transformers {transformers}, torch {torch} and PEFT
@@ -73,8 +78,9 @@ Cell = tuple[str, str, int]
 class Matrix:
     """Who tests what, and with which outcome."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tested: Path | None = None) -> None:
         self.path = path
+        self.tested = tested
         self.tests: dict[Cell, list[str]] = defaultdict(list)
         """Ids of the tests that were collected, before any were deselected."""
         self.outcomes: dict[str, str] = {}
@@ -93,10 +99,46 @@ class Matrix:
         elif report.skipped or report.when == "call":
             self.outcomes.setdefault(report.nodeid, report.outcome)
 
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Hear from a process of pytest-xdist what it has collected, as all of them have."""
+        for name, cells in node.workeroutput.get("matrix", {}).items():
+            for cell in cells:
+                self.tests[tuple(cell)].append(name)
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if hasattr(session.config, "workeroutput"):
+            collected: dict[str, list[Cell]] = defaultdict(list)
+            for cell, names in self.tests.items():
+                for name in names:
+                    collected[name].append(cell)
+            session.config.workeroutput["matrix"] = dict(collected)
+        elif exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(self.page(), encoding="utf-8")
+            before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            _, heading, census = before.partition(CENSUS)
+            kept = f"\n{heading}{census}" if heading else ""
+            self.path.write_text(self.page() + kept, encoding="utf-8")
+            if self.tested is not None:
+                self.note_classes(self.tested)
+
+    def note_classes(self, path: Path) -> None:
+        """Put the classes of the families of which tests held and none failed into a file, by transformers' version."""
+        from tests.families import AUTO, FAMILIES, family_config
+
+        outcomes: dict[str, set[str | None]] = defaultdict(set)
+        for cell in self.tests:
+            outcomes[cell[0]].add(self.outcome(cell))
+        names = {
+            AUTO[task]._model_mapping[type(family_config(family))].__name__
+            for family, row in FAMILIES.items()
+            for task in row.tasks
+            if "held" in outcomes[family] and "failed" not in outcomes[family]
+        }
+        versions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        versions[version("transformers")] = sorted(names)
+        ordered = {number: versions[number] for number in sorted(versions, key=Version)}
+        path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
     def outcome(self, cell: Cell) -> str | None:
         """``held`` or ``failed``; None where a test of it did not run, or there is none."""
@@ -166,8 +208,10 @@ def group(family: str) -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", type=Path, metavar="FILE", help="write the support matrix to this file")
+    parser.addoption("--tested", type=Path, metavar="FILE", help="note in this file which classes were tested")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if path := config.getoption("--matrix"):
-        config.pluginmanager.register(Matrix(Path(config.invocation_params.dir) / path), "softtune-matrix")
+        folder, tested = Path(config.invocation_params.dir), config.getoption("--tested")
+        config.pluginmanager.register(Matrix(folder / path, tested and folder / tested), "softtune-matrix")

@@ -261,6 +261,11 @@ def keeps_states(stack: Any) -> bool:
     return hasattr(stack, "_setup_cache")
 
 
+def has_picture_in_cache(stack: nn.Module) -> bool:
+    """Whether a stack, Git's, takes what stands in its cache already for a picture, and widens masks by it."""
+    return any(hasattr(module, "image_patch_tokens") for module in stack.modules())
+
+
 def has_relative_bias(module: nn.Module) -> bool:
     """Whether an attention module of T5's kin owns a table of relative position biases."""
     return bool(getattr(module, "has_relative_attention_bias", False)) and hasattr(module, "_relative_position_bucket")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtune import compat
 from softtune.backbone import AttentionLayer, Site, Stack
 from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
@@ -47,7 +48,7 @@ class Prefixes:
     def add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Hand the prefix to layers that take a ready cache alone."""
         prefixes = [here.prefixes[a.place] for a in self.layers]
-        self._check_positions(here)
+        self._check_rows(here)
         is_prefix = here.is_prefix.get(here.lengths[self.layers[0].place])
         mask, layout = call.get("attention_mask"), None
         if mask is None and is_prefix is not None:
@@ -64,12 +65,13 @@ class Prefixes:
             layout = beside if bool(starts.any()) else None
         call["cache"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
 
-    def _check_positions(self, here: RowPrompts) -> None:
-        """Refuse rows whose text does not begin behind the whole cache where the model counts by its length alone."""
+    def _check_rows(self, here: RowPrompts) -> None:
+        """Refuse rows whose text does not begin behind the whole cache where the model goes by its length alone."""
         counts_itself = not self.stack.takes_position_ids and self.stack.table_size is not None
-        if counts_itself and bool((here.shift != max(here.lengths[self.layers[0].place])).any()):
+        goes_by_length = counts_itself or compat.has_picture_in_cache(self.stack.module)
+        if goes_by_length and bool((here.shift != max(here.lengths[self.layers[0].place])).any()):
             raise UnsupportedModelError(
-                f"{type(self.stack.module).__name__} counts positions by its cache: run rows with other prefixes in "
+                f"{type(self.stack.module).__name__} goes by the length of its cache: run rows with other prefixes in "
                 "batches of their own, and leave out shift_positions"
             )
 
