@@ -26,6 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return save_models(tmp_path_factory.mktemp("models"))
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # of PEFT 0.21.2
 @pytest.mark.slow
 def test_smollm2_takes_a_prefix_as_in_peft() -> None:
     peft = pytest.importorskip("peft")
