@@ -7,9 +7,24 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    MegatronBertConfig,
+    MegatronBertForTokenClassification,
+    NystromformerConfig,
+    NystromformerForMaskedLM,
+    PreTrainedModel,
+)
 
-from softtune import AdapterError, DataError, PeftModel, PrefixTuningConfig, UnsupportedModelError, get_peft_model
+from softtune import (
+    AdapterError,
+    DataError,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    UnsupportedModelError,
+    get_peft_model,
+)
+from softtune.backbone import Site
 from softtune.compat import enable_checkpointing
 from tests.families import (
     CAUSAL_LM,
@@ -243,3 +258,50 @@ def test_encoder_decoders_mix_sites() -> None:
     for i, name in enumerate(names):
         alone = model(rows[i][None], decoder_input_ids=decoder[i : i + 1], adapter_names=[name]).logits[0]
         torch.testing.assert_close(logits[i], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("family", "task"), [("t5", SEQ_2_SEQ_LM), ("bart", SEQ_2_SEQ_LM), ("bert", SEQ_CLS)])
+def test_texts_without_padding_do_not_see_the_prefixes_of_others(
+    family: str, task: str, attention: str, masked: bool
+) -> None:
+    """Layers that need no mask get one, in the form that their attention function adds."""
+    base = base_model(family, task, attn_implementation=attention)
+    model, names = mixed(family, task, ("prefix", "p_tuning_v2"), base)
+    inputs = batch(texts(family, task, (5,)) * len(names))
+    decoder = answers(task, 1)
+    if not masked:
+        del inputs["attention_mask"]
+    together = model(**inputs, **{k: x.expand(len(names), -1) for k, x in decoder.items()}, adapter_names=names).logits
+    for name, found in zip(names, together, strict=True):
+        alone = model(**{k: x[:1] for k, x in inputs.items()}, **decoder, adapter_names=[name]).logits[0]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_sees_padding_takes_rows_of_one_number_alone() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    torch.manual_seed(0)
+    base = NystromformerForMaskedLM(
+        NystromformerConfig(**sizes, vocab_size=97, num_landmarks=4, segment_means_seq_len=4)
+    )
+    model = PeftModel(base, PromptTuningConfig(num_virtual_tokens=2)).eval()
+    ids = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    assert model(ids).logits.shape[:2] == (2, 3)
+    with pytest.raises(UnsupportedModelError, match=r"does not ignore padding, .*: run them in batches of their own"):
+        model(ids, adapter_names=["default", "__base__"])
+
+
+def test_an_encoder_without_a_word_of_its_causality_is_seen_to_be_one() -> None:
+    """It takes a cache, as a decoder would, and its modules say nothing."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    torch.manual_seed(0)
+    base = MegatronBertForTokenClassification(MegatronBertConfig(**sizes, vocab_size=97)).eval()
+    model = scramble(PeftModel(base, PromptTuningConfig(num_virtual_tokens=2))).eval()
+    assert [stack.site for stack in model.backbone.stacks] == [Site.ENCODER]
+    ids = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    with torch.no_grad():
+        mixed_rows = model(ids, adapter_names=["default", "__base__"]).logits
+        torch.testing.assert_close(mixed_rows[0], model(ids[:1]).logits[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mixed_rows[1], base(ids[:1]).logits[0], atol=1e-5, rtol=1e-5)
