@@ -258,3 +258,28 @@ def test_opt_with_layers_left_out() -> None:
     inputs = batch(texts("opt", CAUSAL_LM))
     for _ in range(8):
         model(**inputs, labels=labels_for(CAUSAL_LM, inputs))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV32Config"), reason="this transformers has no DeepSeek V3.2")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_goes_by_the_name_of_its_attention_function(attention: str) -> None:
+    """DeepSeek V3.2 leaves keys out under these two names, and attends to all of them under any other."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8, "head_dim": 8}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 2,
+    }
+    index = {"index_topk": 2, "index_n_heads": 2, "index_head_dim": 16}
+    config = transformers.DeepseekV32Config(**sizes, **heads, **latent, **experts, **index, **SPECIAL)
+    model, ids = made("DeepseekV32ForCausalLM", config), torch.arange(5, 17)[None]
+    model.set_attn_implementation(attention)
+    expected = model(ids, use_cache=False).logits
+    adapted_model = PeftModel(model)
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+    assert torch.equal(adapted_model(ids, use_cache=False).logits, expected)

@@ -51,16 +51,6 @@ class Adapted(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-class Promise(NamedTuple):
-    """Something that holds for every base model and method."""
-
-    text: str
-    check: Callable[[Probe], str | None]
-    """Says in what way it fails; None where it holds, or is not asked."""
-    is_quick: bool = True
-    """Whether it is among those that a model is checked for before its first use."""
-
-
 class Refused(NamedTuple):
     """A promise that is not given: softtune says why, in one line."""
 
@@ -73,8 +63,26 @@ class Broken(NamedTuple):
     how: str
 
 
-Outcome = Refused | Broken | None
+class NotAsked(NamedTuple):
+    """A promise that the base model has no place for, or breaks alone."""
+
+    reason: str
+
+
+Outcome = Refused | Broken | NotAsked | None
 """None where the promise holds."""
+NO_TEXT = NotAsked("it writes no text")
+BASE_TOO = NotAsked("the base model alone does not keep it")
+
+
+class Promise(NamedTuple):
+    """Something that holds for every base model and method."""
+
+    text: str
+    check: Callable[[Probe], Outcome | str]
+    """None where it holds; a text says in what way it does not."""
+    is_quick: bool = True
+    """Whether it is among those that a model is checked for before its first use."""
 
 
 class Probe:
@@ -191,6 +199,8 @@ class Probe:
     def _call(self, text: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The arguments of a forward."""
         call = {"input_ids": text, "attention_mask": torch.ones_like(text) if mask is None else mask}
+        if self.backbone.compares_choices:
+            return {name: x[:, None] for name, x in call.items()}
         if self.backbone.is_encoder_decoder and self.base.get_output_embeddings() is not None:
             call["decoder_input_ids"] = self.text[:, :GIVEN]
         return call
@@ -219,12 +229,15 @@ def _acts(probe: Probe) -> str | None:
     return None if probe.moved > probe.tolerance else "the outputs are the base model's"
 
 
-def _padding(probe: Probe) -> str | None:
+def _padding(probe: Probe) -> Outcome | str:
+    asked: Outcome = None
     for side in ("right", "left"):
         how = probe.differ(probe.padded(side, probe.model), probe.alone)
         if how and not _base_differs(probe, side):
             return f"padded on the {side}, {how}"
-    return None
+        if how:
+            asked = NotAsked(f"padding on the {side} changes the base model's outputs too")
+    return asked
 
 
 def _base_differs(probe: Probe, side: str) -> bool:
@@ -235,18 +248,20 @@ def _base_differs(probe: Probe, side: str) -> bool:
         return True
 
 
-def _cache(probe: Probe) -> str | None:
+def _cache(probe: Probe) -> Outcome | str:
     """Greedy decoding with a cache gives the logits of one forward over the text that it writes."""
-    if not probe.writes:
-        return None
-    how = _generation_differs(probe, probe.model)
+    return _unlike_base(probe, _generation_differs) if probe.writes else NO_TEXT
+
+
+def _unlike_base(probe: Probe, differs: Callable[[Probe, Any], str | None]) -> Outcome | str:
+    """In what way the adapted model differs, if the base model alone does not."""
+    how = differs(probe, probe.model)
     if how is None:
         return None
     try:
-        base_too = _generation_differs(probe, probe.base) is not None
+        return BASE_TOO if differs(probe, probe.base) else how
     except Exception:
-        base_too = True
-    return None if base_too else how
+        return BASE_TOO
 
 
 def _generation_differs(probe: Probe, model: Any) -> str | None:
@@ -304,10 +319,10 @@ def _gradients_of(probe: Probe) -> dict[str, Tensor | None]:
     return dict(zip(trained, found, strict=True))
 
 
-def _checkpointing(probe: Probe) -> str | None:
+def _checkpointing(probe: Probe) -> Outcome | str:
     """Layers that run again in the backward pass give the same gradients."""
     if not probe.base.supports_gradient_checkpointing or is_checkpointing(probe.base):
-        return None
+        return NotAsked("the base model has no checkpointing, or has it on")
     expected = _gradients_of(probe)
     enable_checkpointing(probe.base, use_reentrant=False)
     try:
@@ -315,7 +330,7 @@ def _checkpointing(probe: Probe) -> str | None:
     except Exception:
         if _base_checkpoints(probe):
             raise
-        return None
+        return BASE_TOO
     finally:
         disable_checkpointing(probe.base)
     for name, gradient in expected.items():
@@ -338,21 +353,16 @@ def _base_checkpoints(probe: Probe) -> bool:
 def _rows(probe: Probe) -> str | None:
     """A row's outputs are its own beside a row of the base model."""
     with evaluating(probe.model):  # type: ignore[arg-type]
-        call = {name: x.repeat(2, 1) for name, x in {**probe._call(probe.text), **probe.places}.items()}
+        call = {name: torch.cat([x, x]) for name, x in {**probe._call(probe.text), **probe.places}.items()}
         answer = _answer(probe.model(**call, adapter_names=[BASE, "probe"]))
     return probe.differ(answer[0], probe.expected) or probe.differ(answer[1], probe.alone)
 
 
-def _steps(probe: Probe) -> str | None:
+def _steps(probe: Probe) -> Outcome | str:
     """Going on from a returned cache is going on with the text."""
     if not probe.writes or probe.backbone.is_encoder_decoder:
-        return None
-    how = _step_differs(probe, probe.model)
-    try:
-        is_asked = how is not None and _step_differs(probe, probe.base) is None
-    except Exception:
-        is_asked = False
-    return how if is_asked else None
+        return NO_TEXT
+    return _unlike_base(probe, _step_differs)
 
 
 def _step_differs(probe: Probe, model: Any) -> str | None:
@@ -395,12 +405,12 @@ def outcomes(probe: Probe, names: Sequence[str] | None = None) -> dict[str, Outc
 
 def _outcome(probe: Probe, promise: Promise) -> Outcome:
     try:
-        how = promise.check(probe)
+        found = promise.check(probe)
     except SofttuneError as error:
         return Refused(str(error))
     except Exception as error:
-        how = f"{type(error).__name__}: {in_one_line(error)}"
-    return Broken(how) if how else None
+        return Broken(f"{type(error).__name__}: {in_one_line(error)}")
+    return Broken(found) if isinstance(found, str) else found
 
 
 def _answer(output: Any) -> Tensor:

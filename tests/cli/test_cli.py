@@ -24,6 +24,8 @@ import softtune_command
 from softtune import PeftModel
 from softtune.cli.console import quiet
 from softtune.cli.flags import overrides
+from softtune.compat import INSTALLED
+from softtune.promises import PROMISES
 from softtune.training.recipe import Recipe
 
 
@@ -498,3 +500,53 @@ def test_a_base_model_of_another_kind(
     what = f"the base model {models['bert']!r} is no decoder and goes on from no text"
     remedy = f"name the adapter's own with --model, {models['llama']}, or a copy of it"
     assert capsys.readouterr().err == f"softtune: {what}: {remedy}\n"
+
+
+def test_check_shows_promises_by_methods(
+    models: dict[str, str],
+    trained: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run("check", models["llama"], "--method", "prefix_tuning", "--method", "bitfit") == 0
+    shown = capsys.readouterr().out
+    assert f"LlamaForCausalLM, transformers {INSTALLED}, float32, sdpa" in shown
+    assert shown.count("holds") == 2 * len(PROMISES)
+    assert run("check", models["llama"], "--adapter", str(trained["words"])) == 0
+    assert "PROMPT TUNING" in " ".join(capsys.readouterr().out.split())
+    assert run("check", models["bert"], "--task", "SEQ_CLS", "--method", "prefix_tuning") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "cached decoding gives the outputs of one forward is not asked, it writes no text" in shown
+    broken = PROMISES["padding"]._replace(check=lambda probe: "off by [1]")
+    monkeypatch.setitem(PROMISES, "padding", broken)
+    assert run("check", models["llama"], "--method", "prompt_tuning") == 1
+    output = capsys.readouterr()
+    assert "give the same outputs FAILS, off by [1]" in output.out
+    assert output.err == "softtune: promises fail for prompt_tuning: see above what does work\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "lora"), "--method 'lora' is no method: use one of prefix_tuning, "),
+        (("--task", "X"), "no base model is loaded for task X: use one of "),
+        (("--adapter", "{words}", "--task", "CAUSAL_LM"), "drop --method and --task, or --adapter"),
+        (("--adapter", "nowhere"), "nowhere is no local folder"),
+    ],
+)
+def test_check_refuses_in_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    models: dict[str, str],
+    trained: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("check", models["llama"], *(a.format(words=trained["words"]) for a in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_check_refuses_methods_that_a_model_cannot_take(models: dict[str, str], capsys: Any) -> None:
+    assert run("check", models["t5"], "--task", "SEQ_2_SEQ_LM", "--method", "prefix_tuning") == 0
+    assert "FAILS" not in capsys.readouterr().out

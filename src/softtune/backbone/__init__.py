@@ -93,7 +93,12 @@ class Backbone:
     @property
     def labels_whole_texts(self) -> bool:
         """Whether a label is for a text rather than for a token."""
-        return type(self.model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
+        return self.compares_choices or type(self.model).__name__.endswith("ForSequenceClassification")
+
+    @property
+    def compares_choices(self) -> bool:
+        """Whether a row has several texts, [B, choices, T]."""
+        return type(self.model).__name__.endswith("ForMultipleChoice")
 
     @property
     def judges_whole_texts(self) -> bool:

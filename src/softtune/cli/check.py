@@ -28,7 +28,7 @@ from softtune.methods import (
 )
 from softtune.model import PeftModel
 from softtune.pretrained import known_task, load_base_model
-from softtune.promises import PROMISES, Broken, Outcome, Refused
+from softtune.promises import PROMISES, Broken, NotAsked, Outcome, Refused
 
 METHODS: dict[str, type[PeftConfig]] = {
     "prefix_tuning": PrefixTuningConfig,
@@ -98,6 +98,9 @@ def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -
             outcome = found[name]
             if outcome is None:
                 cells.append("holds")
+            elif isinstance(outcome, NotAsked):
+                notes[f"{method}: {promise.text} is not asked, {outcome.reason}"] = None
+                cells.append("not asked")
             elif isinstance(outcome, Refused):
                 notes[f"{method}: refused, {outcome.reason}"] = None
                 cells.append("refused")

@@ -67,7 +67,7 @@ class Prefixes:
 
     def _check_rows(self, here: RowPrompts) -> None:
         """Refuse rows whose text does not begin behind the whole cache where the model goes by its length alone."""
-        counts_itself = not self.stack.takes_position_ids and self.stack.table_size is not None
+        counts_itself = self.stack.position_table is not None
         goes_by_length = counts_itself or compat.has_picture_in_cache(self.stack.module)
         if goes_by_length and bool((here.shift != max(here.lengths[self.layers[0].place])).any()):
             raise UnsupportedModelError(
