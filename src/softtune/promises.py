@@ -8,7 +8,7 @@ Letters: B rows, T tokens, V words or classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -47,8 +47,6 @@ class Adapted(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def generate(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 class Refused(NamedTuple):
@@ -120,11 +118,6 @@ class Probe:
         return {name for name, _ in (*self.base.named_parameters(), *self.base.named_buffers())}
 
     @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    @property
     def writes(self) -> bool:
         """Whether the model generates texts."""
         return self.base.can_generate() and self.base.get_output_embeddings() is not None and self._has_decoder
@@ -188,7 +181,7 @@ class Probe:
             if self.moved > 10 * self.tolerance:
                 return
             with torch.no_grad():
-                for parameter in self.trained.values():
+                for parameter in self.adapter.trained.values():
                     parameter.mul_(STRONGER)
             self.alone = self.read()
 
@@ -306,7 +299,7 @@ def _gradients(probe: Probe) -> str | None:
 
 def _gradients_of(probe: Probe) -> dict[str, Tensor | None]:
     """The gradient of everything that is trained, in a training step of a fixed loss."""
-    trained = probe.trained
+    trained = probe.adapter.trained
     mode = evaluating if any(stack.has_layerdrop for stack in probe.backbone.stacks) else training
     torch.manual_seed(0)
     with mode(probe.model), torch.enable_grad():  # type: ignore[arg-type]
@@ -342,11 +335,15 @@ def _checkpointing(probe: Probe) -> Outcome | str:
 
 def _base_checkpoints(probe: Probe) -> bool:
     """Whether the base model alone runs through its checkpointed layers and back."""
+    gradients = [(parameter, parameter.grad) for parameter in probe.base.parameters()]
     try:
         with training(probe.base), torch.enable_grad():
             _answer(probe.base(**probe._call(probe.text))).sum().backward()
     except Exception:
         return False
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
     return True
 
 
