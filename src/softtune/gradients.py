@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, register_multi_grad_hook
+from torch.utils.hooks import unserializable_hook
 
 CAUSES = (
     "a quantised layer that has no backward, tensors that were detached, or a base model that the adapter does not "
@@ -82,7 +83,8 @@ class GradientWatch:
         def begin(gradient: Tensor) -> None:
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
-        self._hooks.append(register_multi_grad_hook(roots, begin, mode="any"))
+        # Outputs are saved without the hook, and without a warning.
+        self._hooks.append(register_multi_grad_hook(roots, unserializable_hook(begin), mode="any"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GradientWatch, ()

@@ -57,6 +57,7 @@ def train_together(
     starts = checkpoints if checkpoints is not None else [None] * len(trainers)
     runs = [_Run(f"run-{i}", *each) for i, each in enumerate(zip(trainers, starts, strict=True))]
     model = PeftModel.of(runs[0].model.base_model, {run.name: run.adapter for run in runs})
+    model.gradient_watch.is_over = True  # each Trainer looks at its own gradients
     with ExitStack() as stack:
         memory, disk = (sum(sizes) for sizes in zip(*(t.trunk_cache for t in trainers), strict=True))
         if memory or disk:
