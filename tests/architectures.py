@@ -55,10 +55,26 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 MOST_LAYERS = 8
 """So many, at most, that each kind of layer comes once."""
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_BERT = {
+    "model_type": "bert",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 HINTS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"linear_head_dim": 16, "head_dim": 16},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": _PLAIN_ROPE},
+    "encoder-decoder": {
+        "encoder": _BERT,
+        "decoder": {**_BERT, "is_decoder": True, "add_cross_attention": True},
+        "decoder_start_token_id": 0,
+        "pad_token_id": 1,
+    },
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 4, "pad_token_id": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 16},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
