@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import version
+
 import pytest
 
 from tests.families import FAMILIES, KINDS, METHODS
-from tests.matrix import COLUMNS, REFUSED
+from tests.matrix import CENSUS, COLUMNS, REFUSED
 
 pytest_plugins = ["pytester"]
 ALL = "1, 2, 3, 4, 5, 6, 7, 8"
@@ -122,3 +125,28 @@ def test_of_no_family(): assert False
 def test_a_mark_without_a_promise_is_an_error(pytester: pytest.Pytester, mark: str) -> None:
     assert run(pytester, suite(mark)).ret == pytest.ExitCode.USAGE_ERROR
     assert not (pytester.path / "folder").exists()
+
+
+def test_what_the_census_wrote_stays(pytester: pytest.Pytester) -> None:
+    run(pytester, suite())
+    path = pytester.path / "folder" / "support.md"
+    alone = path.read_text(encoding="utf-8")
+    section = f"{CENSUS}\n\nA table.\n"
+    path.write_text(f"{alone.rstrip()}\n\n{section}", encoding="utf-8")  # as tests/census.py writes it
+    before = path.read_text(encoding="utf-8")
+    run(pytester, suite())
+    assert path.read_text(encoding="utf-8") == before == f"{alone}\n{section}"
+
+
+@pytest.mark.parametrize(("body", "is_tested"), [("pass", True), ("assert False", False)])
+def test_classes_that_held_are_noted_beside_other_versions(
+    body: str, is_tested: bool, pytester: pytest.Pytester
+) -> None:
+    path = pytester.path / "tested.json"
+    path.write_text('{"9.0.0": ["Other"], "5.2.0": []}')
+    run(pytester, suite(body=body), "--tested", "tested.json")
+    found = json.loads(path.read_text())
+    assert list(found) == ["5.2.0", version("transformers"), "9.0.0"]
+    assert found["9.0.0"] == ["Other"]
+    expected = ["GPT2ForSequenceClassification", "GPT2LMHeadModel"] if is_tested else []
+    assert found[version("transformers")] == expected
