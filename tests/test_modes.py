@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from softtune import get_peft_model
+from softtune.injection import _lay_together
 from tests.families import (
     CAUSAL_LM,
     METHODS,
@@ -110,3 +111,12 @@ def test_layers_compiled_one_by_one(method: str) -> None:
     for layer in model.get_base_model().model.layers:
         layer.compile(backend="aot_eager")
     torch.testing.assert_close(run(model, "llama", CAUSAL_LM), (logits, gradients), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_language_head_gets_states_that_lie_together(rows: int) -> None:
+    """In bf16 on a CPU, others are multiplied tens of times as slowly; one row's lie apart by their strides alone."""
+    states = torch.randn(rows, 3, 8)[:, -1:]
+    (laid,) = _lay_together(torch.nn.Identity(), (states,))
+    assert laid.stride() == (8, 8, 1)
+    assert torch.equal(laid, states)
