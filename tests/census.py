@@ -81,7 +81,7 @@ def outcome(model: PreTrainedModel, task: str, method: str) -> tuple[str, str]:
     columns = COLUMNS.get(method)
     try:
         adapted = PeftModel(model, config)
-        found = check(adapted.backbone, config, adapted.with_adapter, thorough=True, columns=columns)
+        found = check(adapted.backbone, config, PeftModel.with_adapter, thorough=True, columns=columns)
     except SofttuneError as error:
         return REFUSED, _line(error)
     except Exception as error:

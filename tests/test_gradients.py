@@ -20,6 +20,7 @@ from tests.families import (
     CAUSAL_LM,
     FAMILIES,
     METHODS,
+    QUESTION_ANS,
     SEQ_CLS,
     adapted,
     answers,
@@ -33,7 +34,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
 RECORDS = [{"input_ids": row, "labels": row} for row in IDS]
 
 
-class Cut(torch.autograd.Function):
+class Zeros(torch.autograd.Function):
     """As a quantised layer without a backward: zeros come back."""
 
     @staticmethod
@@ -41,8 +42,16 @@ class Cut(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
         return torch.zeros_like(gradient)
+
+
+class Nothing(Zeros):
+    """None comes back."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
+        return None
 
 
 def cut(model: PeftModel, how: str) -> PeftModel:
@@ -50,13 +59,14 @@ def cut(model: PeftModel, how: str) -> PeftModel:
     norm = model.get_base_model().model.norm
 
     def stop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return Cut.apply(output) if how == "zeros" else output.detach().requires_grad_()
+        cuts = {"zeros": Zeros.apply, "nothing": Nothing.apply, "detached": lambda x: x.detach().requires_grad_()}
+        return cuts[how](output)
 
     norm.register_forward_hook(stop)
     return model.train()
 
 
-@pytest.mark.parametrize("how", ["zeros", "detached"])
+@pytest.mark.parametrize("how", ["zeros", "nothing", "detached"])
 @pytest.mark.parametrize("method", ["prefix", "prompt", "p_tuning_lstm"])
 def test_a_bare_loop_is_warned_once(method: str, how: str) -> None:
     model = cut(adapted("llama", CAUSAL_LM, method), how)
@@ -123,10 +133,14 @@ def test_a_forward_without_a_backward_leaves_nothing_behind() -> None:
     (parameter,) = model.adapter("default").trained.values()
     for _ in range(40):
         model(IDS, labels=IDS)
-    assert len(parameter._backward_hooks or ()) <= 1
-    assert model.gradient_watch.is_over
-    model(IDS, labels=IDS)
+    assert len(parameter._backward_hooks or ()) == 1
+    model.eval()
+    for _ in range(40):
+        model(IDS, labels=IDS)
     assert not parameter._backward_hooks
+    cut(model, "zeros")
+    with pytest.warns(NoGradientWarning):
+        model(IDS, labels=IDS).loss.backward()
 
 
 def test_a_model_that_is_watched_can_be_copied_and_pickled() -> None:
@@ -141,21 +155,64 @@ def test_without_training_nothing_is_watched() -> None:
     model = adapted("bert", SEQ_CLS, "prefix")
     with torch.no_grad():
         model(IDS)
-    assert model.gradient_watch._forwards == 0
+    assert model.gradient_watch._evaluations == 0
 
 
 def test_one_of_several_tensors() -> None:
     first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
     watch = GradientWatch()
     loss = (first * second.detach()).sum()
-    watch.attach([loss], {"first": first, "second": second}, all_learn=True)
+    watch.attach([loss], {"first": first, "second": second}, list, in_training=True)
     with pytest.warns(NoGradientWarning, match="second of 2 trained tensors"):
         loss.backward()
     watch = GradientWatch()
     loss = (first * second.detach()).sum()
-    watch.attach([loss], {"first": first, "second": second}, all_learn=False)
+    watch.attach([loss], {"first": first, "second": second}, lambda idle: [], in_training=True)
     loss.backward()
     assert watch.is_over
+
+
+@pytest.mark.parametrize("task", [QUESTION_ANS, SEQ_CLS])
+def test_a_heads_part_may_rest_and_a_head_may_not(task: str) -> None:
+    """A softmax over tokens takes no notice of the bias that a head of spans adds to all of them."""
+    adapter = adapted("bert", task, "prefix").adapter("default")
+    heads = [name for name in adapter.trained if name != "embedding.weight"]
+    assert len(heads) > 1
+    assert adapter.cut_off(heads[:-1]) == []
+    assert adapter.cut_off(heads) == heads
+    assert adapter.cut_off(["embedding.weight", heads[0]]) == ["embedding.weight"]
+
+
+def test_changes_of_biases_may_rest_if_not_all_of_them() -> None:
+    adapter = adapted("bert", SEQ_CLS, "bitfit").adapter("default")
+    own = [name for name in adapter.trained if name.startswith("changes.")]
+    assert adapter.cut_off(own[1:]) == []
+    assert adapter.cut_off(own) == own
+
+
+def test_a_second_adapter_is_watched_too() -> None:
+    model = adapted("llama", CAUSAL_LM, "prefix").train()
+    model(IDS, labels=IDS).loss.backward()
+    assert model.gradient_watch.is_over
+    model.add_adapter("other", METHODS["prompt"](task_type=CAUSAL_LM))
+    model.set_adapter("other")
+    cut(model, "zeros")
+    with pytest.warns(NoGradientWarning, match=r"other\."):
+        model(IDS, labels=IDS).loss.backward()
+
+
+def test_a_bare_loop_after_a_trainer_is_watched(tmp_path: Path) -> None:
+    model = adapted("llama", CAUSAL_LM, "prefix")
+    AdapterTrainer(model, args=training_arguments(tmp_path, max_steps=1), train_dataset=RECORDS).train()
+    cut(model, "zeros")
+    with pytest.warns(NoGradientWarning):
+        model(IDS, labels=IDS).loss.backward()
+
+
+def test_a_loss_over_hidden_states_is_watched() -> None:
+    model = cut(adapted("llama", CAUSAL_LM, "prefix"), "zeros")
+    with pytest.warns(NoGradientWarning):
+        model(IDS, output_hidden_states=True).hidden_states[-1].sum().backward()
 
 
 def test_encoder_decoders_with_answers() -> None:

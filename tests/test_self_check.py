@@ -29,6 +29,7 @@ from softtune import (
 )
 from softtune.backbone.stack import _sees_nothing_later, is_causal
 from softtune.promises import PROMISES, Broken
+from softtune.serving import baking
 from tests.families import CAUSAL_LM, FAMILIES, LLAMA, METHODS, PAD, SEQ_CLS, VOCABULARY, adapted, base_model
 
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2}
@@ -167,7 +168,7 @@ def test_random_numbers_and_the_model_are_left_as_they_were(notes: Path, unteste
     for switch in (True, False):
         torch.set_rng_state(state)
         if switch:
-            self_check.ensure(model.backbone, PREFIX, model.with_adapter)
+            self_check.ensure(model.backbone, PREFIX, PeftModel.with_adapter)
         random.append(torch.rand(3))
     assert torch.equal(*random)
     assert torch.equal(base(ids).logits, expected)
@@ -247,7 +248,7 @@ def test_every_promise_can_fail(promise: str, spoil: str, monkeypatch: pytest.Mo
     if spoil == "hooks":
         hooks = StackInjection.hooks
         monkeypatch.setattr(StackInjection, "hooks", lambda self: hooks(self)[1:])
-    found = self_check.check(model.backbone, PREFIX, model.with_adapter, thorough=True)
+    found = self_check.check(model.backbone, PREFIX, PeftModel.with_adapter, thorough=True)
     assert isinstance(found[promise], Broken)
 
 
@@ -260,12 +261,43 @@ def test_what_modules_say_of_their_causality_is_what_is_seen(family: str) -> Non
         assert is_causal(model, stack) is _sees_nothing_later(stack)
 
 
+def test_accelerators_are_not_seeded(notes: Path, untested: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, seeded = llama(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    get_peft_model(base, PREFIX)
+    assert not seeded
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode(made_inside: bool, notes: Path, untested: None) -> None:
+    base = None if made_inside else llama()
+    with torch.inference_mode():
+        model = get_peft_model(base or llama(), PREFIX)
+        assert model(torch.tensor([[5, 6]])).logits.shape[:2] == (1, 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_refusal_comes_without_warnings(notes: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=PROMISES["gradients"].text):
+        get_peft_model(llama(Detached), PREFIX)
+
+
+def test_what_is_served_is_checked(notes: Path, untested: None, tmp_path: Path) -> None:
+    base = llama()
+    get_peft_model(base, PREFIX).save_pretrained(tmp_path / "adapter")
+    for note in notes.glob("*"):
+        note.unlink()
+    self_check._passed.clear()
+    baking.load(PeftModel(base).backbone, tmp_path / "adapter")
+    assert len(list(notes.glob("LlamaForCausalLM-*"))) == 1
+
+
 def test_a_lora_that_is_trained_along_is_left_alone(notes: Path, untested: None) -> None:
     base = llama()
     lora = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     before = {name: (p.clone(), p.requires_grad) for name, p in lora.named_parameters()}
     model = PeftModel(lora)
-    found = self_check.check(model.backbone, PREFIX, model.with_adapter, thorough=True)
+    found = self_check.check(model.backbone, PREFIX, PeftModel.with_adapter, thorough=True)
     assert not any(isinstance(outcome, Broken) for outcome in found.values())
     for name, parameter in lora.named_parameters():
         assert torch.equal(parameter, before[name][0])

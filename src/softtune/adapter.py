@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +72,18 @@ class Adapter:
         pairs = [(prefix + name, p) for prefix, part in parts.items() for name, p in part.named_parameters()]
         return {name: parameter for name, parameter in pairs if parameter.requires_grad}
 
-    @property
-    def all_learn(self) -> bool:
-        """Whether each of its tensors has a gradient in every step: not where modules may be left out, as experts are,
-        or a softmax takes no notice, as of the biases of keys."""
-        return self.config.is_prompt_learning
+    def cut_off(self, idle: Collection[str]) -> list[str]:
+        """Which trained tensors should have had a gradient, of those that have none or zeros only.
+
+        Each tensor of a prompt has one in every step. Others may rest, if not all of them together: an expert that no
+        token reached, a bias that a softmax takes no notice of, a head's part that the loss does not use.
+        """
+        own = [name for name, _ in self.module.named_parameters() if name in self.trained]
+        heads = [name for name in self.trained if name not in own]
+        lost = [name for name in own if name in idle]
+        if not self.config.is_prompt_learning and len(lost) < len(own):
+            lost = []
+        return lost + (heads if all(name in idle for name in heads) else [])
 
     @property
     def is_reparameterised(self) -> bool:

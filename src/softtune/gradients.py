@@ -7,7 +7,8 @@ its training then changes nothing. Knows nothing about methods.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ CAUSES = (
 )
 
 
-MOST_FORWARDS = 32
-"""Forwards without a backward pass, after which nobody seems to train."""
+MOST_EVALUATIONS = 32
+"""Forwards in evaluation mode, after which nobody seems to train in it."""
 
 
 class NoGradientWarning(UserWarning):
@@ -48,24 +49,32 @@ class GradientWatch:
     def __init__(self) -> None:
         self.is_over = False
         """Whether a backward pass has been seen, or nobody is to be warned."""
-        self._forwards = 0
+        self._evaluations = 0
         self._hooks: list[Any] = []
         self._is_fed: dict[str, bool] = {}
         """Whether a tensor's gradient has anything but zeros; nothing of tensors without one."""
 
-    def attach(self, outputs: Iterable[Tensor], trained: Mapping[str, Tensor], *, all_learn: bool) -> None:
+    def attach(
+        self,
+        outputs: Iterable[Tensor],
+        trained: Mapping[str, Tensor],
+        judge: Callable[[Sequence[str]], list[str]],
+        *,
+        in_training: bool,
+    ) -> None:
         """Watch the next backward pass through any of a forward's outputs; no longer that of an earlier forward.
 
         Args:
             outputs: what the forward returned.
             trained: leaves by name.
-            all_learn: whether one idle tensor is worth a warning, rather than all of them.
+            judge: which of the tensors without a gradient are worth a warning.
+            in_training: whether the model is in training mode; in evaluation mode forwards end in no backward pass, as
+                a rule, and are watched for some time alone.
         """
         self._detach()
         roots = [output for output in outputs if output.requires_grad]
-        self._forwards += 1
-        self.is_over = self.is_over or self._forwards > MOST_FORWARDS
-        if self.is_over or not roots:
+        self._evaluations += not in_training
+        if self.is_over or not roots or (not in_training and self._evaluations > MOST_EVALUATIONS):
             return
         # What is asked for the gradients of other tensors alone, by autograd.grad, has not lost any.
         reached = leaves_of(roots)
@@ -77,7 +86,7 @@ class GradientWatch:
             idle = [name for name in trained if not self._is_fed.get(name, name not in unreached)]
             self.is_over = bool(idle or self._is_fed)
             self._detach()
-            if idle and (all_learn or len(idle) == len(trained)):
+            if idle := judge(idle):
                 warnings.warn(describe(idle, len(trained)), NoGradientWarning, stacklevel=2)
 
         def begin(gradient: Tensor) -> None:
@@ -86,11 +95,21 @@ class GradientWatch:
         # Outputs are saved without the hook, and without a warning.
         self._hooks.append(register_multi_grad_hook(roots, unserializable_hook(begin), mode="any"))
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Warn of nothing for the length of the block."""
+        before, self.is_over = self.is_over, True
+        try:
+            yield
+        finally:
+            self.is_over = before
+
     def __reduce__(self) -> tuple[Any, ...]:
         return GradientWatch, ()
 
-    def _note(self, name: str, gradient: Tensor) -> None:
-        self._is_fed[name] = self._is_fed.get(name, False) or bool(gradient.any())
+    def _note(self, name: str, gradient: Tensor | None) -> None:
+        """A function without a backward hands on None."""
+        self._is_fed[name] = self._is_fed.get(name, False) or (gradient is not None and bool(gradient.any()))
 
     def _detach(self) -> None:
         for hook in self._hooks:

@@ -289,9 +289,16 @@ class PeftModel(PushToHubMixin, AdapterState):
             return
         adapters = {name: adapter for name, adapter in cast.adapters.items() if adapter is not None}
         trained = {f"{name}.{key}": p for name, adapter in adapters.items() for key, p in adapter.trained.items()}
-        if trained:
-            tensors = [value for value in output.values() if isinstance(value, Tensor)]
-            self.gradient_watch.attach(tensors, trained, all_learn=all(a.all_learn for a in adapters.values()))
+        if not trained:
+            return
+
+        def cut_off(idle: Sequence[str]) -> list[str]:
+            names = {name: [key.removeprefix(f"{name}.") for key in idle] for name in adapters}
+            return [f"{name}.{key}" for name, adapter in adapters.items() for key in adapter.cut_off(names[name])]
+
+        fields = [value if isinstance(value, tuple) else (value,) for value in output.values()]
+        tensors = [x for field in fields for x in field if isinstance(x, Tensor)]
+        self.gradient_watch.attach(tensors, trained, cut_off, in_training=self.training)
 
     def trunk_cache(
         self, memory: float = 1024, disk: float = 0, folder: str | os.PathLike[str] | None = None

@@ -8,7 +8,8 @@ Letters: B rows, T tokens, V words or classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -288,21 +289,35 @@ def _has_use_cache(probe: Probe) -> bool:
     return "use_cache" in probe.backbone.stacks[-1].signature.parameters
 
 
-def _gradients(probe: Probe) -> str | None:
+@contextmanager
+def own_random_numbers(model: nn.Module) -> Iterator[None]:
+    """The same random numbers each time within the block, and outside of it those that would have come without."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in {device.type for device in devices}:
+            own = [device for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(devices=own, device_type=kind))
+            for device in own:
+                getattr(torch, kind).set_rng_state(torch.Generator(device).manual_seed(0).get_state(), device)
+        torch.default_generator.manual_seed(0)  # not torch's function, which seeds every accelerator for good
+        yield
+
+
+def _gradients(probe: Probe) -> Outcome | str:
+    if any(parameter.is_inference() for parameter in probe.base.parameters()):
+        return NotAsked("the base model's tensors are for inference alone")
     with unchecked(probe.base):
         found = _gradients_of(probe)
-    idle = without_gradient(found)
-    if not idle or (len(idle) < len(found) and not probe.adapter.all_learn):
-        return None
-    return f"{idle[0]} gets no gradient, or zeros only, as do {len(idle) - 1} others of {len(found)}"
+    idle = probe.adapter.cut_off(without_gradient(found))
+    return f"{idle[0]} gets no gradient, or zeros only, as do {len(idle) - 1} others of {len(found)}" if idle else None
 
 
 def _gradients_of(probe: Probe) -> dict[str, Tensor | None]:
     """The gradient of everything that is trained, in a training step of a fixed loss."""
     trained = probe.adapter.trained
     mode = evaluating if any(stack.has_layerdrop for stack in probe.backbone.stacks) else training
-    torch.manual_seed(0)
-    with mode(probe.model), torch.enable_grad():  # type: ignore[arg-type]
+    with own_random_numbers(probe.base), mode(probe.model), torch.enable_grad():  # type: ignore[arg-type]
         answer = _answer(probe.model(**probe._call(probe.text), **probe.places))
         if not answer.requires_grad:
             return dict.fromkeys(trained)

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 
 from softtune import storage
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone
+from softtune.backbone import Backbone, turn
 from softtune.backbone.interface import stock_name
 from softtune.compat import INSTALLED, class_name, is_tested, tested
 from softtune.errors import SofttuneError, UnsupportedModelError
 from softtune.methods import BitFitConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
-from softtune.promises import PROMISES, Adapted, Broken, Outcome, Probe, outcomes, state_of
+from softtune.promises import PROMISES, Adapted, Broken, Outcome, Probe, outcomes, own_random_numbers, state_of
 from softtune.wording import in_one_line
 
 SWITCH = "SOFTTUNE_SELF_CHECK"
@@ -35,8 +35,8 @@ SWITCH = "SOFTTUNE_SELF_CHECK"
 ALTERNATIVES: tuple[type[PeftConfig], ...] = (PrefixTuningConfig, PromptTuningConfig, BitFitConfig)
 """Methods to look at where another does not hold: one for each way into a model."""
 
-Adapt = Callable[[Adapter], Adapted]
-"""Puts an adapter on the base model, and on nothing else."""
+Adapt = Callable[[Backbone, Adapter], Adapted]
+"""Puts an adapter on a base model, which has no other then."""
 
 _passed: set[str] = set()
 
@@ -83,15 +83,13 @@ def check(
     Raises:
         UnsupportedModelError: the base model cannot take the method, or does not run on token ids alone.
     """
-    devices = [backbone.model.device] if backbone.model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+    with turn(backbone.model), torch.inference_mode(False), own_random_numbers(backbone.model):
         before = state_of(backbone.model)
         adapter = Adapter.new(config.probing(), backbone)
         _disturb(adapter)
         names = [name for name, promise in PROMISES.items() if thorough or promise.is_quick]
         try:
-            probe = Probe(adapt(adapter), adapter, before, columns)
+            probe = Probe(adapt(backbone, adapter), adapter, before, columns)
         except SofttuneError:
             raise
         except Exception as error:

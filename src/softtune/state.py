@@ -133,6 +133,7 @@ class AdapterState(nn.Module):
             self.adapter(name)
             self.prompt_encoder[name].requires_grad_(requires_grad)
             self.heads[name].requires_grad_(requires_grad)
+        self.gradient_watch = GradientWatch()
 
     def _new_adapter(self, name: str, config: PeftConfig) -> Adapter:
         is_name = name not in ("", BASE) and not {*"./\\"} & {*name} and not hasattr(self.prompt_encoder, name)
@@ -140,15 +141,17 @@ class AdapterState(nn.Module):
             reason = "is loaded already" if name in self.peft_config else "is no name: use another, without . / \\"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
         adapter = Adapter.new(config, self.backbone)
-        self_check.ensure(self.backbone, config, self.with_adapter)
+        self_check.ensure(self.backbone, config, type(self).with_adapter)
         return adapter
 
-    def with_adapter(self, adapter: Adapter) -> Any:
-        """The same base model with this adapter alone."""
-        other: AdapterState = type(self).__new__(type(self))
-        AdapterState.__init__(other, self.base_model, self.backbone, "probe")
-        other._register("probe", adapter)
-        return other
+    @classmethod
+    def with_adapter(cls, backbone: Backbone, adapter: Adapter) -> Any:
+        """A base model as softtune sees it with an adapter, named ``probe``, for a check of it."""
+        model: AdapterState = cls.__new__(cls)
+        AdapterState.__init__(model, backbone.model, backbone, "probe")
+        model._register("probe", adapter)
+        model.gradient_watch.is_over = True
+        return model
 
     def _check_trainable(self, adapter_name: str) -> None:
         """Refuse to load an adapter for training where the one that is there was frozen, and does not just wait for its

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel
 
-from softtune import self_check
+from softtune import checkpoint, self_check
 from softtune.backbone.interface import stock_name
 from softtune.cli.console import console, quiet
 from softtune.cli.tables import FAILED
@@ -59,12 +60,12 @@ def command(
     configs = {saved.kind: saved} if saved else {name: _config(name, kind) for name in method or METHODS}
     base, _ = load_base_model(model, kind)
     if adapter is not None:
-        PeftModel.from_pretrained(base, adapter)  # it may be another model's
+        checkpoint.check_base_model(adapter, PeftModel(base).backbone)
     columns = {name: _outcomes(base, config) for name, config in configs.items()}
     _show(base, columns)
     failed = [name for name, found in columns.items() if any(isinstance(o, Broken) for o in found.values())]
     if failed:
-        print(f"softtune: promises fail for {', '.join(failed)}: see above what does work", file=sys.stderr)
+        print(f"softtune: promises fail for {', '.join(failed)}: see the table", file=sys.stderr)
         sys.exit(FAILED)
 
 
@@ -79,7 +80,7 @@ def _outcomes(base: PreTrainedModel, config: PeftConfig) -> dict[str, Outcome]:
     """What becomes of each promise; of all alike where the model cannot take the method."""
     model = PeftModel(base)
     try:
-        return self_check.check(model.backbone, config, model.with_adapter, thorough=True)
+        return self_check.check(model.backbone, config, PeftModel.with_adapter, thorough=True)
     except UnsupportedModelError as error:
         return dict.fromkeys(PROMISES, Refused(str(error)))
 
@@ -93,7 +94,7 @@ def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -
     table.columns[0].min_width = WIDTH
     notes: dict[str, None] = {}
     for name, promise in PROMISES.items():
-        cells = []
+        cells: list[str | Text] = []
         for method, found in columns.items():
             outcome = found[name]
             if outcome is None:
@@ -106,7 +107,7 @@ def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -
                 cells.append("refused")
             else:
                 notes[f"{method}: {promise.text} FAILS, {outcome.how}"] = None
-                cells.append("[bold red]FAILS[/]")
+                cells.append(Text("FAILS", style="bold red"))
         table.add_row(promise.text, *cells)
     console.print(table)
     for note in notes:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softtune import checkpoint
+from softtune import checkpoint, self_check
 from softtune.acting import computed_prompt
 from softtune.adapter import Adapter
 from softtune.backbone import AttentionLayer, Backbone, turn
@@ -23,6 +23,7 @@ from softtune.errors import UnsupportedModelError
 from softtune.methods import PeftConfig
 from softtune.methods.base import Prompt
 from softtune.methods.flat import joined_prefix, split_prefix
+from softtune.model import PeftModel
 
 PROMPT_NAME = "prompt.safetensors"
 
@@ -38,6 +39,7 @@ def load(backbone: Backbone, folder: Path) -> Adapter:
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True
     checkpoint.check_base_model(folder, backbone)
+    self_check.ensure(backbone, config, PeftModel.with_adapter)
     adapter = Adapter.new(config, backbone)
     checkpoint.load(folder, adapter)
     for part in (adapter.module, *adapter.heads.values()):

@@ -63,7 +63,6 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         for callback in compat.console_callbacks():
             self.remove_callback(callback)
-        model.gradient_watch.is_over = True  # an error of this Trainer's own comes instead of the warning
         self._learns = False
         """Whether the first step has given gradients to what is trained."""
         self._last_good: list[Tensor] = []
@@ -94,7 +93,8 @@ class AdapterTrainer(Trainer):
                 self.state = state
                 self.load_best()
                 return
-        with self._trunk():
+        assert isinstance(self.model, PeftModel)
+        with self._trunk(), self.model.gradient_watch.suspended():  # an error comes instead of its warning
             super().train(resume_from_checkpoint=resume_from_checkpoint)
         self._check_numbers()
 
@@ -136,8 +136,7 @@ class AdapterTrainer(Trainer):
         assert isinstance(self.model, PeftModel)
         for adapter in map(self.model.adapter, self.model.active_adapters):
             gradients = {name: parameter.grad for name, parameter in adapter.trained.items()}
-            idle = without_gradient(gradients)
-            if idle and (adapter.all_learn or len(idle) == len(gradients)):
+            if idle := adapter.cut_off(without_gradient(gradients)):
                 raise TrainingError(describe(idle, len(gradients)))
         self._learns = True
 
