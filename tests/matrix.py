@@ -124,14 +124,16 @@ class Matrix:
 
     def note_classes(self, path: Path) -> None:
         """Put the classes of the families of which tests held and none failed into a file, by transformers' version."""
+        from softtune.compat import class_name
         from tests.families import AUTO, FAMILIES, family_config
 
         outcomes: dict[str, set[str | None]] = defaultdict(set)
         for cell in self.tests:
             outcomes[cell[0]].add(self.outcome(cell))
         names = {
-            AUTO[task]._model_mapping[type(family_config(family))].__name__
+            class_name(AUTO[task]._model_mapping[type(config)], config)
             for family, row in FAMILIES.items()
+            for config in [family_config(family)]
             for task in row.tasks
             if "held" in outcomes[family] and "failed" not in outcomes[family]
         }

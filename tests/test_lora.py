@@ -27,6 +27,13 @@ def with_lora(family: str, *, frozen: bool) -> peft.PeftModel:
     return model.requires_grad_(False) if frozen else model
 
 
+def test_an_embedding_that_is_saved_along(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    lora = peft.get_peft_model(base_model("llama", CAUSAL_LM), config)
+    model = get_peft_model(lora, METHODS["prefix"](task_type=CAUSAL_LM))
+    assert model(**batch(texts("llama", CAUSAL_LM))).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("family", "method"), [(f, m) for f in FAMILIES for m in METHOD_NAMES if (f, m) != ("bloom", "infix")]
 )

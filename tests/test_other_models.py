@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from softtune import PeftConfig, PeftModel, get_peft_model
+from softtune import PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from softtune.errors import AdapterError, DataError, UnsupportedModelError
 from tests.families import (
     BART,
@@ -282,3 +282,19 @@ def test_a_model_that_goes_by_the_name_of_its_attention_function(attention: str)
     expected = model(ids, use_cache=False).logits
     PeftModel(model)
     assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "bitfit_added"])
+def test_a_model_that_reads_sound_is_refused_in_one_line(method: str) -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 0}
+    model = made("WhisperForConditionalGeneration", transformers.WhisperConfig(**sizes, **heads, **SPECIAL))
+    with pytest.raises(UnsupportedModelError, match="has no one embedding of words: use a base model that reads text"):
+        PeftModel(model, METHODS[method](task_type=SEQ_2_SEQ_LM))
+
+
+def test_a_model_without_numbers_takes_a_prefix() -> None:
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, **SPECIAL))
+    config = PrefixTuningConfig(task_type=CAUSAL_LM, init_weights="random")
+    assert PeftModel(model, config).adapter("default").trained["embedding.weight"].is_meta

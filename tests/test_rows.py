@@ -293,6 +293,14 @@ def test_a_model_that_sees_padding_takes_rows_of_one_number_alone() -> None:
         model(ids, adapter_names=["default", "__base__"])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_not_taken_for_padding_that_is_seen(dtype: torch.dtype) -> None:
+    model, names = mixed("bloom", CAUSAL_LM, ("prompt", "prefix"), base_model("bloom", CAUSAL_LM).to(dtype))
+    assert model(**batch(rows_for("bloom", CAUSAL_LM, len(names))), adapter_names=names).logits.isfinite().all()
+    assert model.backbone.stacks[0].ignores_padding
+
+
 def test_an_encoder_without_a_word_of_its_causality_is_seen_to_be_one() -> None:
     """It takes a cache, as a decoder would, and its modules say nothing."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}

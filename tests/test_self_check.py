@@ -14,7 +14,17 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RemBertConfig,
+)
+from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
 
 from softtune import (
@@ -51,13 +61,18 @@ def untested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "tested", compat.tested)
 
 
-def renamed(tmp_path: Path, old: str, new: str) -> ModuleType:
-    """A copy of Llama's file in which the model takes an argument under another name."""
-    text = Path(modeling_llama.__file__).read_text(encoding="utf-8")
-    layers, stack, heads = re.split(r"(?=class LlamaModel|class LlamaForCausalLM)", text)
+def renamed(tmp_path: Path, old: str, new: str, original: ModuleType = modeling_llama) -> ModuleType:
+    """A copy of a model's file in which the model takes an argument under another name."""
+    text = Path(original.__file__).read_text(encoding="utf-8")
+    boundary = r"(?=class LlamaModel|class LlamaForCausalLM|class GPT2Model|class GPT2LMHeadModel)"
+    layers, stack, heads = re.split(boundary, text, maxsplit=2)
     stack = re.sub(rf"\b{old}\b", new, stack).replace(f"{new}={new}", f"{old}={new}")  # what it calls stays as it was
     text = layers + stack + re.sub(rf"\b{old}\b", new, heads)
-    text = text.replace("from ...", "from transformers.").replace("from .conf", "from transformers.models.llama.conf")
+    text = (
+        text.replace("from ... import", "from transformers import")
+        .replace("from ...", "from transformers.")
+        .replace("from .conf", f"from {original.__package__}.conf")
+    )
     file = tmp_path / "modeling_renamed.py"
     file.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -96,6 +111,16 @@ def test_a_renamed_argument_is_refused(notes: Path, tmp_path: Path) -> None:
     assert "use BitFitConfig, for which all hold here" in message
     assert not list(notes.glob("*"))
     get_peft_model(model, BitFitConfig(task_type=CAUSAL_LM, add_missing=True))
+
+
+@pytest.mark.parametrize("config", [PREFIX, PromptTuningConfig(task_type=CAUSAL_LM)])
+def test_a_rename_is_not_taken_for_a_fault_of_the_base_model(config: Any, notes: Path, tmp_path: Path) -> None:
+    """GPT-2 looks positions up: padded on the left, and without an argument for them, it is wrong alone too."""
+    module = renamed(tmp_path, "position_ids", "places", modeling_gpt2)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = module.GPT2LMHeadModel(GPT2Config(**sizes, **SPECIAL)).eval()
+    with pytest.raises(UnsupportedModelError, match=r"padded left .*\(its positions come from a table"):
+        get_peft_model(model, config)
 
 
 def test_a_renamed_argument_that_a_prompt_needs_is_refused(notes: Path, tmp_path: Path) -> None:
@@ -156,7 +181,7 @@ def test_what_is_tested_is_what_the_matrix_covers() -> None:
     if str(compat.INSTALLED) in tested:
         for family, row in FAMILIES.items():
             for task in row.tasks:
-                assert compat.is_tested(type(base_model(family, task)))
+                assert compat.is_tested(base_model(family, task))
 
 
 def test_random_numbers_and_the_model_are_left_as_they_were(notes: Path, untested: None) -> None:
@@ -198,6 +223,27 @@ class Restless(LlamaForCausalLM):
 def test_remote_code_that_breaks_a_promise(own: type[PreTrainedModel], promise: str, notes: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=PROMISES[promise].text):
         get_peft_model(llama(own), PREFIX)
+
+
+@pytest.mark.parametrize("decoder", ["bert", "rembert"])
+def test_a_model_of_two_is_tested_as_these_two(decoder: str) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    parts = [BertConfig(**sizes), {"bert": BertConfig, "rembert": RemBertConfig}[decoder](**sizes)]
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    assert compat.is_tested(EncoderDecoderModel(config)) is (decoder == "bert")
+
+
+def test_a_file_that_changes_is_checked_again(notes: Path, tmp_path: Path) -> None:
+    for name in ("places", "spots"):
+        module = renamed(tmp_path, "labels", name)
+        get_peft_model(llama(module.LlamaForCausalLM), PREFIX)
+    assert len(list(notes.glob("*LlamaForCausalLM-*"))) == 2
+
+
+def test_each_way_of_a_prefix_is_checked_on_its_own(notes: Path, untested: None) -> None:
+    for shift in (True, False):
+        get_peft_model(llama(), PrefixTuningConfig(task_type=CAUSAL_LM, shift_positions=shift))
+    assert len(list(notes.glob("LlamaForCausalLM-*"))) == 2
 
 
 def test_remote_code_that_works(notes: Path) -> None:

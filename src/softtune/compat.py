@@ -30,7 +30,7 @@ if Version(OLDEST) > INSTALLED:
     )
 
 from torch import Tensor, nn  # noqa: E402  # an old version lacks what is imported below
-from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # noqa: E402
 from transformers.cache_utils import (  # noqa: E402
     Cache,
     DynamicCache,
@@ -74,14 +74,18 @@ def tested() -> dict[str, list[str]]:
     return versions
 
 
-def is_tested(model_class: type) -> bool:
-    """Whether the support matrix covers a class of models in the installed transformers."""
-    return class_name(model_class) in tested().get(str(INSTALLED), ())
+def is_tested(model: PreTrainedModel) -> bool:
+    """Whether the support matrix covers a model's class in the installed transformers."""
+    return class_name(type(model), model.config) in tested().get(str(INSTALLED), ())
 
 
-def class_name(own: type) -> str:
-    """A class of models by name; with its module where that is not transformers'."""
-    return own.__name__ if own.__module__.startswith("transformers.") else f"{own.__module__}.{own.__qualname__}"
+def class_name(own: type, config: Any) -> str:
+    """A class of models by name: with its module where that is not transformers', and with the kinds of models where it
+    is made of any two."""
+    name = own.__name__ if own.__module__.startswith("transformers.") else f"{own.__module__}.{own.__qualname__}"
+    if config.model_type != "encoder-decoder":
+        return name
+    return f"{name} of {config.encoder.model_type} and {config.decoder.model_type}"
 
 
 class Name(NamedTuple):
@@ -216,6 +220,11 @@ KEEPS_CACHE = "_can_checkpoint_with_cache"
 """A layer's flag: whether it may have a cache nevertheless."""
 
 
+def can_checkpoint(model: Any) -> bool:
+    """Whether a model's layers can run again in the backward pass."""
+    return bool(model.supports_gradient_checkpointing)
+
+
 def enable_checkpointing(model: Any, **settings: Any) -> None:
     """Let a model's layers run again in the backward pass, with settings of torch's ``checkpoint``."""
     name = spelled("activation_checkpointing")
@@ -239,14 +248,18 @@ def position_table(stack: Any) -> nn.Module | None:
     return getattr(stack, "embed_positions", None)
 
 
+def has_position_table(stack: Any) -> bool:
+    """Whether a stack looks positions up in a table."""
+    modules = [(n, m) for n, m in stack.named_modules() if isinstance(m, nn.Embedding)]
+    names = [n for n, _ in (*modules, *stack.named_buffers())]  # GPT-J keeps its sines in a buffer
+    return any(n.endswith(_POSITION_TABLES) for n in (*names, *vars(stack)))  # CTRL its own beside them
+
+
 def table_size(stack: Any) -> int | None:
     """Positions that a stack has a table for, those before the first token's too; None where there is no table."""
     if hasattr(stack, "build_mpt_alibi_tensor"):  # MPT has linear biases, but of a fixed length
         return int(stack.config.max_seq_len)
-    modules = [(n, m) for n, m in stack.named_modules() if isinstance(m, nn.Embedding)]
-    names = [n for n, _ in (*modules, *stack.named_buffers())]  # GPT-J keeps its sines in a buffer
-    has_table = any(n.endswith(_POSITION_TABLES) for n in (*names, *vars(stack)))  # CTRL its own beside them
-    return getattr(stack.config, "max_position_embeddings", None) if has_table else None
+    return getattr(stack.config, "max_position_embeddings", None) if has_position_table(stack) else None
 
 
 def first_position(stack: Any) -> int:

@@ -8,6 +8,7 @@ Letters: B rows, T tokens, V words or classes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +21,7 @@ from softtune.backbone import Backbone, turn
 from softtune.backbone.checkpointing import is_checkpointing, unchecked
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.refusal import reading_text
-from softtune.compat import cache_of, disable_checkpointing, enable_checkpointing, renamed
+from softtune.compat import cache_of, can_checkpoint, disable_checkpointing, enable_checkpointing, renamed
 from softtune.errors import SofttuneError
 from softtune.gradients import without_gradient
 from softtune.injection.owners import BASE
@@ -153,13 +154,21 @@ class Probe:
         fill = torch.full((1, PADDING), self._padding, device=self.device)
         parts = (fill, self.text) if side == "left" else (self.text, fill)
         mask = torch.cat([torch.full_like(part, part is self.text) for part in parts], dim=1)
-        options = dict(self.places) if run is self.model else {}
-        if options and side == "left":
+        options = dict(self.places) if run is self.model else self._positions(mask)
+        if "prompt_positions" in options and side == "left":
             options["prompt_positions"] = options["prompt_positions"] + PADDING
         with evaluating(self.model), evaluating(self.base):  # type: ignore[arg-type]
             answer = _answer(run(**self._call(torch.cat(parts, dim=1), mask), **options))[0]
-        is_by_token = self.alone.dim() == 2 and len(self.alone) == self.text.shape[1] and len(answer) == mask.shape[1]
+        is_by_token = len(self.expected) == self.text.shape[1] and len(answer) == mask.shape[1]
         return answer[mask[0] != 0] if is_by_token else answer
+
+    def _positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """What a user of the base model alone would say of a padded decoder's text, where it can be said."""
+        takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
+        if not (self.backbone.is_decoder_only and takes_positions):
+            return {}
+        positions = (mask.cumsum(1) - 1).clamp(min=0) + self.backbone.stacks[0].first_position
+        return {"position_ids": positions}
 
     def differ(self, found: Tensor, expected: Tensor) -> str | None:
         """How far two answers are apart; None where that is rounding."""
@@ -224,6 +233,9 @@ def _acts(probe: Probe) -> str | None:
 
 
 def _padding(probe: Probe) -> Outcome | str:
+    stack = probe.backbone.stacks[0]
+    if stack.is_causal and stack.counts_unheard:
+        return "its positions come from a table, and no argument says which"
     asked: Outcome = None
     for side in ("right", "left"):
         how = probe.differ(probe.padded(side, probe.model), probe.alone)
@@ -329,7 +341,7 @@ def _gradients_of(probe: Probe) -> dict[str, Tensor | None]:
 
 def _checkpointing(probe: Probe) -> Outcome | str:
     """Layers that run again in the backward pass give the same gradients."""
-    if not probe.base.supports_gradient_checkpointing or is_checkpointing(probe.base):
+    if not can_checkpoint(probe.base) or is_checkpointing(probe.base):
         return NotAsked("the base model has no checkpointing, or has it on")
     expected = _gradients_of(probe)
     enable_checkpointing(probe.base, use_reentrant=False)
@@ -373,7 +385,7 @@ def _rows(probe: Probe) -> str | None:
 def _steps(probe: Probe) -> Outcome | str:
     """Going on from a returned cache is going on with the text."""
     if not probe.writes or probe.backbone.is_encoder_decoder:
-        return NO_TEXT
+        return NO_TEXT if not probe.writes else NotAsked("its decoder goes on from another sequence")
     return _unlike_base(probe, _step_differs)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -48,7 +49,7 @@ def ensure(backbone: Backbone, config: PeftConfig, adapt: Adapt) -> None:
         UnsupportedModelError: one of them does not hold; the message names it, the versions, and what does work.
     """
     model = backbone.model
-    if os.environ.get(SWITCH) == "0" or model.device.type == "meta" or is_tested(type(model)):
+    if os.environ.get(SWITCH) == "0" or model.device.type == "meta" or is_tested(model):
         return
     note = _note(model, config)
     if note.name in _passed or note.is_file():
@@ -110,7 +111,7 @@ def _refusal(backbone: Backbone, config: PeftConfig, adapt: Adapt, name: str, ou
     working = [
         other.__name__ for other in ALTERNATIVES if type(config) is not other and _holds(backbone, other, config, adapt)
     ]
-    versions = [number for number, classes in tested().items() if class_name(own) in classes]
+    versions = [number for number, classes in tested().items() if class_name(own, backbone.model.config) in classes]
     remedies = [
         *([f"use {' or '.join(working)}, for which all hold here"] if working else []),
         *([f"install transformers {versions[-1]}, with which it is tested"] if versions else []),
@@ -139,16 +140,17 @@ def notes_folder() -> Path:
 def _note(model: PreTrainedModel, config: PeftConfig) -> Path:
     """The file that tells, by its name, what held."""
     own, attention = version("softtune"), stock_name(model.config)
-    parts = (class_name(type(model)), INSTALLED, own, model.dtype, attention, config.kind)
+    parts = (class_name(type(model), model.config), INSTALLED, own, model.dtype, attention, config.kind)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(map(str, parts)))
     return notes_folder() / f"{name}{_source(type(model))}.json"
 
 
 def _source(own: type) -> str:
-    """What tells two versions of a class apart that is not transformers' own."""
-    if own.__module__.startswith("transformers."):
+    """What tells two versions of a file apart that no release of transformers has."""
+    if own.__module__.startswith("transformers.") and not INSTALLED.is_devrelease:
         return ""
     try:
-        return "-" + hashlib.sha256(inspect.getsource(own).encode()).hexdigest()[:12]
+        source = inspect.getsource(sys.modules[own.__module__])
+        return "-" + hashlib.sha256(source.encode()).hexdigest()[:12]
     except (OSError, TypeError):
         return ""

@@ -7,7 +7,7 @@ so grouped heads, uneven layers and layers without attention need no rule of the
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,9 @@ class Backbone:
                 f"{type(model).__name__} is no Hugging Face transformer: load the model by from_pretrained"
             )
         self.model = model
-        _check_words(model)
         self.stacks = _stacks(model)
+        self.embedding = _embedding(self.stacks[0].module)
+        """The word embedding of the stack that reads the input."""
         if compat.has_interface(model):
             install(model)
 
@@ -84,11 +85,6 @@ class Backbone:
     def continues_text(self) -> bool:
         """Whether labels are tokens of the input: a decoder with a language head."""
         return self.is_decoder_only and self.model.get_output_embeddings() is not None
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        """The word embedding of the stack that reads the input."""
-        return cast(nn.Embedding, self.stacks[0].module.get_input_embeddings())
 
     @property
     def labels_whole_texts(self) -> bool:
@@ -283,15 +279,19 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
     return stacks
 
 
-def _check_words(model: PreTrainedModel) -> None:
+def _embedding(stack: PreTrainedModel) -> nn.Embedding:
+    """A stack's word embedding, out of what PEFT's LoRA has put around it."""
     try:
-        embedding = model.get_input_embeddings()
+        embedding = stack.get_input_embeddings()
     except NotImplementedError:
         embedding = None
+    for wrapped in ("original_module", "base_layer"):
+        embedding = getattr(embedding, wrapped, embedding)
     if not isinstance(embedding, nn.Embedding):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no one embedding of words: use a base model that reads text"
+            f"{type(stack).__name__} has no one embedding of words: use a base model that reads text"
         )
+    return embedding
 
 
 def _below_head(stack: nn.Module) -> PreTrainedModel:

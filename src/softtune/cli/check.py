@@ -88,7 +88,7 @@ def _outcomes(base: PreTrainedModel, config: PeftConfig) -> dict[str, Outcome]:
 def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -> None:
     """A table of promises by methods, and below it what is not held, and why."""
     words = {"dtype": str(base.dtype).removeprefix("torch."), "attention": stock_name(base.config) or "its own"}
-    state = "tested" if is_tested(type(base)) else "not among those tested"
+    state = "tested" if is_tested(base) else "not among those tested"
     title = f"{type(base).__name__}, transformers {INSTALLED}, {', '.join(words.values())}: {state}"
     table = Table("promise", *(name.replace("_", " ") for name in columns), title=title, title_justify="left")
     table.columns[0].min_width = WIDTH

@@ -54,7 +54,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     shift_positions: bool = field(default=True, metadata=OURS)
     """Let the text start at position P, as in the paper and PEFT, instead of at 0."""
 
-    ways: ClassVar[tuple[str, ...]] = ("placement", "embedding_only")
+    ways: ClassVar[tuple[str, ...]] = ("placement", "embedding_only", "shift_positions")
 
     def __post_init__(self) -> None:
         super().__post_init__()
