@@ -148,6 +148,7 @@ def _table(cases: Sequence[Case]) -> list[str]:
 def write(cases: Sequence[Case], path: Path) -> None:
     """Put the section at the end of a page, in place of an earlier one."""
     before = path.read_text(encoding="utf-8").partition(CENSUS)[0].rstrip() if path.exists() else ""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{before}\n\n{page(cases)}", encoding="utf-8")
 
 
@@ -164,11 +165,11 @@ def _quiet() -> None:
 def main(path: str) -> int:
     """Write the section, and tell what is wrong; 1 where anything is."""
     cases = census([*architectures()])
-    write(cases, Path(path))
     for case in cases:
         if case.outcome in (WRONG, UNBUILT) and (case.outcome == WRONG or case.method == "prefix"):
             print(f"{case.outcome}: {case.class_name}, {case.method}: {case.why}")
     print(dict(Counter(case.outcome for case in cases)))
+    write(cases, Path(path))
     return int(any(case.outcome == WRONG for case in cases))
 
 

@@ -58,6 +58,11 @@ def test_every_task_has_classes() -> None:
     assert {task for task, _ in KNOWN.values()} == {*TASKS}
 
 
+def test_a_page_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    write([], tmp_path / "build" / "support.md")
+    assert (tmp_path / "build" / "support.md").is_file()
+
+
 def test_the_page_keeps_what_stands_before_it(tmp_path: Path) -> None:
     path = tmp_path / "support.md"
     path.write_text("# What is tested\n\nA table.\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from transformers import DynamicCache
@@ -88,7 +90,7 @@ def defined(node: ast.AST) -> list[str]:
 def test_what_was_renamed_is_spelled_in_one_file(folder: Path) -> None:
     renamed = {s.name for spellings in ARGUMENTS.values() for s in spellings} - {*ARGUMENTS, "state"} - OWN_FIELDS
     private = {"_gradient_checkpointing_func", "_can_checkpoint_with_cache", "gradient_checkpointing_enable"}
-    pattern = re.compile(rf"\b({'|'.join({*renamed, *private})})\b")
+    pattern = re.compile("|".join({*renamed, *private}))
     found = [
         f"{path.name}:{number}: {match.group()}"
         for path in folder.rglob("*.py")
@@ -101,7 +103,12 @@ def test_what_was_renamed_is_spelled_in_one_file(folder: Path) -> None:
 
 def test_these_tests_can_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stray = tmp_path / "stray.py"
-    stray.write_text("from transformers.cache_utils import DynamicLayer\nmodel._attn_implementation\npast_key_values\n")
+    lines = [
+        "from transformers.cache_utils import DynamicLayer",
+        "model._attn_implementation",
+        "past_key_values_length",
+    ]
+    stray.write_text("\n".join(lines))
     monkeypatch.setattr(sys.modules[__name__], "FILES", [stray])
     for test in (test_modules_of_transformers_are_named_in_one_file, test_private_attributes_are_softtunes_own):
         with pytest.raises(AssertionError):
@@ -176,22 +183,36 @@ def test_a_trainer_that_calls_another_method_is_refused() -> None:
         compat.trainer_hooks(type("Ours", (object,), hooks))
 
 
-def test_no_warning_of_softtunes_own(capfd: pytest.CaptureFixture[str]) -> None:
-    """Warnings are errors in these tests; what transformers logs is looked at here."""
-    import transformers
-
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What transformers logs in a test; Python's warnings are errors in all of them."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_warning()
-    try:
-        for family in ("llama", "bloom", "mamba"):
-            model = adapted(family, CAUSAL_LM, "prompt")
-            inputs = batch(texts(family, CAUSAL_LM), "left")
-            model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=1)
-            compat.enable_checkpointing(model, use_reentrant=False)
-            model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
-    finally:
-        transformers.logging.set_verbosity(level)
-    assert "deprecated" not in capfd.readouterr().err
+    type(transformers.logging.get_logger("transformers")).warning_once.cache_clear()
+    transformers.logging.add_handler(handler)
+    yield found
+    transformers.logging.remove_handler(handler)
+    transformers.logging.set_verbosity(level)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "mamba"])
+def test_no_warning_of_softtunes_own(family: str, logged: list[str]) -> None:
+    model = adapted(family, CAUSAL_LM, "prompt")
+    inputs = batch(texts(family, CAUSAL_LM), "left")
+    model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=1)
+    compat.enable_checkpointing(model, use_reentrant=False)
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert [line for line in logged if "deprecated" in line] == []
+
+
+def test_a_warning_would_be_seen(logged: list[str]) -> None:
+    logger = transformers.logging.get_logger("transformers.models.llama.modeling_llama")
+    for _ in range(2):
+        logger.warning_once("`past` is deprecated")
+    assert logged == ["`past` is deprecated"]
 
 
 def test_a_cache_is_found_in_outputs_and_put_back() -> None:

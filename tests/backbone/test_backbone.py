@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from tests.families import CAUSAL_LM, FAMILIES, SEQ_2_SEQ_LM, SEQ_CLS, base_model, head_names
@@ -9,6 +11,7 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from softtune.backbone import Backbone, Site
 from softtune.backbone.roles import ROLES
+from softtune.errors import UnsupportedModelError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,6 +36,18 @@ def test_layers_that_share_a_module_share_a_prefix() -> None:
     }
     model = AlbertForSequenceClassification(AlbertConfig(num_hidden_layers=3, num_hidden_groups=1, **sizes))
     assert [(a.site, a.heads) for a in Backbone(model).attention_layers] == [(Site.ENCODER, 4)]
+
+
+def test_a_fault_of_the_look_is_not_laid_at_the_models_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base_model("llama", CAUSAL_LM)
+    fault = KeyError("keys")
+    monkeypatch.setattr("softtune.backbone.interface.AttentionRecorder.__call__", Mock(side_effect=fault))
+    with pytest.raises(KeyError) as raised:
+        _ = Backbone(model).attention_layers
+    assert raised.value is fault
+    monkeypatch.setattr(type(model.base_model), "forward", Mock(side_effect=ValueError("no pictures")))
+    with pytest.raises(UnsupportedModelError, match=r"does not run on token ids alone \(no pictures\)"):
+        _ = Backbone(model).attention_layers
 
 
 def test_looking_does_not_change_the_model() -> None:

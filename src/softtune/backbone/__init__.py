@@ -68,7 +68,7 @@ class Backbone:
             )
         self.model = model
         self.stacks = _stacks(model)
-        self.embedding = _embedding(self.stacks[0].module)
+        self.embedding = self.stacks[0].embedding
         """The word embedding of the stack that reads the input."""
         if compat.has_interface(model):
             install(model)
@@ -277,21 +277,6 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
             f"{type(model).__name__}'s decoder sees later words in this transformers: install 5.18 or newer"
         )
     return stacks
-
-
-def _embedding(stack: PreTrainedModel) -> nn.Embedding:
-    """A stack's word embedding, out of what PEFT's LoRA has put around it."""
-    try:
-        embedding = stack.get_input_embeddings()
-    except NotImplementedError:
-        embedding = None
-    for wrapped in ("original_module", "base_layer"):
-        embedding = getattr(embedding, wrapped, embedding)
-    if not isinstance(embedding, nn.Embedding):
-        raise UnsupportedModelError(
-            f"{type(stack).__name__} has no one embedding of words: use a base model that reads text"
-        )
-    return embedding
 
 
 def _below_head(stack: nn.Module) -> PreTrainedModel:

@@ -43,7 +43,8 @@ def seen_attention(model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Te
             token.
     """
     recorder = AttentionRecorder()
-    with _passing(recorder, stacks) if compat.has_interface(model) else nullcontext():
+    passing = _passing(recorder, stacks) if compat.has_interface(model) else nullcontext()
+    with reading_text(model, lambda: _run(model, stacks, inputs)), passing:
         output = _run(model, stacks, inputs, **{"use_cache": True} if _is_decoder(stacks) else {})
     cache = compat.cache_of(output) if _is_decoder(stacks) else None
     seen = _recorded(recorder, stacks, cache) if recorder.calls else _cached(cache)
@@ -54,7 +55,10 @@ def seen_outputs(model: PreTrainedModel, stacks: Sequence[Stack]) -> Outputs:
     """What all modules of the base model return for two rows of seven tokens."""
     embeddings = [stack.module.get_input_embeddings() for stack in stacks]
     ids = stacks[0].some_ids(2 * TOKENS).view(2, TOKENS)
-    with observing(model, embeddings) as outputs:
+    with (
+        reading_text(model, lambda: _run(model, stacks, {"input_ids": ids})),
+        observing(model, embeddings) as outputs,
+    ):
         _run(model, stacks, {"input_ids": ids})
     return outputs
 
@@ -81,11 +85,10 @@ def _passing(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
 def _run(model: PreTrainedModel, stacks: Sequence[Stack], inputs: dict[str, Tensor], **kwargs: Any) -> Any:
     """A forward below the head, and below what puts pictures among the words."""
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    with reading_text(model):
-        if len(stacks) == 1:
-            return stacks[0].module(**inputs, **kwargs)
-        ids = inputs["input_ids"]
-        return model.base_model(**inputs, decoder_input_ids=ids[:, :-1] if ids.shape[1] > 1 else ids.repeat(1, 2))
+    if len(stacks) == 1:
+        return stacks[0].module(**inputs, **kwargs)
+    ids = inputs["input_ids"]
+    return model.base_model(**inputs, decoder_input_ids=ids[:, :-1] if ids.shape[1] > 1 else ids.repeat(1, 2))
 
 
 def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) -> list[Seen]:

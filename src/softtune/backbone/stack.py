@@ -115,10 +115,14 @@ class Stack:
         size = compat.table_size(self.module)
         return size - self.first_position if size else None
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The word embedding. Raises UnsupportedModelError where the stack has no plain one."""
+        return word_embedding(self.module)
+
     def some_ids(self, count: int) -> Tensor:
         """[count] different words, as far as there are so many."""
-        embedding: Any = self.module.get_input_embeddings()
-        return torch.arange(count, device=self.module.device) % int(embedding.num_embeddings)
+        return torch.arange(count, device=self.module.device) % self.embedding.num_embeddings
 
     @property
     def drops_layers(self) -> bool:
@@ -328,6 +332,25 @@ def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
     return length, length > 0
 
 
+def word_embedding(stack: PreTrainedModel) -> nn.Embedding:
+    """A stack's word embedding, out of what PEFT's LoRA has put around it.
+
+    Raises:
+        UnsupportedModelError: it has none, or one of another kind.
+    """
+    try:
+        embedding = stack.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    for wrapped in ("original_module", "base_layer"):
+        embedding = getattr(embedding, wrapped, embedding)
+    if not isinstance(embedding, nn.Embedding):
+        raise UnsupportedModelError(
+            f"{type(stack).__name__} has no one embedding of words: use a base model that reads text"
+        )
+    return embedding
+
+
 def is_causal(model: PreTrainedModel, stack: PreTrainedModel) -> bool:
     """Whether a model's only stack is a decoder: by what its modules say, and where that is not known to be right, by
     what its first token sees."""
@@ -347,8 +370,7 @@ _CAUSAL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def _sees_nothing_later(stack: PreTrainedModel) -> bool:
     """Whether the first token's output is the same before other tokens."""
-    words: Any = stack.get_input_embeddings()
-    count = 2 * TOKENS if int(words.num_embeddings) > 2 * TOKENS else TOKENS
+    count = 2 * TOKENS if word_embedding(stack).num_embeddings > 2 * TOKENS else TOKENS
     first, *later = range(count)
     ids = torch.tensor([[first, *later], [first, *later[::-1]]], device=stack.device)
     with evaluating(stack), reading_text(stack):
