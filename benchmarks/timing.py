@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def stamp() -> dict[str, Any]:
 def machine(hardware: dict[str, Any]) -> str:
     """Hardware in words."""
     threads = hardware["threads"]
-    return f"{hardware['cpu']}, {threads} thread{'s' * (threads > 1)}, torch {hardware['torch']}"
+    packages = [f"{name} {hardware[name]}" for name in ("torch", "transformers") if name in hardware]
+    return f"{hardware['cpu']}, {threads} thread{'s' * (threads > 1)}, {', '.join(packages)}"
 
 
 def _hardware() -> dict[str, Any]:
@@ -79,6 +81,7 @@ def _hardware() -> dict[str, Any]:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "python": platform.python_version(),
     }
 
