@@ -8,12 +8,15 @@ VENV := .venv$(addprefix -,$(TRANSFORMERS))$(if $(NEWEST),-newest)
 PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
 CONSTRAINED := $(if $(NEWEST),,--constraint constraints.txt)
+PEFT := build/$(shell sed -n s/^peft==/peft-/p constraints.txt)
+WITH_PEFT ?=
 MATRIX ?= $(if $(TRANSFORMERS)$(NEWEST),build/support$(VENV:.venv%=%).md,docs/support.md)
 SYSTEM_PYTHON ?= python3
 SST2 ?= data/sst2
 VLLM := .venv-vllm
 
-.PHONY: demo test test-all test-others test-vllm matrix census check bench bench-serve bench-vllm bench-steps setup clean
+.PHONY: demo test test-all test-others test-vllm matrix census peft-suite check
+.PHONY: bench bench-serve bench-vllm bench-steps setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -36,6 +39,23 @@ matrix: $(VENV)/.library
 # What becomes of every architecture of transformers, five minutes: a section of docs/support.md.
 census: $(VENV)/.library
 	OMP_NUM_THREADS=1 $(PYTHON) -m tests.census $(MATRIX)
+
+# PEFT's own tests of its prompt methods, with softtune in PEFT's place, two minutes: outcomes in build/peft-suite.
+# WITH_PEFT=1 runs them with PEFT, which passes all of them with TRANSFORMERS=5.17.0, but not with 5.24.
+peft-suite: $(VENV)/.library $(PEFT)/peft_tests
+	OMP_NUM_THREADS=1 PYTHONPATH=$(PEFT)/packages $(PYTHON) -m pytest $(PEFT)/peft_tests -c $(PEFT)/pyproject.toml \
+		-o addopts=-q -p tests.peft_suite $(if $(WITH_PEFT),--with-peft) --tb short --disable-warnings \
+		--numprocesses 2 --dist worksteal
+
+# Other packages that the tests import are installed beside them, where no other run sees them.
+$(PEFT)/peft_tests: constraints.txt | $(VENV)/.library
+	rm -rf $(PEFT) && mkdir -p build
+	$(VENV)/bin/pip --disable-pip-version-check download --quiet --no-deps --no-binary :all: --dest build \
+		"$$(grep ^peft== constraints.txt)"
+	tar -xzf $(PEFT).tar.gz -C build
+	$(PIP) --no-deps --target $(PEFT)/packages diffusers parameterized
+	touch $(PEFT)/tests/__init__.py
+	mv $(PEFT)/tests $@
 
 # The engine on vLLM's build for CPUs, in an environment of its own: 3.5 GB, five minutes to make.
 test-vllm: $(VLLM)/.library

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "Write the text that follows each record, one a line.",
     "inspect": "Show an adapter's config and sizes, and the words nearest to its virtual tokens, or norms by layer.",
     "check": "Check what softtune promises on a base model: padding and caches change nothing, all is trained.",
+    "import": "Write an adapter's pickled weights as safetensors. Of the pickled file nothing but tensors is read.",
     "compare": "Compare methods and baselines on the task of a recipe: quality, trained parameters, time and memory.",
     "sweep": "Run a recipe at many points: every combination of some fields' values, or as many as a search tries.",
     "serve": "Serve adapters on one base model over HTTP: OpenAI's API, labels and tags, and a page to try them.",

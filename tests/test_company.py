@@ -113,8 +113,8 @@ def test_options_of_other_libraries_calls(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, save_embedding_layers="auto")
     with pytest.raises(ConfigError, match="save_embedding_layers=True"):
         model.save_pretrained(tmp_path, save_embedding_layers=True)
-    with pytest.raises(ConfigError, match="autocast_adapter_dtype=False"):
-        model.load_adapter(tmp_path, "other", autocast_adapter_dtype=False)
+    with pytest.raises(ConfigError, match="ephemeral_gpu_offload=True"):
+        model.load_adapter(tmp_path, "other", ephemeral_gpu_offload=True)
 
 
 def test_trained_modules_act_on_virtual_tokens_that_run_ahead() -> None:

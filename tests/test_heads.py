@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForMultipleChoice, PreTrainedModel
 
-from softtune import BitFitConfig, DataError, PeftModel, PromptEncoderConfig, get_peft_model
+from softtune import BitFitConfig, DataError, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -22,6 +23,7 @@ from tests.families import (
     VOCABULARY,
     P,
     adapted,
+    base_model,
     batch,
     family_config,
     pad,
@@ -144,3 +146,28 @@ def test_classes_of_several_labels_are_no_tokens() -> None:
 def test_biases_of_a_model_without_head() -> None:
     model = get_peft_model(with_head(AutoModel, "bert"), BitFitConfig())
     assert model.adapter("default").heads == {}
+
+
+@pytest.mark.parametrize("named", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_what_is_tied_stays_tied(named: list[str], tmp_path: Path) -> None:
+    base = base_model("llama", CAUSAL_LM, tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match=r"model\.embed_tokens and lm_head are tied, and are trained as one"):
+        model = get_peft_model(base, PromptTuningConfig(task_type=CAUSAL_LM, modules_to_save=named)).train()
+    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    heads = model.adapter("default").heads
+    assert heads["model.embed_tokens"].weight is heads["lm_head"].weight
+    assert not torch.equal(heads["lm_head"].weight, base.lm_head.weight)
+    assert (
+        model.get_nb_trainable_parameters()[0]
+        == base.lm_head.weight.numel() + model.prompt_encoder["default"].embedding.weight.numel()
+    )
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base_model("llama", CAUSAL_LM, tie_word_embeddings=True), tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    reloaded = again.adapter("default").heads
+    assert reloaded["model.embed_tokens"].weight is reloaded["lm_head"].weight

@@ -37,9 +37,17 @@ from tests.families import (
 )
 
 PUBLIC = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdapterError",
     "AdapterMismatchError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BitFitConfig",
     "CheckpointError",
     "ConfigError",
@@ -67,10 +75,20 @@ PUBLIC = [
     "TaskType",
     "TrainingError",
     "UnsupportedModelError",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "prompt_embeddings_from_past_key_values",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
 ]
 HEAVY = ("matplotlib", "fastapi", "uvicorn", "typer")
 

@@ -244,7 +244,6 @@ def test_options_of_pefts_calls(tmp_path: Path) -> None:
     softtune.PeftModel.from_pretrained(model.get_base_model(), tmp_path, **defaults(peft.PeftModel.from_pretrained))
     calls: list[tuple[str, Any]] = [
         ("mixed=True", lambda: softtune.get_peft_model(model.get_base_model(), config, mixed=True)),
-        ("autocast_adapter_dtype=False", lambda: model.add_adapter("fourth", config, autocast_adapter_dtype=False)),
         ("size=1", lambda: model.add_adapter("fourth", config, size=1)),
         (
             "ignore_mismatched_sizes=True",

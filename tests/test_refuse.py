@@ -74,13 +74,15 @@ def test_unknown_key(read: Any) -> None:
 
 
 def test_unknown_key_in_a_file(folder: Path) -> None:
+    """In softtune's own it may change what the adapter computes; in PEFT's it is of a newer PEFT, or another tool."""
     for name in ("adapter_config.json", "softtune_config.json"):
         path = folder / name
         content = path.read_text()
         values = json.loads(content)
         (values if name.startswith("adapter") else values["config"])["colour"] = "red"
         path.write_text(json.dumps(values))
-        with pytest.raises(ConfigError, match="colour"):
+        is_pefts = name.startswith("adapter")
+        with pytest.warns(UserWarning, match="colour") if is_pefts else pytest.raises(ConfigError, match="colour"):
             load(folder)
         path.write_text(content)
 
@@ -351,8 +353,6 @@ def test_names() -> None:
         with pytest.raises(AdapterError, match=f"{re.escape(repr(name))} is .*loaded"):
             model.add_adapter(name, PrefixTuningConfig(num_virtual_tokens=2))
     assert list(model.peft_config) == ["default"]
-    with pytest.raises(AdapterError, match="only"):
-        model.delete_adapter("default")
     with pytest.raises(ConfigError, match="no_such_module"):
         model.add_adapter("other", PrefixTuningConfig(modules_to_save=["no_such_module"]))
 
@@ -512,9 +512,6 @@ def test_every_method_names_itself_in_its_folder(tmp_path: Path) -> None:
 
 def test_options_that_would_have_no_effect(tmp_path: Path) -> None:
     model = adapted("llama", CAUSAL_LM, "prompt")
-    with pytest.raises(CheckpointError, match="safetensors only"):
-        model.save_pretrained(tmp_path / "a", safe_serialization=False)
-    assert not (tmp_path / "a").exists()
     with pytest.raises(ConfigError, match="no option revisoin='main'"):
         PeftModel.from_pretrained(model.get_base_model(), tmp_path, revisoin="main")
     with pytest.raises(DataError, match="prompt_positions is for virtual tokens among the words"):

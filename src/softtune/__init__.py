@@ -4,6 +4,15 @@ A script written for PEFT's prefix tuning, prompt tuning or P-tuning runs when i
 """
 
 from softtune import compat  # noqa: F401  # first, since it says in one line that transformers is too old
+from softtune.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from softtune.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -13,6 +22,11 @@ from softtune.errors import (
     SofttuneError,
     TrainingError,
     UnsupportedModelError,
+)
+from softtune.kv_prefix import (
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
 )
 from softtune.methods import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -31,26 +45,44 @@ from softtune.methods import (
     PTuningV2Config,
     TaskType,
 )
-from softtune.model import PeftModel
-from softtune.peft_functions import (
+from softtune.model import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
+)
+from softtune.peft_functions import (
+    get_base_model_state_dict,
+    get_layer_status,
+    get_model_status,
     get_peft_config,
     get_peft_model,
     get_peft_model_state_dict,
+    load_peft_weights,
+    prepare_model_for_kbit_training,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
+    shift_tokens_right,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdapterError",
     "AdapterMismatchError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BitFitConfig",
     "CheckpointError",
     "ConfigError",
@@ -78,8 +110,18 @@ __all__ = [
     "TaskType",
     "TrainingError",
     "UnsupportedModelError",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "prompt_embeddings_from_past_key_values",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
 ]

@@ -20,6 +20,7 @@ from softtune.backbone import Backbone, Site, cached_length, evaluating, turn
 from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
 from softtune.injection import Injection
 from softtune.injection.ahead import run_ahead
+from softtune.injection.graphs import check_graph, is_for_any_batch
 from softtune.injection.layout import row_ends, row_starts
 from softtune.injection.modules import ModuleChanges
 from softtune.injection.owners import BASE, Owners, differ, named, owners_of
@@ -82,10 +83,12 @@ def acting(backbone: Backbone, cast: Cast, inputs: Inputs, trunk: Trunk | None =
 
     Raises:
         AdapterError: others act in the encoder than when its outputs were computed.
+        UnsupportedModelError: a prompt did not arrive, or a graph is made that cannot be right.
     """
-    adapters = list(cast.adapters.values())
+    check_graph(backbone, inputs.text)
+    adapters, ahead = list(cast.adapters.values()), inputs.columns is None and not is_for_any_batch()
     with turn(backbone.model) as own:
-        prompts = [Prompt() if a is None else _prompt(backbone, a, ahead=inputs.columns is None) for a in adapters]
+        prompts = [Prompt() if a is None else _prompt(backbone, a, ahead=ahead) for a in adapters]
         changes = _changes(backbone, adapters, prompts, cast.rows)
         injection = None
         owners = _encoder_owners(backbone, cast, prompts)
@@ -106,6 +109,8 @@ def acting(backbone: Backbone, cast: Cast, inputs: Inputs, trunk: Trunk | None =
             own.attach(injection.attached)
         own.attach(changes.acting)
         yield injection
+        if injection is not None:
+            injection.check_arrival(has_encoded=inputs.encoder_outputs is not None)
 
 
 def _encoder_owners(backbone: Backbone, cast: Cast, prompts: Sequence[Prompt]) -> Owners:

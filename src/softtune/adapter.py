@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,11 @@ class Adapter:
         """
         model, config = backbone.model, copy.deepcopy(config)
         config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
-        heads = {name: copy.deepcopy(model.get_submodule(name)).float() for name in _head_names(config, backbone)}
-        return cls(config, config.build(backbone).to(model.device), heads)
+        copied: dict[int, Any] = {}  # what is tied stays so
+        heads = {
+            name: copy.deepcopy(model.get_submodule(name), copied).float() for name in _head_names(config, backbone)
+        }
+        return cls(config, config.build(backbone).to(backbone.device), heads)
 
     def check_config(self, config: PeftConfig) -> None:
         """Refuse the numbers of an adapter that was configured otherwise.
@@ -117,4 +121,20 @@ def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:
         if not found and wanted not in PEFT_HEAD_NAMES:
             raise ConfigError(f"modules_to_save: the base model has no module {wanted!r}: see named_modules()")
         names += [n for n in found if n not in names]
-    return names
+    return names + _tied_to(names, config, backbone.model)
+
+
+def _tied_to(names: Sequence[str], config: PeftConfig, model: nn.Module) -> list[str]:
+    """Names of the other modules that have a parameter of the named ones: a language head of its words' embedding.
+
+    Says so in a warning, since what is tied is trained as one, and PEFT would part it.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    inside = {f"{name}.{inner}".rstrip(".") for name in names for inner, _ in model.get_submodule(name).named_modules()}
+    tied = [own for own in owners.values() if len(own) > 1 and inside.intersection(own)]
+    if tied and not config.inference_mode:
+        warnings.warn(f"modules_to_save: {' and '.join(tied[0])} are tied, and are trained as one", stacklevel=2)
+    return [name for own in tied for name in own if name not in inside]

@@ -3,17 +3,19 @@
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (what inference needs; PEFT reads both),
 ``softtune_config.json`` (fields that PEFT lacks, and by what the base model is known again),
 ``training_state.safetensors`` where the method trains more than it needs later, and a model card. Weights are
-safetensors only: a pickled file is refused unread.
+safetensors only: a pickled file is refused unread, unless the caller asks for it by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +27,7 @@ from softtune.card import CARD_NAME, model_card
 from softtune.errors import AdapterMismatchError, CheckpointError
 from softtune.methods.base import OWN_CONFIG_NAME, PeftConfig
 from softtune.methods.initialization import OWN_KEY, PROMPT_KEY, WEIGHTS_NAME
+from softtune.wording import in_one_line
 
 STATE_NAME = "training_state.safetensors"
 PICKLED_NAME = "adapter_model.bin"
@@ -36,8 +39,14 @@ SAMPLE_TOLERANCE = 0.05
 same."""
 
 
-def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -> None:
+def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone, *, also_pickled: bool = False) -> None:
     """Write an adapter's folder, every file whole or not at all.
+
+    Args:
+        folder: the folder; made where there is none.
+        adapter: the adapter.
+        backbone: its base model's.
+        also_pickled: write ``adapter_model.bin`` beside the safetensors, for old readers of PEFT's.
 
     Raises:
         CheckpointError: ``folder`` is a file.
@@ -48,14 +57,17 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone) -
         model_class = type(backbone.model)
         config.auto_mapping = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
     with storage.staged(folder) as stage:
-        _write(stage / WEIGHTS_NAME, export(adapter, backbone))
+        write(stage / WEIGHTS_NAME, export(adapter, backbone))
+        if also_pickled:
+            torch.save({name: tensor.cpu() for name, tensor in export(adapter, backbone).items()}, stage / PICKLED_NAME)
         if adapter.is_reparameterised:
-            _write(stage / STATE_NAME, adapter.module.state_dict())
+            write(stage / STATE_NAME, adapter.module.state_dict())
         model_card(Path(folder) / CARD_NAME, config, backbone).save(stage / CARD_NAME)
         rows = backbone.embedding.num_embeddings
         config.write(stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows})
-    if not adapter.is_reparameterised:
-        Path(folder, STATE_NAME).unlink(missing_ok=True)  # of another adapter that was here before
+    gone = {STATE_NAME: not adapter.is_reparameterised, PICKLED_NAME: not also_pickled}
+    for name in (name for name, is_gone in gone.items() if is_gone):
+        Path(folder, name).unlink(missing_ok=True)  # of another adapter that was here before
 
 
 def _name_of_base(config: PeftConfig, backbone: Backbone) -> str | None:
@@ -73,26 +85,42 @@ def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
     return {**state, **adapter.head_state()}
 
 
-def load(folder: str | os.PathLike[str], adapter: Adapter, **hub: Any) -> None:
+def load(folder: str | os.PathLike[str], adapter: Adapter, *, allow_pickle: bool = False, **hub: Any) -> None:
     """Fill an adapter from a folder or hub repository.
+
+    Args:
+        folder: the folder or repository.
+        adapter: the adapter to fill.
+        allow_pickle: read pickled weights too; see ``weights``.
+        hub: where on the hub to look.
 
     Raises:
         CheckpointError: weights are missing, damaged or pickled, or the adapter has an encoder and the folder holds no
             training state.
         AdapterMismatchError: the tensors do not fit the base model.
     """
-    saved = weights(folder, **hub)
+    saved = weights(folder, allow_pickle=allow_pickle, **hub)
     state = storage.locate(folder, STATE_NAME, **hub) if adapter.is_reparameterised else None
     fill(adapter, saved, read(state) if state else None)
 
 
-def weights(folder: str | os.PathLike[str], **hub: Any) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``. Raises CheckpointError where it is missing, damaged or pickled."""
+def weights(folder: str | os.PathLike[str], *, allow_pickle: bool = False, **hub: Any) -> dict[str, Tensor]:
+    """The tensors of ``adapter_model.safetensors``, or of PEFT's ``adapter_model.bin`` where that is allowed.
+
+    Raises:
+        CheckpointError: there is neither, or it is damaged, holds more than tensors, or is pickled and not allowed.
+    """
     path = storage.locate(folder, WEIGHTS_NAME, **hub)
     if path is not None:
         return read(path)
-    if storage.locate(folder, PICKLED_NAME, **hub):
-        raise CheckpointError(f"{folder} has pickled weights, which can run code: save them as {WEIGHTS_NAME} instead")
+    pickled = storage.locate(folder, PICKLED_NAME, **hub)
+    if pickled and allow_pickle:
+        return read_pickled(pickled)
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has pickled weights ({PICKLED_NAME}), which can run code: if you trust who wrote them, "
+            "convert them by softtune import, or load them by allow_pickle=True, which reads tensors alone"
+        )
     raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: copy the whole adapter folder")
 
 
@@ -127,7 +155,9 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
     _copy(adapter.head_state(), heads)
 
 
-def check_base_model(folder: str | os.PathLike[str], backbone: Backbone, **hub: Any) -> None:
+def check_base_model(
+    folder: str | os.PathLike[str], backbone: Backbone, *, allow_pickle: bool = False, **hub: Any
+) -> None:
     """Refuse an adapter that was trained on another base model, or was not copied whole.
 
     Raises:
@@ -135,7 +165,7 @@ def check_base_model(folder: str | os.PathLike[str], backbone: Backbone, **hub: 
         AdapterMismatchError: the word embeddings differ, in words that both have.
     """
     path = storage.locate(folder, OWN_CONFIG_NAME, **hub)
-    if path is None and OWN_KEY in weights(folder, **hub):
+    if path is None and OWN_KEY in weights(folder, allow_pickle=allow_pickle, **hub):
         raise CheckpointError(f"{folder} has no {OWN_CONFIG_NAME}, and its prompt needs it: copy the whole folder")
     notes = storage.read_json(path) if path else {}
     if (saved := notes.get(SAMPLE_KEY)) is None:
@@ -156,6 +186,22 @@ def read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged or cut short ({error}): restore it from a good copy") from error
 
 
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, of which torch reads nothing but tensors.
+
+    Raises:
+        CheckpointError: it is damaged, or holds anything else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = in_one_line(error)
+        raise CheckpointError(f"{path} is damaged or holds more than tensors ({reason}): leave it alone") from error
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise CheckpointError(f"{path} holds no tensors by name: use an adapter that PEFT saved")
+    return state
+
+
 def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
     _check(targets, sources)
     for name, tensor in sources.items():
@@ -174,5 +220,6 @@ def _check(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None
             )
 
 
-def _write(path: Path, state: Mapping[str, Tensor]) -> None:
+def write(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors into a safetensors file."""
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, path, metadata={"format": "pt"})

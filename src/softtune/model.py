@@ -1,4 +1,5 @@
-"""PeftModel: one base model and its adapters. One class for every task, since a task is data and a head.
+"""PeftModel: one base model and its adapters. It does every task, since a task is data and a head; its classes for
+single tasks are names by which pipelines and Trainers know what a model is for.
 
 The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs, and in
 layers that gradient checkpointing runs again for that call.
@@ -6,17 +7,18 @@ layers that gradient checkpointing runs again for that call.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import inspect
 import os
-import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softtune import checkpoint, compat
@@ -25,18 +27,25 @@ from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.backbone.interface import install
 from softtune.compat import PushToHubMixin
-from softtune.errors import AdapterError, CheckpointError
+from softtune.errors import AdapterError
 from softtune.injection.owners import BASE
 from softtune.injection.store import Store
 from softtune.injection.trunk import Trunk
 from softtune.inputs import Inputs
-from softtune.methods import PeftConfig
-from softtune.options import check_options
-from softtune.state import AdapterState
-from softtune.storage import HUB_OPTIONS
+from softtune.methods import PeftConfig, TaskType
+from softtune.options import LOADING_OPTIONS, check_options
+from softtune.peft_names import PeftNames
+from softtune.views import as_peft_knows, with_parameters_of
 
 
-class PeftModel(PushToHubMixin, AdapterState):
+class LoadResult(NamedTuple):
+    """What ``load_adapter`` returns, by PEFT's names."""
+
+    missing_keys: Sequence[str] = ()
+    unexpected_keys: Sequence[str] = ()
+
+
+class PeftModel(PushToHubMixin, PeftNames):
     """A frozen base model with adapters. Attributes that it lacks are the base model's.
 
     Args:
@@ -52,16 +61,21 @@ class PeftModel(PushToHubMixin, AdapterState):
         ConfigError: the config does not fit the base model, or an unknown option.
     """
 
+    def __new__(cls, model: Any = None, *args: Any, **options: Any) -> PeftModel:
+        """An instance whose ``forward`` has the base model's parameters in its signature, for those who choose columns
+        by it."""
+        shown = _showing(cls, type(_base_of(model))) if isinstance(model, nn.Module) else cls  # type: ignore[arg-type]
+        return super().__new__(shown)
+
     def __init__(
         self, model: Any, peft_config: PeftConfig | None = None, adapter_name: str = "default", **options: Any
     ) -> None:
         check_options(options)
         if isinstance(model, PeftModel):
             raise AdapterError("the model has adapters already: add another with add_adapter")
-        layered = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
-        base: PreTrainedModel = model.get_base_model() if layered else model
+        base = _base_of(model)
         backbone = Backbone(base)
-        super().__init__(base if layered else base.requires_grad_(False), backbone, adapter_name)
+        super().__init__(base if base is not model else base.requires_grad_(False), backbone, adapter_name)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
@@ -70,15 +84,16 @@ class PeftModel(PushToHubMixin, AdapterState):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """PEFT's class where PEFT is loaded: Trainers, accelerate and TRL know models with adapters by it alone."""
-        return getattr(sys.modules.get("peft"), "PeftModel", PeftModel)
+        return as_peft_knows(type(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (), self.__dict__
+        own = type(self)
+        return _blank, (own.__bases__[0] if "shown" in vars(own) else own, vars(own).get("shown")), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.backbone.has_interface:
-            install(self.base_model)
+            install(self.backbone.model)
 
     # Adapters: load and save
 
@@ -108,15 +123,20 @@ class PeftModel(PushToHubMixin, AdapterState):
             model_id: the adapter's folder or hub repository.
             adapter_name: the name to give it.
             is_trainable: go on training from exactly where the adapter was saved.
-            config: use this config instead of the saved one.
-            options: where on the hub to look (``subfolder``, ``revision``, ``cache_dir``, ``token``).
+            config: use this config instead of the saved one; it becomes the adapter's, with the base model's sizes.
+            options: where on the hub to look (``subfolder``, ``revision``, ``cache_dir``, ``token``); ``allow_pickle``
+                to read PEFT's ``adapter_model.bin``, as tensors alone; those of PEFT that have no effect here.
 
         Raises:
-            CheckpointError: the folder or a file in it is missing, damaged or pickled.
+            CheckpointError: the folder or a file in it is missing or damaged, or it is pickled and that is not allowed.
             AdapterMismatchError: the adapter was trained on another base model.
             ConfigError: an unknown option.
         """
-        loaded = cls(model)
+        if config is None:
+            hub = check_options(options, LOADING_OPTIONS)
+            hub.pop("allow_pickle", None)
+            config = PeftConfig.from_pretrained(model_id, **hub)
+        loaded = (class_for(config) if cls is PeftModel else cls)(model)
         loaded.load_adapter(model_id, adapter_name, is_trainable, config, **options)
         return loaded.train(is_trainable)
 
@@ -127,30 +147,37 @@ class PeftModel(PushToHubMixin, AdapterState):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         **options: Any,
-    ) -> None:
+    ) -> LoadResult:
         """Add a saved adapter, as ``from_pretrained`` does, with its errors. The first one becomes active.
 
         An adapter that is there already takes over the saved numbers, and is trained or not as before: its tensors
         stay the same objects, so that an optimizer goes on with them.
 
+        Returns:
+            PEFT's result, whose lists are empty, since an adapter that does not fit is an error.
+
         Raises:
             AdapterError: ``is_trainable`` is asked of an adapter that is there, and frozen.
         """
-        hub = check_options(options, HUB_OPTIONS)
+        hub = check_options(options, LOADING_OPTIONS)
+        allow_pickle = hub.pop("allow_pickle", False)
+        config = PeftConfig.from_pretrained(model_id, **hub) if config is None else config
+        checkpoint.check_base_model(model_id, self.backbone, allow_pickle=allow_pickle, **hub)
         if adapter_name in self.peft_config:
             if is_trainable:
                 self._check_trainable(adapter_name)
-            present = self.adapter(adapter_name)
-            present.check_config(config or PeftConfig.from_pretrained(model_id, **hub))
-            checkpoint.check_base_model(model_id, self.backbone, **hub)
-            checkpoint.load(model_id, present, **hub)
-            return
-        config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub)
-        config.inference_mode = not is_trainable
-        checkpoint.check_base_model(model_id, self.backbone, **hub)
-        adapter = self._new_adapter(adapter_name, config)
-        checkpoint.load(model_id, adapter, **hub)
+            adapter = self.adapter(adapter_name)
+            adapter.check_config(config)
+            checkpoint.load(model_id, adapter, allow_pickle=allow_pickle, **hub)
+            return LoadResult()
+        adapter = self._new_adapter(adapter_name, dataclasses.replace(config, inference_mode=not is_trainable))
+        checkpoint.load(model_id, adapter, allow_pickle=allow_pickle, **hub)
+        vars(config).update(vars(adapter.config))
+        adapter.config = config
         self._register(adapter_name, adapter)
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
+        return LoadResult()
 
     def save_pretrained(
         self,
@@ -165,7 +192,8 @@ class PeftModel(PushToHubMixin, AdapterState):
 
         Args:
             save_directory: the folder; made where there is none.
-            safe_serialization: only True; weights are always safetensors.
+            safe_serialization: where False, pickled weights are written beside the safetensors, for old readers; a
+                warning says that they are not read here.
             selected_adapters: names of the adapters to save; by default all.
             is_main_process: False where another process saves.
             state_dict: take the numbers from this ``state_dict()`` instead of from the model.
@@ -173,27 +201,23 @@ class PeftModel(PushToHubMixin, AdapterState):
 
         Raises:
             AdapterError: a name is not loaded.
-            CheckpointError: ``save_directory`` is a file, or pickled weights are asked for.
+            CheckpointError: ``save_directory`` is a file.
             ConfigError: an unknown option.
         """
         check_options(options, ("max_shard_size", "save_function"))
         if not safe_serialization:
-            raise CheckpointError("weights are saved as safetensors only: leave out safe_serialization=False")
+            warnings.warn("weights are saved as safetensors too, which are read before the pickled ones", stacklevel=2)
         if not is_main_process:
             return
         with self.numbers_of(state_dict):
             for name in selected_adapters or list(self.peft_config):
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-                checkpoint.save(folder, self.adapter(name), self.backbone)
+                checkpoint.save(folder, self.adapter(name), self.backbone, also_pickled=not safe_serialization)
 
     @property
     def keeps_logits(self) -> bool:
         """Whether the base model can compute the logits of some tokens alone (``logits_to_keep``)."""
-        return "logits_to_keep" in inspect.signature(self.base_model.forward).parameters
-
-    def get_base_model(self) -> PreTrainedModel:
-        """The base model, which works without adapters as it did before."""
-        return self.base_model
+        return "logits_to_keep" in inspect.signature(self.backbone.model.forward).parameters
 
     # Running
 
@@ -237,7 +261,7 @@ class PeftModel(PushToHubMixin, AdapterState):
             "inputs_embeds": inputs_embeds,
             "labels": labels,
         }
-        kwargs = compat.renamed(kwargs, self.base_model.forward)
+        kwargs = compat.renamed(kwargs, self.backbone.model.forward)
         kwargs |= {name: value for name, value in given.items() if value is not None}
         inputs = Inputs.of(kwargs, prompt_positions, self.backbone)
         cast = self._cast(adapter_names, inputs)
@@ -246,7 +270,7 @@ class PeftModel(PushToHubMixin, AdapterState):
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
         claim(kwargs, cast)
         with acting(self.backbone, cast, inputs, self._trunk):
-            output = self.base_model(return_dict=True, **kwargs)
+            output = self.backbone.model(return_dict=True, **kwargs)
         sign(output, cast)
         self._watch(output, cast)
         return output if return_dict is not False else output.to_tuple()
@@ -269,7 +293,7 @@ class PeftModel(PushToHubMixin, AdapterState):
         Raises:
             DataError, AdapterError: see ``forward``.
         """
-        base: Any = self.base_model
+        base: Any = self.backbone.model
         generate = base.generate
         kwargs = compat.renamed(kwargs, base.prepare_inputs_for_generation)
         call = {**dict(zip(("inputs",), args, strict=False)), **kwargs}
@@ -357,11 +381,73 @@ class PeftModel(PushToHubMixin, AdapterState):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":
+            base = vars(self).get("_modules", {}).get("base_model")
+            if base is None:
                 raise
-            return getattr(self.base_model, name)
+            return getattr(base, name)
 
 
-def _blank() -> PeftModel:
+class PeftModelForCausalLM(PeftModel):
+    """A model that continues texts."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """A model that answers texts by texts."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A model that labels texts."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A model that labels the tokens of texts."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A model that finds answers in texts."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model whose states are what is wanted of it."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+"""The class for each task."""
+
+
+def class_for(config: PeftConfig) -> type[PeftModel]:
+    """The class of models with an adapter of this config."""
+    return PeftModel if config.task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
+
+
+def _base_of(model: Any) -> Any:
+    """The base model itself, also of a model with PEFT's LoRA."""
+    return model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: model)()
+
+
+@cache
+def _showing(own: type[PeftModel], base: type) -> type[PeftModel]:
+    """A class of models over a class of base models."""
+    if not issubclass(base, PreTrainedModel):
+        return own
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        return own.forward(self, *args, **kwargs)
+
+    forward.__doc__ = own.forward.__doc__
+    forward.__signature__ = with_parameters_of(own.forward, base.forward)  # type: ignore[attr-defined]
+    members = {"forward": forward, "shown": base, "__module__": own.__module__, "__doc__": own.__doc__}
+    return type(own.__name__, (own,), members)
+
+
+def _blank(own: type[PeftModel], base: type | None) -> PeftModel:
     """What pickle and copy fill: ``object.__reduce__`` would make one of ``__class__``."""
-    return PeftModel.__new__(PeftModel)
+    shown = own if base is None else _showing(own, base)  # type: ignore[arg-type]
+    return shown.__new__(shown)

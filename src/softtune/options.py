@@ -6,26 +6,39 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softtune.errors import ConfigError
+from softtune.storage import HUB_OPTIONS
 
+ANY = object()
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "autocast_adapter_dtype": (True,),
+    "autocast_adapter_dtype": (ANY,),  # prompts are trained in fp32, in PEFT too
+    "device_map": (ANY,),  # where the base model was put, as are the next ones
+    "dtype": (ANY,),
     "ephemeral_gpu_offload": (False,),
     "ignore_mismatched_sizes": (False,),
     "key_mapping": (None,),
-    "low_cpu_mem_usage": (True, False),
+    "low_cpu_mem_usage": (ANY,),
+    "max_memory": (ANY,),
     "mixed": (False,),
+    "offload_buffers": (ANY,),
+    "offload_dir": (ANY,),
+    "offload_folder": (ANY,),
+    "offload_index": (ANY,),
     "path_initial_model_for_weight_conversion": (None,),
     "save_embedding_layers": ("auto", False),
-    "torch_device": (None,),
-    "unwrap_compiled": (False,),
+    "torch_device": (ANY,),  # adapters are where the base model is
+    "torch_dtype": (ANY,),
+    "trust_remote_code": (ANY,),
+    "use_safetensors": (True, None),
 }
-"""Options of PEFT, and the values that change nothing here."""
+"""Options of PEFT, and the values that change nothing here: ``ANY`` where none does."""
+LOADING_OPTIONS = (*HUB_OPTIONS, "allow_pickle")
+"""Options of loading that act."""
 
 
 def check_options(options: Mapping[str, Any], known: Sequence[str] = ()) -> dict[str, Any]:
     """The known options out of some; those of PEFT without effect here are dropped, others refused."""
     for name, value in options.items():
-        if name in known or value in WITHOUT_EFFECT.get(name, ()):
+        if name in known or any(same is ANY or same == value for same in WITHOUT_EFFECT.get(name, ())):
             continue
         if name in WITHOUT_EFFECT:
             raise ConfigError(f"{name}={value!r} is not for soft prompts: leave it out")

@@ -43,7 +43,6 @@ State = dict[str, Any]
 class Adapted(Protocol):
     """A base model with one adapter, as ``PeftModel`` is."""
 
-    base_model: Any
     backbone: Backbone
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -101,9 +100,9 @@ class Probe:
     def __init__(self, model: Adapted, adapter: Adapter, before: State, columns: Sequence[int] | None = None) -> None:
         self.model = model
         self.adapter = adapter
-        self.base: Any = model.base_model
+        self.base: Any = model.backbone.model
         self.backbone = model.backbone
-        self.device = self.base.device
+        self.device = self.backbone.device
         self.columns = columns
         self.before = before
         self.text = self._text(GIVEN + NEW)

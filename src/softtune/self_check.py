@@ -28,11 +28,23 @@ from softtune.backbone.interface import stock_name
 from softtune.compat import INSTALLED, class_name, is_tested, tested
 from softtune.errors import SofttuneError, UnsupportedModelError
 from softtune.methods import BitFitConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
-from softtune.promises import PROMISES, Adapted, Broken, Outcome, Probe, outcomes, own_random_numbers, state_of
+from softtune.promises import (
+    PROMISES,
+    Adapted,
+    Broken,
+    NotAsked,
+    Outcome,
+    Probe,
+    outcomes,
+    own_random_numbers,
+    state_of,
+)
 from softtune.wording import in_one_line
 
 SWITCH = "SOFTTUNE_SELF_CHECK"
 """The environment variable that turns the check off, by 0."""
+READ = ("input_ids", "attention_mask", "decoder_input_ids")
+"""What a call is checked with."""
 ALTERNATIVES: tuple[type[PeftConfig], ...] = (PrefixTuningConfig, PromptTuningConfig, BitFitConfig)
 """Methods to look at where another does not hold: one for each way into a model."""
 
@@ -49,7 +61,7 @@ def ensure(backbone: Backbone, config: PeftConfig, adapt: Adapt) -> None:
         UnsupportedModelError: one of them does not hold; the message names it, the versions, and what does work.
     """
     model = backbone.model
-    if os.environ.get(SWITCH) == "0" or model.device.type == "meta" or is_tested(model):
+    if os.environ.get(SWITCH) == "0" or backbone.device.type == "meta" or is_tested(model):
         return
     note = _note(model, config)
     if note.name in _passed or note.is_file():
@@ -84,11 +96,14 @@ def check(
     Raises:
         UnsupportedModelError: the base model cannot take the method, or does not run on token ids alone.
     """
+    names = [name for name, promise in PROMISES.items() if thorough or promise.is_quick]
+    if not _changes_reading(backbone, config):
+        return dict.fromkeys(names, NotAsked("what the method trains here reads no text"))
+    backbone = _reader(backbone)
     with turn(backbone.model), torch.inference_mode(False), own_random_numbers(backbone.model):
         before = state_of(backbone.model)
         adapter = Adapter.new(config.probing(), backbone)
         _disturb(adapter)
-        names = [name for name, promise in PROMISES.items() if thorough or promise.is_quick]
         try:
             probe = Probe(adapt(backbone, adapter), adapter, before, columns)
         except SofttuneError:
@@ -96,6 +111,26 @@ def check(
         except Exception as error:
             return dict.fromkeys(names, Broken(f"{type(error).__name__}: {in_one_line(error)}"))
         return outcomes(probe, names)
+
+
+def _changes_reading(backbone: Backbone, config: PeftConfig) -> bool:
+    """Whether a method acts on text: the biases of a model may all be those of what sees pictures."""
+    if config.is_prompt_learning:
+        return True
+    reading = {module for stack in backbone.stacks for module in stack.module.modules()}
+    slots = [slot for slot, _ in config.build(backbone).prompt().additions]  # type: ignore[operator]
+    return any(backbone.model.get_submodule(slot.module) in reading for slot in slots)
+
+
+def _reader(backbone: Backbone) -> Backbone:
+    """A base model, or the language model within it where its calls need pictures or sounds too."""
+    parameters = inspect.signature(backbone.model.forward).parameters.values()
+    if all(p.default is not p.empty or p.kind is p.VAR_KEYWORD or p.name in READ for p in parameters):
+        return backbone
+    stacks = {stack.module for stack in backbone.stacks}
+    within = [m for m in backbone.model.modules() if isinstance(m, PreTrainedModel) and m is not backbone.model]
+    writing = [m for m in within if stacks <= {*m.modules()} and m.get_output_embeddings() is not None]
+    return Backbone(writing[0]) if writing else backbone
 
 
 def _disturb(adapter: Adapter) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,8 +21,8 @@ from softtune.errors import AdapterError, AdapterMismatchError
 from softtune.gradients import GradientWatch
 from softtune.injection.owners import BASE
 from softtune.methods import PeftConfig
-from softtune.methods.initialization import PROMPT_KEY
 from softtune.options import check_options
+from softtune.views import BaseView
 
 
 class AdapterState(nn.Module):
@@ -35,12 +36,13 @@ class AdapterState(nn.Module):
 
     def __init__(self, base_model: PreTrainedModel, backbone: Backbone, active_adapter: str) -> None:
         super().__init__()
-        self.base_model = base_model
+        self.add_module("base_model", base_model)  # the attribute is a view of it
         self.backbone = backbone
         self.prompt_encoder = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapter = active_adapter
+        """The name of the adapter that acts; empty where all were deleted."""
         self.gradient_watch = GradientWatch()
         """Warns after the first backward pass that leaves out what is trained."""
         self._times_disabled = 0
@@ -56,9 +58,46 @@ class AdapterState(nn.Module):
         return Adapter(self.peft_config[adapter_name], self.prompt_encoder[adapter_name], heads)
 
     @property
+    def base_model(self) -> Any:
+        """The base model, as other libraries look for it; see ``BaseView``."""
+        return BaseView(self.get_base_model())
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base model, which works without adapters as it did before."""
+        return self.backbone.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model computes, and adapters are."""
+        return self.backbone.device
+
+    @property
+    def config(self) -> Any:
+        """The base model's config."""
+        return self.get_base_model().config
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.get_base_model().config = config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's settings of ``generate``."""
+        return self.get_base_model().generation_config
+
+    @generation_config.setter
+    def generation_config(self, generation_config: Any) -> None:
+        self.get_base_model().generation_config = generation_config
+
+    @property
     def active_adapters(self) -> list[str]:
-        """The adapter that acts; none within ``disable_adapter``."""
-        return [] if self._times_disabled else [self.active_adapter]
+        """The adapter that acts; none within ``disable_adapter``, or where all were deleted."""
+        return [] if self._times_disabled or not self.active_adapter else [self.active_adapter]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter acts."""
+        return bool(self.active_adapters)
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -110,17 +149,19 @@ class AdapterState(nn.Module):
         self._register(adapter_name, adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the active one, the first of the others becomes active.
+        """Remove an adapter. If it was the active one, the first of the others becomes active; without others, no one
+        acts.
 
         Raises:
-            AdapterError: no such adapter, or no other one.
+            AdapterError: no such adapter.
         """
         self.adapter(adapter_name)
         others = [name for name in self.peft_config if name != adapter_name]
-        if not others:
-            raise AdapterError(f"{adapter_name!r} is the only adapter: use get_base_model() to go on without one")
         if self.active_adapter == adapter_name:
-            self.set_adapter(others[0])
+            if others:
+                self.set_adapter(others[0])
+            else:
+                self.active_adapter = ""
         del self.peft_config[adapter_name], self.prompt_encoder[adapter_name], self.heads[adapter_name]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -177,28 +218,6 @@ class AdapterState(nn.Module):
             self.set_adapter(name)
         else:
             self.set_requires_grad(name, False)
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The adapter's baked prompt on the CPU: [P, W] keys and values, or [P, D] vectors.
-
-        Raises:
-            AdapterError: no such adapter, or it has no virtual tokens.
-        """
-        state = self.adapter(adapter_name).baked_state()
-        if PROMPT_KEY not in state:
-            raise AdapterError(f"{adapter_name!r} has no virtual tokens: read get_peft_model_state_dict instead")
-        prompt: Tensor = state[PROMPT_KEY].cpu()
-        return prompt
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers that are trained, and all numbers."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
-
-    def print_trainable_parameters(self) -> None:
-        """Print both counts and the share, in PEFT's words."""
-        trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """What is trained: all adapters, and of the base model only what is not frozen (a LoRA trained along).

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import softtune_command
 from softtune import PeftModel
+from softtune.cli import module_of
 from softtune.cli.console import quiet
 from softtune.cli.flags import overrides
 from softtune.compat import INSTALLED
@@ -247,7 +247,7 @@ def test_the_overview_imports_no_command_and_says_what_they_do() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in softtune_command.COMMANDS)
     for name, summary in softtune_command.COMMANDS.items():
-        described = import_module(f"softtune.cli.{name}").command.__doc__.partition("\n\n")[0]
+        described = module_of(name).command.__doc__.partition("\n\n")[0]
         assert " ".join(described.split()) == summary
 
 

@@ -114,7 +114,6 @@ def test_embedding_only_has_no_layers(field: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("prompt_tuning_init_text", "the movie"),
         ("prompt_tuning_init_labels", ["good", "bad"]),
         ("prompt_tuning_init_file", "folder"),
         ("tokenizer_kwargs", {"use_fast": True}),
@@ -125,24 +124,50 @@ def test_a_start_that_has_no_use_for_a_field_refuses_it(field: str, value: objec
         PromptTuningConfig(prompt_tuning_init="RANDOM", **{field: value})
 
 
-UNUSED = [
+IGNORED = [
     ("PrefixTuningConfig", {"encoder_hidden_size": 9}, "set prefix_projection=True"),
     ("PrefixTuningConfig", {"encoder_hidden_size": 9, "token_dim": 16}, "set prefix_projection=True"),
-    ("PrefixTuningConfig", {"tokenizer_name_or_path": "folder"}, "is for init_text"),
-    ("PromptEncoderConfig", {"encoder_num_layers": 3}, "encoder_num_layers is for the LSTM"),
-    ("PromptEncoderConfig", {"encoder_dropout": 0.1}, "encoder_dropout is for the LSTM"),
+    ("PromptEncoderConfig", {"encoder_num_layers": 3}, "encoder_num_layers of PromptEncoderConfig: for the LSTM"),
+    (
+        "PromptEncoderConfig",
+        {"encoder_num_layers": 5, "encoder_dropout": 0.1},
+        "encoder_num_layers and encoder_dropout",
+    ),
+    ("PromptTuningConfig", {"prompt_tuning_init_text": "the movie"}, "SAMPLE_VOCAB has no use for it"),
 ]
+"""What PEFT accepts and ignores."""
 
 
-@pytest.mark.parametrize(("name", "fields", "message"), UNUSED)
-def test_a_field_without_use_is_refused_in_training_and_kept_in_a_saved_config(
+@pytest.mark.parametrize(("name", "fields", "message"), IGNORED)
+def test_a_field_that_peft_ignores_is_left_out_with_a_warning_and_kept_in_a_saved_config(
     name: str, fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        getattr(softtune, name)(**fields)
-    saved = getattr(softtune, name)(**fields, inference_mode=True)
+    own, kept = getattr(softtune, name), {key: value for key, value in fields.items() if key == "token_dim"}
+    with pytest.warns(UserWarning, match=message) as warned:
+        assert own(**fields) == own(**kept)
+    assert [Path(warning.filename).name for warning in warned] == ["test_configs.py"]
+    saved = own(**fields, inference_mode=True)
     saved.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == saved
+
+
+def test_a_field_without_use_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is for init_text"):
+        PrefixTuningConfig(tokenizer_name_or_path="folder")
+
+
+def test_the_line_of_the_tutorials() -> None:
+    kind = softtune.PromptEncoderReparameterizationType.MLP
+    with pytest.warns(UserWarning, match="the MLP has no use for it"):
+        config = softtune.PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=10,
+            encoder_reparameterization_type=kind,
+            encoder_dropout=0.1,
+            encoder_num_layers=5,
+            encoder_hidden_size=1024,
+        )
+    assert (config.encoder_hidden_size, config.encoder_dropout, config.encoder_num_layers) == (1024, 0.0, 2)
 
 
 def test_fields_with_a_use_are_taken() -> None:
@@ -155,9 +180,7 @@ def test_fields_with_a_use_are_taken() -> None:
 
 
 @pytest.mark.parametrize("inference_mode", [False, True])
-@pytest.mark.parametrize(
-    ("name", "fields"), [(name, fields) for name, fields, _ in UNUSED if "tokenizer_name_or_path" not in fields]
-)
+@pytest.mark.parametrize(("name", "fields"), [(name, fields) for name, fields, _ in IGNORED])
 def test_peft_may_have_saved_what_it_ignored(
     name: str, fields: dict[str, Any], inference_mode: bool, tmp_path: Path
 ) -> None:

@@ -120,26 +120,35 @@ def test_the_official_client_works_unchanged(client: httpx.Client, llama: str, a
         asking.completions.create(model="nobody", prompt="red")
 
 
-def test_conversations(llama: str, adapters: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(llama, tmp_path / "talking")
+@pytest.fixture(scope="module")
+def talking(llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base model that knows conversations."""
+    model = shutil.copytree(llama, tmp_path_factory.mktemp("models") / "talking")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(model)
-    with serving(str(model), adapters) as client:
-        asking = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")
-        messages: Any = [{"role": "user", "content": "is the sky blue"}]
-        whole = asking.chat.completions.create(
-            model="prompt", messages=messages, temperature=0, max_tokens=7, logprobs=True, top_logprobs=1
-        )
-        parts = asking.chat.completions.create(
-            model="prompt", messages=messages, temperature=0, max_tokens=7, stream=True
-        )
-        expected = generated(str(model), adapters / "prompt", "u is the sky blue text :", 7)
-        assert whole.choices[0].message.content == expected
-        assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
-        assert all(token.top_logprobs[0].logprob == token.logprob for token in whole.choices[0].logprobs.content)
-        open_end = asking.chat.completions.create(model="prompt", messages=messages, temperature=0)
-        assert open_end.usage.total_tokens <= 64
+    return str(model)
+
+
+@pytest.fixture(scope="module")
+def chat(talking: str, adapters: Path) -> Iterator[httpx.Client]:
+    with serving(talking, adapters) as client:
+        yield client
+
+
+def test_conversations(chat: httpx.Client, talking: str, adapters: Path) -> None:
+    asking = openai.OpenAI(base_url=f"{chat.base_url}/v1", api_key="none")
+    messages: Any = [{"role": "user", "content": "is the sky blue"}]
+    whole = asking.chat.completions.create(
+        model="prompt", messages=messages, temperature=0, max_tokens=7, logprobs=True, top_logprobs=1
+    )
+    parts = asking.chat.completions.create(model="prompt", messages=messages, temperature=0, max_tokens=7, stream=True)
+    expected = generated(talking, adapters / "prompt", "u is the sky blue text :", 7)
+    assert whole.choices[0].message.content == expected
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
+    assert all(token.top_logprobs[0].logprob == token.logprob for token in whole.choices[0].logprobs.content)
+    open_end = asking.chat.completions.create(model="prompt", messages=messages, temperature=0)
+    assert open_end.usage.total_tokens <= 64
 
 
 def test_a_model_without_a_template_has_no_conversations(client: httpx.Client) -> None:
@@ -227,6 +236,29 @@ def test_fields_that_are_null_or_say_nothing_are_taken(client: httpx.Client) -> 
     found = complete(client, max_tokens=4, **nulls, **silent).json()
     assert found["choices"] == plain["choices"]
     assert complete(client, max_tokens=4, n=3, temperature=0.5).json()["usage"]["prompt_tokens"] == 5
+
+
+def test_an_answer_is_sent_back_as_it_came(chat: httpx.Client) -> None:
+    """Clients keep a message whole, nulls and all: OpenAI's own, and what is built on it."""
+    first, last = {"role": "user", "content": "red is"}, {"role": "user", "content": "cold is"}
+
+    def ask(*messages: dict[str, Any]) -> Any:
+        found = chat.post(
+            "/v1/chat/completions",
+            json={"model": "prefix", "messages": list(messages), "max_tokens": 4, "temperature": 0},
+        )
+        assert found.status_code == 200, found.text
+        return found.json()["choices"][0]["message"]
+
+    answer = ask(first)
+    expected = ask(first, {"role": "assistant", "content": answer["content"]}, last)
+    nulls = dict.fromkeys(("refusal", "tool_calls", "function_call", "annotations", "audio", "name"))
+    for message in (answer, answer | nulls, answer | {"annotations": [], "tool_calls": []}):
+        assert ask(first, message, last) == expected
+    parts = {"role": "user", "content": [{"type": "text", "text": "cold is", "annotations": None}]}
+    assert ask(first, answer, parts) == expected
+    refused = {"model": "prefix", "messages": [first, answer | {"refusal": "no"}]}
+    assert chat.post("/v1/chat/completions", json=refused).status_code == 400
 
 
 def test_a_base_model_alone_is_served(llama: str) -> None:

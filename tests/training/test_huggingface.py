@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tests.families import CAUSAL_LM, METHODS, SEQ_CLS, VOCABULARY, base_model, scramble
+from tests.families import CAUSAL_LM, METHODS, QUESTION_ANS, SEQ_CLS, VOCABULARY, base_model, scramble
 from tests.tiny import tokenizer
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
@@ -127,7 +127,7 @@ def test_what_knows_adapters_by_pefts_class_knows_these() -> None:
     assert isinstance(model, PeftModel)
     assert not isinstance(model, peft.PeftModelForCausalLM)
     again = pickle.loads(pickle.dumps(model))
-    assert type(again) is PeftModel
+    assert type(again) is type(model)
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(again(ids).logits, model(ids).logits)
 
@@ -140,6 +140,25 @@ def test_loading_into_an_adapter_keeps_its_tensors(tmp_path: Path) -> None:
     model.load_adapter(tmp_path, "default")
     assert [id(p) for p in model.parameters()] == before
     torch.testing.assert_close(trained(model), saved, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("task", [SEQ_CLS, QUESTION_ANS])
+def test_without_peft_the_trainer_keeps_the_base_models_columns(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "peft")
+    monkeypatch.setattr("transformers.trainer_utils.is_peft_available", lambda: False)
+    model = scramble(get_peft_model(base_model("bert", task), METHODS["prefix"](task_type=task))).eval()
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, VOCABULARY, (4, 8), generator=generator)
+    columns = {"input_ids": ids, "token_type_ids": torch.tensor([[0] * 4 + [1] * 4] * 4)}
+    spans = {"start_positions": torch.tensor([4, 5, 6, 4]), "end_positions": torch.tensor([5, 6, 7, 6])}
+    columns |= {"labels": torch.tensor([0, 1, 1, 0])} if task == SEQ_CLS else spans
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=4)
+    rows = Dataset.from_dict({name: x.tolist() for name, x in columns.items()})
+    found = Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    with torch.no_grad():
+        assert found == pytest.approx(float(model(**columns).loss), abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # of TRL
@@ -175,3 +194,40 @@ def test_trl(method: str, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
     assert (tmp_path / "checkpoint-6" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "checkpoint-6" / "model.safetensors").exists()
+
+
+def sft(model: Any, folder: Path, **options: Any) -> Any:
+    """One step of TRL's Trainer."""
+    from trl import SFTConfig, SFTTrainer
+
+    trainer_options = {name: options.pop(name) for name in ("peft_config",) if name in options}
+    settings = {"max_steps": 1, "per_device_train_batch_size": 3, "max_length": 16, "report_to": "none"}
+    settings |= {"bf16": False, "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+    texts = Dataset.from_dict({"text": ["red is warm", "blue is cold", "the sky is blue and good"] * 4})
+    run = SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(folder), **settings, **options),
+        train_dataset=texts,
+        processing_class=tokenizer(ends=True),
+        **trainer_options,
+    )
+    run.train()
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL
+@pytest.mark.parametrize("loss_type", ["nll", "dft", "chunked_nll"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning_mlp", "p_tuning_v2"])
+def test_trls_losses(method: str, loss_type: str, tmp_path: Path) -> None:
+    model = get_peft_model(base_model("llama", CAUSAL_LM), METHODS[method](task_type=CAUSAL_LM))
+    run = sft(model, tmp_path, loss_type=loss_type)
+    assert run.state.log_history[0]["loss"] > 0
+    assert 0 <= run.state.log_history[0]["mean_token_accuracy"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning_v2", "bitfit_added"])
+def test_trl_takes_a_config(method: str, tmp_path: Path) -> None:
+    run = sft(base_model("llama", CAUSAL_LM), tmp_path, peft_config=METHODS[method](task_type=CAUSAL_LM))
+    assert issubclass(type(run.model), PeftModel)
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").exists()

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,13 +21,14 @@ from softtune.backbone.interface import install
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.observation import seen_attention, seen_outputs
 from softtune.backbone.outputs import Outputs, with_rows
-from softtune.backbone.roles import BiasSlot, bias_slots
+from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot, bias_slots
 from softtune.backbone.stack import (
     AttentionLayer,
     Place,
     Site,
     Stack,
     cached_length,
+    device_of,
     is_causal,
     skipped,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "around_runs",
     "cached_length",
     "counting_words",
+    "device_of",
     "evaluating",
     "is_checkpointing",
     "is_reentrant",
@@ -72,6 +75,11 @@ class Backbone:
         """The word embedding of the stack that reads the input."""
         if compat.has_interface(model):
             install(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model computes."""
+        return device_of(self.model)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -135,6 +143,11 @@ class Backbone:
         ids = torch.zeros(1, 3, dtype=torch.long)
         with turn(self.model), evaluating(self.model):
             return [seen.layer for seen in seen_attention(self.model, self.stacks, input_ids=ids)]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its attention layers have been looked at."""
+        return "attention_layers" in vars(self)
 
     @property
     def has_interface(self) -> bool:
@@ -226,6 +239,8 @@ class Backbone:
         def fits(slot: BiasSlot) -> bool:
             if (calls := self._outputs.get(slot.module)) is None:
                 return slot.module.rpartition(".")[0] not in self._outputs
+            if isinstance(self.model.get_submodule(slot.module), CHANNELS_FIRST):
+                return False
             return all(c.width is not None and (slot.index is not None or c.width == slot.width) for c in calls)
 
         return [slot for slot in slots if fits(slot)]
@@ -255,20 +270,20 @@ class Backbone:
                 were picked then, less those of words that are gone. By default as many as now.
             size: how many numbers.
         """
-        weights = self.embedding.weight.detach().flatten()
-        numbers = weights.numel() if rows is None else rows * self.embedding.embedding_dim
-        picks = torch.linspace(0, numbers - 1, size + 2, dtype=torch.float64).long()[1:-1]
-        picks = picks[picks < weights.numel()]
-        return [round(float(x), 6) for x in weights[picks.to(weights.device)]]
+        with align_module_device(self.embedding):
+            weights = self.embedding.weight.detach().flatten()
+            numbers = weights.numel() if rows is None else rows * self.embedding.embedding_dim
+            picks = torch.linspace(0, numbers - 1, size + 2, dtype=torch.float64).long()[1:-1]
+            picks = picks[picks < weights.numel()]
+            return [round(float(x), 6) for x in weights[picks.to(weights.device)]]
 
 
 def _stacks(model: PreTrainedModel) -> list[Stack]:
     """The runs of layers of a model: one, or an encoder-decoder's two."""
     if not model.config.is_encoder_decoder:
-        decoder = model.get_decoder()  # of masked words a matrix may have that name
-        stack = _below_head(decoder if isinstance(decoder, PreTrainedModel) else model)
+        stack = _decoder_of(model)
         return [Stack(stack, Site.DECODER if is_causal(model, stack) else Site.ENCODER)]
-    encoder, decoder = _below_head(model.get_encoder()), _below_head(model.get_decoder())
+    encoder, decoder = _below_head(model.get_encoder()), _decoder_of(model.get_decoder())
     if encoder in decoder.modules():  # UMT5's encoder alone
         return [Stack(encoder, Site.ENCODER)]
     stacks = [Stack(encoder, Site.ENCODER), Stack(decoder, Site.DECODER)]
@@ -277,6 +292,13 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
             f"{type(model).__name__}'s decoder sees later words in this transformers: install 5.18 or newer"
         )
     return stacks
+
+
+def _decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A decoder's layers alone: BLIP-2's language model passes by the model around OPT's, as BART's decoders do."""
+    decoder = model.get_decoder()  # of masked words a matrix may have that name
+    stack = _below_head(decoder if isinstance(decoder, PreTrainedModel) else model)
+    return stack if stack is model or stack.get_decoder() is stack else _decoder_of(stack)
 
 
 def _below_head(stack: nn.Module) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from softtune import compat
 from softtune.backbone.interface import WRAPPER, AttentionRecorder
 from softtune.backbone.outputs import TOKENS, Outputs, observing
 from softtune.backbone.refusal import reading_text
-from softtune.backbone.stack import AttentionLayer, Site, Stack
+from softtune.backbone.stack import AttentionLayer, Site, Stack, device_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _passing(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
 
 def _run(model: PreTrainedModel, stacks: Sequence[Stack], inputs: dict[str, Tensor], **kwargs: Any) -> Any:
     """A forward below the head, and below what puts pictures among the words."""
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    inputs = {name: tensor.to(device_of(model)) for name, tensor in inputs.items()}
     if len(stacks) == 1:
         return stacks[0].module(**inputs, **kwargs)
     ids = inputs["input_ids"]

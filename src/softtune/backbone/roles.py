@@ -49,6 +49,13 @@ _FUSED: dict[str, Callable[[int, int, int], list[Tensor]]] = {
 """Modules that compute query, key and value in one product, and which of their output features are which."""
 
 
+CHANNELS_FIRST = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm),
+)
+"""Modules whose features are not the last dimension of their output, but the second: [B, N, ...]."""
+
+
 @dataclass(frozen=True)
 class BiasSlot:
     """A place where a bias acts: the output of one module, or the part of it that one role owns."""
@@ -105,4 +112,4 @@ def _output_width(module: nn.Module) -> int | None:
         return None
     if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight transposed
         return int(weight.shape[1])
-    return int(weight.shape[0])
+    return int(getattr(module, "out_channels", weight.shape[0]))

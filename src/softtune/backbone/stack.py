@@ -116,13 +116,17 @@ class Stack:
         return size - self.first_position if size else None
 
     @property
+    def device(self) -> torch.device:
+        return device_of(self.module)
+
+    @property
     def embedding(self) -> nn.Embedding:
         """The word embedding. Raises UnsupportedModelError where the stack has no plain one."""
         return word_embedding(self.module)
 
     def some_ids(self, count: int) -> Tensor:
         """[count] different words, as far as there are so many."""
-        return torch.arange(count, device=self.module.device) % self.embedding.num_embeddings
+        return torch.arange(count, device=self.device) % self.embedding.num_embeddings
 
     @property
     def drops_layers(self) -> bool:
@@ -150,7 +154,7 @@ class Stack:
     def _runs_differ(self) -> bool:
         """Whether two forwards of a text of 32 tokens differ, or as many as the model has positions for."""
         ids = self.some_ids(min(32, self.table_size or 32))[None]
-        devices = [self.module.device] if self.module.device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad(), unchecked(self.module):
             first, second = (self.module.forward(input_ids=ids).last_hidden_state for _ in range(2))
         return not torch.equal(first, second)
@@ -190,7 +194,7 @@ class Stack:
         layers want them."""
         config, words = (
             self.module.config,
-            torch.empty(1, length, 0, dtype=self.module.dtype, device=self.module.device),
+            torch.empty(1, length, 0, dtype=self.module.dtype, device=self.device),
         )
         masks = compat.create_masks(config, words)
         plain = torch.ones(1, 1, length, length, dtype=torch.bool, device=words.device).tril()
@@ -317,6 +321,11 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
     return float((found - expected).abs().max()) <= tolerance
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: where those of its numbers are that are not offloaded."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("meta"))
+
+
 def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:
     """How many tokens the cache of a call to a stack counts, and whether there is any text before the call's.
 
@@ -357,7 +366,7 @@ def is_causal(model: PreTrainedModel, stack: PreTrainedModel) -> bool:
     flags = [m.is_causal for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     if any(flags):
         return True
-    if compat.is_tested(model) or stack.device.type == "meta":
+    if compat.is_tested(model) or device_of(stack).type == "meta":
         return not flags and compat.takes_cache(inspect.signature(stack.forward).parameters)
     if model not in _CAUSAL:
         _CAUSAL[model] = _sees_nothing_later(stack)
@@ -370,9 +379,9 @@ _CAUSAL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def _sees_nothing_later(stack: PreTrainedModel) -> bool:
     """Whether the first token's output is the same before other tokens."""
-    count = 2 * TOKENS if word_embedding(stack).num_embeddings > 2 * TOKENS else TOKENS
-    first, *later = range(count)
-    ids = torch.tensor([[first, *later], [first, *later[::-1]]], device=stack.device)
+    words = word_embedding(stack).num_embeddings
+    numbers = torch.arange(2 * TOKENS, device=device_of(stack)).view(2, TOKENS) % words
+    ids = torch.cat([numbers[:, :1] * 0, numbers.where(numbers != 0, words - 1)], dim=1)
     with evaluating(stack), reading_text(stack):
         states = stack.forward(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     return is_close(states[0, 0], states[1, 0])

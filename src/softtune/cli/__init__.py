@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any
 
 import typer
@@ -19,8 +20,13 @@ INTERRUPTED = 130
 def load(name: str) -> Any:
     """A command by its name."""
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command(name)(_in_one_line(import_module(f"softtune.cli.{name}").command))
+    app.command(name)(_in_one_line(module_of(name).command))
     return typer.main.get_command(app)
+
+
+def module_of(name: str) -> Any:
+    """The file of a command."""
+    return import_module(f"softtune.cli.{name}_" if iskeyword(name) else f"softtune.cli.{name}")
 
 
 def _in_one_line(command: Callable[..., None]) -> Callable[..., None]:

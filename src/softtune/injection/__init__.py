@@ -88,7 +88,7 @@ class Injection:
     def attached(self) -> Iterator[None]:
         """Rewrite the base model's calls for the length of the block."""
         backbone, handles = self.backbone, [handle for stack in self.stacks for handle in stack.hooks()]
-        handles.append(backbone.model.register_forward_pre_hook(self._note_mask, with_kwargs=True))
+        handles.append(backbone.model.register_forward_pre_hook(self._note_call, with_kwargs=True))
         if backbone.is_encoder_decoder:
             encoder, decoder = (stack.module for stack in backbone.stacks)
             handles.append(encoder.register_forward_hook(self._sign_encoder))
@@ -108,10 +108,26 @@ class Injection:
                 stack.enter_context(keeping_caches(backbone.model))  # of a prefix, which recomputing may read again
             yield
 
-    def _note_mask(self, module: nn.Module, args: Any, kwargs: Call) -> None:
-        """Tell a decoder which tokens are padding, even where the model above it makes a ready mask of that."""
-        if self.backbone.is_decoder_only:
+    def check_arrival(self, has_encoded: bool) -> None:
+        """Raise UnsupportedModelError where a call passed a stack by that should have met a prompt.
+
+        Args:
+            has_encoded: whether the caller had the encoder's outputs already.
+        """
+        for number, injection in enumerate(self.stacks):
+            is_done = has_encoded and number == 0 and self.backbone.is_encoder_decoder
+            if injection.acts and not (injection.has_run or is_done):
+                raise UnsupportedModelError(
+                    f"{type(self.backbone.model).__name__} did not run its {type(injection.stack.module).__name__}, so "
+                    "that no prompt arrived: pass text, or use a base model that docs/support.md names"
+                )
+
+    def _note_call(self, module: nn.Module, args: Any, kwargs: Call) -> None:
+        """Tell the only stack what the caller said: which tokens are padding, even where the model above it makes a
+        ready mask of that, and whether the positions are the caller's."""
+        if not self.backbone.is_encoder_decoder:
             self.stacks[0].outer_mask = kwargs.get("attention_mask")
+            self.stacks[0].has_outer_positions = kwargs.get("position_ids") is not None
 
     def _sign_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
         sign(output.last_hidden_state, self.encoder_owners)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softtune.backbone import Backbone, around_runs, turn
-from softtune.backbone.roles import BiasSlot
+from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot
 from softtune.errors import UnsupportedModelError
 from softtune.injection.rows import multiplied
 
@@ -105,6 +105,8 @@ def _adder(slot: BiasSlot, changes: Sequence[Tensor | None], rows: Tensor | None
         if slot.index is not None:
             index = slot.index.to(added.device)
             added = added.new_zeros(len(added), output.shape[-1]).index_copy(1, index, added)
+        if isinstance(module, CHANNELS_FIRST):
+            added = added.view(*added.shape, *[1] * (output.dim() - 2))
         return output + (added[0] if rows is None else _per_row(added, rows, output, is_by_head))
 
     return add

@@ -50,7 +50,7 @@ class Pool:
             )
         self.stack = stack
         self.layers: dict[nn.Module, AttentionLayer] = {a.module: a for a in backbone.attention_layers if a.module}
-        dtype, device = stack.module.dtype, stack.module.device
+        dtype, device = stack.module.dtype, stack.device
         # On a CPU, memory that nobody has written to takes none.
         layers = self.layers.items()
         where: dict[str, Any] = {"dtype": dtype, "device": device}

@@ -17,6 +17,7 @@ from softtune.backbone import Stack
 from softtune.backbone.interface import flash_refusal, takes_padding
 from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.columns import Columns
+from softtune.injection.graphs import holds, is_for_any_batch
 from softtune.injection.layout import Layout
 from softtune.injection.masks import PACKED
 from softtune.injection.rows import RowPrompts
@@ -42,7 +43,7 @@ class Positions:
     def check(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Raise DataError where a row needs more positions than the model has."""
         limit = self.stack.table_size
-        if limit is None:
+        if limit is None or is_for_any_batch():
             return
         tokens, virtual = self._lengths(call, step, here), (here.shift + here.is_vector.sum(1)).to(step.device)
         row = int((tokens + virtual).argmax())
@@ -51,6 +52,18 @@ class Positions:
                 f"{int(tokens[row])} tokens and {int(virtual[row])} virtual ones exceed the model's {limit} positions: "
                 "shorten the text"
             )
+
+    def count_text(self, call: Call, step: Step) -> None:
+        """Count from each row's first real token where the model above the stack has counted columns, as PaliGemma and
+        Fuyu do."""
+        given = call.get("position_ids")
+        if given is None or given.dim() != 2:
+            return
+        if is_for_any_batch():
+            raise UnsupportedModelError("the model counts positions above its layers: trace it with position_ids")
+        columns = given[:1, :1] + torch.arange(given.shape[1], device=given.device)
+        if bool(step.starts.any()) and bool((given == columns).all()):
+            call["position_ids"] = (given - step.starts[:, None]).clamp(min=int(given[0, 0]) - step.cached)
 
     def place(self, call: Call, step: Step, here: RowPrompts, layout: Layout | None) -> None:
         """Count positions from each row's first real token, and past the virtual tokens in front of it."""
@@ -110,7 +123,8 @@ class Positions:
             return shift + here.is_vector.sum(dim=1, keepdim=True)
         if not (here.has_infix and here.shifts) or step.is_continued:
             return shift
-        if call.get("attention_mask") is None and bool((positions.diff(dim=1) == 1).all()):
+        in_order = (positions.diff(dim=1) == 1).all()
+        if call.get("attention_mask") is None and holds(in_order, for_any=True):
             # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
             call["attention_mask"] = step.full_mask()
         behind = step.is_from(self.columns.of_infix(step, here)) | ~here.after_text[:, None]

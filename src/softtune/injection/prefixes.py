@@ -17,6 +17,7 @@ from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.cache import PrefixCache, own_cache
 from softtune.injection.columns import Columns
+from softtune.injection.graphs import holds
 from softtune.injection.layout import Layout, row_starts
 from softtune.injection.masks import widen
 from softtune.injection.pack import PackedAttention
@@ -62,14 +63,15 @@ class Prefixes:
             is_prefix = torch.ones_like(columns, dtype=torch.bool) if is_prefix is None else is_prefix
             beside = Layout.of(starts, mask.shape[1], columns, is_prefix, causal=True)
             call["attention_mask"] = beside.merge(mask, is_prefix)
-            layout = beside if bool(starts.any()) else None
+            layout = beside if holds(starts.any(), for_any=True) else None
         call["cache"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
 
     def _check_rows(self, here: RowPrompts) -> None:
         """Refuse rows whose text does not begin behind the whole cache where the model goes by its length alone."""
         counts_itself = self.stack.position_table is not None
         goes_by_length = counts_itself or compat.has_picture_in_cache(self.stack.module)
-        if goes_by_length and bool((here.shift != max(here.lengths[self.layers[0].place])).any()):
+        others = (here.shift != max(here.lengths[self.layers[0].place])).any()
+        if goes_by_length and holds(others, for_any=False):
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} goes by the length of its cache: run rows with other prefixes in "
                 "batches of their own, and leave out shift_positions"

@@ -23,6 +23,7 @@ from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.cache import PrefixCache, as_long_as, begin_with, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
+from softtune.injection.graphs import holds, is_for_any_batch
 from softtune.injection.layout import Layout
 from softtune.injection.pack import Pack, PackedAttention, can_pack
 from softtune.injection.positions import Positions
@@ -84,11 +85,19 @@ class StackInjection:
         self.pack: Pack | None = None
         self.outer_mask: Any = None
         """What the model around the stack has for a mask."""
+        self.has_outer_positions = True
+        """Whether the model around the stack was given positions, and has not made them."""
+        self.has_run = False
         self.packs = packs and backbone.packs and self.prompts.vectors is None and not self.prompts.has_infix
         self.depth = 0
         self._skipping = ExitStack()
         self.shares_keys = is_reentrant(stack.module) and any(a.is_shared for a in backbone.attention_layers)
         self.anchor: Anchor | None = None
+
+    @property
+    def acts(self) -> bool:
+        """Whether a prompt is to reach the stack."""
+        return bool(self.layers) or self.prompts.vectors is not None
 
     def hooks(self) -> list[RemovableHandle]:
         """Attach to the stack; remove the handles to detach."""
@@ -105,17 +114,20 @@ class StackInjection:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
         call = self.stack.arguments(args, kwargs)
         call.pop("logits_to_keep", None)  # the head's; Gemma 4's stack would return no other tokens
+        self.has_run = True
         self.layout, self.trim, self.columns.trim, self.pack = None, None, None, None
         self.stop_skipping()
         self._check_states(call)
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
-        if self.packs and can_pack(self.stack, call):
+        if self.packs and not is_for_any_batch() and can_pack(self.stack, call):
             self.depth = 0 if self.trunk is None else self.trunk.depth(call, self.adapter_prompts)
             self.pack = Pack.of(self.stack, call, self.rows, always=self.depth > 0)
-        elif not self.feeds_decoder:
+        elif not self.feeds_decoder and not is_for_any_batch():
             self._trim(call)
         step = Step(call, self.outer_mask)
+        if self.acts and not self.has_outer_positions:
+            self.positions.count_text(call, step)
         self.starts = step.starts + (self.trim.left if self.trim else 0)
         here = self._prompts_of(step)
         self.positions.shift = here.shift
@@ -123,7 +135,7 @@ class StackInjection:
             here = self._anchor(call, here)
         if here.vectors is not None:
             self._add_vectors(call, step, here)
-        elif not self.stack.is_causal and bool(step.starts.any()):
+        elif not self.stack.is_causal and not step.has_ready_mask and holds(step.starts.any(), for_any=True):
             self._lay_out(call, step, here)
         self.positions.check(call, step, here)
         self.positions.place(call, step, here, self.layout)
@@ -137,8 +149,7 @@ class StackInjection:
 
     def _check_states(self, call: Call) -> None:
         """Refuse states that do not begin anew with a text, whose first position is behind virtual tokens."""
-        acts = bool(self.layers) or self.prompts.vectors is not None
-        if acts and self.stack.keeps_states and call.get("cache") is not None:
+        if self.acts and self.stack.keeps_states and call.get("cache") is not None:
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} keeps states beside its cache, which know nothing of virtual "
                 "tokens: pass use_cache=False"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softtune.backbone import cached_length
+from softtune.injection.graphs import holds
 from softtune.injection.layout import row_ends, row_starts
 
 Call = dict[str, Any]
@@ -80,7 +81,8 @@ class Step:
     def has_restarts(self, positions: Tensor) -> bool:
         """Whether real tokens' positions [B, T] begin anew within a row, as those of packed texts do."""
         falls = positions.diff(dim=1) < 0
-        return bool((falls if self.mask is None else falls & (self.mask[:, -self.length : -1] != 0)).any())
+        falls = falls if self.mask is None else falls & (self.mask[:, -self.length : -1] != 0)
+        return holds(falls.any(), for_any=False)
 
     def is_from(self, columns: Tensor) -> Tensor:
         """[B, T] which tokens stand at or behind a column [B, 1]."""

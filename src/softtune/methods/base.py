@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 from softtune import storage
 from softtune.backbone import Backbone, Site
 from softtune.backbone.roles import BiasSlot
+from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError
+from softtune.views import as_both, pefts_version
 
 CONFIG_NAME = "adapter_config.json"
 OWN_CONFIG_NAME = "softtune_config.json"
@@ -99,8 +103,8 @@ class Method(Protocol):
         ...
 
 
-@dataclass(kw_only=True)
-class PeftConfig:
+@dataclass(kw_only=True, eq=False)
+class PeftConfig(PushToHubMixin):
     """Base of all configs.
 
     Raises:
@@ -114,7 +118,7 @@ class PeftConfig:
     auto_mapping: dict[str, Any] | None = None
     """The base model's class, noted where there is no task type."""
     peft_version: str | None = None
-    """The PEFT version that wrote the config."""
+    """The PEFT that was loaded when the config was written; None without."""
     base_model_name_or_path: str | None = None
     """Where the base model came from."""
     revision: str | None = None
@@ -125,11 +129,16 @@ class PeftConfig:
     """Further modules of the base model to train and save; the head of a classification task is always among them."""
 
     is_prompt_learning: ClassVar[bool] = True
+    is_adaption_prompt: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ()
     """The fields that decide by which way it gets into the base model."""
 
     def __post_init__(self) -> None:
         own_type = type(self).__dataclass_fields__["peft_type"].default
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            known = f"Must be one of the following task types: {', '.join(TaskType)}."
+            raise ConfigError(f"task_type: Invalid task type: {self.task_type!r}. {known}")
+        self.peft_version = self.peft_version or pefts_version()
         hints = get_type_hints(type(self), include_extras=True)
         for name in (f.name for f in dataclasses.fields(self)):
             try:
@@ -139,6 +148,24 @@ class PeftConfig:
                 raise ConfigError(f"{type(self).__name__}.{name} = {getattr(self, name)!r}: {reason}") from None
         if own_type is not None and self.peft_type is not own_type:
             raise ConfigError(f"{type(self).__name__} is for {own_type.value}, not {self.peft_type}: drop peft_type")
+
+    def _leave_out(self, reason: str, **defaults: Any) -> None:
+        """Say in a warning that fields have no effect, and give them their defaults; PEFT accepts and ignores them."""
+        if idle := [name for name, default in defaults.items() if getattr(self, name) != default]:
+            # Of the call of the config, three functions above.
+            warnings.warn(f"{' and '.join(idle)} of {type(self).__name__}: {reason}", stacklevel=4)
+            vars(self).update({name: defaults[name] for name in idle})
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """A subclass of PEFT's class of the same name where PEFT is loaded: TRL takes no other configs."""
+        return as_both(type(self))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, (type(self),), vars(self)  # object's own would make one of __class__
 
     def build(self, backbone: Backbone) -> nn.Module:
         """The module for this base model, not yet at its start; see ``Method``."""
@@ -187,17 +214,58 @@ class PeftConfig:
         """A config of the class that ``values["peft_type"]`` names.
 
         Raises:
-            ConfigError: no or an unknown ``peft_type``, or an unknown key.
+            ConfigError: no or an unknown ``peft_type``, an unknown key, or a value out of range.
         """
-        own_type: Any = cls.__dataclass_fields__["peft_type"].default
-        config_class = _class_of(values.get("peft_type") or own_type)
-        known = [f.name for f in dataclasses.fields(config_class)]
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {close[0]}?" if close else f"its keys are {', '.join(known)}"
-                raise ConfigError(f"{config_class.__name__} has no key {key!r}: {hint}")
+        config_class = cls._class_for(values)
+        for key in config_class.unknown_of(values):
+            known = [f.name for f in dataclasses.fields(config_class)]
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"its keys are {', '.join(known)}"
+            raise ConfigError(f"{config_class.__name__} has no key {key!r}: {hint}")
         return config_class(**values)
+
+    @classmethod
+    def from_peft_type(cls, **values: Any) -> PeftConfig:
+        """The same as ``from_dict``, but unknown keys are left out with a warning: a saved config may come from a newer
+        PEFT or from another tool.
+
+        Raises:
+            ConfigError: no or an unknown ``peft_type``, or a value out of range.
+        """
+        config_class = cls._class_for(values)
+        return config_class.from_dict(config_class._known(values))
+
+    @classmethod
+    def _class_for(cls, values: Mapping[str, Any]) -> type[PeftConfig]:
+        own_type: Any = cls.__dataclass_fields__["peft_type"].default
+        return _class_of(values.get("peft_type") or own_type)
+
+    @classmethod
+    def _known(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values whose keys are fields; a warning says what is left out, in PEFT's words."""
+        if unknown := cls.unknown_of(values):
+            what = f"Unexpected keyword arguments {sorted(unknown)} for class {cls.__name__}"
+            warnings.warn(f"{what}, these are ignored.", stacklevel=3)
+        return {key: value for key, value in values.items() if key not in unknown}
+
+    @classmethod
+    def unknown_of(cls, values: Mapping[str, Any]) -> list[str]:
+        """The keys that are no field of the config."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return [key for key in values if key not in known]
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """What a saved config's file holds.
+
+        Raises:
+            CheckpointError: it holds no JSON object.
+        """
+        content = storage.read_json(Path(path_json_file))
+        if "runtime_config" in content:
+            warnings.warn("the saved config has a runtime_config, which is ignored", stacklevel=2)
+            del content["runtime_config"]
+        return content
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
@@ -214,16 +282,18 @@ class PeftConfig:
         if path is None:
             raise CheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: is it an adapter's folder?")
         own = storage.locate(pretrained_model_name_or_path, OWN_CONFIG_NAME, **hub)
-        values = storage.read_json(path)
-        extra = (
-            storage.read_json(own).get("config", {})
-            if own
-            else _class_of(values.get("peft_type")).implied_by_peft(values)
-        )
-        return cls.from_dict({**values, **extra})
+        values = cls.from_json_file(path)
+        config_class = cls._class_for(values)
+        extra = storage.read_json(own).get("config", {}) if own else config_class.implied_by_peft(values)
+        return config_class.from_dict({**config_class._known(values), **extra})
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the config into a folder, readable by ``from_pretrained`` and by PEFT."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write the config into a folder, readable by ``from_pretrained`` and by PEFT.
+
+        Args:
+            save_directory: the folder; made where there is none.
+            options: those of ``push_to_hub``, which have no effect here.
+        """
         with storage.staged(save_directory) as stage:
             self.write(stage, {})
 
@@ -236,7 +306,7 @@ class PeftConfig:
         storage.write_json(folder / OWN_CONFIG_NAME, {**notes, "config": changed})
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class PromptLearningConfig(PeftConfig):
     """Base of the configs that have virtual tokens. The last four fields are read off the base model where left out."""
 
@@ -268,6 +338,10 @@ class PromptLearningConfig(PeftConfig):
     def from_peft(self, prompt: Tensor) -> Tensor:
         """See ``PeftConfig.from_peft``: for an encoder-decoder, PEFT trains as many rows again and never reads them."""
         return prompt[: self.num_virtual_tokens] if self.num_transformer_submodules == 2 else prompt
+
+
+def _blank(own: type[PeftConfig]) -> PeftConfig:
+    return own.__new__(own)
 
 
 def _class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:

@@ -24,7 +24,7 @@ from softtune.methods.base import OURS, PeftConfig, PeftType, Prompt
 Role = Literal["query", "key", "value", "attention_output", "intermediate", "output", "layer_norm"]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class BitFitConfig(PeftConfig):
     """Config of BitFit. Everything starts from the base model's own biases."""
 

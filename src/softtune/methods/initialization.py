@@ -97,7 +97,7 @@ def fill(ids: Sequence[int], size: int) -> Tensor:
 def word_vectors(backbone: Backbone, ids: Tensor) -> Tensor:
     """[P, D] input embeddings of token ids [P], in fp32."""
     with torch.no_grad():
-        return backbone.stacks[0].embed(ids.to(backbone.model.device)).float().clone()
+        return backbone.stacks[0].embed(ids.to(backbone.device)).float().clone()
 
 
 def label_vectors(backbone: Backbone, labels: Sequence[str], size: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:

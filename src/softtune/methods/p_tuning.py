@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from softtune.backbone import Backbone
-from softtune.errors import ConfigError
 from softtune.methods import initialization as init
 from softtune.methods.base import PeftType, PositiveInt, Probability, Prompt, PromptLearningConfig
 from softtune.methods.prompt_tuning import settle_input
@@ -32,12 +31,12 @@ _OF_THE_LSTM = {"encoder_num_layers": 2, "encoder_dropout": 0.0}
 """Fields that the MLP has no use for, and their defaults."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class PromptEncoderConfig(PromptLearningConfig):
     """Config of P-tuning.
 
     Raises:
-        ConfigError: a value is out of range, or is for the LSTM and the encoder is the MLP.
+        ConfigError: a value is out of range.
     """
 
     peft_type: PeftType = PeftType.P_TUNING
@@ -52,10 +51,8 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.inference_mode or self.encoder_reparameterization_type is PromptEncoderReparameterizationType.LSTM:
-            return
-        if unused := [name for name, default in _OF_THE_LSTM.items() if getattr(self, name) != default]:
-            raise ConfigError(f"{unused[0]} is for the LSTM: set encoder_reparameterization_type='LSTM', or drop it")
+        if self.encoder_reparameterization_type is PromptEncoderReparameterizationType.MLP and not self.inference_mode:
+            self._leave_out("for the LSTM, and left out: the MLP has no use for it", **_OF_THE_LSTM)
 
     def build(self, backbone: Backbone) -> PromptEncoder:
         """See ``PeftConfig.build``."""

@@ -18,7 +18,7 @@ from softtune.methods.base import OURS, PeftType, Probability, Prompt, PromptLea
 from softtune.methods.flat import Layers, choose_layers, flat_prefix, settle_prefix, split_prefix
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class PTuningV2Config(PromptLearningConfig):
     """Config of P-tuning v2. The prompt starts from the KV of common words."""
 

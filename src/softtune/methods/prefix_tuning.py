@@ -22,7 +22,7 @@ from softtune.methods.flat import Layers, choose_layers, flat_prefix, is_even, s
 from softtune.methods.prompt_tuning import check_vectors
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class PrefixTuningConfig(PromptLearningConfig):
     """Config of prefix tuning.
 
@@ -71,8 +71,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.tokenizer_name_or_path is not None and self.init_text is None:
             raise ConfigError("tokenizer_name_or_path is for init_text: write one, or drop the tokenizer")
         # PEFT fills in token_dim, with a projection and without.
-        if not self.prefix_projection and self.encoder_hidden_size not in (None, self.token_dim):
-            raise ConfigError("encoder_hidden_size is for the projection: set prefix_projection=True, or drop it")
+        if not self.prefix_projection and self.encoder_hidden_size != self.token_dim:
+            self._leave_out("for the projection, and left out: set prefix_projection=True", encoder_hidden_size=None)
 
     def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
         """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""

@@ -6,6 +6,7 @@ Letters: P virtual tokens, D embedding size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -41,9 +42,11 @@ _NEEDS = {
     PromptTuningInit.LABELS: "prompt_tuning_init_labels",
     PromptTuningInit.FILE: "prompt_tuning_init_file",
 }
+_OURS = ("prompt_tuning_init_labels", "prompt_tuning_init_file")
+"""Those of them that PEFT does not know, and so does not ignore either."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class PromptTuningConfig(PromptLearningConfig):
     """Config of prompt tuning.
 
@@ -74,7 +77,10 @@ class PromptTuningConfig(PromptLearningConfig):
         start, needed = self.prompt_tuning_init, _NEEDS.get(self.prompt_tuning_init)
         if needed and not getattr(self, needed):
             raise ConfigError(f"prompt_tuning_init = {start.value} needs {needed}: set it")
-        unused = [name for name in _NEEDS.values() if name != needed and getattr(self, name)]
+        if start is not PromptTuningInit.TEXT and not self.inference_mode:
+            reason = f"for prompt_tuning_init = TEXT, and left out: {start.value} has no use for it"
+            self._leave_out(reason, prompt_tuning_init_text=None)
+        unused = [name for name in _OURS if name != needed and getattr(self, name)]
         if self.tokenizer_kwargs and start not in (PromptTuningInit.TEXT, PromptTuningInit.LABELS):
             unused.append("tokenizer_kwargs")
         if unused:
@@ -111,6 +117,11 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
         return self.placement == "prefix" and backbone.has_plain_words
+
+    @classmethod
+    def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``PeftConfig.implied_by_peft``: only TEXT reads the text."""
+        return {} if values.get("prompt_tuning_init") == "TEXT" else {"prompt_tuning_init_text": None}
 
 
 class PromptEmbedding(nn.Module):

@@ -115,7 +115,7 @@ class Setup:
 
     def trainers(self, interrupt: InterruptSaver) -> list[AdapterTrainer]:
         """A Trainer for each adapter."""
-        base, names = self.model.base_model, self.recipe.adapter_names
+        base, names = self.model.get_base_model(), self.recipe.adapter_names
         models = [PeftModel.of(base, {name: self.model.adapter(name)}) for name in names]
         return [self.trainer(*each, interrupt) for each in zip(models, names, range(len(names)), strict=True)]
 

@@ -56,7 +56,7 @@ def train_together(
     _check(trainers)
     starts = checkpoints if checkpoints is not None else [None] * len(trainers)
     runs = [_Run(f"run-{i}", *each) for i, each in enumerate(zip(trainers, starts, strict=True))]
-    model = PeftModel.of(runs[0].model.base_model, {run.name: run.adapter for run in runs})
+    model = PeftModel.of(runs[0].model.get_base_model(), {run.name: run.adapter for run in runs})
     model.gradient_watch.is_over = True  # each Trainer looks at its own gradients
     with ExitStack() as stack:
         memory, disk = (sum(sizes) for sizes in zip(*(t.trunk_cache for t in trainers), strict=True))
@@ -152,7 +152,7 @@ class _Run:
 
 def _check(trainers: Sequence[AdapterTrainer]) -> None:
     models: list[Any] = [trainer.model for trainer in trainers]
-    if any(model.base_model is not models[0].base_model for model in models):
+    if any(model.get_base_model() is not models[0].get_base_model() for model in models):
         raise ConfigError("runs that train together need the same base model: load it once, and wrap it for each")
     tasks = {model.active_peft_config.task_type for model in models}
     if len(tasks) > 1 or not tasks <= {*TASKS}:

@@ -20,7 +20,16 @@ MOST = 32
 """Texts or records of one request."""
 
 
-class Request(BaseModel):
+class WithoutNulls(BaseModel):
+    """An object whose fields are left out where they are null, as OpenAI has it: clients send back what they got."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class Request(WithoutNulls):
     """What all requests have."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -33,7 +42,7 @@ class Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, given: Any) -> Any:
-        """Fields that are null are left out, as OpenAI has it."""
+        """Refuse what no text can hold, and what cannot be read."""
         if not isinstance(given, dict):
             return given
         try:
@@ -42,10 +51,10 @@ class Request(BaseModel):
             raise ValueError("half of a surrogate pair is no character") from None
         except RecursionError:
             raise ValueError("lists and objects stand within each other too deep: send them flatter") from None
-        return {name: value for name, value in given.items() if value is not None}
+        return given
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(WithoutNulls):
     """How a streamed answer ends."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -112,7 +121,7 @@ class CompletionRequest(Sampled):
     """Not served."""
 
 
-class Part(BaseModel):
+class Part(WithoutNulls):
     """A part of a message."""
 
     model_config = ConfigDict(extra="forbid")
@@ -121,7 +130,7 @@ class Part(BaseModel):
     text: StrictStr
 
 
-class Message(BaseModel):
+class Message(WithoutNulls):
     """One of a conversation."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -130,6 +139,9 @@ class Message(BaseModel):
     content: StrictStr | Annotated[list[Part], Field(min_length=1)]
     name: StrictStr | None = None
     """Taken, and of no use here."""
+    annotations: Annotated[list[Any], Field(max_length=0)] = []
+    """Not served, nor are ``tool_calls``; answers of other servers have them, and are sent back."""
+    tool_calls: Annotated[list[Any], Field(max_length=0)] = []
 
     @property
     def text(self) -> str:

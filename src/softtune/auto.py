@@ -1,0 +1,132 @@
+"""A saved adapter together with its base model: PEFT's ``AutoPeftModel`` classes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel
+
+from softtune import storage
+from softtune.errors import CheckpointError, ConfigError
+from softtune.methods import PeftConfig, TaskType
+from softtune.model import PeftModel
+from softtune.options import LOADING_OPTIONS
+from softtune.pretrained import locate_base_model, name_here
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+class AutoPeftModel:
+    """Loads a saved adapter and the base model that its config names."""
+
+    task: ClassVar[TaskType | None] = None
+    base_class: ClassVar[str | None] = None
+    """Name of transformers' class; by default the one that the config names."""
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__} makes no models of its own: use {type(self).__name__}.from_pretrained")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> PeftModel:
+        """A base model with a saved adapter; see ``PeftModel.from_pretrained``.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or hub repository.
+            adapter_name: the name to give it.
+            is_trainable: go on training from exactly where the adapter was saved.
+            config: use this config instead of the saved one.
+            revision: the adapter's revision on the hub.
+            options: where on the hub to look; ``allow_pickle``; all others are for the base model's
+                ``from_pretrained``. Where words were added to the tokenizer beside the adapter, the base model gets
+                rows for them.
+
+        Raises:
+            CheckpointError, AdapterMismatchError: see ``PeftModel.from_pretrained``.
+            ConfigError: the adapter is for another task, or its config names no base model.
+        """
+        own = {name: options.pop(name) for name in LOADING_OPTIONS if name in options} | {"revision": revision}
+        hub = {name: value for name, value in own.items() if name != "allow_pickle"}
+        saved = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        base = cls._load_base(saved, **options)
+        _fit_tokenizer(base, pretrained_model_name_or_path, **hub)
+        return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own)
+
+    @classmethod
+    def _load_base(cls, config: PeftConfig, **options: Any) -> PreTrainedModel:
+        if config.task_type is not cls.task:
+            task = config.task_type and config.task_type.value
+            raise ConfigError(f"{cls.__name__} is not for adapters with task_type {task}: use the class of that task")
+        name = cls.base_class or (config.auto_mapping or {}).get("base_model_class", "")
+        base_class: Any = getattr(transformers, name, None) if name else None
+        if config.base_model_name_or_path is None or base_class is None:
+            missing = "base_model_name_or_path" if base_class is not None else "auto_mapping of transformers"
+            raise ConfigError(f"the adapter's config has no {missing}: load the base model, and use PeftModel")
+        source = locate_base_model(name_here(config.base_model_name_or_path))
+        model: PreTrainedModel = base_class.from_pretrained(source, revision=config.revision, **options)
+        return model
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """See ``AutoPeftModel``."""
+
+    task = TaskType.CAUSAL_LM
+    base_class = "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """See ``AutoPeftModel``."""
+
+    task = TaskType.SEQ_2_SEQ_LM
+    base_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """See ``AutoPeftModel``."""
+
+    task = TaskType.SEQ_CLS
+    base_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """See ``AutoPeftModel``."""
+
+    task = TaskType.TOKEN_CLS
+    base_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """See ``AutoPeftModel``."""
+
+    task = TaskType.QUESTION_ANS
+    base_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """See ``AutoPeftModel``."""
+
+    task = TaskType.FEATURE_EXTRACTION
+    base_class = "AutoModel"
+
+
+def _fit_tokenizer(base: PreTrainedModel, folder: str | os.PathLike[str], **hub: Any) -> None:
+    """Give the base model rows for the words that were added to the tokenizer that lies beside an adapter."""
+    try:
+        path = storage.locate(folder, TOKENIZER_CONFIG, **hub)
+    except CheckpointError:
+        return
+    if path is None:
+        return
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent)
+    words: Any = base.get_input_embeddings()
+    if len(tokenizer) > words.num_embeddings:
+        base.resize_token_embeddings(len(tokenizer))

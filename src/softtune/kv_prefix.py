@@ -1,0 +1,116 @@
+"""A prefix that starts from a text's cache: PEFT's functions for it.
+
+Letters: H key/value heads, T tokens, P virtual tokens, K size of a key, W all numbers of one virtual token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softtune import compat
+from softtune.errors import AdapterError, DataError
+from softtune.methods import PrefixEncoder
+from softtune.model import PeftModel
+
+
+def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
+    """[P, W] a text's first keys and values, in the layout of a saved prefix.
+
+    Args:
+        past_key_values: a cache of one row, or a key [1, H, T, K] and a value for each layer.
+        num_virtual_tokens: P.
+
+    Raises:
+        DataError: the cache is empty or holds fewer tokens, several rows, or something else than keys and values.
+    """
+    layers = getattr(past_key_values, "layers", past_key_values)
+    pairs = [layer if isinstance(layer, (tuple, list)) else (layer.keys, layer.values) for layer in layers]
+    parts = [part for pair in pairs for part in pair[:2]]
+    if not parts or any(not isinstance(part, Tensor) or part.dim() != 4 for part in parts):
+        raise DataError("past_key_values holds no keys and values by layer: give what a forward with a cache returned")
+    rows, tokens = {len(part) for part in parts}, min(part.shape[2] for part in parts)
+    if rows != {1} or tokens < num_virtual_tokens:
+        raise DataError(
+            f"past_key_values has {max(rows)} rows of {tokens} tokens: give one row of at least {num_virtual_tokens}"
+        )
+    return torch.cat([part[0, :, :num_virtual_tokens].transpose(0, 1).flatten(1) for part in parts], dim=1)
+
+
+@torch.no_grad()
+def initialize_kv_prefix_from_past_key_values(
+    model: PeftModel, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
+) -> Tensor:
+    """Let a prefix start from a text's cache, and return its numbers [P, W].
+
+    Args:
+        model: holds the adapter.
+        adapter_name: the adapter's name; by default that of the active one.
+        past_key_values: see ``prompt_embeddings_from_past_key_values``.
+        num_virtual_tokens: P, by default the adapter's.
+
+    Raises:
+        AdapterError: no such adapter, or it is no plain prefix: it has a projection, or its virtual tokens stand among
+            the words.
+        DataError: the cache does not fit.
+    """
+    module, size = _prefix(model, adapter_name)
+    flat = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=num_virtual_tokens or size)
+    if flat.shape != module.embedding.weight.shape:
+        raise DataError(
+            f"past_key_values gives {list(flat.shape)} numbers, the prefix has {list(module.embedding.weight.shape)}: "
+            "take the base model's own cache, and as many tokens"
+        )
+    module.start_from(flat)
+    return flat
+
+
+@torch.no_grad()
+def initialize_kv_prefix_from_text(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str,
+    adapter_name: str | None = None,
+    num_virtual_tokens: int | None = None,
+    use_chat_template: bool = True,
+    max_length: int | None = None,
+) -> Tensor:
+    """Let a prefix start from the keys and values that the base model has of a text, and return its numbers [P, W].
+
+    Args:
+        model: holds the adapter.
+        tokenizer: the base model's.
+        text: of at least P tokens, the first of which are read.
+        adapter_name: see ``initialize_kv_prefix_from_past_key_values``; so is ``num_virtual_tokens``.
+        num_virtual_tokens: P, by default the adapter's.
+        use_chat_template: read the text as a system's message, where the tokenizer has a template for it.
+        max_length: read so many tokens at most.
+
+    Raises:
+        AdapterError: no such adapter, or it is no plain prefix.
+        DataError: the text is too short.
+    """
+    _prefix(model, adapter_name)
+    if use_chat_template and tokenizer.chat_template:
+        text = str(tokenizer.apply_chat_template([{"role": "system", "content": text}], tokenize=False))
+    special = not (use_chat_template and tokenizer.chat_template)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=special)["input_ids"][:, :max_length]
+    with model.disable_adapter():
+        cache = compat.cache_of(model(input_ids=ids.to(model.device), use_cache=True))
+    return initialize_kv_prefix_from_past_key_values(
+        model, adapter_name=adapter_name, past_key_values=cache, num_virtual_tokens=num_virtual_tokens
+    )
+
+
+def _prefix(model: PeftModel, adapter_name: str | None) -> tuple[PrefixEncoder, int]:
+    """The module of a plain prefix, and its number of virtual tokens."""
+    name = adapter_name or model.active_adapter
+    adapter = model.adapter(name)
+    module = adapter.module
+    if not isinstance(module, PrefixEncoder) or module.transform is not None:
+        raise AdapterError(f"{name!r} is no plain prefix: use PrefixTuningConfig without prefix_projection")
+    return module, len(module.embedding.weight)

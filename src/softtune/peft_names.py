@@ -1,0 +1,134 @@
+"""What PEFT's models have beside what softtune needs, under PEFT's names.
+
+Letters: B rows, P virtual tokens, D embedding size, W all numbers of one virtual token.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softtune.card import CARD_NAME, model_card
+from softtune.compat import DynamicCache
+from softtune.errors import AdapterError
+from softtune.methods import PeftType
+from softtune.methods.initialization import PROMPT_KEY
+from softtune.state import AdapterState
+
+NO_LAYERS = "soft prompts are no layers: see active_adapters, peft_config and print_trainable_parameters()"
+
+
+class PeftNames(AdapterState):
+    """The base model, its adapters, and what PEFT's scripts ask of them."""
+
+    @property
+    def peft_type(self) -> PeftType | None:
+        """The method of the adapter that acts, or would act."""
+        return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that are trained beside the prompts, as the configs have them; None without."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype:
+        """The base model's precision."""
+        return self.get_base_model().dtype
+
+    @property
+    def word_embeddings(self) -> nn.Embedding:
+        """The base model's word embedding."""
+        return self.backbone.embedding
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        """The numbers [P] of each adapter's virtual tokens, for those that have some."""
+        sizes = {name: getattr(config, "num_virtual_tokens", 0) for name, config in self.peft_config.items()}
+        return {name: torch.arange(size) for name, size in sizes.items() if size}
+
+    def get_prompt(self, batch_size: int, task_ids: Any = None, max_cache_len: int | None = None) -> Any:
+        """What the active adapter puts in front of a text: vectors [B, P, D], or a cache of keys and values.
+
+        Args:
+            batch_size: B.
+            task_ids: PEFT's, for a method that softtune lacks; has no effect.
+            max_cache_len: PEFT's, for caches of old versions of transformers; has no effect.
+
+        Raises:
+            AdapterError: no adapter is active, it has no virtual tokens, or its prefix is for some layers alone or for
+                an encoder-decoder, so that no cache of one stack can hold it.
+        """
+        name = next(iter(self.active_adapters), None)
+        if name is None:
+            raise AdapterError("no adapter is active: set one by set_adapter")
+        prompt = self.adapter(name).module.prompt()
+        if prompt.vectors is not None:
+            return prompt.vectors.expand(batch_size, -1, -1)
+        layers = self.backbone.attention_layers
+        if set(prompt.prefixes) != {layer.place for layer in layers} or self.backbone.is_encoder_decoder:
+            raise AdapterError(f"no cache holds the prompt of {name!r}: read get_prompt_embedding_to_save({name!r})")
+        cache = DynamicCache()
+        for layer in layers:
+            key, value = (part.expand(batch_size, -1, -1, -1) for part in prompt.prefixes[layer.place])
+            cache.update(key, value, layer.index)
+        return cache
+
+    def prepare_model_for_gradient_checkpointing(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Let a base model's words need gradients, unless it is quantised. Soft prompts do without: they reach
+        checkpointed layers by themselves."""
+        if not getattr(model, "is_quantized", False):
+            model.enable_input_require_grads()
+        return model
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the active adapter's model card into a folder; what people wrote into it stays."""
+        path = Path(output_dir) / CARD_NAME
+        model_card(path, self.active_peft_config, self.backbone).save(path)
+
+    def get_layer_status(self) -> Any:
+        """Refused, as PEFT refuses it for prompts: they are no layers.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"get_layer_status() got an invalid PeftModel instance; {NO_LAYERS}")
+
+    def get_model_status(self) -> Any:
+        """Refused, as PEFT refuses it for prompts: they are no layers.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"get_model_status() got an invalid PeftModel instance; {NO_LAYERS}")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter can be turned into a LoRA: never."""
+        return False
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The adapter's baked prompt on the CPU: [P, W] keys and values, or [P, D] vectors.
+
+        Raises:
+            AdapterError: no such adapter, or it has no virtual tokens.
+        """
+        state = self.adapter(adapter_name).baked_state()
+        if PROMPT_KEY not in state:
+            raise AdapterError(f"{adapter_name!r} has no virtual tokens: read get_peft_model_state_dict instead")
+        prompt: Tensor = state[PROMPT_KEY].cpu()
+        return prompt
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers that are trained, and all numbers."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both counts and the share, in PEFT's words."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

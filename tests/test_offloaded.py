@@ -1,0 +1,42 @@
+"""A base model whose weights are on disk in part, and brought for each call by accelerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from softtune import PeftModel, get_peft_model
+from tests.families import CAUSAL_LM, METHODS, base_model, scramble
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+
+
+def offloaded(folder: Path, part: str) -> PreTrainedModel:
+    places = dict.fromkeys(PARTS, "cpu") | {part: "disk"}
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "base", device_map=places, offload_folder=folder / "disk"
+    ).eval()
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p_tuning_v2", "bitfit_added"])
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.1"])
+def test_adapters_act_as_on_a_model_in_memory(part: str, method: str, tmp_path: Path) -> None:
+    base_model("llama", CAUSAL_LM).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = METHODS[method](task_type=CAUSAL_LM)
+    torch.manual_seed(0)
+    model = get_peft_model(base, config).eval()
+    torch.manual_seed(0)
+    wrapped = get_peft_model(offloaded(tmp_path, part), config).eval()
+    assert wrapped.device.type == "cpu"
+    torch.testing.assert_close(wrapped(IDS).logits, model(IDS).logits)
+    scramble(model).save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(offloaded(tmp_path, part), tmp_path / "adapter")
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+    assert torch.equal(
+        loaded.generate(IDS, max_new_tokens=3, do_sample=False), model.generate(IDS, max_new_tokens=3, do_sample=False)
+    )

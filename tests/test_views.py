@@ -1,0 +1,158 @@
+"""What other libraries look up on a model with adapters: its classes, its ``forward``'s parameters, the base model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import pickle
+import sys
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel, Trainer, TrainingArguments, pipeline
+from transformers.utils import find_labels  # type: ignore[attr-defined]
+
+import softtune
+from softtune import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, BitFitConfig, PeftModel, get_peft_model
+from softtune.views import BaseView
+from tests.families import CAUSAL_LM, FAMILIES, METHODS, QUESTION_ANS, SEQ_2_SEQ_LM, SEQ_CLS, adapted, base_model
+from tests.tiny import tokenizer
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+TASKS = {CAUSAL_LM: "llama", SEQ_2_SEQ_LM: "t5", SEQ_CLS: "bert", QUESTION_ANS: "bert"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_class_is_the_tasks_in_peft_and_without_it(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(TASKS[task], task, "prefix")
+    name = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__
+    assert isinstance(model, getattr(peft, name))
+    assert isinstance(model, getattr(softtune, name))
+    assert isinstance(model, PeftModel)
+    monkeypatch.delitem(sys.modules, "peft")
+    assert model.__class__.__name__ == name
+    assert issubclass(model.__class__, getattr(softtune, name))
+
+
+def test_a_model_without_a_task_has_the_plain_class() -> None:
+    model = get_peft_model(base_model("gpt2", CAUSAL_LM), BitFitConfig())
+    assert model.__class__ is peft.PeftModel
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_forward_has_the_base_models_parameters(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers choose a data set's columns by them, and what the labels are called."""
+    model, base = adapted(TASKS[task], task, "prompt"), base_model(TASKS[task], task)
+    monkeypatch.delitem(sys.modules, "peft")
+    found, own = inspect.signature(model.forward).parameters, inspect.signature(base.forward).parameters
+    assert {*own} <= {*found}
+    assert [*found][:2] == ["input_ids", "attention_mask"]
+    takes_more = [inspect.Parameter.VAR_KEYWORD in {p.kind for p in some.values()} for some in (found, own)]
+    assert takes_more[0] == takes_more[1]
+    assert find_labels(model.__class__) == find_labels(type(base))
+
+
+def test_the_base_model_by_pefts_two_ways() -> None:
+    """PEFT's prompts have it as ``base_model``, PEFT's LoRA as ``base_model.model``."""
+    base = base_model("llama", CAUSAL_LM)
+    model = get_peft_model(base, METHODS["prefix"](task_type=CAUSAL_LM))
+    view = model.base_model
+    assert model.get_base_model() is base
+    assert view == base
+    assert base == view
+    assert hash(view) == hash(base)
+    assert view == model.base_model
+    assert isinstance(view, PreTrainedModel)
+    assert isinstance(view.model, type(base))
+    assert view.model._get_name() == "LlamaForCausalLM"
+    assert view.model.layers is base.model.layers
+    assert view.lm_head is base.lm_head
+    assert view.config is base.config
+    assert torch.equal(view(IDS).logits, base(IDS).logits)
+    assert torch.equal(view.model(IDS).logits, base(IDS).logits)
+    assert "lm_head" in dir(view)
+    assert repr(view) == repr(base)
+
+
+def test_what_is_set_on_a_view_is_set_on_the_base_model() -> None:
+    base = base_model("gpt2", CAUSAL_LM)
+    view = BaseView(base)
+    view.note = 3
+    assert base.note == 3
+    del view.note
+    assert not hasattr(base, "note")
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = view.model.nothing
+
+
+def test_a_view_is_copied_and_pickled_as_its_model() -> None:
+    base = base_model("gpt2", CAUSAL_LM)
+    again = copy.deepcopy(BaseView(base))
+    assert type(again) is type(base)
+    assert again != base
+    assert isinstance(pickle.loads(pickle.dumps(BaseView(base))), PreTrainedModel)
+
+
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+def test_what_generate_goes_by_can_be_set_on_the_wrapper(name: str) -> None:
+    model = adapted("llama", CAUSAL_LM, "prefix")
+    other = copy.deepcopy(getattr(model, name))
+    setattr(model, name, other)
+    assert getattr(model.get_base_model(), name) is other
+    if name == "generation_config":
+        other.max_new_tokens = 2
+        assert model.generate(IDS, do_sample=False).shape[1] == IDS.shape[1] + 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_of_the_same_class(duplicate: Any) -> None:
+    model = adapted("gpt2", CAUSAL_LM, "prefix")
+    again = duplicate(model)
+    assert type(again) is type(model)
+    assert again.get_base_model() is not model.get_base_model()
+    assert again.backbone.model is again._modules["base_model"]
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+SMOOTH = 0.1
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "t5", "bart"])
+def test_label_smoothing_is_that_of_the_next_token(family: str, method: str, tmp_path: Any) -> None:
+    task = FAMILIES[family].tasks[0]
+    model = adapted(family, task, method)
+    ids = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    if task == SEQ_2_SEQ_LM:
+        started = model.prepare_decoder_input_ids_from_labels(ids)
+        rows = [{**row, "decoder_input_ids": own} for row, own in zip(rows, started, strict=True)]
+    with torch.no_grad():
+        logits = model(input_ids=ids, labels=ids).logits
+    pairs = (logits[:, :-1], ids[:, 1:]) if task == CAUSAL_LM else (logits, ids)
+    log = torch.log_softmax(pairs[0], -1)
+    wanted = (1 - SMOOTH) * -log.gather(-1, pairs[1][..., None])[..., 0] - SMOOTH * log.mean(-1)
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=SMOOTH, per_device_eval_batch_size=4, report_to="none", use_cpu=True
+    )
+    loss = Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    # the Trainer divides by the number of all labels, also for the plain model
+    shares = (1, pairs[1].shape[1] / ids.shape[1])
+    assert any(loss == pytest.approx(float(wanted.mean()) * share, abs=1e-4) for share in shares)
+
+
+@pytest.mark.parametrize("with_peft", [True, False])
+def test_a_pipeline_knows_the_class(with_peft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_peft:
+        monkeypatch.delitem(sys.modules, "peft")
+    found = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: found.append(record.getMessage())
+    transformers.logging.add_handler(handler)
+    pipeline("text-generation", model=adapted("llama", CAUSAL_LM, "prefix"), tokenizer=tokenizer(ends=False))
+    transformers.logging.remove_handler(handler)
+    assert found == []
