@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,29 @@ def test_another_task_is_refused(tmp_path: Path) -> None:
             other.from_pretrained(tmp_path / "adapter")
     with pytest.raises(TypeError, match=r"use AutoPeftModel\.from_pretrained"):
         softtune.AutoPeftModel()
+
+
+def test_an_adapter_without_a_task_is_of_the_class_that_is_asked_for(tmp_path: Path) -> None:
+    base_model("llama", CAUSAL_LM).save_pretrained(tmp_path / "base")
+    base = AUTO[CAUSAL_LM].from_pretrained(tmp_path / "base")
+    get_peft_model(base, PromptTuningConfig()).save_pretrained(tmp_path / "adapter")
+    again = softtune.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", import_allowlist=["transformers"])
+    assert type(again.get_base_model()) is type(base)
+
+
+def test_options_of_the_hub_are_the_base_models_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, "llama", CAUSAL_LM)
+    asked = {}
+    load = AUTO[CAUSAL_LM].from_pretrained
+
+    def note(name: str, **options: Any) -> Any:
+        asked.update(options)
+        return load(name)
+
+    monkeypatch.setattr(AUTO[CAUSAL_LM], "from_pretrained", note)
+    hub = {"token": "secret", "cache_dir": str(tmp_path), "local_files_only": True}
+    softtune.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32, **hub)
+    assert asked == {**hub, "dtype": torch.float32, "revision": None}
 
 
 def test_a_config_that_names_no_base_model_is_refused(tmp_path: Path) -> None:

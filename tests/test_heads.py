@@ -6,13 +6,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForMultipleChoice, PreTrainedModel
 
-from softtune import BitFitConfig, DataError, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from softtune import (
+    BitFitConfig,
+    DataError,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from tests.families import (
     CAUSAL_LM,
     FAMILIES,
@@ -171,3 +181,20 @@ def test_what_is_tied_stays_tied(named: list[str], tmp_path: Path) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
     reloaded = again.adapter("default").heads
     assert reloaded["model.embed_tokens"].weight is reloaded["lm_head"].weight
+
+
+@pytest.mark.parametrize("named", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_what_peft_trained_apart_is_read_as_it_is(named: list[str], tmp_path: Path) -> None:
+    base = base_model("llama", CAUSAL_LM, tie_word_embeddings=True)
+    config = peft.PromptTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=P, modules_to_save=named)
+    theirs = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    theirs.save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(base_model("llama", CAUSAL_LM, tie_word_embeddings=True), tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    found = get_peft_model_state_dict(model)
+    assert found.keys() == saved.keys()
+    torch.testing.assert_close(found, saved, rtol=0, atol=0)

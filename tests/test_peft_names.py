@@ -8,6 +8,8 @@ import inspect
 import json
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from transformers import DynamicCache
 import softtune
 from softtune import AdapterError, CheckpointError, DataError, PeftConfig, PeftModel, get_peft_model
 from softtune.compat import cache_of
+from softtune.options import WITHOUT_EFFECT
 from tests.families import CAUSAL_LM, METHODS, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, P, adapted, base_model, scramble
+from tests.tiny import tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 OTHER_METHODS = re.compile(
@@ -123,6 +127,33 @@ def test_pefts_function_makes_softtunes_model_of_softtunes_config(method: str) -
     assert type(theirs) is peft.PeftModelForCausalLM
 
 
+def test_the_constructor_of_pefts_class_makes_softtunes_model_too() -> None:
+    """In a process where nobody has looked at the config's class before."""
+    code = (
+        "import peft, softtune, transformers\n"
+        "base = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=50))\n"
+        "model = peft.PeftModelForCausalLM(base, softtune.PromptTuningConfig(task_type='CAUSAL_LM'))\n"
+        "assert issubclass(type(model), softtune.PeftModel), type(model)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["save_pretrained", "load_adapter", "from_pretrained", "add_adapter", "set_adapter"])
+def test_arguments_by_position_are_pefts(name: str) -> None:
+    own, theirs = (inspect.signature(getattr(c, name)).parameters.values() for c in (PeftModel, TheirModel))
+    positional = [[p.name for p in some if p.kind is p.POSITIONAL_OR_KEYWORD] for some in (own, theirs)]
+    known = [n for n in positional[1] if n in positional[0]]
+    assert positional[0] == positional[1][: len(positional[0])]
+    assert {*positional[1]} - {*known} <= {*WITHOUT_EFFECT}
+
+
+def test_configs_are_the_same_with_peft_and_without() -> None:
+    one, other = softtune.PrefixTuningConfig(), softtune.PrefixTuningConfig(peft_version="0.3.0")
+    assert one == other
+    assert type(softtune.get_peft_config({"peft_type": "PREFIX_TUNING"})) is softtune.PrefixTuningConfig
+
+
 def test_unknown_keys_of_a_saved_config_are_left_out_with_a_warning(tmp_path: Path) -> None:
     content = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "from_the_future": 1, "runtime_config": {}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
@@ -143,6 +174,9 @@ def test_without_its_last_adapter_a_model_is_the_base_model(method: str) -> None
     expected = base_model("gpt2", CAUSAL_LM)(IDS).logits
     model.delete_adapter("default")
     assert (model.active_adapters, model.peft_config) == ([], {})
+    assert model.peft_type is None
+    with pytest.raises(AdapterError, match="no adapter is named ''"):
+        _ = model.active_peft_config
     assert not model.has_active_enabled_adapter
     assert torch.equal(model(IDS).logits, expected)
     assert torch.equal(model.generate(IDS, max_new_tokens=2, do_sample=False)[:, :4], IDS)
@@ -157,6 +191,17 @@ def test_a_config_that_is_given_to_load_becomes_the_models_own(tmp_path: Path) -
     assert model.peft_config["default"] is config
     assert config.inference_mode
     assert config.token_dim == model.config.n_embd
+
+
+def test_one_config_for_two_adapters(tmp_path: Path) -> None:
+    adapted("gpt2", CAUSAL_LM, "prompt").save_pretrained(tmp_path)
+    config = METHODS["prompt"](task_type=CAUSAL_LM)
+    model = PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM), tmp_path, "frozen", config=config)
+    model.load_adapter(tmp_path, "new", is_trainable=True, config=config)
+    model.set_adapter("frozen")
+    assert not any(p.requires_grad for p in model.prompt_encoder["frozen"].parameters())
+    model.set_adapter("new")
+    assert all(p.requires_grad for p in model.prompt_encoder["new"].parameters())
 
 
 def test_loading_has_pefts_result_and_a_second_adapter_can_be_trained(tmp_path: Path) -> None:
@@ -242,6 +287,12 @@ def _has_cache() -> bool:
     return "cache" in inspect.signature(type(base_model("llama", CAUSAL_LM)).forward).parameters
 
 
+def test_a_prompt_has_the_base_models_precision() -> None:
+    model = adapted("llama", CAUSAL_LM, "prefix")
+    model.get_base_model().bfloat16()
+    assert model.get_prompt(1).layers[0].keys.dtype == torch.bfloat16
+
+
 def test_what_an_adapter_says_of_itself() -> None:
     model = adapted("gpt2", CAUSAL_LM, "prompt")
     assert model.peft_type == peft.PeftType.PROMPT_TUNING
@@ -309,6 +360,21 @@ def test_a_prefix_starts_from_a_cache_as_in_peft() -> None:
     assert torch.equal(softtune.initialize_kv_prefix_from_past_key_values(model, past_key_values=pairs), flat)
     assert torch.equal(model.get_prompt_embedding_to_save("default"), flat)
     torch.testing.assert_close(model.eval()(ids[:, P:]).logits, whole.logits[:, P:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_prefix_starts_from_the_first_tokens_of_a_text(family: str) -> None:
+    """Mistral's layers keep the last ones alone."""
+    model = get_peft_model(base_model(family, CAUSAL_LM), METHODS["prefix"](task_type=CAUSAL_LM)).train()
+    words = tokenizer(ends=False)
+    text = "the sky is blue and red and good text : label :"
+    flat = softtune.initialize_kv_prefix_from_text(model, words, text=text)
+    ids = words(text, return_tensors="pt")["input_ids"][:, :P]
+    with torch.no_grad():
+        cache = cache_of(base_model(family, CAUSAL_LM)(ids, use_cache=True))
+    assert torch.equal(flat, softtune.prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=P))
+    with pytest.raises(DataError, match="give one row of at least"):
+        softtune.initialize_kv_prefix_from_text(model, words, text="red")
 
 
 def test_caches_and_adapters_that_do_not_fit() -> None:

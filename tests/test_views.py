@@ -89,6 +89,21 @@ def test_what_is_set_on_a_view_is_set_on_the_base_model() -> None:
         _ = view.model.nothing
 
 
+def test_layers_are_set_where_they_are_found() -> None:
+    model = adapted("llama", CAUSAL_LM, "prompt")
+    inner = model.get_base_model().model
+    model.base_model.model.layers = inner.layers[:1]
+    assert len(inner.layers) == 1
+    assert not hasattr(model.get_base_model(), "layers")
+
+
+def test_a_class_makes_models_of_its_class() -> None:
+    model = adapted("gpt2", CAUSAL_LM, "prefix")
+    other = type(model)(base_model("gpt2", CAUSAL_LM), METHODS["prefix"](task_type=CAUSAL_LM))
+    assert type(other) is type(model)
+    assert type(pickle.loads(pickle.dumps(other))) is type(model)
+
+
 def test_a_view_is_copied_and_pickled_as_its_model() -> None:
     base = base_model("gpt2", CAUSAL_LM)
     again = copy.deepcopy(BaseView(base))

@@ -20,7 +20,7 @@ from softtune.backbone import Backbone, Site, cached_length, evaluating, turn
 from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
 from softtune.injection import Injection
 from softtune.injection.ahead import run_ahead
-from softtune.injection.graphs import check_graph, is_for_any_batch
+from softtune.injection.graphs import check_graph, is_exporting
 from softtune.injection.layout import row_ends, row_starts
 from softtune.injection.modules import ModuleChanges
 from softtune.injection.owners import BASE, Owners, differ, named, owners_of
@@ -85,8 +85,9 @@ def acting(backbone: Backbone, cast: Cast, inputs: Inputs, trunk: Trunk | None =
         AdapterError: others act in the encoder than when its outputs were computed.
         UnsupportedModelError: a prompt did not arrive, or a graph is made that cannot be right.
     """
-    check_graph(backbone, inputs.text)
-    adapters, ahead = list(cast.adapters.values()), inputs.columns is None and not is_for_any_batch()
+    if any(cast.adapters.values()):
+        check_graph(backbone, inputs.text)
+    adapters, ahead = list(cast.adapters.values()), inputs.columns is None and not is_exporting()
     with turn(backbone.model) as own:
         prompts = [Prompt() if a is None else _prompt(backbone, a, ahead=ahead) for a in adapters]
         changes = _changes(backbone, adapters, prompts, cast.rows)

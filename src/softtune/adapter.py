@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from softtune.backbone import Backbone
@@ -39,8 +42,13 @@ class Adapter:
     """Trained copies of the base model's heads in fp32, by their names."""
 
     @classmethod
-    def new(cls, config: PeftConfig, backbone: Backbone) -> Adapter:
+    def new(cls, config: PeftConfig, backbone: Backbone, *, is_saved: bool = False) -> Adapter:
         """An adapter for a base model, not yet at its start. The config is copied.
+
+        Args:
+            config: its config.
+            backbone: the base model's.
+            is_saved: whether its tensors come from a file, which has the modules that the config names.
 
         Raises:
             UnsupportedModelError: the base model cannot take the method.
@@ -48,10 +56,10 @@ class Adapter:
         """
         model, config = backbone.model, copy.deepcopy(config)
         config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
+        names = _head_names(config, backbone)
+        names = names if is_saved else _closed_over_ties(names, model)
         copied: dict[int, Any] = {}  # what is tied stays so
-        heads = {
-            name: copy.deepcopy(model.get_submodule(name), copied).float() for name in _head_names(config, backbone)
-        }
+        heads = {name: _copy_in_fp32(model.get_submodule(name), copied) for name in names}
         return cls(config, config.build(backbone).to(backbone.device), heads)
 
     def check_config(self, config: PeftConfig) -> None:
@@ -89,6 +97,10 @@ class Adapter:
             lost = []
         return lost + (heads if all(name in idle for name in heads) else [])
 
+    def untie(self) -> None:
+        """Let no two heads have a parameter in common."""
+        self.heads = {name: copy.deepcopy(head) for name, head in self.heads.items()}
+
     @property
     def is_reparameterised(self) -> bool:
         """Whether the module trains more than inference needs of it."""
@@ -121,20 +133,35 @@ def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:
         if not found and wanted not in PEFT_HEAD_NAMES:
             raise ConfigError(f"modules_to_save: the base model has no module {wanted!r}: see named_modules()")
         names += [n for n in found if n not in names]
-    return names + _tied_to(names, config, backbone.model)
+    return names
 
 
-def _tied_to(names: Sequence[str], config: PeftConfig, model: nn.Module) -> list[str]:
-    """Names of the other modules that have a parameter of the named ones: a language head of its words' embedding.
+def _copy_in_fp32(module: nn.Module, copied: dict[int, Any]) -> nn.Module:
+    """A module's copy, whose numbers stay where the base model computes, also where its own are offloaded."""
+    hooks = [hook for part in module.modules() if (hook := getattr(part, "_hf_hook", None)) is not None]
+    copied |= {id(hook): hook for hook in hooks}  # they hold what is offloaded of the whole model
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.enter_context(align_module_device(part))
+        own = copy.deepcopy(module, copied).float()
+    return remove_hook_from_module(own, recurse=True) if hooks else own
 
-    Says so in a warning, since what is tied is trained as one, and PEFT would part it.
+
+def _embedding_and_head(model: Any) -> list[str]:
+    """Names of the words' embedding and of the language head, where these are one matrix."""
+    pair = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if pair[1] is None or pair[0].weight is not pair[1].weight:
+        return []
+    return [name for name, module in model.named_modules() if module in pair]
+
+
+def _closed_over_ties(names: list[str], model: nn.Module) -> list[str]:
+    """The names, and beside the words' embedding the language head that is tied to it, or the reverse.
+
+    Says so in a warning, since PEFT would part them.
     """
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    inside = {f"{name}.{inner}".rstrip(".") for name in names for inner, _ in model.get_submodule(name).named_modules()}
-    tied = [own for own in owners.values() if len(own) > 1 and inside.intersection(own)]
-    if tied and not config.inference_mode:
-        warnings.warn(f"modules_to_save: {' and '.join(tied[0])} are tied, and are trained as one", stacklevel=2)
-    return [name for own in tied for name in own if name not in inside]
+    tied = _embedding_and_head(model)
+    if not {*tied} & {*names}:
+        return names
+    warnings.warn(f"modules_to_save: {' and '.join(tied)} are tied, and are trained as one", stacklevel=2)
+    return [*names, *(name for name in tied if name not in names)]

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from softtune import storage
-from softtune.errors import CheckpointError, ConfigError
+from softtune.errors import ConfigError
 from softtune.methods import PeftConfig, TaskType
 from softtune.model import PeftModel
 from softtune.options import LOADING_OPTIONS
@@ -36,6 +36,7 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        import_allowlist: list[str] | None = None,
         **options: Any,
     ) -> PeftModel:
         """A base model with a saved adapter; see ``PeftModel.from_pretrained``.
@@ -46,9 +47,10 @@ class AutoPeftModel:
             is_trainable: go on training from exactly where the adapter was saved.
             config: use this config instead of the saved one.
             revision: the adapter's revision on the hub.
+            import_allowlist: PEFT's; no library but transformers is ever asked for a class.
             options: where on the hub to look; ``allow_pickle``; all others are for the base model's
-                ``from_pretrained``. Where words were added to the tokenizer beside the adapter, the base model gets
-                rows for them.
+                ``from_pretrained``. Where the tokenizer beside the adapter has more tokens than the base model, its
+                embedding is made larger.
 
         Raises:
             CheckpointError, AdapterMismatchError: see ``PeftModel.from_pretrained``.
@@ -56,15 +58,16 @@ class AutoPeftModel:
         """
         own = {name: options.pop(name) for name in LOADING_OPTIONS if name in options} | {"revision": revision}
         hub = {name: value for name, value in own.items() if name != "allow_pickle"}
+        shared = {name: value for name, value in hub.items() if name not in ("subfolder", "revision")}
         saved = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        base = cls._load_base(saved, **options)
-        _fit_tokenizer(base, pretrained_model_name_or_path, **hub)
+        base = cls._load_base(saved, **shared, **options)
+        _fit_tokenizer(base, pretrained_model_name_or_path, options.get("trust_remote_code", False), **hub)
         return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own)
 
     @classmethod
     def _load_base(cls, config: PeftConfig, **options: Any) -> PreTrainedModel:
-        if config.task_type is not cls.task:
-            task = config.task_type and config.task_type.value
+        if config.task_type is not None and config.task_type is not cls.task:
+            task = config.task_type.value
             raise ConfigError(f"{cls.__name__} is not for adapters with task_type {task}: use the class of that task")
         name = cls.base_class or (config.auto_mapping or {}).get("base_model_class", "")
         base_class: Any = getattr(transformers, name, None) if name else None
@@ -118,15 +121,13 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     base_class = "AutoModel"
 
 
-def _fit_tokenizer(base: PreTrainedModel, folder: str | os.PathLike[str], **hub: Any) -> None:
-    """Give the base model rows for the words that were added to the tokenizer that lies beside an adapter."""
-    try:
-        path = storage.locate(folder, TOKENIZER_CONFIG, **hub)
-    except CheckpointError:
-        return
+def _fit_tokenizer(base: PreTrainedModel, folder: str | os.PathLike[str], trust_remote_code: bool, **hub: Any) -> None:
+    """Make the base model's embedding as large as the tokenizer that lies beside an adapter, where there is one."""
+    path = storage.locate(folder, TOKENIZER_CONFIG, **hub)
     if path is None:
         return
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent)
-    words: Any = base.get_input_embeddings()
-    if len(tokenizer) > words.num_embeddings:
+    source, where = (path.parent, {}) if storage.is_path(str(folder)) else (folder, hub)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
+    embedding: Any = base.get_input_embeddings()
+    if len(tokenizer) > embedding.num_embeddings:
         base.resize_token_embeddings(len(tokenizer))

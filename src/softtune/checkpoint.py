@@ -138,6 +138,8 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
     """
     heads = {k: v for k, v in state.items() if k.startswith("base_model.")}
     _check(adapter.head_state(), heads)
+    if _differ_where_tied(adapter.head_state(), heads):
+        adapter.untie()  # PEFT has trained them apart
     own = {k: v for k, v in state.items() if not k.startswith("base_model.")}
     if OWN_KEY in own:
         own[PROMPT_KEY] = own.pop(OWN_KEY)
@@ -153,6 +155,13 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
             "these weights hold the baked prompt but not the encoder behind it: load them with is_trainable=False"
         )
     _copy(adapter.head_state(), heads)
+
+
+def _differ_where_tied(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> bool:
+    """Whether two targets are the same numbers, and their sources are not."""
+    first: dict[int, str] = {}
+    pairs = [(name, first.setdefault(target.data_ptr(), name)) for name, target in targets.items()]
+    return any(name != other and not torch.equal(sources[name], sources[other]) for name, other in pairs)
 
 
 def check_base_model(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softtune import compat
+from softtune.backbone import evaluating
 from softtune.errors import AdapterError, DataError
 from softtune.methods import PrefixEncoder
 from softtune.model import PeftModel
@@ -30,6 +31,9 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     layers = getattr(past_key_values, "layers", past_key_values)
     pairs = [layer if isinstance(layer, (tuple, list)) else (layer.keys, layer.values) for layer in layers]
     parts = [part for pair in pairs for part in pair[:2]]
+    counted = [layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")]
+    if any(count != pair[0].shape[2] for count, pair in zip(counted, pairs, strict=False)):
+        raise DataError("past_key_values has lost its first tokens, or room for more: give a cache of as few tokens")
     if not parts or any(not isinstance(part, Tensor) or part.dim() != 4 for part in parts):
         raise DataError("past_key_values holds no keys and values by layer: give what a forward with a cache returned")
     rows, tokens = {len(part) for part in parts}, min(part.shape[2] for part in parts)
@@ -57,8 +61,9 @@ def initialize_kv_prefix_from_past_key_values(
             the words.
         DataError: the cache does not fit.
     """
-    module, size = _prefix(model, adapter_name)
-    flat = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=num_virtual_tokens or size)
+    module = _prefix(model, adapter_name)
+    size = num_virtual_tokens or len(module.embedding.weight)
+    flat = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=size)
     if flat.shape != module.embedding.weight.shape:
         raise DataError(
             f"past_key_values gives {list(flat.shape)} numbers, the prefix has {list(module.embedding.weight.shape)}: "
@@ -94,23 +99,24 @@ def initialize_kv_prefix_from_text(
         AdapterError: no such adapter, or it is no plain prefix.
         DataError: the text is too short.
     """
-    _prefix(model, adapter_name)
-    if use_chat_template and tokenizer.chat_template:
+    size = len(_prefix(model, adapter_name).embedding.weight)
+    has_template = bool(use_chat_template and tokenizer.chat_template)
+    if has_template:
         text = str(tokenizer.apply_chat_template([{"role": "system", "content": text}], tokenize=False))
-    special = not (use_chat_template and tokenizer.chat_template)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=special)["input_ids"][:, :max_length]
-    with model.disable_adapter():
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)["input_ids"][:, :max_length]
+    ids = ids[:, : num_virtual_tokens or size]  # no token sees later ones
+    with model.disable_adapter(), evaluating(model):
         cache = compat.cache_of(model(input_ids=ids.to(model.device), use_cache=True))
     return initialize_kv_prefix_from_past_key_values(
         model, adapter_name=adapter_name, past_key_values=cache, num_virtual_tokens=num_virtual_tokens
     )
 
 
-def _prefix(model: PeftModel, adapter_name: str | None) -> tuple[PrefixEncoder, int]:
-    """The module of a plain prefix, and its number of virtual tokens."""
+def _prefix(model: PeftModel, adapter_name: str | None) -> PrefixEncoder:
+    """The module of a plain prefix."""
     name = adapter_name or model.active_adapter
     adapter = model.adapter(name)
     module = adapter.module
     if not isinstance(module, PrefixEncoder) or module.transform is not None:
         raise AdapterError(f"{name!r} is no plain prefix: use PrefixTuningConfig without prefix_projection")
-    return module, len(module.embedding.weight)
+    return module

@@ -64,6 +64,7 @@ class PeftModel(PushToHubMixin, PeftNames):
     def __new__(cls, model: Any = None, *args: Any, **options: Any) -> PeftModel:
         """An instance whose ``forward`` has the base model's parameters in its signature, for those who choose columns
         by it."""
+        cls = cls.__bases__[0] if "shown" in vars(cls) else cls
         shown = _showing(cls, type(_base_of(model))) if isinstance(model, nn.Module) else cls  # type: ignore[arg-type]
         return super().__new__(shown)
 
@@ -75,7 +76,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             raise AdapterError("the model has adapters already: add another with add_adapter")
         base = _base_of(model)
         backbone = Backbone(base)
-        super().__init__(base if base is not model else base.requires_grad_(False), backbone, adapter_name)
+        super().__init__(base if base is not model else base.requires_grad_(False), backbone)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
@@ -137,7 +138,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             hub.pop("allow_pickle", None)
             config = PeftConfig.from_pretrained(model_id, **hub)
         loaded = (class_for(config) if cls is PeftModel else cls)(model)
-        loaded.load_adapter(model_id, adapter_name, is_trainable, config, **options)
+        loaded.load_adapter(model_id, adapter_name, is_trainable, config=config, **options)
         return loaded.train(is_trainable)
 
     def load_adapter(
@@ -145,6 +146,12 @@ class PeftModel(PushToHubMixin, PeftNames):
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: Any = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
         config: PeftConfig | None = None,
         **options: Any,
     ) -> LoadResult:
@@ -158,7 +165,9 @@ class PeftModel(PushToHubMixin, PeftNames):
 
         Raises:
             AdapterError: ``is_trainable`` is asked of an adapter that is there, and frozen.
+            AdapterMismatchError: the adapter that is there has another config.
         """
+        check_options({"ephemeral_gpu_offload": ephemeral_gpu_offload, "key_mapping": key_mapping})
         hub = check_options(options, LOADING_OPTIONS)
         allow_pickle = hub.pop("allow_pickle", False)
         config = PeftConfig.from_pretrained(model_id, **hub) if config is None else config
@@ -170,10 +179,12 @@ class PeftModel(PushToHubMixin, PeftNames):
             adapter.check_config(config)
             checkpoint.load(model_id, adapter, allow_pickle=allow_pickle, **hub)
             return LoadResult()
-        adapter = self._new_adapter(adapter_name, dataclasses.replace(config, inference_mode=not is_trainable))
+        own = dataclasses.replace(config, inference_mode=not is_trainable)
+        adapter = self._new_adapter(adapter_name, own, is_saved=True)
         checkpoint.load(model_id, adapter, allow_pickle=allow_pickle, **hub)
-        vars(config).update(vars(adapter.config))
-        adapter.config = config
+        if all(config is not other for other in self.peft_config.values()):
+            vars(config).update(vars(adapter.config))
+            adapter.config = config
         self._register(adapter_name, adapter)
         if is_trainable:
             self.set_requires_grad(adapter_name)
@@ -184,7 +195,10 @@ class PeftModel(PushToHubMixin, PeftNames):
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
         state_dict: Mapping[str, Tensor] | None = None,
         **options: Any,
     ) -> None:
@@ -204,6 +218,8 @@ class PeftModel(PushToHubMixin, PeftNames):
             CheckpointError: ``save_directory`` is a file.
             ConfigError: an unknown option.
         """
+        conversion = {"path_initial_model_for_weight_conversion": path_initial_model_for_weight_conversion}
+        check_options({"save_embedding_layers": save_embedding_layers, **conversion})
         check_options(options, ("max_shard_size", "save_function"))
         if not safe_serialization:
             warnings.warn("weights are saved as safetensors too, which are read before the pickled ones", stacklevel=2)
@@ -253,6 +269,7 @@ class PeftModel(PushToHubMixin, PeftNames):
 
         Raises:
             DataError: the input is empty, mask, positions or labels do not fit it, or positions exceed the model's.
+            UnsupportedModelError: the prompt did not arrive, or ``torch`` makes a graph that cannot be right.
             AdapterError: ``adapter_names`` has an unknown name, another number of rows, or adapters of several tasks.
         """
         given = {
@@ -291,7 +308,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             kwargs: the base model's.
 
         Raises:
-            DataError, AdapterError: see ``forward``.
+            DataError, AdapterError, UnsupportedModelError: see ``forward``.
         """
         base: Any = self.backbone.model
         generate = base.generate
@@ -450,4 +467,4 @@ def _showing(own: type[PeftModel], base: type) -> type[PeftModel]:
 def _blank(own: type[PeftModel], base: type | None) -> PeftModel:
     """What pickle and copy fill: ``object.__reduce__`` would make one of ``__class__``."""
     shown = own if base is None else _showing(own, base)  # type: ignore[arg-type]
-    return shown.__new__(shown)
+    return object.__new__(shown)

@@ -28,8 +28,8 @@ class PeftNames(AdapterState):
 
     @property
     def peft_type(self) -> PeftType | None:
-        """The method of the adapter that acts, or would act."""
-        return self.active_peft_config.peft_type
+        """The method of the adapter that acts, or would act; None where there is none."""
+        return self.active_peft_config.peft_type if self.active_adapter else None
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -75,7 +75,8 @@ class PeftNames(AdapterState):
             raise AdapterError(f"no cache holds the prompt of {name!r}: read get_prompt_embedding_to_save({name!r})")
         cache = DynamicCache()
         for layer in layers:
-            key, value = (part.expand(batch_size, -1, -1, -1) for part in prompt.prefixes[layer.place])
+            pair = prompt.prefixes[layer.place]
+            key, value = (part.expand(batch_size, -1, -1, -1).to(self.base_model_torch_dtype) for part in pair)
             cache.update(key, value, layer.index)
         return cache
 

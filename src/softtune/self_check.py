@@ -66,9 +66,12 @@ def ensure(backbone: Backbone, config: PeftConfig, adapt: Adapt) -> None:
     note = _note(model, config)
     if note.name in _passed or note.is_file():
         return
-    broken = {name: how for name, how in check(backbone, config, adapt).items() if isinstance(how, Broken)}
+    found = check(backbone, config, adapt)
+    broken = {name: how for name, how in found.items() if isinstance(how, Broken)}
     if broken:
         raise UnsupportedModelError(_refusal(backbone, config, adapt, *next(iter(broken.items()))))
+    if all(isinstance(outcome, NotAsked) for outcome in found.values()):
+        return  # another config of the kind may act on text
     _passed.add(note.name)
     with suppress(OSError):  # a folder that cannot be written: the next process checks again
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +100,9 @@ def check(
         UnsupportedModelError: the base model cannot take the method, or does not run on token ids alone.
     """
     names = [name for name, promise in PROMISES.items() if thorough or promise.is_quick]
-    if not _changes_reading(backbone, config):
+    if not _acts_on_text(backbone, config):
         return dict.fromkeys(names, NotAsked("what the method trains here reads no text"))
-    backbone = _reader(backbone)
+    backbone = _language_model(backbone)
     with turn(backbone.model), torch.inference_mode(False), own_random_numbers(backbone.model):
         before = state_of(backbone.model)
         adapter = Adapter.new(config.probing(), backbone)
@@ -113,7 +116,7 @@ def check(
         return outcomes(probe, names)
 
 
-def _changes_reading(backbone: Backbone, config: PeftConfig) -> bool:
+def _acts_on_text(backbone: Backbone, config: PeftConfig) -> bool:
     """Whether a method acts on text: the biases of a model may all be those of what sees pictures."""
     if config.is_prompt_learning:
         return True
@@ -122,7 +125,7 @@ def _changes_reading(backbone: Backbone, config: PeftConfig) -> bool:
     return any(backbone.model.get_submodule(slot.module) in reading for slot in slots)
 
 
-def _reader(backbone: Backbone) -> Backbone:
+def _language_model(backbone: Backbone) -> Backbone:
     """A base model, or the language model within it where its calls need pictures or sounds too."""
     parameters = inspect.signature(backbone.model.forward).parameters.values()
     if all(p.default is not p.empty or p.kind is p.VAR_KEYWORD or p.name in READ for p in parameters):

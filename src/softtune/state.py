@@ -31,18 +31,17 @@ class AdapterState(nn.Module):
     Args:
         base_model: the base model.
         backbone: the same, as softtune sees it.
-        active_adapter: the first adapter's name.
     """
 
-    def __init__(self, base_model: PreTrainedModel, backbone: Backbone, active_adapter: str) -> None:
+    def __init__(self, base_model: PreTrainedModel, backbone: Backbone) -> None:
         super().__init__()
         self.add_module("base_model", base_model)  # the attribute is a view of it
         self.backbone = backbone
         self.prompt_encoder = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.peft_config: dict[str, PeftConfig] = {}
-        self.active_adapter = active_adapter
-        """The name of the adapter that acts; empty where all were deleted."""
+        self.active_adapter = ""
+        """The name of the adapter that acts; empty where there is none."""
         self.gradient_watch = GradientWatch()
         """Warns after the first backward pass that leaves out what is trained."""
         self._times_disabled = 0
@@ -101,8 +100,9 @@ class AdapterState(nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The config of the adapter that acts, or would act if adapters were not disabled."""
-        return self.peft_config[self.active_adapter]
+        """The config of the adapter that acts, or would act if adapters were not disabled. Raises AdapterError where
+        there is none."""
+        return self.adapter(self.active_adapter).config
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -176,12 +176,12 @@ class AdapterState(nn.Module):
             self.heads[name].requires_grad_(requires_grad)
         self.gradient_watch = GradientWatch()
 
-    def _new_adapter(self, name: str, config: PeftConfig) -> Adapter:
+    def _new_adapter(self, name: str, config: PeftConfig, *, is_saved: bool = False) -> Adapter:
         is_name = name not in ("", BASE) and not {*"./\\"} & {*name} and not hasattr(self.prompt_encoder, name)
         if name in self.peft_config or not is_name:
             reason = "is loaded already" if name in self.peft_config else "is no name: use another, without . / \\"
             raise AdapterError(f"adapter {name!r} {reason}; loaded: {', '.join(self.peft_config) or 'none'}")
-        adapter = Adapter.new(config, self.backbone)
+        adapter = Adapter.new(config, self.backbone, is_saved=is_saved)
         self_check.ensure(self.backbone, config, type(self).with_adapter)
         return adapter
 
@@ -189,7 +189,7 @@ class AdapterState(nn.Module):
     def with_adapter(cls, backbone: Backbone, adapter: Adapter) -> Any:
         """A base model as softtune sees it with an adapter, named ``probe``, for a check of it."""
         model: AdapterState = cls.__new__(cls)
-        AdapterState.__init__(model, backbone.model, backbone, "probe")
+        AdapterState.__init__(model, backbone.model, backbone)
         model._register("probe", adapter)
         model.gradient_watch.is_over = True
         return model

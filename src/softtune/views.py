@@ -31,14 +31,17 @@ class View:
         return type(self._module)
 
     def __getattr__(self, name: str) -> Any:
-        owner = self._module if hasattr(self._module, name) or self._below is None else self._below
-        return getattr(owner, name)
+        return getattr(self._owner_of(name), name)
+
+    def _owner_of(self, name: str) -> Any:
+        is_below = not hasattr(self._module, name) and hasattr(self._below, name)
+        return self._below if is_below else self._module
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._module, name, value)
+        setattr(self._owner_of(name), name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._module, name)
+        delattr(self._owner_of(name), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._module(*args, **kwargs)
@@ -79,10 +82,7 @@ def as_peft_knows(own: type) -> type:
     """The class of PEFT with the name of a class of softtune's, or of one above it; the same class where PEFT is not
     loaded. Trainers, accelerate and TRL know PEFT's models and configs by their classes alone."""
     peft = sys.modules.get("peft")
-    found = next((known for cls in own.__mro__ if (known := getattr(peft, cls.__name__, None))), own)
-    if found is not own:
-        _meet(peft)
-    return found
+    return next((known for cls in own.__mro__ if (known := getattr(peft, cls.__name__, None))), own)
 
 
 def as_both(own: type) -> type:
@@ -92,7 +92,7 @@ def as_both(own: type) -> type:
     if theirs is own:
         return own
     if (own, theirs) not in _BOTH:
-        members = {"__new__": lambda cls, *args, **fields: own(*args, **fields)}
+        members = {"__new__": lambda cls, *args, **fields: own(*args, **fields), "stands_for": own}
         _BOTH[own, theirs] = type(own.__name__, (own, theirs), members)
     return _BOTH[own, theirs]
 
@@ -106,21 +106,26 @@ def pefts_version() -> str | None:
     return configs.PeftConfigMixin._get_peft_version() if configs is not None else None
 
 
-def _meet(peft: Any) -> None:
-    """Let PEFT's models give way to softtune's where the config is softtune's: PEFT would compute its own prompt, by
-    softtune's name. So ``peft_config=`` of a Trainer takes both."""
-    theirs = getattr(peft, "PeftModel", None)
-    if theirs is None or "__new__" in vars(theirs):
+def patch_peft() -> None:
+    """Let PEFT's models, if it is loaded, give way to softtune's where the config is softtune's: PEFT would compute a
+    prompt of its own. So ``peft_config=`` of a Trainer takes both."""
+    theirs = getattr(sys.modules.get("peft"), "PeftModel", None)
+    if theirs is None or theirs in _PATCHED:
         return
+    original = vars(theirs).get("__new__")
 
     def make(cls: type, model: Any = None, peft_config: Any = None, *args: Any, **options: Any) -> Any:
         from softtune import PeftConfig, get_peft_model
 
         if isinstance(peft_config, PeftConfig):
             return get_peft_model(model, peft_config, *args, **options)
-        return object.__new__(cls)
+        return original(cls, model, peft_config, *args, **options) if original else object.__new__(cls)
 
     theirs.__new__ = make
+    _PATCHED.add(theirs)
+
+
+_PATCHED: set[type] = set()
 
 
 def with_parameters_of(function: Any, base_forward: Any) -> inspect.Signature:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from tests.cli.test_cli import run
-from tests.families import CAUSAL_LM, P, base_model
+from tests.families import CAUSAL_LM, P, adapted, base_model
 
 from softtune import PeftModel
 
@@ -36,15 +36,17 @@ def test_an_old_adapter_is_read_from_the_new_folder(tmp_path: Path, capsys: pyte
 
 def test_what_cannot_be_imported_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old_adapter(tmp_path / "old")
+    adapted("gpt2", CAUSAL_LM, "prompt_suffix").save_pretrained(tmp_path / "new")
     for source, target, message in (
         ("nothing here", "new", "has no adapter_config.json"),
         ("old", "old", "holds the adapter itself: name another folder"),
+        ("new", "newer", "has safetensors already: load it as it is"),
     ):
         assert run("import", str(tmp_path / source), str(tmp_path / target)) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
     torch.save({"prompt_embeddings": Path("x")}, tmp_path / "old" / "adapter_model.bin")
-    assert run("import", str(tmp_path / "old"), str(tmp_path / "new")) == 2
+    assert run("import", str(tmp_path / "old"), str(tmp_path / "newer")) == 2
     assert "holds more than tensors" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "newer").exists()

@@ -322,8 +322,13 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes: where those of its numbers are that are not offloaded."""
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("meta"))
+    """Where a model computes: where those of its parameters are that are not offloaded, or where accelerate brings
+    them."""
+    if here := next((p.device for p in model.parameters() if not p.is_meta), None):
+        return here
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    places = [getattr(hook, "execution_device", None) for hook in hooks]
+    return torch.device(next((place for place in places if place is not None), "meta"))
 
 
 def cached_length(call: Mapping[str, Any]) -> tuple[int, bool]:

@@ -11,7 +11,7 @@ from softtune import checkpoint, storage
 from softtune.cli.console import console, quiet
 from softtune.errors import CheckpointError
 from softtune.methods import PeftConfig
-from softtune.methods.base import CONFIG_NAME
+from softtune.methods.base import CONFIG_NAME, OWN_CONFIG_NAME
 from softtune.methods.initialization import WEIGHTS_NAME
 
 
@@ -24,8 +24,10 @@ def command(
     PeftConfig.from_pretrained(source)  # is a method that softtune has
     weights = checkpoint.weights(source, allow_pickle=True)
     config = storage.locate(source, CONFIG_NAME)
-    if config is None or config.parent == target.resolve():
+    if config is None or config.parent.resolve() == target.resolve():
         raise CheckpointError(f"{target} holds the adapter itself: name another folder")
+    if storage.locate(source, WEIGHTS_NAME) or storage.locate(source, OWN_CONFIG_NAME):
+        raise CheckpointError(f"{source} has safetensors already: load it as it is")
     with storage.staged(target) as stage:
         storage.write_json(stage / CONFIG_NAME, PeftConfig.from_json_file(config))
         checkpoint.write(stage / WEIGHTS_NAME, weights)

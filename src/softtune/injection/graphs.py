@@ -1,5 +1,5 @@
-"""Decisions that go by a batch's numbers, which the maker of a graph for any batch cannot make: it takes what is right
-for all."""
+"""``torch.export``: a graph serves any batch of its shape, so that what usually depends on a batch's numbers, such as
+leaving out padding, is done in the way that is right for every batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from softtune.backbone import Backbone
 from softtune.errors import UnsupportedModelError
 
 
-def is_for_any_batch() -> bool:
+def is_exporting() -> bool:
     """Whether ``torch.export`` makes a graph."""
     return torch.compiler.is_exporting()
 
@@ -22,19 +22,22 @@ def holds(condition: Tensor, *, for_any: bool) -> bool:
         condition: [] the condition.
         for_any: what to suppose for any batch.
     """
-    return for_any if is_for_any_batch() else bool(condition)
+    return for_any if is_exporting() else bool(condition)
 
 
 def check_graph(backbone: Backbone, text: Tensor | None) -> None:
-    """Raise UnsupportedModelError where a graph is made that cannot be right.
+    """Look whether a graph that is being made can be right.
 
     Args:
         backbone: the base model's.
         text: [B, T] or [B, T, D] the input.
+
+    Raises:
+        UnsupportedModelError: it cannot.
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise UnsupportedModelError("torch.jit.trace keeps the shapes of one batch: use torch.export")
-    if is_for_any_batch() and not backbone.is_known:
+    if is_exporting() and not backbone.is_known:
         raise UnsupportedModelError("the model has not run yet: call it once, with any text, before torch.export")
-    if is_for_any_batch() and text is not None and not all(type(size) is int for size in text.shape[:2]):
+    if is_exporting() and text is not None and not all(type(size) is int for size in text.shape[:2]):
         raise UnsupportedModelError("a graph is for one shape: leave out dynamic_shapes, and make one for each")

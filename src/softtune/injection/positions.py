@@ -17,7 +17,7 @@ from softtune.backbone import Stack
 from softtune.backbone.interface import flash_refusal, takes_padding
 from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.columns import Columns
-from softtune.injection.graphs import holds, is_for_any_batch
+from softtune.injection.graphs import holds, is_exporting
 from softtune.injection.layout import Layout
 from softtune.injection.masks import PACKED
 from softtune.injection.rows import RowPrompts
@@ -43,7 +43,14 @@ class Positions:
     def check(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Raise DataError where a row needs more positions than the model has."""
         limit = self.stack.table_size
-        if limit is None or is_for_any_batch():
+        if limit is None:
+            return
+        if is_exporting():
+            shift = max((max(counts) for counts in here.lengths.values()), default=0) if here.shifts else 0
+            if step.width + shift + here.is_vector.shape[1] > limit:
+                raise DataError(
+                    f"a graph of {step.width} tokens exceeds the model's {limit} positions: make a shorter one"
+                )
             return
         tokens, virtual = self._lengths(call, step, here), (here.shift + here.is_vector.sum(1)).to(step.device)
         row = int((tokens + virtual).argmax())
@@ -59,7 +66,7 @@ class Positions:
         given = call.get("position_ids")
         if given is None or given.dim() != 2:
             return
-        if is_for_any_batch():
+        if is_exporting():
             raise UnsupportedModelError("the model counts positions above its layers: trace it with position_ids")
         columns = given[:1, :1] + torch.arange(given.shape[1], device=given.device)
         if bool(step.starts.any()) and bool((given == columns).all()):

@@ -23,7 +23,7 @@ from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.cache import PrefixCache, as_long_as, begin_with, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
-from softtune.injection.graphs import holds, is_for_any_batch
+from softtune.injection.graphs import holds, is_exporting
 from softtune.injection.layout import Layout
 from softtune.injection.pack import Pack, PackedAttention, can_pack
 from softtune.injection.positions import Positions
@@ -120,10 +120,10 @@ class StackInjection:
         self._check_states(call)
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
-        if self.packs and not is_for_any_batch() and can_pack(self.stack, call):
+        if self.packs and not is_exporting() and can_pack(self.stack, call):
             self.depth = 0 if self.trunk is None else self.trunk.depth(call, self.adapter_prompts)
             self.pack = Pack.of(self.stack, call, self.rows, always=self.depth > 0)
-        elif not self.feeds_decoder and not is_for_any_batch():
+        elif not self.feeds_decoder and not is_exporting():
             self._trim(call)
         step = Step(call, self.outer_mask)
         if self.acts and not self.has_outer_positions:

@@ -25,7 +25,7 @@ from softtune.backbone import Backbone, Site
 from softtune.backbone.roles import BiasSlot
 from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError
-from softtune.views import as_both, pefts_version
+from softtune.views import as_both, patch_peft, pefts_version
 
 CONFIG_NAME = "adapter_config.json"
 OWN_CONFIG_NAME = "softtune_config.json"
@@ -139,6 +139,7 @@ class PeftConfig(PushToHubMixin):
             known = f"Must be one of the following task types: {', '.join(TaskType)}."
             raise ConfigError(f"task_type: Invalid task type: {self.task_type!r}. {known}")
         self.peft_version = self.peft_version or pefts_version()
+        patch_peft()
         hints = get_type_hints(type(self), include_extras=True)
         for name in (f.name for f in dataclasses.fields(self)):
             try:
@@ -159,10 +160,13 @@ class PeftConfig(PushToHubMixin):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """A subclass of PEFT's class of the same name where PEFT is loaded: TRL takes no other configs."""
+        patch_peft()
         return as_both(type(self))
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
+        if type(self) is not type(other):
+            return False
+        return vars(self) | {"peft_version": None} == vars(other) | {"peft_version": None}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (type(self),), vars(self)  # object's own would make one of __class__
@@ -268,16 +272,21 @@ class PeftConfig(PushToHubMixin):
         return content
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
+    ) -> PeftConfig:
         """Read the config of a saved adapter from a folder or a hub repository.
 
         Args:
             pretrained_model_name_or_path: the folder or the repository's name.
-            hub: where on the hub to look (``subfolder``, ``revision``, ``cache_dir``, ``token``).
+            subfolder: the folder within it.
+            hub: where on the hub to look (``revision``, ``cache_dir``, ``token``).
 
         Raises:
             CheckpointError: there is no config, or it cannot be read.
+            ConfigError: its ``peft_type`` is unknown, or a value out of range.
         """
+        hub["subfolder"] = subfolder
         path = storage.locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
         if path is None:
             raise CheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: is it an adapter's folder?")
@@ -354,4 +363,5 @@ def _class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:
 
 
 def _leaves(cls: type[PeftConfig]) -> list[type[PeftConfig]]:
-    return [leaf for sub in cls.__subclasses__() for leaf in [sub, *_leaves(sub)]]
+    own = [sub for sub in cls.__subclasses__() if "stands_for" not in vars(sub)]
+    return [leaf for sub in own for leaf in [sub, *_leaves(sub)]]
