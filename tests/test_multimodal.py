@@ -202,6 +202,23 @@ def test_a_prompt_acts_and_padding_does_not(name: str, method: str) -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("pads", [0, 2])
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_text_is_written_with_a_cache_as_without(name: str, method: str, pads: int) -> None:
+    build, call = MODELS[name]
+    if (name, method) in REFUSED:
+        return
+    model = scramble(get_peft_model(build(), METHODS[method](task_type=CAUSAL_LM))).eval()
+    settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    whole, cached = (
+        model.generate(**call(WORDS, pads), **settings, eos_token_id=None, use_cache=use) for use in (False, True)
+    )
+    alone = model.generate(**call(WORDS), **settings, eos_token_id=None)
+    for other in (cached, alone):
+        torch.testing.assert_close(torch.stack(other.logits), torch.stack(whole.logits), atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["blip2", "gemma3", "llava", "paligemma"])
 def test_biases_of_convolutions_are_those_of_channels(name: str) -> None:
     build, call = MODELS[name]

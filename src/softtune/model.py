@@ -35,7 +35,7 @@ from softtune.inputs import Inputs
 from softtune.methods import PeftConfig, TaskType
 from softtune.options import LOADING_OPTIONS, check_options
 from softtune.peft_names import PeftNames
-from softtune.views import as_peft_knows, with_parameters_of
+from softtune.views import peft_class_of, with_parameters_of
 
 
 class LoadResult(NamedTuple):
@@ -65,7 +65,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         """An instance whose ``forward`` has the base model's parameters in its signature, for those who choose columns
         by it."""
         cls = cls.__bases__[0] if "shown" in vars(cls) else cls
-        shown = _showing(cls, type(_base_of(model))) if isinstance(model, nn.Module) else cls  # type: ignore[arg-type]
+        shown = _with_base_signature(cls, type(_base_of(model))) if isinstance(model, nn.Module) else cls  # type: ignore[arg-type]
         return super().__new__(shown)
 
     def __init__(
@@ -85,7 +85,7 @@ class PeftModel(PushToHubMixin, PeftNames):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """PEFT's class where PEFT is loaded: Trainers, accelerate and TRL know models with adapters by it alone."""
-        return as_peft_knows(type(self))
+        return peft_class_of(type(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         own = type(self)
@@ -450,7 +450,7 @@ def _base_of(model: Any) -> Any:
 
 
 @cache
-def _showing(own: type[PeftModel], base: type) -> type[PeftModel]:
+def _with_base_signature(own: type[PeftModel], base: type) -> type[PeftModel]:
     """A class of models over a class of base models."""
     if not issubclass(base, PreTrainedModel):
         return own
@@ -466,5 +466,5 @@ def _showing(own: type[PeftModel], base: type) -> type[PeftModel]:
 
 def _blank(own: type[PeftModel], base: type | None) -> PeftModel:
     """What pickle and copy fill: ``object.__reduce__`` would make one of ``__class__``."""
-    shown = own if base is None else _showing(own, base)  # type: ignore[arg-type]
+    shown = own if base is None else _with_base_signature(own, base)  # type: ignore[arg-type]
     return object.__new__(shown)

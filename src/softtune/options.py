@@ -28,6 +28,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "torch_device": (ANY,),  # adapters are where the base model is
     "torch_dtype": (ANY,),
     "trust_remote_code": (ANY,),
+    "unwrap_compiled": (ANY,),  # a compiled model has the attributes of the model in it
     "use_safetensors": (True, None),
 }
 """Options of PEFT, and the values that change nothing here: ``ANY`` where none does."""

@@ -56,15 +56,13 @@ def get_peft_model_state_dict(
         model: holds the adapter.
         state_dict: take the numbers from this ``model.state_dict()`` instead of from the model.
         adapter_name: the adapter's name.
-        options: ``unwrap_compiled``, where the model is what ``torch.compile`` returned; those of PEFT that have no
-            effect here.
+        options: those of PEFT that have no effect here.
 
     Raises:
         AdapterError: no such adapter.
         ConfigError: an unknown option.
     """
-    if check_options(options, ("unwrap_compiled",)).get("unwrap_compiled"):
-        model = getattr(model, "_orig_mod", model)
+    check_options(options)
     with model.numbers_of(state_dict):
         state = checkpoint.export(model.adapter(adapter_name), model.backbone)
         return state if state_dict is None else {name: tensor.clone() for name, tensor in state.items()}

@@ -78,17 +78,17 @@ class BaseView(View):
         return View(self._module, below=getattr(self._module, "model", None))
 
 
-def as_peft_knows(own: type) -> type:
+def peft_class_of(own: type) -> type:
     """The class of PEFT with the name of a class of softtune's, or of one above it; the same class where PEFT is not
     loaded. Trainers, accelerate and TRL know PEFT's models and configs by their classes alone."""
     peft = sys.modules.get("peft")
     return next((known for cls in own.__mro__ if (known := getattr(peft, cls.__name__, None))), own)
 
 
-def as_both(own: type) -> type:
+def shared_config_class(own: type) -> type:
     """A class of softtune's that is a subclass of PEFT's of that name too, where PEFT is loaded, and makes softtune's
     objects when it is called, as ``dataclasses.replace`` does."""
-    theirs = as_peft_knows(own)
+    theirs = peft_class_of(own)
     if theirs is own:
         return own
     if (own, theirs) not in _BOTH:

@@ -15,14 +15,14 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def holds(condition: Tensor, *, for_any: bool) -> bool:
+def holds(condition: Tensor, *, when_exporting: bool) -> bool:
     """Whether a condition on numbers holds.
 
     Args:
         condition: [] the condition.
-        for_any: what to suppose for any batch.
+        when_exporting: what to suppose for any batch.
     """
-    return for_any if is_exporting() else bool(condition)
+    return when_exporting if is_exporting() else bool(condition)
 
 
 def check_graph(backbone: Backbone, text: Tensor | None) -> None:

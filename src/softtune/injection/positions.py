@@ -131,7 +131,7 @@ class Positions:
         if not (here.has_infix and here.shifts) or step.is_continued:
             return shift
         in_order = (positions.diff(dim=1) == 1).all()
-        if call.get("attention_mask") is None and holds(in_order, for_any=True):
+        if call.get("attention_mask") is None and holds(in_order, when_exporting=True):
             # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
             call["attention_mask"] = step.full_mask()
         behind = step.is_from(self.columns.of_infix(step, here)) | ~here.after_text[:, None]

@@ -63,7 +63,7 @@ class Prefixes:
             is_prefix = torch.ones_like(columns, dtype=torch.bool) if is_prefix is None else is_prefix
             beside = Layout.of(starts, mask.shape[1], columns, is_prefix, causal=True)
             call["attention_mask"] = beside.merge(mask, is_prefix)
-            layout = beside if holds(starts.any(), for_any=True) else None
+            layout = beside if holds(starts.any(), when_exporting=True) else None
         call["cache"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
 
     def _check_rows(self, here: RowPrompts) -> None:
@@ -71,7 +71,7 @@ class Prefixes:
         counts_itself = self.stack.position_table is not None
         goes_by_length = counts_itself or compat.has_picture_in_cache(self.stack.module)
         others = (here.shift != max(here.lengths[self.layers[0].place])).any()
-        if goes_by_length and holds(others, for_any=False):
+        if goes_by_length and holds(others, when_exporting=False):
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} goes by the length of its cache: run rows with other prefixes in "
                 "batches of their own, and leave out shift_positions"

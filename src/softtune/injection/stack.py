@@ -135,7 +135,7 @@ class StackInjection:
             here = self._anchor(call, here)
         if here.vectors is not None:
             self._add_vectors(call, step, here)
-        elif not self.stack.is_causal and not step.has_ready_mask and holds(step.starts.any(), for_any=True):
+        elif not self.stack.is_causal and not step.has_ready_mask and holds(step.starts.any(), when_exporting=True):
             self._lay_out(call, step, here)
         self.positions.check(call, step, here)
         self.positions.place(call, step, here, self.layout)
@@ -196,7 +196,8 @@ class StackInjection:
         """Leave out what is padding in every row, where nothing later counts on its columns."""
         mask = call.get("attention_mask")
         cached = call.get("cache") is not None or call.get("use_cache") is not False
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not (self.stack.is_causal and cached):
+        counts_on_columns = (self.stack.is_causal and cached) or masks_of(call)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not counts_on_columns:
             self.trim = self.columns.trim = Trim.of(mask, keep_left=self.stack.position_table is not None)
             self.trim.cut(call)
 

@@ -90,7 +90,7 @@ class Step:
         """Whether real tokens' positions [B, T] begin anew within a row, as those of packed texts do."""
         falls = positions.diff(dim=1) < 0
         falls = falls if self.mask is None else falls & (self.mask[:, -self.length : -1] != 0)
-        return holds(falls.any(), for_any=False)
+        return holds(falls.any(), when_exporting=False)
 
     def is_from(self, columns: Tensor) -> Tensor:
         """[B, T] which tokens stand at or behind a column [B, 1]."""

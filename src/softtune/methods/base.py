@@ -25,7 +25,7 @@ from softtune.backbone import Backbone, Site
 from softtune.backbone.roles import BiasSlot
 from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError
-from softtune.views import as_both, patch_peft, pefts_version
+from softtune.views import patch_peft, pefts_version, shared_config_class
 
 CONFIG_NAME = "adapter_config.json"
 OWN_CONFIG_NAME = "softtune_config.json"
@@ -161,7 +161,7 @@ class PeftConfig(PushToHubMixin):
     def __class__(self) -> type:
         """A subclass of PEFT's class of the same name where PEFT is loaded: TRL takes no other configs."""
         patch_peft()
-        return as_both(type(self))
+        return shared_config_class(type(self))
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
