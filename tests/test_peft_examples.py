@@ -18,13 +18,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
     default_data_collator,
     get_linear_schedule_with_warmup,
 )
 
 import softtune
 from softtune.compat import INSTALLED
-from tests.tiny import save_models
+from tests.tiny import WORDS, save_models, tokenizer
 
 EXAMPLES = ["causal_lm", "seq2seq", "sequence_classification", "token_classification", "feature_extraction"]
 TEXTS = ["red is warm", "blue is cold", "the sky is blue", "red sky is good"]
@@ -33,12 +35,18 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_models(tmp_path_factory.mktemp("models"))
+    folder = tmp_path_factory.mktemp("models")
+    paths = save_models(folder)
+    # PEFT needs keys as wide as the model.
+    sizes = {"d_model": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "d_ff": 32, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(WORDS) + 3, **sizes)).save_pretrained(folder / "even")
+    tokenizer(ends=True).save_pretrained(folder / "even")
+    return paths | {"t5": str(folder / "even")}
 
 
 def tokens(path: str, texts: list[str]) -> dict[str, Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    return dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    words = AutoTokenizer.from_pretrained(path)
+    return dict(words(texts, padding=True, return_tensors="pt"))
 
 
 def trained(model: Any, batch: dict[str, Tensor]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from peft import PeftModel as TheirModel
 from transformers import DynamicCache
 
 import softtune
-from softtune import AdapterError, CheckpointError, DataError, PeftConfig, PeftModel, get_peft_model
+from softtune import AdapterError, CheckpointError, ConfigError, DataError, PeftConfig, PeftModel, get_peft_model
 from softtune.compat import cache_of
 from softtune.options import WITHOUT_EFFECT
 from tests.families import CAUSAL_LM, METHODS, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, P, adapted, base_model, scramble
@@ -127,6 +127,12 @@ def test_pefts_function_makes_softtunes_model_of_softtunes_config(method: str) -
     assert type(theirs) is peft.PeftModelForCausalLM
 
 
+@pytest.mark.parametrize("config", [peft.PrefixTuningConfig(num_virtual_tokens=3), peft.LoraConfig()])
+def test_a_config_of_pefts_is_refused(config: Any) -> None:
+    with pytest.raises(ConfigError, match="is no config of softtune's: import it from softtune"):
+        get_peft_model(base_model("gpt2", CAUSAL_LM), config)
+
+
 def test_the_constructor_of_pefts_class_makes_softtunes_model_too() -> None:
     """In a process where nobody has looked at the config's class before."""
     code = (
@@ -180,6 +186,8 @@ def test_without_its_last_adapter_a_model_is_the_base_model(method: str) -> None
     assert not model.has_active_enabled_adapter
     assert torch.equal(model(IDS).logits, expected)
     assert torch.equal(model.generate(IDS, max_new_tokens=2, do_sample=False)[:, :4], IDS)
+    with pytest.raises(AdapterError, match="no adapter to save"):
+        model.save_pretrained("nowhere")
     model.add_adapter("again", METHODS[method](task_type=CAUSAL_LM))
     assert model.active_adapter == "again"
 
@@ -250,7 +258,7 @@ def test_pickled_weights_are_read_where_the_caller_asks_by_name(method: str, tmp
     theirs = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[method]
     model = peft.get_peft_model(base_model("gpt2", CAUSAL_LM), theirs(task_type=CAUSAL_LM, num_virtual_tokens=P))
     model.save_pretrained(str(tmp_path), safe_serialization=False)
-    with pytest.raises(CheckpointError, match=r"softtune import, or load them by allow_pickle=True"):
+    with pytest.raises(CheckpointError, match=r"softtune import FOLDER NEW, or load them by allow_pickle=True"):
         PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM), tmp_path)
     own = PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM), tmp_path, allow_pickle=True)
     expected = peft.get_peft_model_state_dict(model)["prompt_embeddings"]

@@ -54,6 +54,8 @@ class Adapter:
             UnsupportedModelError: the base model cannot take the method.
             ConfigError: the config names modules that the base model lacks.
         """
+        if not isinstance(config, PeftConfig):
+            raise ConfigError(f"{type(config).__name__} is no config of softtune's: import it from softtune")
         model, config = backbone.model, copy.deepcopy(config)
         config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
         names = _head_names(config, backbone)

@@ -119,7 +119,7 @@ def weights(folder: str | os.PathLike[str], *, allow_pickle: bool = False, **hub
     if pickled:
         raise CheckpointError(
             f"{folder} has pickled weights ({PICKLED_NAME}), which can run code: if you trust who wrote them, "
-            "convert them by softtune import, or load them by allow_pickle=True, which reads tensors alone"
+            "convert them by softtune import FOLDER NEW, or load them by allow_pickle=True, which reads tensors alone"
         )
     raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: copy the whole adapter folder")
 

@@ -225,8 +225,11 @@ class PeftModel(PushToHubMixin, PeftNames):
             warnings.warn("weights are saved as safetensors too, which are read before the pickled ones", stacklevel=2)
         if not is_main_process:
             return
+        names = selected_adapters or list(self.peft_config)
+        if not names:
+            raise AdapterError("there is no adapter to save: add one by add_adapter")
         with self.numbers_of(state_dict):
-            for name in selected_adapters or list(self.peft_config):
+            for name in names:
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
                 checkpoint.save(folder, self.adapter(name), self.backbone, also_pickled=not safe_serialization)
 

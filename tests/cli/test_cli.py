@@ -502,6 +502,19 @@ def test_a_base_model_of_another_kind(
     assert capsys.readouterr().err == f"softtune: {what}: {remedy}\n"
 
 
+def test_every_method_of_a_check_is_shown_in_a_narrow_terminal(models: dict[str, str]) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("softtune"), "check", models["llama"]],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    lines = [line for line in done.stdout.splitlines() if "bitfit" in line and "p tuning" in line]
+    assert len(lines) == 1
+    assert max(map(len, done.stdout.splitlines()[:10])) <= 80
+
+
 def test_check_shows_promises_by_methods(
     models: dict[str, str],
     trained: dict[str, Path],
@@ -513,7 +526,7 @@ def test_check_shows_promises_by_methods(
     assert f"LlamaForCausalLM, transformers {INSTALLED}, float32, sdpa" in shown
     assert shown.count("holds") == 2 * len(PROMISES)
     assert run("check", models["llama"], "--adapter", str(trained["words"])) == 0
-    assert "PROMPT TUNING" in " ".join(capsys.readouterr().out.split())
+    assert "prompt tuning" in " ".join(capsys.readouterr().out.split())
     assert run("check", models["bert"], "--task", "SEQ_CLS", "--method", "prefix_tuning") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "cached decoding gives the outputs of one forward is not asked, it writes no text" in shown

@@ -39,8 +39,8 @@ METHODS: dict[str, type[PeftConfig]] = {
     "bitfit": BitFitConfig,
 }
 """By the names of the command line."""
-WIDTH = 28
-"""Characters of a promise in a line."""
+WIDTH, WIDE = 28, 110
+"""Characters of a promise in a line, at the least, in a terminal that is wide."""
 
 
 def command(
@@ -57,7 +57,7 @@ def command(
         raise ConfigError("an adapter has a method and a task of its own: drop --method and --task, or --adapter")
     saved = None if adapter is None else PeftConfig.from_pretrained(adapter)
     kind = known_task(task or (saved and saved.task_type) or TaskType.CAUSAL_LM)
-    configs = {saved.kind: saved} if saved else {name: _config(name, kind) for name in method or METHODS}
+    configs = {_name_of(saved): saved} if saved else {name: _config(name, kind) for name in method or METHODS}
     base, _ = load_base_model(model, kind)
     if adapter is not None:
         checkpoint.check_base_model(adapter, PeftModel(base).backbone)
@@ -67,6 +67,10 @@ def command(
     if failed:
         print(f"softtune: promises fail for {', '.join(failed)}: see the table", file=sys.stderr)
         sys.exit(FAILED)
+
+
+def _name_of(config: PeftConfig) -> str:
+    return next(name for name, method in METHODS.items() if method is type(config))
 
 
 def _config(name: str, task: TaskType) -> PeftConfig:
@@ -91,7 +95,7 @@ def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -
     state = "tested" if is_tested(base) else "not among those tested"
     title = f"{type(base).__name__}, transformers {INSTALLED}, {', '.join(words.values())}: {state}"
     table = Table("promise", *(name.replace("_", " ") for name in columns), title=title, title_justify="left")
-    table.columns[0].min_width = WIDTH
+    table.columns[0].min_width = WIDTH if console.width >= WIDE else None
     notes: dict[str, None] = {}
     for name, promise in PROMISES.items():
         cells: list[str | Text] = []

@@ -69,7 +69,8 @@ def load_tokenizer(name: str | None, options: dict[str, Any] | None = None) -> P
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name or "", **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer at {name!r}: set tokenizer_name_or_path to a folder or hub name") from error
+        where = f"at {name!r}" if name else "named by the base model"
+        raise ConfigError(f"no tokenizer {where}: set tokenizer_name_or_path to a folder or hub name") from error
     return tokenizer
 
 
