@@ -216,13 +216,19 @@ def test_a_text_is_written_with_a_cache_as_without(name: str, method: str, pads:
     if (name, method) in REFUSED:
         return
     model = scramble(get_peft_model(build(), METHODS[method](task_type=CAUSAL_LM))).eval()
+    cached = written(model, call(WORDS, pads))
+    torch.testing.assert_close(written(model, call(WORDS)), cached, atol=2e-4, rtol=1e-3)
+    plain = [written(build(), call(WORDS, pads), use_cache=use) for use in (True, False)]
+    if torch.allclose(*plain, atol=2e-4, rtol=1e-3):  # PaliGemma of transformers 5.17 differs by itself
+        torch.testing.assert_close(written(model, call(WORDS, pads), use_cache=False), cached, atol=2e-4, rtol=1e-3)
+    else:
+        assert name == "paligemma"
+
+
+def written(model: Any, call: Call, **options: Any) -> Tensor:
+    """[3, 1, V] the logits of three tokens that a model writes."""
     settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    whole, cached = (
-        model.generate(**call(WORDS, pads), **settings, eos_token_id=None, use_cache=use) for use in (False, True)
-    )
-    alone = model.generate(**call(WORDS), **settings, eos_token_id=None)
-    for other in (cached, alone):
-        torch.testing.assert_close(torch.stack(other.logits), torch.stack(whole.logits), atol=2e-4, rtol=1e-3)
+    return torch.stack(model.generate(**call, **settings, eos_token_id=None, **options).logits)
 
 
 @pytest.mark.parametrize("name", ["blip2", "gemma3", "llava", "paligemma"])
