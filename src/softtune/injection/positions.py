@@ -60,17 +60,21 @@ class Positions:
                 "shorten the text"
             )
 
-    def count_text(self, call: Call, step: Step) -> None:
-        """Count from each row's first real token where the model above the stack has counted columns, as PaliGemma and
-        Fuyu do."""
+    def count_text(self, call: Call, step: Step, here: RowPrompts) -> None:
+        """Count from each row's first real token, and no virtual tokens, where the model above the stack has counted the
+        columns of its cache and of its text, as PaliGemma and Fuyu do."""
         given = call.get("position_ids")
         if given is None or given.dim() != 2:
             return
         if is_exporting():
             raise UnsupportedModelError("the model counts positions above its layers: trace it with position_ids")
         columns = given[:1, :1] + torch.arange(given.shape[1], device=given.device)
-        if bool(step.starts.any()) and bool((given == columns).all()):
-            call["position_ids"] = (given - step.starts[:, None]).clamp(min=int(given[0, 0]) - step.cached)
+        if not bool((given == columns).all()):
+            return
+        if step.mask is not None:
+            call["position_ids"] = step.positions() + int(given[0, 0]) - step.cached
+        elif here.vectors is not None and step.is_continued:
+            call["position_ids"] = given - here.is_vector.sum(dim=1, keepdim=True).to(given.device)
 
     def place(self, call: Call, step: Step, here: RowPrompts, layout: Layout | None) -> None:
         """Count positions from each row's first real token, and past the virtual tokens in front of it."""

@@ -126,10 +126,10 @@ class StackInjection:
         elif not self.feeds_decoder and not is_exporting():
             self._trim(call)
         step = Step(call, self.outer_mask)
-        if self.acts and not self.has_outer_positions:
-            self.positions.count_text(call, step)
         self.starts = step.starts + (self.trim.left if self.trim else 0)
         here = self._prompts_of(step)
+        if self.acts and not self.has_outer_positions:
+            self.positions.count_text(call, step, here)
         self.positions.shift = here.shift
         if is_reentrant(module):
             here = self._anchor(call, here)
