@@ -61,13 +61,13 @@ class Positions:
             )
 
     def count_text(self, call: Call, step: Step, here: RowPrompts) -> None:
-        """Count from each row's first real token, and no virtual tokens, where the model above the stack has counted the
-        columns of its cache and of its text, as PaliGemma and Fuyu do."""
+        """Count from each row's first real token, and no virtual tokens, where the model above the stack has counted
+        the columns of its cache and of its text, as PaliGemma and Fuyu do."""
         given = call.get("position_ids")
         if given is None or given.dim() != 2:
             return
         if is_exporting():
-            raise UnsupportedModelError("the model counts positions above its layers: trace it with position_ids")
+            raise UnsupportedModelError("the model counts positions above its layers: export it with position_ids")
         columns = given[:1, :1] + torch.arange(given.shape[1], device=given.device)
         if not bool((given == columns).all()):
             return
