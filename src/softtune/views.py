@@ -115,10 +115,9 @@ def patch_peft() -> None:
     original = vars(theirs).get("__new__")
 
     def make(cls: type, model: Any = None, peft_config: Any = None, *args: Any, **options: Any) -> Any:
-        from softtune import PeftConfig, get_peft_model
-
-        if isinstance(peft_config, PeftConfig):
-            return get_peft_model(model, peft_config, *args, **options)
+        softtune = sys.modules["softtune"]  # which is above this file, and whole by now
+        if isinstance(peft_config, softtune.PeftConfig):
+            return softtune.get_peft_model(model, peft_config, *args, **options)
         return original(cls, model, peft_config, *args, **options) if original else object.__new__(cls)
 
     theirs.__new__ = make
