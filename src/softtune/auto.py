@@ -6,15 +6,16 @@ import os
 from typing import Any, ClassVar
 
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from softtune import storage
 from softtune.errors import ConfigError
 from softtune.methods import PeftConfig, TaskType
 from softtune.model import PeftModel
 from softtune.options import LOADING_OPTIONS
-from softtune.pretrained import locate_base_model, name_here
+from softtune.pretrained import MODEL_CLASSES, locate_base_model, name_here
 
+BASE_CLASSES: dict[TaskType, Any] = {**MODEL_CLASSES, TaskType.FEATURE_EXTRACTION: AutoModel}
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -22,8 +23,7 @@ class AutoPeftModel:
     """Loads a saved adapter and the base model that its config names."""
 
     task: ClassVar[TaskType | None] = None
-    base_class: ClassVar[str | None] = None
-    """Name of transformers' class; by default the one that the config names."""
+    """What adapters are for; without it, the config names the base model's class."""
 
     def __init__(self) -> None:
         raise TypeError(f"{type(self).__name__} makes no models of its own: use {type(self).__name__}.from_pretrained")
@@ -69,8 +69,8 @@ class AutoPeftModel:
         if config.task_type is not None and config.task_type is not cls.task:
             task = config.task_type.value
             raise ConfigError(f"{cls.__name__} is not for adapters with task_type {task}: use the class of that task")
-        name = cls.base_class or (config.auto_mapping or {}).get("base_model_class", "")
-        base_class: Any = getattr(transformers, name, None) if name else None
+        named = (config.auto_mapping or {}).get("base_model_class", "")
+        base_class = BASE_CLASSES[cls.task] if cls.task else getattr(transformers, named, None)
         if config.base_model_name_or_path is None or base_class is None:
             missing = "base_model_name_or_path" if base_class is not None else "auto_mapping of transformers"
             raise ConfigError(f"the adapter's config has no {missing}: load the base model, and use PeftModel")
@@ -83,42 +83,36 @@ class AutoPeftModelForCausalLM(AutoPeftModel):
     """See ``AutoPeftModel``."""
 
     task = TaskType.CAUSAL_LM
-    base_class = "AutoModelForCausalLM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
     """See ``AutoPeftModel``."""
 
     task = TaskType.SEQ_2_SEQ_LM
-    base_class = "AutoModelForSeq2SeqLM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
     """See ``AutoPeftModel``."""
 
     task = TaskType.SEQ_CLS
-    base_class = "AutoModelForSequenceClassification"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
     """See ``AutoPeftModel``."""
 
     task = TaskType.TOKEN_CLS
-    base_class = "AutoModelForTokenClassification"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
     """See ``AutoPeftModel``."""
 
     task = TaskType.QUESTION_ANS
-    base_class = "AutoModelForQuestionAnswering"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """See ``AutoPeftModel``."""
 
     task = TaskType.FEATURE_EXTRACTION
-    base_class = "AutoModel"
 
 
 def _fit_tokenizer(base: PreTrainedModel, folder: str | os.PathLike[str], trust_remote_code: bool, **hub: Any) -> None:

@@ -57,9 +57,10 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone, *
         model_class = type(backbone.model)
         config.auto_mapping = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
     with storage.staged(folder) as stage:
-        write(stage / WEIGHTS_NAME, export(adapter, backbone))
+        state = export(adapter, backbone)
+        write(stage / WEIGHTS_NAME, state)
         if also_pickled:
-            torch.save({name: tensor.cpu() for name, tensor in export(adapter, backbone).items()}, stage / PICKLED_NAME)
+            torch.save({name: tensor.cpu() for name, tensor in state.items()}, stage / PICKLED_NAME)
         if adapter.is_reparameterised:
             write(stage / STATE_NAME, adapter.module.state_dict())
         model_card(Path(folder) / CARD_NAME, config, backbone).save(stage / CARD_NAME)

@@ -64,7 +64,7 @@ class PeftModel(PushToHubMixin, PeftNames):
     def __new__(cls, model: Any = None, *args: Any, **options: Any) -> PeftModel:
         """An instance whose ``forward`` has the base model's parameters in its signature, for those who choose columns
         by it."""
-        cls = cls.__bases__[0] if "shown" in vars(cls) else cls
+        cls = _without_base(cls)
         shown = _with_base_signature(cls, type(_base_of(model))) if isinstance(model, nn.Module) else cls  # type: ignore[arg-type]
         return super().__new__(shown)
 
@@ -88,8 +88,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         return peft_class_of(type(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own = type(self)
-        return _blank, (own.__bases__[0] if "shown" in vars(own) else own, vars(own).get("shown")), self.__dict__
+        return _blank, (_without_base(type(self)), vars(type(self)).get("shown")), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -450,6 +449,11 @@ def class_for(config: PeftConfig) -> type[PeftModel]:
 def _base_of(model: Any) -> Any:
     """The base model itself, also of a model with PEFT's LoRA."""
     return model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: model)()
+
+
+def _without_base(own: type[PeftModel]) -> type[PeftModel]:
+    """A class of models, whatever base models ``_with_base_signature`` has made it for."""
+    return own.__bases__[0] if "shown" in vars(own) else own
 
 
 @cache
