@@ -25,6 +25,7 @@ from transformers import (
     BartConfig,
     BertConfig,
     BloomConfig,
+    DebertaConfig,
     DebertaV2Config,
     DeepseekV3Config,
     DistilBertConfig,
@@ -574,7 +575,15 @@ FAMILIES = {
         fused=one_after_another(4, 4),
         window=True,
     ),
-    "deberta_v2": Family(  # computes its attention by itself
+    "deberta": Family(
+        config=DebertaConfig,
+        sizes=BERT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
+        tasks=ENCODER_TASKS,
+        attention=BERT_ATTENTION,
+        dropout=(*BERT_DROPOUT, "pooler_dropout"),
+        fused=by_key_head(4, 4),
+    ),
+    "deberta_v2": Family(
         config=DebertaV2Config,
         sizes=BERT
         | {
@@ -586,8 +595,8 @@ FAMILIES = {
             "position_biased_input": False,
         },
         tasks=ENCODER_TASKS,
+        attention=BERT_ATTENTION,
         dropout=(*BERT_DROPOUT, "pooler_dropout"),
-        refused=NO_PREFIX,
     ),
     "mbart": Family(
         config=MBartConfig,

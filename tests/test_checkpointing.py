@@ -120,3 +120,22 @@ def test_disabled_checkpointing_is_none() -> None:
     enable_checkpointing(model)
     disable_checkpointing(model)
     assert torch.equal(loss_of(model, "gpt2"), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [("bert", SEQ_CLS), ("deberta", SEQ_CLS), ("deberta_v2", SEQ_CLS), ("qwen2", CAUSAL_LM)]
+)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_prefix_comes_back_with_its_layers(family: str, task: str, reentrant: bool) -> None:
+    gradients = []
+    for checkpoints in (False, True):
+        model = adapted(family, task, "prefix").train()
+        if checkpoints:
+            enable_checkpointing(model, use_reentrant=reentrant)
+        inputs = batch(texts(family, task))
+        loss = model(**inputs, labels=labels_for(task, inputs)).loss
+        with torch.no_grad(), model.disable_adapter():
+            model(**inputs)
+        loss.backward()
+        gradients.append({n: p.grad for n, p in trained(model).items()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)

@@ -64,7 +64,7 @@ PEFT_CANNOT = {
     # It does not multiply words as the encoder does.
     **dict.fromkeys(("marian", "pegasus"), INPUT),
     # It does not save the whole head; no prefix either in DistilBERT and ModernBERT.
-    **dict.fromkeys(("distilbert", "modernbert", "deberta_v2"), tuple(CONFIGS)),
+    **dict.fromkeys(("distilbert", "modernbert", "deberta", "deberta_v2"), tuple(CONFIGS)),
     # It gives every layer the same number of key heads of the same size, alike for keys and values.
     **dict.fromkeys(("falcon_multi_query", "deepseek_v3", "gemma4", "gemma4_small"), PREFIX),
     # It gives layers without attention a prefix too.

@@ -210,6 +210,13 @@ def eager_function(module: nn.Module) -> Callable[..., Any]:
     return function
 
 
+def is_disentangled(module: nn.Module) -> bool:
+    """Whether a module is DeBERTa's attention, without the heads that talk to one another."""
+    files = ("transformers.models.deberta.", "transformers.models.deberta_v2.")
+    is_own = type(module).__name__ == "DisentangledSelfAttention" and type(module).__module__.startswith(files)
+    return is_own and not getattr(module, "talking_head", False)
+
+
 # Activation checkpointing
 
 CHECKPOINTS = "gradient_checkpointing"

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,6 +111,50 @@ def _prefix_bias(module: nn.Module, t: int, length: int, head: int) -> Tensor:
 
 _bias_owners: dict[nn.Module, nn.Module] = {}
 
+
+def _naive_disentangled(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    *_: Any,
+    relative_pos: Tensor,
+    rel_embeddings: Tensor,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    """DeBERTa's attention one head and one query at a time, of a batch of one row, with c2p and p2c: He et al.,
+    equation 4, where words and virtual tokens have no distance to one another."""
+    count, is_fused = module.num_attention_heads, hasattr(module, "in_proj")
+
+    def by_head(flat: Tensor) -> Tensor:
+        return flat.unflatten(-1, (count, -1)).transpose(0, 1)
+
+    if is_fused:
+        query, key, value = by_head(module.in_proj(hidden_states[0])).chunk(3, dim=-1)
+        query, value = query + by_head(module.q_bias[None]), value + by_head(module.v_bias[None])
+        far, to_keys, to_queries = module.max_relative_positions, module.pos_proj, module.pos_q_proj
+    else:
+        query, key, value = (
+            by_head(f(hidden_states[0])) for f in (module.query_proj, module.key_proj, module.value_proj)
+        )
+        far, to_keys, to_queries = module.pos_ebd_size, module.key_proj, module.query_proj  # share_att_key
+    keys_of_distance, queries_of_distance = by_head(to_keys(rel_embeddings)), by_head(to_queries(rel_embeddings))
+    prefix_key, prefix_value = _prefixes.get(module, (key[:, :0], value[:, :0]))
+    heads = []
+    for n in range(count):
+        rows = []
+        for t in range(len(query[n])):
+            scores = [query[n, t] @ k for k in prefix_key[n]]
+            for s in range(len(key[n])):
+                to, back = far + int(relative_pos[0, t, s]), far - int(relative_pos[0, s, t])
+                score = query[n, t] @ key[n, s] + query[n, t] @ keys_of_distance[n, to]
+                score = score + key[n, s] @ queries_of_distance[n, back]
+                scores.append(score if attention_mask[0, 0, t, s] else score - float("inf"))
+            weights = torch.softmax(torch.stack(scores) / (3 * query.shape[-1]) ** 0.5, dim=0)
+            rows.append(weights @ torch.cat([prefix_value[n], value[n]]))
+        heads.append(torch.stack(rows))
+    return torch.cat(heads, dim=-1)[None], None
+
+
 AttentionInterface.register("naive", _naive)
 AttentionMaskInterface.register("naive", eager_mask)
 
@@ -127,6 +172,9 @@ def naive_prefixes(
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = "naive"
+    own = [m for m in model.modules() if type(m).__name__ == "DisentangledSelfAttention"]
+    for module in own:
+        vars(module)["forward"] = partial(_naive_disentangled, module)
     modules = {model.base_model.get_submodule(name): pair for name, pair in prefixes.items()}
     _prefixes.update(modules)
     _hidden_before.update(dict.fromkeys(modules, hidden_before))
@@ -136,6 +184,8 @@ def naive_prefixes(
     try:
         yield model
     finally:
+        for module in own:
+            del vars(module)["forward"]
         _prefixes.clear()
         _hidden_before.clear()
         _open_slots.clear()

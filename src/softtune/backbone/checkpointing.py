@@ -36,8 +36,8 @@ def around_runs(model: nn.Module, context: Callable[[nn.Module], AbstractContext
     """
     plain = _functions(model)
     for layer, function in plain.items():
-        given = partial(function)
-        setattr(layer, CHECKPOINT, partial(_run_within, partial(context, layer), given.func, **given.keywords))
+        settings = partial(function).keywords  # to be read by is_reentrant
+        setattr(layer, CHECKPOINT, partial(_run_within, partial(context, layer), function, **settings))
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softtune import compat
+from softtune.backbone.disentangled import routed
 from softtune.backbone.interface import WRAPPER, AttentionRecorder
 from softtune.backbone.outputs import TOKENS, Outputs, observing
 from softtune.backbone.refusal import reading_text
@@ -43,7 +44,7 @@ def seen_attention(model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Te
             token.
     """
     recorder = AttentionRecorder()
-    passing = _passing(recorder, stacks) if compat.has_interface(model) else nullcontext()
+    passing = _passing(recorder, stacks) if compat.has_interface(model) else _routed(recorder, stacks)
     with reading_text(model, lambda: _run(model, stacks, inputs)), passing:
         output = _run(model, stacks, inputs, **{"use_cache": True} if _is_decoder(stacks) else {})
     cache = compat.cache_of(output) if _is_decoder(stacks) else None
@@ -80,6 +81,15 @@ def _passing(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _routed(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
+    """The same for attention that calls no interface."""
+    with ExitStack() as block:
+        for stack in stacks:
+            block.enter_context(routed(stack.module, wrapper))
+        yield
 
 
 def _run(model: PreTrainedModel, stacks: Sequence[Stack], inputs: dict[str, Tensor], **kwargs: Any) -> Any:

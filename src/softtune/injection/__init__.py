@@ -103,7 +103,7 @@ class Injection:
             for handle in handles:
                 stack.callback(handle.remove)
             for injection in self.stacks:
-                stack.callback(injection.stop_skipping)
+                stack.callback(injection.leave)
             if backbone.is_decoder_only and self.num_among and backbone.model.can_generate():
                 stack.enter_context(counting_words(backbone.model, self.num_among))
             if any(prompt.prefixes for prompt in self.prompts) and not backbone.has_interface:

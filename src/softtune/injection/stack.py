@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from softtune import compat
 from softtune.backbone import Backbone, Site, Stack, is_reentrant, skipped
+from softtune.backbone.disentangled import is_routed, routed
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
@@ -59,6 +60,7 @@ class StackInjection:
         self.stack = stack
         self.adapter_prompts, self.trunk = prompts, trunk
         self.has_interface = backbone.has_interface
+        self.is_routed = is_routed(stack.module)
         self.layers_attend = bool(backbone.attention_layers)
         self.rows = rows
         self.columns = Columns(columns, text_ends)
@@ -90,7 +92,9 @@ class StackInjection:
         self.has_run = False
         self.packs = packs and backbone.packs and self.prompts.vectors is None and not self.prompts.has_infix
         self.depth = 0
-        self._skipping = ExitStack()
+        self._within = ExitStack()
+        """What is put into the stack for the length of its run."""
+        self.wrapper: PrefixAttention | PackedAttention | None = None
         self.shares_keys = is_reentrant(stack.module) and any(a.is_shared for a in backbone.attention_layers)
         self.anchor: Anchor | None = None
 
@@ -116,7 +120,7 @@ class StackInjection:
         call.pop("logits_to_keep", None)  # the head's; Gemma 4's stack would return no other tokens
         self.has_run = True
         self.layout, self.trim, self.columns.trim, self.pack = None, None, None, None
-        self.stop_skipping()
+        self.leave()
         self._check_states(call)
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
@@ -145,6 +149,9 @@ class StackInjection:
             self._add_prefix(call, step, here)
         elif (slots := self._open_slots(call, step, here)) is not None:
             call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, held=(), open_slots=slots)
+        self.wrapper = call.get(WRAPPER)
+        if self.wrapper is not None and self.is_routed:
+            self._within.enter_context(routed(module, call.pop(WRAPPER)))
         return (), self.stack.keywords(call, kwargs)
 
     def _check_states(self, call: Call) -> None:
@@ -217,11 +224,11 @@ class StackInjection:
     def _skip(self, states: Tensor) -> None:
         """Hand states [1, N, D] to the first layer that a prompt reaches; those below don't run."""
         tied = states if self.anchor is None else self.anchor.tie(states)
-        self._skipping.enter_context(skipped(self.stack.layers[: self.depth], lambda _: tied))
+        self._within.enter_context(skipped(self.stack.layers[: self.depth], lambda _: tied))
 
-    def stop_skipping(self) -> None:
-        """Let all layers run again."""
-        self._skipping.close()
+    def leave(self) -> None:
+        """Leave the stack as it was before its run."""
+        self._within.close()
 
     def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
@@ -299,9 +306,9 @@ class StackInjection:
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
         self.anchor = None
-        self.stop_skipping()
-        if (wrapper := kwargs.get(WRAPPER)) is not None:
-            self.prefixes.check_reached(wrapper, kwargs)
+        self.leave()
+        if self.wrapper is not None:
+            self.prefixes.check_reached(self.wrapper, kwargs)
         if isinstance(cache := compat.cache_of(kwargs), PrefixCache):
             compat.set_cache(output, cache.inner)
             if output.attentions is not None:

@@ -24,7 +24,7 @@ from softtune import storage
 from softtune.backbone import Backbone, Site
 from softtune.backbone.roles import BiasSlot
 from softtune.compat import PushToHubMixin
-from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError
+from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError, MissingTypeError
 from softtune.views import patch_peft, pefts_version, shared_config_class
 
 CONFIG_NAME = "adapter_config.json"
@@ -285,6 +285,7 @@ class PeftConfig(PushToHubMixin):
         Raises:
             CheckpointError: there is no config, or it cannot be read.
             ConfigError: its ``peft_type`` is unknown, or a value out of range.
+            MissingTypeError: it has no ``peft_type``.
         """
         hub["subfolder"] = subfolder
         path = storage.locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
@@ -292,6 +293,11 @@ class PeftConfig(PushToHubMixin):
             raise CheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: is it an adapter's folder?")
         own = storage.locate(pretrained_model_name_or_path, OWN_CONFIG_NAME, **hub)
         values = cls.from_json_file(path)
+        if "peft_type" not in values:
+            raise MissingTypeError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. Is "
+                f"{path} an adapter's?"
+            )
         config_class = cls._class_for(values)
         extra = storage.read_json(own).get("config", {}) if own else config_class.implied_by_peft(values)
         return config_class.from_dict({**config_class._known(values), **extra})

@@ -1,0 +1,113 @@
+"""DeBERTa's attention, which calls no attention interface, computed so that a wrapper can step in.
+
+Scores are sums of content to content, content to position and position to content (He et al., DeBERTa, arXiv
+2006.03654, section 3.1). The last two are a bias of the scores here, as T5's is, and virtual tokens, which have no
+position, get none. Letters: B rows, H heads, T tokens, K the size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtune.backbone.checkpointing import around_runs
+from softtune.backbone.interface import Attention, AttentionWrapper, MaskForm
+from softtune.compat import is_disentangled
+
+
+def is_routed(stack: nn.Module) -> bool:
+    """Whether a stack's attention is DeBERTa's."""
+    return any(map(is_disentangled, stack.modules()))
+
+
+@contextmanager
+def routed(stack: nn.Module, wrapper: AttentionWrapper) -> Iterator[None]:
+    """Let a stack's attention call ``wrapper`` for the length of the block, and whenever a checkpointed layer that was
+    called in it runs again."""
+    with _calling(wrapper, stack), around_runs(stack, partial(_calling, wrapper)):
+        yield
+
+
+@contextmanager
+def _calling(wrapper: AttentionWrapper, part: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in filter(is_disentangled, part.modules()):
+            stack.callback(_restore, module, vars(module).get("forward"))
+            vars(module)["forward"] = partial(_forward, module, wrapper)
+        yield
+
+
+def _restore(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        del vars(module)["forward"]
+    else:
+        vars(module)["forward"] = forward
+
+
+def _forward(
+    module: Any,
+    wrapper: AttentionWrapper,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+    query_states: None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What a DeBERTa attention module's own ``forward`` returns, by way of ``wrapper``."""
+    project = _project_fused if hasattr(module, "in_proj") else _project
+    query, key, value, bias = project(module, hidden_states, relative_pos, rel_embeddings)
+    attend = Attention(_attend, MaskForm.DENSE)
+    output, weights = wrapper(attend, module, query, key, value, attention_mask.bool(), position_bias=bias)
+    return output.flatten(2), weights if output_attentions else None
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, position_bias: Tensor | None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, T, H, K] of scaled queries, and its weights [B, H, T, S]."""
+    scores = query @ key.transpose(-1, -2)
+    scores = scores if position_bias is None else scores + position_bias
+    weights = module.dropout(scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1))
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _project(
+    module: Any, states: Tensor, relative_pos: Tensor | None, rel_embeddings: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Scaled queries, keys and values [B, H, T, K] and the bias [B, H, T, T] of DeBERTa-v2 and v3."""
+    heads = module.num_attention_heads
+    query, key, value = (
+        module.transpose_for_scores(linear(states), heads)
+        for linear in (module.query_proj, module.key_proj, module.value_proj)
+    )
+    factor = 1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)
+    bias = None
+    if module.relative_attention:
+        embeddings = module.pos_dropout(rel_embeddings)
+        bias = module.disentangled_attention_bias(query, key, relative_pos, embeddings, factor).unflatten(
+            0, (-1, heads)
+        )
+    query = query / (query.shape[-1] * factor) ** 0.5
+    return query.unflatten(0, (-1, heads)), key.unflatten(0, (-1, heads)), value.unflatten(0, (-1, heads)), bias
+
+
+def _project_fused(
+    module: Any, states: Tensor, relative_pos: Tensor | None, rel_embeddings: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same of the first DeBERTa, which has one projection for all three."""
+    query, key, value = module.transpose_for_scores(module.in_proj(states)).chunk(3, dim=-1)
+    factor = 1 + len(module.pos_att_type)
+    query = query + module.transpose_for_scores(module.q_bias[None, None, :])
+    query = query / (query.shape[-1] * factor) ** 0.5
+    value = value + module.transpose_for_scores(module.v_bias[None, None, :])
+    bias = None
+    if module.relative_attention:
+        embeddings = module.pos_dropout(rel_embeddings)
+        bias = module.disentangled_att_bias(query, key, relative_pos, embeddings, factor)
+    return query, key, value, bias
