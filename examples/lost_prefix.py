@@ -6,11 +6,15 @@ With transformers 5.24 and PEFT 0.21.2 the first column is 0: the text is the ba
 import importlib.metadata
 import warnings
 
-import peft
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PreTrainedModel, Qwen3Config
 
 import softtune
+
+try:
+    import peft
+except ImportError:
+    raise SystemExit("this compares with PEFT: pip install peft") from None
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS = [

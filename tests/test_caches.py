@@ -44,12 +44,12 @@ def test_nobody_goes_on_from_anothers_cache(method: str, how: str) -> None:
     model = adapted("gpt2", CAUSAL_LM, method)
     cache, text = filled(model, how)
     with model.disable_adapter():
-        with pytest.raises(AdapterError, match="computed with default, not __base__"):
+        with pytest.raises(AdapterError, match="computed with default, not the base model"):
             model.generate(text, cache=cache, **SETTINGS)
-        with pytest.raises(AdapterError, match="computed with default, not __base__"):
+        with pytest.raises(AdapterError, match="computed with default, not the base model"):
             model(text[:, -1:], cache=cache)
         cache, text = filled(model, how)
-    with pytest.raises(AdapterError, match="computed with __base__, not default"):
+    with pytest.raises(AdapterError, match="computed with the base model, not default"):
         model.generate(text, cache=cache, **SETTINGS)
 
 

@@ -14,6 +14,7 @@ from softtune.errors import AdapterError
 from tests.families import METHODS, SEQ_2_SEQ_LM, P, adapted, answers, base_model, batch, scramble, texts
 
 BASE = "__base__"
+THE_BASE = "the base model"
 INPUTS = batch(texts("bart", SEQ_2_SEQ_LM))
 ANSWERS = answers(SEQ_2_SEQ_LM, 3)
 MASK = {"attention_mask": INPUTS["attention_mask"]}
@@ -50,12 +51,12 @@ def test_the_models_own(family: str, method: str) -> None:
 def test_those_of_others(family: str, method: str) -> None:
     model = adapted(family, SEQ_2_SEQ_LM, method)
     bare = model.get_base_model().get_encoder()(**INPUTS)
-    with pytest.raises(AdapterError, match=f"encoder_outputs were computed with {BASE}, not default: pass input_ids"):
+    with pytest.raises(AdapterError, match=f"encoder_outputs were computed with {THE_BASE}, not default: pass input_ids"):
         logits(model, encoder_outputs=bare, **MASK)
     with pytest.raises(AdapterError, match="encoder_outputs"):
         model.generate(encoder_outputs=bare, **MASK)
     own = encoded(model)
-    with model.disable_adapter(), pytest.raises(AdapterError, match=f"computed with default, not {BASE}"):
+    with model.disable_adapter(), pytest.raises(AdapterError, match=f"computed with default, not {THE_BASE}"):
         logits(model, encoder_outputs=own, **MASK)
 
 
@@ -65,7 +66,7 @@ def test_those_without_virtual_tokens() -> None:
     outputs = encoded(model)
     with pytest.raises(AdapterError, match="encoder_outputs lack the virtual tokens: pass input_ids"):
         logits(model, encoder_outputs=outputs, **MASK)
-    with model.disable_adapter(), pytest.raises(AdapterError, match=f"computed with default, not {BASE}"):
+    with model.disable_adapter(), pytest.raises(AdapterError, match=f"computed with default, not {THE_BASE}"):
         logits(model, encoder_outputs=outputs, **MASK)
 
 
@@ -79,7 +80,7 @@ def test_mixed_rows() -> None:
     outputs = encoded(model, adapter_names=names)
     found = logits(model, encoder_outputs=outputs, **MASK, adapter_names=names)
     assert torch.equal(found, logits(model, **INPUTS, adapter_names=names))
-    with pytest.raises(AdapterError, match=f"computed with other, {BASE}, default, not default, other, {BASE}"):
+    with pytest.raises(AdapterError, match=f"computed with other, {THE_BASE}, default, not default, other, {THE_BASE}"):
         logits(model, encoder_outputs=outputs, **MASK, adapter_names=["default", "other", BASE])
 
 

@@ -134,10 +134,10 @@ def test_a_cache_belongs_to_whom_it_was_computed_with(method: str) -> None:
             base = cache_of(model(**inputs, use_cache=True))
             with pytest.raises(AdapterError, match="computed with default"):
                 model(ids, cache=own)
-        with pytest.raises(AdapterError, match="computed with __base__"):
+        with pytest.raises(AdapterError, match="computed with the base model"):
             model(ids, cache=base)
         unsigned = cache_of(base_model("llama", CAUSAL_LM)(**inputs, use_cache=True))
-        with pytest.raises(AdapterError, match="computed with __base__"):
+        with pytest.raises(AdapterError, match="computed with the base model"):
             model.generate(inputs["input_ids"], cache=unsigned, **SETTINGS)
 
 
@@ -152,3 +152,13 @@ def test_generation_at_the_places_of_a_template_with_guessed_tokens(family: str)
     with torch.no_grad():
         expected = model.generate(**inputs, **places, **SETTINGS, use_cache=False)
         assert torch.equal(model.generate(**inputs, **places, **SETTINGS, prompt_lookup_num_tokens=2), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mpt"])
+def test_padding_on_the_right_is_no_packed_text(family: str) -> None:
+    model, rows = adapted(family, CAUSAL_LM, "prompt_suffix"), texts(family, CAUSAL_LM)
+    with torch.no_grad():
+        written = model.generate(**batch(rows, "right"), **SETTINGS)[:, -GENERATED:]
+        longest = max(range(len(rows)), key=lambda n: len(rows[n]))
+        alone = model.generate(**batch([rows[longest]]), **SETTINGS)[:, -GENERATED:]
+    assert torch.equal(written[longest], alone[0])

@@ -198,3 +198,10 @@ def test_what_peft_trained_apart_is_read_as_it_is(named: list[str], tmp_path: Pa
     found = get_peft_model_state_dict(model)
     assert found.keys() == saved.keys()
     torch.testing.assert_close(found, saved, rtol=0, atol=0)
+
+
+def test_a_head_that_the_task_leaves_untrained_is_told() -> None:
+    with pytest.warns(
+        UserWarning, match="classifier of BertForSequenceClassification is not trained by an adapter for"
+    ):
+        get_peft_model(base_model("bert", SEQ_CLS), METHODS["prefix"](task_type=CAUSAL_LM))

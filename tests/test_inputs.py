@@ -23,6 +23,7 @@ def ones(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
+        ({"input_ids": "a text"}, "the input is a str and no tensor: unpack what a tokenizer returns"),
         ({"input_ids": IDS[0]}, r"the input \[4\] has no rows: give ids \[B, T\] or vectors"),
         ({"inputs_embeds": torch.zeros(4, 32)}, r"the input \[4, 32\] has no rows"),
         ({"input_ids": ones(0, 4)}, r"the input \[0, 4\] has no tokens"),

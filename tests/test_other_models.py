@@ -174,7 +174,7 @@ def test_position_tables_of_other_names(make: Any) -> None:
 def test_a_list_of_states() -> None:
     model, row = with_adapter(rwkv(), "prompt"), texts("gpt2", CAUSAL_LM)[0][None]
     first = model(row[:, :3], use_cache=True)
-    with model.disable_adapter(), pytest.raises(AdapterError, match="computed with default, not __base__"):
+    with model.disable_adapter(), pytest.raises(AdapterError, match="computed with default, not the base model"):
         model(row[:, 3:], state=first.state)
     following = model(row[:, 3:], state=first.state).logits
     torch.testing.assert_close(following, model(row).logits[:, 3:], atol=1e-5, rtol=1e-4)

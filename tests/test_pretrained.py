@@ -91,7 +91,7 @@ def test_a_model_without_its_language_head(models: dict[str, str], tmp_path: Pat
     _, tokenizer = load_base_model(models["llama"])
     headless.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="has no language head: use task: SEQ_CLS"):
+    with pytest.raises(ConfigError, match="has no language head: use the task SEQ_CLS"):
         load_base_model(str(tmp_path))
     model, _ = load_base_model(str(tmp_path), TaskType.SEQ_CLS, num_labels=3)
     assert model.num_labels == 3
@@ -104,7 +104,7 @@ def test_an_encoder_writes_no_text(head: type[BertForMaskedLM], models: dict[str
     head(BertConfig.from_pretrained(models["bert"])).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     for folder in (models["bert"], str(tmp_path)):
-        with pytest.raises(ConfigError, match="is no decoder and goes on from no text: use task: SEQ_CLS"):
+        with pytest.raises(ConfigError, match="is no decoder and goes on from no text: use the task SEQ_CLS"):
             load_base_model(folder)
     with pytest.raises(ConfigError, match=r"lacks 'bert\.pooler\.dense\.bias', which is not trained"):
         load_base_model(str(tmp_path), TaskType.SEQ_CLS)
@@ -115,6 +115,12 @@ def test_a_path_that_is_not_there_is_refused_without_the_hub(name: str, monkeypa
     monkeypatch.setattr("softtune.pretrained.AutoTokenizer", None)
     with pytest.raises(ConfigError, match=r"there is no such folder.*: check the path"):
         load_base_model(name)
+
+
+def test_an_adapter_in_place_of_a_base_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/model"}')
+    with pytest.raises(ConfigError, match="is an adapter, no base model: name its base model, a/model"):
+        load_base_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["nowhere/at-all", "nope"])
@@ -129,11 +135,11 @@ def test_the_hub_is_asked_once_where_there_is_no_connection(monkeypatch: pytest.
 
     asked = []
 
-    def ask(address: str) -> None:
+    def ask(address: str, **_: object) -> None:
         asked.append(address)
         raise errors[-1]
 
-    monkeypatch.setattr("softtune.pretrained.get_hf_file_metadata", ask)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
     errors: list[Exception] = [ConnectError()]
     with pytest.raises(ConfigError, match="the hub could not be reached"):
         locate_base_model("nope")

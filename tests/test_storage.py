@@ -24,6 +24,18 @@ def test_a_hub_that_cannot_be_reached_is_an_error() -> None:
         locate("someone/something", "file")
 
 
+def test_a_cached_repository_without_the_file_needs_no_hub(tmp_path: Path) -> None:
+    cached = tmp_path / "models--someone--something"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (cached / "snapshots" / ("0" * 40) / "file").write_text("x")
+    assert locate("someone/something", "file", cache_dir=tmp_path) is not None
+    assert locate("someone/something", "other", cache_dir=tmp_path) is None
+    with pytest.raises(CheckpointError, match="hub"):
+        locate("someone/something", "file", cache_dir=tmp_path, revision="v2")
+
+
 def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, here = tmp_path / "home", tmp_path / "here"
     (home / "adapters").mkdir(parents=True)

@@ -129,6 +129,9 @@ class Adapter:
 
 def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:
     names = list(backbone.head_names) if config.trains_head else []
+    if (task := config.task_type) and not (task.has_head or config.modules_to_save) and backbone.has_new_head:
+        head = f"{backbone.head_names[0]} of {type(backbone.model).__name__}"
+        warnings.warn(f"{head} is not trained by an adapter for {task.value}: give its own task_type", stacklevel=4)
     modules = [n for n, _ in backbone.model.named_modules()]
     for wanted in config.modules_to_save or ():
         found = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]

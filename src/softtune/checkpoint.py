@@ -25,7 +25,7 @@ from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.card import CARD_NAME, model_card
 from softtune.errors import AdapterMismatchError, CheckpointError
-from softtune.methods.base import OWN_CONFIG_NAME, PeftConfig
+from softtune.methods.base import CONFIG_NAME, OWN_CONFIG_NAME, PeftConfig
 from softtune.methods.initialization import OWN_KEY, PROMPT_KEY, WEIGHTS_NAME
 from softtune.wording import in_one_line
 
@@ -183,8 +183,11 @@ def check_base_model(
     own = backbone.embedding_sample(notes.get(ROWS_KEY))
     drift = max((abs(a - b) for a, b in zip(saved, own, strict=False)), default=0.0)
     if not own or drift > SAMPLE_TOLERANCE * max(abs(x) for x in saved):
+        path = storage.locate(folder, CONFIG_NAME, **hub)
+        name = storage.read_json(path).get("base_model_name_or_path") if path else None
         raise AdapterMismatchError(
-            f"the adapter in {folder} was trained on another base model, with other word embeddings: load that one"
+            f"the adapter in {folder} was trained on another base model, with other word embeddings: load "
+            f"{name or 'that one'}"
         )
 
 

@@ -61,7 +61,12 @@ class Inputs:
         return inputs
 
 
-def _check_text(text: Tensor) -> None:
+def _check_text(text: Any) -> None:
+    if not isinstance(text, Tensor):
+        raise DataError(
+            f"the input is a {type(text).__name__} and no tensor: unpack what a tokenizer returns, as in "
+            "generate(**tokenizer(text, return_tensors='pt'))"
+        )
     if text.dim() < (3 if text.is_floating_point() else 2):
         raise DataError(f"the input {list(text.shape)} has no rows: give ids [B, T] or vectors [B, T, D]")
     if not text.numel():

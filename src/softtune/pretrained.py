@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
     CONFIG_NAME,
     AutoModelForCausalLM,
@@ -29,6 +28,7 @@ from softtune import storage
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError
 from softtune.methods import TaskType
+from softtune.methods.base import CONFIG_NAME as ADAPTER_NAME
 
 MODEL_CLASSES: dict[TaskType, Any] = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
@@ -115,11 +115,16 @@ def locate_base_model(name: str) -> str:
             _convert_gguf(next(_package(PACKAGED[name]).glob("*.gguf")), folder)
         return str(folder)
     if not storage.is_path(name):
-        _check_reachable(name)
+        if not storage.is_reachable(name, CONFIG_NAME):
+            reason = "there is no such folder, and the hub could not be reached"
+            raise ConfigError(f"cannot load the base model {name!r} ({reason}): check its name")
         return name
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"cannot load the base model {name!r} (there is no such folder): check the path")
+    if (adapter := folder / ADAPTER_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
+        base = storage.read_json(adapter).get("base_model_name_or_path")
+        raise ConfigError(f"{name!r} is an adapter, no base model: name its base model{f', {base}' if base else ''}")
     return str(folder)
 
 
@@ -129,35 +134,19 @@ def name_here(name: str) -> str:
     return next((own for own, it in PACKAGED.items() if it.public_name == name and find_spec(it.module)), name)
 
 
-def _check_reachable(name: str) -> None:
-    """Ask the hub once for a model that is not in its cache: ``from_pretrained`` asks a dozen times, over 45 seconds.
-
-    Raises:
-        ConfigError: there is no connection. Whatever else is wrong ``from_pretrained`` finds too.
-    """
-    if isinstance(try_to_load_from_cache(name, CONFIG_NAME), str):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME))
-    except Exception as error:  # the hub's HTTP client, and so its types, change with the hub's version
-        if isinstance(error, OfflineModeIsEnabled) or type(error).__name__ == "ConnectError":
-            reason = "there is no such folder, and the hub could not be reached"
-            raise ConfigError(f"cannot load the base model {name!r} ({reason}): check its name") from error
-
-
 def _check_weights(name: str, task: TaskType, model: PreTrainedModel, missing: list[str]) -> None:
     """Refuse a model that cannot do the task: weights that its files lack are drawn anew at every load, and only a
     classifier's head is trained and saved."""
     backbone = Backbone(model)
     if task is TaskType.CAUSAL_LM and not backbone.is_decoder_only:
-        raise ConfigError(f"the base model {name!r} is no decoder and goes on from no text: use task: SEQ_CLS")
+        raise ConfigError(f"the base model {name!r} is no decoder and goes on from no text: use the task SEQ_CLS")
     heads = [f"{head}." for head in backbone.head_names] if task.has_head else []
     lacking = [key for key in missing if not key.startswith(tuple(heads))]
     if not lacking:
         return
     if task.has_head or any(key.startswith(f"{model.base_model_prefix}.") for key in lacking):
         raise ConfigError(f"the base model {name!r} lacks {lacking[0]!r}, which is not trained: use a whole checkpoint")
-    raise ConfigError(f"the base model {name!r} has no language head: use task: SEQ_CLS")
+    raise ConfigError(f"the base model {name!r} has no language head: use the task SEQ_CLS")
 
 
 def _package(package: Packaged) -> Path:

@@ -39,14 +39,49 @@ def locate(model_id: str | os.PathLike[str], filename: str, **hub: Any) -> Path 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    given = {k: v for k, v in hub.items() if v is not None}
+    if not is_reachable(str(model_id), filename, **given):
+        given["local_files_only"] = True
     try:
-        return Path(hf_hub_download(str(model_id), filename, **{k: v for k, v in hub.items() if v is not None}))
+        return Path(hf_hub_download(str(model_id), filename, **given))
     except LocalEntryNotFoundError as error:
+        if _is_cached(str(model_id), **given):
+            return None  # others, such as PEFT, have asked for fewer files
         raise CheckpointError(f"{model_id} is no local folder and the hub cannot be reached: check the path") from error
     except EntryNotFoundError:
         return None
     except HfHubHTTPError as error:
         raise CheckpointError(f"{model_id} is no local folder and no readable hub repository: check it") from error
+
+
+def is_reachable(repository: str, filename: str, **hub: Any) -> bool:
+    """Whether a file of a hub repository is in the cache, or the hub answers to one question: its own functions ask
+    for half a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    places = {name: hub[name] for name in ("revision", "cache_dir") if name in hub}
+    path = f"{hub['subfolder']}/{filename}" if hub.get("subfolder") else filename
+    if isinstance(try_to_load_from_cache(repository, path, **places), str):
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, path, revision=hub.get("revision")), token=hub.get("token"))
+    except Exception as error:  # the hub's HTTP client, and so its types, change with the hub's version
+        return not (isinstance(error, OfflineModeIsEnabled) or type(error).__name__ == "ConnectError")
+    return True
+
+
+def _is_cached(repository: str, **hub: Any) -> bool:
+    """Whether any of a hub repository's revision is in the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    places = {name: hub[name] for name in ("revision", "cache_dir") if name in hub}
+    try:
+        snapshot_download(repository, local_files_only=True, **places)
+    except LocalEntryNotFoundError:
+        return False
+    return True
 
 
 def local(path: str | os.PathLike[str]) -> Path:

@@ -434,6 +434,7 @@ def test_inspect_refuses_another_base_model_before_it_shows_anything(
     assert run("inspect", str(trained["prefix"]), "--model", other) == 2
     shown = capsys.readouterr()
     assert "another base model" in shown.err
+    assert shown.err.strip().endswith("/llama")  # its own
     assert not shown.out
 
 
@@ -521,7 +522,7 @@ def test_check_shows_promises_by_methods(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert run("check", models["llama"], "--method", "prefix_tuning", "--method", "bitfit") == 0
+    assert run("check", models["llama"], "--method", "prefix-tuning", "--method", "BITFIT") == 0
     shown = capsys.readouterr().out
     assert f"LlamaForCausalLM, transformers {INSTALLED}, float32, sdpa" in shown
     assert shown.count("holds") == 2 * len(PROMISES)
@@ -536,13 +537,13 @@ def test_check_shows_promises_by_methods(
     output = capsys.readouterr()
     assert "give the same outputs FAILS, off by [1]" in output.out
     assert re.search(r"│ FAILS +│", output.out)
-    assert output.err == "softtune: promises fail for prompt_tuning: see the table\n"
+    assert output.err == "softtune: promises fail for prompt-tuning: see the table\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "lora"), "--method 'lora' is no method: use one of prefix_tuning, "),
+        (("--method", "lora"), "--method 'lora' is no method: use one of prefix-tuning, "),
         (("--task", "X"), "no base model is loaded for task X: use one of "),
         (("--adapter", "{words}", "--task", "CAUSAL_LM"), "drop --method and --task, or --adapter"),
         (("--adapter", "nowhere"), "nowhere is no local folder"),

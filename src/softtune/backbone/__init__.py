@@ -222,6 +222,12 @@ class Backbone:
         children = [(name, set(child.modules()), child) for name, child in self.model.named_children()]
         return [n for n, own, child in children if child is not base and words not in own and [*child.parameters()]]
 
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the model's class is for a task of classes or spans, with a head that no language model has."""
+        kinds = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+        return type(self.model).__name__.endswith(kinds) and bool(self.head_names)
+
     def bias_slots(self) -> list[BiasSlot]:
         """Every place in the model below its head where a bias is, or could be added."""
         prefix = self.model.base_model_prefix

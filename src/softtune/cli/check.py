@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -18,27 +18,12 @@ from softtune.cli.console import console, quiet
 from softtune.cli.tables import FAILED
 from softtune.compat import INSTALLED, is_tested
 from softtune.errors import ConfigError, UnsupportedModelError
-from softtune.methods import (
-    BitFitConfig,
-    PeftConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    PTuningV2Config,
-    TaskType,
-)
+from softtune.experiments.cases import METHODS
+from softtune.methods import PeftConfig, PeftType, TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import known_task, load_base_model
 from softtune.promises import PROMISES, Broken, NotAsked, Outcome, Refused
 
-METHODS: dict[str, type[PeftConfig]] = {
-    "prefix_tuning": PrefixTuningConfig,
-    "prompt_tuning": PromptTuningConfig,
-    "p_tuning": PromptEncoderConfig,
-    "p_tuning_v2": PTuningV2Config,
-    "bitfit": BitFitConfig,
-}
-"""By the names of the command line."""
 WIDTH, WIDE = 28, 110
 """Characters of a promise in a line, at the least, in a terminal that is wide."""
 
@@ -57,11 +42,11 @@ def command(
         raise ConfigError("an adapter has a method and a task of its own: drop --method and --task, or --adapter")
     saved = None if adapter is None else PeftConfig.from_pretrained(adapter)
     kind = known_task(task or (saved and saved.task_type) or TaskType.CAUSAL_LM)
-    configs = {_name_of(saved): saved} if saved else {name: _config(name, kind) for name in method or METHODS}
+    configs = [saved] if saved else [_config(name, kind) for name in method or METHODS]
     base, _ = load_base_model(model, kind)
     if adapter is not None:
         checkpoint.check_base_model(adapter, PeftModel(base).backbone)
-    columns = {name: _outcomes(base, config) for name, config in configs.items()}
+    columns = {_name_of(config): _outcomes(base, config) for config in configs}
     _show(base, columns)
     failed = [name for name, found in columns.items() if any(isinstance(o, Broken) for o in found.values())]
     if failed:
@@ -70,14 +55,16 @@ def command(
 
 
 def _name_of(config: PeftConfig) -> str:
-    return next(name for name, method in METHODS.items() if method is type(config))
+    return next(name for name, fields in METHODS.items() if fields["method"] is config.peft_type)
 
 
 def _config(name: str, task: TaskType) -> PeftConfig:
-    if name not in METHODS:
-        raise ConfigError(f"--method {name!r} is no method: use one of {', '.join(METHODS)}")
-    options: dict[str, Any] = {"add_missing": True} if name == "bitfit" else {}
-    return METHODS[name](task_type=task, **options)
+    try:
+        method = PeftType(name)
+    except ValueError as error:
+        raise ConfigError(f"--method {name!r} is no method: use one of {', '.join(METHODS)}") from error
+    options = next(fields.get("options", {}) for fields in METHODS.values() if fields["method"] is method)
+    return PeftConfig.from_dict({"peft_type": method, "task_type": task, **options})
 
 
 def _outcomes(base: PreTrainedModel, config: PeftConfig) -> dict[str, Outcome]:
@@ -94,7 +81,7 @@ def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -
     words = {"dtype": str(base.dtype).removeprefix("torch."), "attention": stock_name(base.config) or "its own"}
     state = "tested" if is_tested(base) else "not among those tested"
     title = f"{type(base).__name__}, transformers {INSTALLED}, {', '.join(words.values())}: {state}"
-    table = Table("promise", *(name.replace("_", " ") for name in columns), title=title, title_justify="left")
+    table = Table("promise", *(name.replace("-", " ") for name in columns), title=title, title_justify="left")
     table.columns[0].min_width = WIDTH if console.width >= WIDE else None
     notes: dict[str, None] = {}
     for name, promise in PROMISES.items():

@@ -21,7 +21,7 @@ def command(recipe: str, output: str, entries: str, seeds: int, learning_rates: 
     """
     quiet()
     chosen = Recipe.load(recipe, {**overrides(flags), "output": output})
-    names = [name.strip() for name in entries.split(",")]
+    names = [name.strip().lower().replace("_", "-") for name in entries.split(",")]
     rates = read_mapping("learning_rates", learning_rates)
     with progress_bars() as progress:
         found = compare(chosen, names, seeds=seeds, learning_rates=rates, progress=progress)

@@ -30,7 +30,7 @@ def differ(owners: Owners, others: Owners) -> bool:
 
 def named(owners: Sequence[str]) -> str:
     """Their names, each once."""
-    return ", ".join(dict.fromkeys(owners))
+    return ", ".join("the base model" if name == BASE else name for name in dict.fromkeys(owners))
 
 
 def _carrier(work: Any) -> Any:

@@ -89,7 +89,9 @@ class Step:
     def has_restarts(self, positions: Tensor) -> bool:
         """Whether real tokens' positions [B, T] begin anew within a row, as those of packed texts do."""
         falls = positions.diff(dim=1) < 0
-        falls = falls if self.mask is None else falls & (self.mask[:, -self.length : -1] != 0)
+        if self.mask is not None:
+            is_real = self.mask[:, -self.length :] != 0
+            falls = falls & is_real[:, :-1] & is_real[:, 1:]
         return holds(falls.any(), when_exporting=False)
 
     def is_from(self, columns: Tensor) -> Tensor:

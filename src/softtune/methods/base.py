@@ -63,6 +63,12 @@ class PeftType(str, Enum):
     P_TUNING_V2 = "P_TUNING_V2"
     BITFIT = "BITFIT"
 
+    @classmethod
+    def _missing_(cls, value: object) -> PeftType | None:
+        """A method as the command line writes it, such as prefix-tuning."""
+        name = str(value).upper().replace("-", "_")
+        return next((member for member in cls if member.value == name), None)
+
 
 class KeyValue(NamedTuple):
     """One layer's prefix."""
