@@ -51,7 +51,9 @@ def test_the_models_own(family: str, method: str) -> None:
 def test_those_of_others(family: str, method: str) -> None:
     model = adapted(family, SEQ_2_SEQ_LM, method)
     bare = model.get_base_model().get_encoder()(**INPUTS)
-    with pytest.raises(AdapterError, match=f"encoder_outputs were computed with {THE_BASE}, not default: pass input_ids"):
+    with pytest.raises(
+        AdapterError, match=f"encoder_outputs were computed with {THE_BASE}, not default: pass input_ids"
+    ):
         logits(model, encoder_outputs=bare, **MASK)
     with pytest.raises(AdapterError, match="encoder_outputs"):
         model.generate(encoder_outputs=bare, **MASK)
