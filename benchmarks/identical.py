@@ -1,5 +1,5 @@
-"""Whether two commits compute the same to the last bit: forwards, gradients, generated texts, trained and baked folders,
-and what a server answers.
+"""Whether two commits compute the same to the last bit: forwards, gradients, texts, trained and baked folders, and
+what a server answers.
 
 ``python benchmarks/identical.py COMMIT`` compares the working tree with a commit, five minutes. Only what users may use
 is called, so that names within the package can change.

@@ -29,7 +29,7 @@ SAMPLE = {
     "MegatronBertForSequenceClassification": ("prompt", "P-tuning", "BitFit"),  # looks like a decoder
     "XLMRobertaForSequenceClassification": METHODS,
     "BigBirdForTokenClassification": ("prompt", "P-tuning", "BitFit"),
-    "DebertaForTokenClassification": ("prompt", "P-tuning", "BitFit"),
+    "DebertaForTokenClassification": METHODS,
     "MPNetForQuestionAnswering": ("prompt", "P-tuning", "BitFit"),
 }
 

@@ -14,6 +14,7 @@ import softtune
 from softtune import (
     AdapterError,
     BitFitConfig,
+    ConfigError,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -26,6 +27,7 @@ from tests.families import (
     METHODS,
     SEQ_2_SEQ_LM,
     SEQ_CLS,
+    P,
     adapted,
     answers,
     base_model,
@@ -335,3 +337,13 @@ def test_bitfit_roles() -> None:
     names = {n.split("changes.")[1] for n in trained(model) if "changes" in n}
     ends = ("attention/self/query", "intermediate/dense")
     assert names == {f"bert/encoder/layer/{i}/{end}" for i in (0, 1) for end in ends}
+
+
+def test_arguments_in_the_wrong_order_are_told(tmp_path: Path) -> None:
+    base, config = base_model("gpt2", CAUSAL_LM), PromptTuningConfig(num_virtual_tokens=P)
+    with pytest.raises(ConfigError, match=r"the base model comes first: get_peft_model\(model, config\)"):
+        get_peft_model(config, base)
+    with pytest.raises(ConfigError, match=r"the base model comes first: PeftModel\.from_pretrained\(model, folder\)"):
+        PeftModel.from_pretrained(str(tmp_path), base)
+    with pytest.raises(ConfigError, match=r"PromptTuningConfig is a class: give a config of it"):
+        get_peft_model(base, PromptTuningConfig)

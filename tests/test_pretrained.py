@@ -66,6 +66,12 @@ def test_a_name_that_leads_nowhere(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_without_its_tokenizer(models: dict[str, str], tmp_path: Path) -> None:
+    LlamaModel.from_pretrained(models["llama"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no tokenizer in its folder: save it there too"):
+        load_base_model(str(tmp_path))
+
+
 @pytest.mark.parametrize("task", [TaskType.FEATURE_EXTRACTION, "FEATURE_EXTRACTION", "NER"])
 def test_a_task_without_a_class_of_model(task: TaskType | str) -> None:
     name = "NER" if task == "NER" else "FEATURE_EXTRACTION"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,16 +25,57 @@ def test_a_hub_that_cannot_be_reached_is_an_error() -> None:
         locate("someone/something", "file")
 
 
-def test_a_cached_repository_without_the_file_needs_no_hub(tmp_path: Path) -> None:
-    cached = tmp_path / "models--someone--something"
+@pytest.fixture
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Addresses that the hub is asked for, where there is no connection."""
+
+    class ConnectError(Exception):
+        """What the hub's HTTP client raises."""
+
+    asked: list[str] = []
+
+    def ask(address: str, **_: object) -> None:
+        asked.append(address)
+        raise ConnectError
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
+    return asked
+
+
+def cached_file(cache: Path) -> dict[str, Any]:
+    """A hub's cache with one file of a repository; how it is looked up."""
+    cached = cache / "models--someone--something"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("0" * 40)
-    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    (cached / "snapshots" / ("0" * 40) / "file").write_text("x")
-    assert locate("someone/something", "file", cache_dir=tmp_path) is not None
-    assert locate("someone/something", "other", cache_dir=tmp_path) is None
-    with pytest.raises(CheckpointError, match="hub"):
-        locate("someone/something", "file", cache_dir=tmp_path, revision="v2")
+    (cached / "snapshots" / ("0" * 40) / "sub").mkdir(parents=True)
+    (cached / "snapshots" / ("0" * 40) / "sub" / "file").write_text("x")
+    return {"model_id": "someone/something", "cache_dir": cache, "subfolder": "sub"}
+
+
+def test_the_hub_is_not_asked_for_what_is_cached(tmp_path: Path, questions: list[str]) -> None:
+    where = cached_file(tmp_path)
+    assert locate(filename="file", **where) is not None
+    with pytest.raises(CheckpointError, match="the hub cannot be reached"):
+        locate(filename="other", local_files_only=True, **where)
+    assert not questions
+
+
+def test_a_hub_without_connection_is_asked_once(tmp_path: Path, questions: list[str]) -> None:
+    where = cached_file(tmp_path)
+    for more in ({"filename": "other"}, {"filename": "file", "revision": "v2"}):
+        with pytest.raises(CheckpointError, match="the hub cannot be reached"):
+            locate(**where, **more)
+    assert [address.rpartition("something/")[2] for address in questions] == [
+        "resolve/main/sub/other",
+        "resolve/v2/sub/file",
+    ]
+
+
+def test_an_optional_file_is_done_without_where_others_are_cached(tmp_path: Path, questions: list[str]) -> None:
+    with pytest.warns(UserWarning, match="other of someone/something is not cached and the hub cannot be reached"):
+        assert locate(filename="other", is_optional=True, **cached_file(tmp_path)) is None
+    with pytest.raises(CheckpointError, match="the hub cannot be reached"):
+        locate("some/other", "other", cache_dir=tmp_path, is_optional=True)
 
 
 def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

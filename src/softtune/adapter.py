@@ -54,11 +54,15 @@ class Adapter:
             UnsupportedModelError: the base model cannot take the method.
             ConfigError: the config names modules that the base model lacks.
         """
+        if isinstance(config, type):
+            raise ConfigError(f"{config.__name__} is a class: give a config of it, such as {config.__name__}(...)")
         if not isinstance(config, PeftConfig):
             raise ConfigError(f"{type(config).__name__} is no config of softtune's: import it from softtune")
         model, config = backbone.model, copy.deepcopy(config)
         config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
         names = _head_names(config, backbone)
+        if not is_saved:
+            _tell_untrained_head(config, backbone)
         names = names if is_saved else _closed_over_ties(names, model)
         copied: dict[int, Any] = {}  # what is tied stays so
         heads = {name: _copy_in_fp32(model.get_submodule(name), copied) for name in names}
@@ -129,9 +133,6 @@ class Adapter:
 
 def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:
     names = list(backbone.head_names) if config.trains_head else []
-    if (task := config.task_type) and not (task.has_head or config.modules_to_save) and backbone.has_new_head:
-        head = f"{backbone.head_names[0]} of {type(backbone.model).__name__}"
-        warnings.warn(f"{head} is not trained by an adapter for {task.value}: give its own task_type", stacklevel=4)
     modules = [n for n, _ in backbone.model.named_modules()]
     for wanted in config.modules_to_save or ():
         found = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
@@ -139,6 +140,13 @@ def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:
             raise ConfigError(f"modules_to_save: the base model has no module {wanted!r}: see named_modules()")
         names += [n for n in found if n not in names]
     return names
+
+
+def _tell_untrained_head(config: PeftConfig, backbone: Backbone) -> None:
+    """Warn where the task is not the one that the model's head is for."""
+    if (task := config.task_type) and not (task.has_head or config.modules_to_save) and backbone.has_task_head:
+        head = f"{backbone.head_names[0]} of {type(backbone.model).__name__}"
+        warnings.warn(f"{head} is not trained by an adapter for {task.value}: give its own task_type", stacklevel=4)
 
 
 def _copy_in_fp32(module: nn.Module, copied: dict[int, Any]) -> nn.Module:

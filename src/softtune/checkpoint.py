@@ -174,7 +174,7 @@ def check_base_model(
         CheckpointError: weights that only softtune reads came without its config, or there are none.
         AdapterMismatchError: the word embeddings differ, in words that both have.
     """
-    path = storage.locate(folder, OWN_CONFIG_NAME, **hub)
+    path = storage.locate(folder, OWN_CONFIG_NAME, is_optional=True, **hub)
     if path is None and OWN_KEY in weights(folder, allow_pickle=allow_pickle, **hub):
         raise CheckpointError(f"{folder} has no {OWN_CONFIG_NAME}, and its prompt needs it: copy the whole folder")
     notes = storage.read_json(path) if path else {}
@@ -185,9 +185,10 @@ def check_base_model(
     if not own or drift > SAMPLE_TOLERANCE * max(abs(x) for x in saved):
         path = storage.locate(folder, CONFIG_NAME, **hub)
         name = storage.read_json(path).get("base_model_name_or_path") if path else None
+        is_same = name == backbone.model.name_or_path
         raise AdapterMismatchError(
             f"the adapter in {folder} was trained on another base model, with other word embeddings: load "
-            f"{name or 'that one'}"
+            + (f"{name} as it was then" if is_same else name or "that one")
         )
 
 
@@ -223,9 +224,15 @@ def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
 
 def _check(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
     if odd := sorted(targets.keys() ^ sources.keys()):
-        side = "lacks" if odd[0] in targets else "also has"
+        missing = sorted(targets.keys() - sources.keys())
+        odd, side = (missing, "lacks") if missing else (odd, "also has")
         raise AdapterMismatchError(f"the adapter {side} {odd[0]!r}: load it on the base model that it was trained on")
     for name, tensor in sources.items():
+        if tensor.shape[1:] == targets[name].shape[1:] and len(tensor) != len(targets[name]) and name == PROMPT_KEY:
+            raise AdapterMismatchError(
+                f"the adapter has {len(tensor)} virtual tokens, its config says {len(targets[name])}: restore the "
+                "folder from a good copy"
+            )
         if tensor.shape != targets[name].shape:
             raise AdapterMismatchError(
                 f"{name} has the shape {list(tensor.shape)}, the base model needs {list(targets[name].shape)}: "

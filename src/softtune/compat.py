@@ -210,11 +210,23 @@ def eager_function(module: nn.Module) -> Callable[..., Any]:
     return function
 
 
+DISENTANGLED = (
+    "hidden_states",
+    "attention_mask",
+    "output_attentions",
+    "query_states",
+    "relative_pos",
+    "rel_embeddings",
+)
+"""What DeBERTa's attention is called with."""
+
+
 def is_disentangled(module: nn.Module) -> bool:
-    """Whether a module is DeBERTa's attention, without the heads that talk to one another."""
+    """Whether a module is DeBERTa's attention as softtune knows it, without talking-heads attention."""
     files = ("transformers.models.deberta.", "transformers.models.deberta_v2.")
     is_own = type(module).__name__ == "DisentangledSelfAttention" and type(module).__module__.startswith(files)
-    return is_own and not getattr(module, "talking_head", False)
+    is_known = is_own and tuple(inspect.signature(type(module).forward).parameters)[1:] == DISENTANGLED
+    return is_known and not getattr(module, "talking_head", False)
 
 
 # Activation checkpointing

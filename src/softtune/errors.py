@@ -2,7 +2,7 @@
 
     SofttuneError(ValueError)
     ├── ConfigError             a field of a config or recipe is unknown, of the wrong type or out of range
-    │   └── MissingTypeError        a saved config does not say its method
+    │   └── MissingPeftTypeError    a saved config does not say its method
     ├── UnsupportedModelError   the base model cannot take this method; the message names those that it can
     ├── AdapterError            a name that is not loaded, or is loaded already
     │   ├── AdapterMismatchError    an adapter trained on another base model
@@ -26,7 +26,7 @@ class ConfigError(SofttuneError):
     """A field of a config or recipe is unknown, of the wrong type or out of range."""
 
 
-class MissingTypeError(ConfigError, TypeError):
+class MissingPeftTypeError(ConfigError, TypeError):
     """A saved config does not say its method, for which PEFT raises TypeError."""
 
 

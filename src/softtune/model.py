@@ -27,7 +27,7 @@ from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.backbone.interface import install
 from softtune.compat import PushToHubMixin
-from softtune.errors import AdapterError
+from softtune.errors import AdapterError, ConfigError
 from softtune.injection.owners import BASE
 from softtune.injection.store import Store
 from softtune.injection.trunk import Trunk
@@ -92,7 +92,7 @@ class PeftModel(PushToHubMixin, PeftNames):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.backbone.has_interface:
+        if self.backbone.takes_wrapper:
             install(self.backbone.model)
 
     # Adapters: load and save
@@ -130,8 +130,10 @@ class PeftModel(PushToHubMixin, PeftNames):
         Raises:
             CheckpointError: the folder or a file in it is missing or damaged, or it is pickled and that is not allowed.
             AdapterMismatchError: the adapter was trained on another base model.
-            ConfigError: an unknown option.
+            ConfigError: an unknown option, or the adapter stands in the model's place.
         """
+        if isinstance(model, (str, os.PathLike)):
+            raise ConfigError("the base model comes first: PeftModel.from_pretrained(model, folder)")
         if config is None:
             hub = check_options(options, LOADING_OPTIONS)
             hub.pop("allow_pickle", None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softtune import checkpoint, compat
+from softtune.errors import ConfigError
 from softtune.methods import PeftConfig
 from softtune.model import PeftModel, class_for
 from softtune.options import LOADING_OPTIONS, check_options
@@ -30,8 +31,10 @@ def get_peft_model(
             effect here.
 
     Raises:
-        ConfigError: an unknown option.
+        ConfigError: an unknown option, or the config stands in the model's place.
     """
+    if isinstance(model, PeftConfig):
+        raise ConfigError("the base model comes first: get_peft_model(model, config)")
     if revision := check_options(options, ("revision",)).get("revision"):
         peft_config = copy.copy(peft_config)
         peft_config.revision = revision

@@ -28,7 +28,7 @@ from softtune import storage
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError
 from softtune.methods import TaskType
-from softtune.methods.base import CONFIG_NAME as ADAPTER_NAME
+from softtune.methods.base import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
 MODEL_CLASSES: dict[TaskType, Any] = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
@@ -72,16 +72,16 @@ def load_base_model(
     options = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        if (Path(source) / CONFIG_NAME).is_file():
+            raise ConfigError(f"the base model {name!r} has no tokenizer in its folder: save it there too") from error
+        raise _refusal(name, task, error) from error
+    try:
         model, loading = MODEL_CLASSES[task].from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if reason.startswith("Unrecognized configuration class"):
-            raise ConfigError(f"the base model {name!r} is no model for {task.value}: use another task") from error
-        if isinstance(error.__cause__, LocalEntryNotFoundError):
-            reason = "there is no such folder, and the hub could not be reached"
-        raise ConfigError(f"cannot load the base model {name!r} for {task.value} ({reason}): check its name") from error
+        raise _refusal(name, task, error) from error
     mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
     _check_weights(name, task, model, sorted({*loading["missing_keys"], *mismatched}))
     if name in PACKAGED:
@@ -91,6 +91,16 @@ def load_base_model(
     if model.config.get_text_config().pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def _refusal(name: str, task: TaskType, error: Exception) -> ConfigError:
+    """What is told of a base model that cannot be loaded."""
+    reason = str(error).strip().splitlines()[0]
+    if reason.startswith("Unrecognized configuration class"):
+        return ConfigError(f"the base model {name!r} is no model for {task.value}: use another task")
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        reason = "there is no such folder, and the hub could not be reached"
+    return ConfigError(f"cannot load the base model {name!r} for {task.value} ({reason}): check its name")
 
 
 def known_task(task: TaskType | str) -> TaskType:
@@ -115,14 +125,14 @@ def locate_base_model(name: str) -> str:
             _convert_gguf(next(_package(PACKAGED[name]).glob("*.gguf")), folder)
         return str(folder)
     if not storage.is_path(name):
-        if not storage.is_reachable(name, CONFIG_NAME):
+        if not storage.is_cached_or_reachable(name, CONFIG_NAME):
             reason = "there is no such folder, and the hub could not be reached"
             raise ConfigError(f"cannot load the base model {name!r} ({reason}): check its name")
         return name
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"cannot load the base model {name!r} (there is no such folder): check the path")
-    if (adapter := folder / ADAPTER_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
+    if (adapter := folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
         base = storage.read_json(adapter).get("base_model_name_or_path")
         raise ConfigError(f"{name!r} is an adapter, no base model: name its base model{f', {base}' if base else ''}")
     return str(folder)

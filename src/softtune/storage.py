@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,26 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only"
 """Keyword arguments of ``from_pretrained`` that say where on the hub to look."""
 
 
+STAYS_REACHABLE = 30.0
+"""Seconds in which the hub is not asked again whether it answers."""
+_REACHED: dict[str, float] = {}
+"""When the hub last answered for a repository."""
+
+
 def cache_folder() -> Path:
     """Where converted models and what was found out of models are kept: below ``XDG_CACHE_HOME``, or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softtune"
 
 
-def locate(model_id: str | os.PathLike[str], filename: str, **hub: Any) -> Path | None:
+def locate(model_id: str | os.PathLike[str], filename: str, *, is_optional: bool = False, **hub: Any) -> Path | None:
     """The path of ``filename`` in a local folder or a hub repository; None where there is no such file.
+
+    Args:
+        model_id: the folder or the repository's name.
+        filename: the file.
+        is_optional: whether to go on without it, with a warning, where other files of the repository are cached and the
+            hub cannot be reached.
+        hub: where on the hub to look.
 
     Raises:
         CheckpointError: the name could be the hub's, which cannot be reached or has no such repository.
@@ -39,49 +54,64 @@ def locate(model_id: str | os.PathLike[str], filename: str, **hub: Any) -> Path 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    given = {k: v for k, v in hub.items() if v is not None}
-    if not is_reachable(str(model_id), filename, **given):
-        given["local_files_only"] = True
+    options = {name: value for name, value in hub.items() if value is not None}
+    unreachable = CheckpointError(f"{model_id} is no local folder and the hub cannot be reached: check the path")
     try:
-        return Path(hf_hub_download(str(model_id), filename, **given))
-    except LocalEntryNotFoundError as error:
-        if _is_cached(str(model_id), **given):
-            return None  # others, such as PEFT, have asked for fewer files
-        raise CheckpointError(f"{model_id} is no local folder and the hub cannot be reached: check the path") from error
+        if is_cached_or_reachable(str(model_id), filename, **options):
+            return Path(hf_hub_download(str(model_id), filename, **options))
+    except LocalEntryNotFoundError:
+        pass
     except EntryNotFoundError:
         return None
     except HfHubHTTPError as error:
         raise CheckpointError(f"{model_id} is no local folder and no readable hub repository: check it") from error
+    if not (is_optional and _has_cached(str(model_id), **options)):
+        raise unreachable
+    what = f"{filename} of {model_id} is not cached and the hub cannot be reached"
+    warnings.warn(f"{what}: going on without, and without a check of the base model", stacklevel=2)
+    return None
 
 
-def is_reachable(repository: str, filename: str, **hub: Any) -> bool:
-    """Whether a file of a hub repository is in the cache, or the hub answers to one question: its own functions ask
-    for half a minute."""
+def is_cached_or_reachable(repository: str, filename: str, **hub: Any) -> bool:
+    """Whether a file of a hub repository is cached, or known not to exist, or the hub answers when it is asked once.
+
+    The hub's own functions ask again for half a minute. They are left to it where they are to read the cache alone.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    places = {name: hub[name] for name in ("revision", "cache_dir") if name in hub}
+    places = _places(hub)
     path = f"{hub['subfolder']}/{filename}" if hub.get("subfolder") else filename
-    if isinstance(try_to_load_from_cache(repository, path, **places), str):
+    if hub.get("local_files_only") or try_to_load_from_cache(repository, path, **places) is not None:
         return True
+    if time.monotonic() - _REACHED.get(repository, float("-inf")) < STAYS_REACHABLE:
+        return True
+    url = hf_hub_url(repository, path, revision=hub.get("revision"))
     try:
-        get_hf_file_metadata(hf_hub_url(repository, path, revision=hub.get("revision")), token=hub.get("token"))
+        get_hf_file_metadata(url, token=hub.get("token"))
     except Exception as error:  # the hub's HTTP client, and so its types, change with the hub's version
-        return not (isinstance(error, OfflineModeIsEnabled) or type(error).__name__ == "ConnectError")
+        unreachable = ("ConnectError", "ConnectTimeout", "ProxyError")
+        if isinstance(error, OfflineModeIsEnabled) or type(error).__name__ in unreachable:
+            return False
+    _REACHED[repository] = time.monotonic()
     return True
 
 
-def _is_cached(repository: str, **hub: Any) -> bool:
-    """Whether any of a hub repository's revision is in the cache."""
+def _has_cached(repository: str, **hub: Any) -> bool:
+    """Whether anything of a hub repository's revision is in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    places = {name: hub[name] for name in ("revision", "cache_dir") if name in hub}
     try:
-        snapshot_download(repository, local_files_only=True, **places)
+        snapshot_download(repository, local_files_only=True, **_places(hub))
     except LocalEntryNotFoundError:
         return False
     return True
+
+
+def _places(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Where in the cache to look."""
+    return {name: hub[name] for name in ("revision", "cache_dir") if hub.get(name) is not None}
 
 
 def local(path: str | os.PathLike[str]) -> Path:

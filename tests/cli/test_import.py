@@ -25,7 +25,7 @@ def old_adapter(folder: Path) -> torch.Tensor:
 def test_an_old_adapter_is_read_from_the_new_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = old_adapter(tmp_path / "old")
     assert run("import", str(tmp_path / "old"), str(tmp_path / "new")) == 0
-    assert f"1 tensors, {prompt.numel():,} numbers" in " ".join(capsys.readouterr().out.split())
+    assert f"1 tensor, {prompt.numel():,} numbers" in " ".join(capsys.readouterr().out.split())
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -40,6 +40,7 @@ def test_what_cannot_be_imported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     for source, target, message in (
         ("nothing here", "new", "has no adapter_config.json"),
         ("old", "old", "holds the adapter itself: name another folder"),
+        ("old", "new", "new is there already: name another folder"),
         ("new", "newer", "has safetensors already: load it as it is"),
     ):
         assert run("import", str(tmp_path / source), str(tmp_path / target)) == 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from softtune.injection.layout import Layout, row_ends, row_starts
+from softtune.injection.step import Step
 
 PADDING = 0
 
@@ -118,3 +120,21 @@ def test_starts_and_ends(case: tuple[list[list[int]], list[list[int]], bool]) ->
 def test_without_a_mask_rows_are_full() -> None:
     assert row_starts(None, 2, torch.device("cpu")).tolist() == [0, 0]
     assert row_ends(None, 2, 5, torch.device("cpu")).tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "is_packed"),
+    [
+        ([0, 1, 2, 0, 1], None, True),
+        ([0, 1, 2, 0, 0, 1], [1, 1, 1, 0, 1, 1], True),
+        ([0, 1, 2, 1, 1], [1, 1, 1, 0, 0], False),
+        ([1, 1, 0, 1, 2], [0, 0, 1, 1, 1], False),
+        ([0, 1, 2, 3, 4], None, False),
+    ],
+)
+def test_packed_texts_begin_anew_and_padding_does_not(
+    positions: list[int], mask: list[int] | None, is_packed: bool
+) -> None:
+    ids = torch.ones(1, len(positions), dtype=torch.long)
+    step = Step({"input_ids": ids, "attention_mask": None if mask is None else torch.tensor([mask])})
+    assert step.has_restarts(torch.tensor([positions])) is is_packed

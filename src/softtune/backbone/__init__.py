@@ -100,6 +100,12 @@ class Backbone:
         return self.compares_choices or type(self.model).__name__.endswith("ForSequenceClassification")
 
     @property
+    def has_task_head(self) -> bool:
+        """Whether the model's class has a head of classes or spans, that no language model has."""
+        labels_parts = type(self.model).__name__.endswith(("ForTokenClassification", "ForQuestionAnswering"))
+        return (self.labels_whole_texts or labels_parts) and bool(self.head_names)
+
+    @property
     def compares_choices(self) -> bool:
         """Whether a row has several texts, [B, choices, T]."""
         return type(self.model).__name__.endswith("ForMultipleChoice")
@@ -150,8 +156,8 @@ class Backbone:
         return "attention_layers" in vars(self)
 
     @property
-    def has_interface(self) -> bool:
-        """Whether attention layers call the attention interface; else a prefix comes as a ready cache or not at all."""
+    def takes_wrapper(self) -> bool:
+        """Whether attention layers call a wrapper; else a prefix comes as a ready cache or not at all."""
         return any(layer.module is not None for layer in self.attention_layers)
 
     def keys_and_values(self, input_ids: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
@@ -177,7 +183,7 @@ class Backbone:
     @property
     def packs(self) -> bool:
         """Whether its layers' attention alone sees rows, and can be given others than those of the layers' input."""
-        return self.runs_ahead and self.has_interface and self.stacks[0].takes_position_ids
+        return self.runs_ahead and self.takes_wrapper and self.stacks[0].takes_position_ids
 
     @property
     def is_random_in_training(self) -> bool:
@@ -221,12 +227,6 @@ class Backbone:
             return []
         children = [(name, set(child.modules()), child) for name, child in self.model.named_children()]
         return [n for n, own, child in children if child is not base and words not in own and [*child.parameters()]]
-
-    @property
-    def has_new_head(self) -> bool:
-        """Whether the model's class is for a task of classes or spans, with a head that no language model has."""
-        kinds = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
-        return type(self.model).__name__.endswith(kinds) and bool(self.head_names)
 
     def bias_slots(self) -> list[BiasSlot]:
         """Every place in the model below its head where a bias is, or could be added."""

@@ -2,7 +2,7 @@
 
 Scores are sums of content to content, content to position and position to content (He et al., DeBERTa, arXiv
 2006.03654, section 3.1). The last two are a bias of the scores here, as T5's is, and virtual tokens, which have no
-position, get none. Letters: B rows, H heads, T tokens, K the size of a head.
+position, get none. Letters: B rows, H heads, T tokens, S keys, K the size of a head.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from softtune.backbone.interface import Attention, AttentionWrapper, MaskForm
 from softtune.compat import is_disentangled
 
 
-def is_routed(stack: nn.Module) -> bool:
+def has_disentangled_attention(stack: nn.Module) -> bool:
     """Whether a stack's attention is DeBERTa's."""
     return any(map(is_disentangled, stack.modules()))
 
 
 @contextmanager
-def routed(stack: nn.Module, wrapper: AttentionWrapper) -> Iterator[None]:
+def wrap_disentangled_attention(stack: nn.Module, wrapper: AttentionWrapper) -> Iterator[None]:
     """Let a stack's attention call ``wrapper`` for the length of the block, and whenever a checkpointed layer that was
     called in it runs again."""
-    with _calling(wrapper, stack), around_runs(stack, partial(_calling, wrapper)):
+    masks: dict[int, tuple[Tensor, Tensor]] = {}
+    wrapped = partial(_wrapped, wrapper, masks)
+    with wrapped(stack), around_runs(stack, wrapped):
         yield
 
 
 @contextmanager
-def _calling(wrapper: AttentionWrapper, part: nn.Module) -> Iterator[None]:
+def _wrapped(wrapper: AttentionWrapper, masks: dict[int, tuple[Tensor, Tensor]], part: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in filter(is_disentangled, part.modules()):
             stack.callback(_restore, module, vars(module).get("forward"))
-            vars(module)["forward"] = partial(_forward, module, wrapper)
+            vars(module)["forward"] = partial(_forward, module, wrapper, masks)
         yield
 
 
@@ -52,6 +54,7 @@ def _restore(module: nn.Module, forward: Callable[..., Any] | None) -> None:
 def _forward(
     module: Any,
     wrapper: AttentionWrapper,
+    masks: dict[int, tuple[Tensor, Tensor]],
     hidden_states: Tensor,
     attention_mask: Tensor,
     output_attentions: bool = False,
@@ -59,11 +62,15 @@ def _forward(
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What a DeBERTa attention module's own ``forward`` returns, by way of ``wrapper``."""
+    """What a DeBERTa attention module's own ``forward`` returns, by way of ``wrapper``. ``masks`` keeps one tensor of
+    truth values for all layers that share a mask, by which a wrapper knows it again."""
+    assert query_states is None  # no DeBERTa of transformers gives any
+    _, mask = masks.setdefault(id(attention_mask), (attention_mask, attention_mask.bool()))
+    embeddings = module.pos_dropout(rel_embeddings) if module.relative_attention else None
     project = _project_fused if hasattr(module, "in_proj") else _project
-    query, key, value, bias = project(module, hidden_states, relative_pos, rel_embeddings)
+    query, key, value, bias = project(module, hidden_states, relative_pos, embeddings if module.pos_att_type else None)
     attend = Attention(_attend, MaskForm.DENSE)
-    output, weights = wrapper(attend, module, query, key, value, attention_mask.bool(), position_bias=bias)
+    output, weights = wrapper(attend, module, query, key, value, mask, position_bias=bias)
     return output.flatten(2), weights if output_attentions else None
 
 
@@ -77,37 +84,33 @@ def _attend(
     return (weights @ value).transpose(1, 2), weights
 
 
-def _project(
-    module: Any, states: Tensor, relative_pos: Tensor | None, rel_embeddings: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Scaled queries, keys and values [B, H, T, K] and the bias [B, H, T, T] of DeBERTa-v2 and v3."""
+Projections = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Scaled queries, keys and values [B, H, T, K], and the bias [B, H, T, T] where there are embeddings of distances."""
+
+
+def _project(module: Any, states: Tensor, relative_pos: Tensor | None, embeddings: Tensor | None) -> Projections:
+    """The projections of DeBERTa-v2 and v3, which compute with B·H rows."""
     heads = module.num_attention_heads
-    query, key, value = (
-        module.transpose_for_scores(linear(states), heads)
-        for linear in (module.query_proj, module.key_proj, module.value_proj)
-    )
+    linears = (module.query_proj, module.key_proj, module.value_proj)
+    query, key, value = (module.transpose_for_scores(linear(states), heads) for linear in linears)
     factor = 1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)
     bias = None
-    if module.relative_attention:
-        embeddings = module.pos_dropout(rel_embeddings)
+    if embeddings is not None:
         bias = module.disentangled_attention_bias(query, key, relative_pos, embeddings, factor).unflatten(
             0, (-1, heads)
         )
-    query = query / (query.shape[-1] * factor) ** 0.5
-    return query.unflatten(0, (-1, heads)), key.unflatten(0, (-1, heads)), value.unflatten(0, (-1, heads)), bias
+    query, key, value = (x.unflatten(0, (-1, heads)) for x in (query, key, value))
+    return query / (query.shape[-1] * factor) ** 0.5, key, value, bias
 
 
-def _project_fused(
-    module: Any, states: Tensor, relative_pos: Tensor | None, rel_embeddings: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The same of the first DeBERTa, which has one projection for all three."""
+def _project_fused(module: Any, states: Tensor, relative_pos: Tensor | None, embeddings: Tensor | None) -> Projections:
+    """The projections of the first DeBERTa, which is one, with biases of queries and values beside it."""
     query, key, value = module.transpose_for_scores(module.in_proj(states)).chunk(3, dim=-1)
-    factor = 1 + len(module.pos_att_type)
     query = query + module.transpose_for_scores(module.q_bias[None, None, :])
+    factor = 1 + len(module.pos_att_type)
     query = query / (query.shape[-1] * factor) ** 0.5
     value = value + module.transpose_for_scores(module.v_bias[None, None, :])
     bias = None
-    if module.relative_attention:
-        embeddings = module.pos_dropout(rel_embeddings)
+    if embeddings is not None:
         bias = module.disentangled_att_bias(query, key, relative_pos, embeddings, factor)
     return query, key, value, bias

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softtune import compat
-from softtune.backbone.disentangled import routed
+from softtune.backbone.disentangled import wrap_disentangled_attention
 from softtune.backbone.interface import WRAPPER, AttentionRecorder
 from softtune.backbone.outputs import TOKENS, Outputs, observing
 from softtune.backbone.refusal import reading_text
@@ -44,7 +44,7 @@ def seen_attention(model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Te
             token.
     """
     recorder = AttentionRecorder()
-    passing = _passing(recorder, stacks) if compat.has_interface(model) else _routed(recorder, stacks)
+    passing = _passing(recorder, stacks) if compat.has_interface(model) else _wrapping(recorder, stacks)
     with reading_text(model, lambda: _run(model, stacks, inputs)), passing:
         output = _run(model, stacks, inputs, **{"use_cache": True} if _is_decoder(stacks) else {})
     cache = compat.cache_of(output) if _is_decoder(stacks) else None
@@ -84,11 +84,11 @@ def _passing(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
 
 
 @contextmanager
-def _routed(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
-    """The same for attention that calls no interface."""
+def _wrapping(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
+    """The same for attention that calls no interface: DeBERTa's."""
     with ExitStack() as block:
         for stack in stacks:
-            block.enter_context(routed(stack.module, wrapper))
+            block.enter_context(wrap_disentangled_attention(stack.module, wrapper))
         yield
 
 

@@ -8,7 +8,7 @@ from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.flags import argument, option, overrides, read_mapping, with_flags
 from softtune.cli.tables import exit_on_failures, show_entries
 from softtune.experiments import report
-from softtune.experiments.cases import ENTRIES
+from softtune.experiments.cases import ENTRIES, entry_named
 from softtune.experiments.compare import compare
 from softtune.training.recipe import Recipe
 
@@ -21,7 +21,7 @@ def command(recipe: str, output: str, entries: str, seeds: int, learning_rates: 
     """
     quiet()
     chosen = Recipe.load(recipe, {**overrides(flags), "output": output})
-    names = [name.strip().lower().replace("_", "-") for name in entries.split(",")]
+    names = [entry_named(name) for name in entries.split(",")]
     rates = read_mapping("learning_rates", learning_rates)
     with progress_bars() as progress:
         found = compare(chosen, names, seeds=seeds, learning_rates=rates, progress=progress)

@@ -28,7 +28,10 @@ def command(
         raise CheckpointError(f"{target} holds the adapter itself: name another folder")
     if storage.locate(source, WEIGHTS_NAME) or storage.locate(source, OWN_CONFIG_NAME):
         raise CheckpointError(f"{source} has safetensors already: load it as it is")
+    if target.exists():
+        raise CheckpointError(f"{target} is there already: name another folder")
     with storage.staged(target) as stage:
         storage.write_json(stage / CONFIG_NAME, PeftConfig.from_json_file(config))
         checkpoint.write(stage / WEIGHTS_NAME, weights)
-    console.print(f"{target}: {len(weights)} tensors, {sum(tensor.numel() for tensor in weights.values()):,} numbers")
+    tensors = "tensor" if len(weights) == 1 else "tensors"
+    console.print(f"{target}: {len(weights)} {tensors}, {sum(tensor.numel() for tensor in weights.values()):,} numbers")

@@ -36,6 +36,11 @@ ENTRIES = (*METHODS, *BASELINES, *PROMPTS)
 """The ways to do a task."""
 
 
+def entry_named(name: str) -> str:
+    """An entry by any spelling of its name, such as PREFIX_TUNING."""
+    return name.strip().lower().replace("_", "-")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A recipe, with several seeds."""

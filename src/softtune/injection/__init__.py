@@ -103,10 +103,12 @@ class Injection:
             for handle in handles:
                 stack.callback(handle.remove)
             for injection in self.stacks:
-                stack.callback(injection.leave)
+                stack.callback(injection.stop_skipping)
+                if injection.is_disentangled:
+                    stack.enter_context(injection.attention())
             if backbone.is_decoder_only and self.num_among and backbone.model.can_generate():
                 stack.enter_context(counting_words(backbone.model, self.num_among))
-            if any(prompt.prefixes for prompt in self.prompts) and not backbone.has_interface:
+            if any(prompt.prefixes for prompt in self.prompts) and not backbone.takes_wrapper:
                 stack.enter_context(keeping_caches(backbone.model))  # of a prefix, which recomputing may read again
             yield
 

@@ -8,7 +8,7 @@ tokens of this call, P virtual tokens, W columns of the whole attention mask, S 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from softtune import compat
 from softtune.backbone import Backbone, Site, Stack, is_reentrant, skipped
-from softtune.backbone.disentangled import is_routed, routed
-from softtune.backbone.interface import WRAPPER
+from softtune.backbone.disentangled import has_disentangled_attention, wrap_disentangled_attention
+from softtune.backbone.interface import WRAPPER, Attention
 from softtune.errors import UnsupportedModelError
 from softtune.injection.attention import PrefixAttention
 from softtune.injection.cache import PrefixCache, as_long_as, begin_with, make_room, own_cache, virtual_slots
@@ -59,8 +59,8 @@ class StackInjection:
     ) -> None:
         self.stack = stack
         self.adapter_prompts, self.trunk = prompts, trunk
-        self.has_interface = backbone.has_interface
-        self.is_routed = is_routed(stack.module)
+        self.takes_wrapper = backbone.takes_wrapper
+        self.is_disentangled = has_disentangled_attention(stack.module)
         self.layers_attend = bool(backbone.attention_layers)
         self.rows = rows
         self.columns = Columns(columns, text_ends)
@@ -73,7 +73,7 @@ class StackInjection:
         self.prompts = RowPrompts.of(prompts, self.layers, stack, reads=reads_input)
         if self.prompts.vectors is not None:
             _ = stack.word_scale  # found out by calls that must not meet what else acts
-        is_padded = self.prompts.is_ragged or (self.prompts.is_prefix and not self.has_interface)
+        is_padded = self.prompts.is_ragged or (self.prompts.is_prefix and not self.takes_wrapper)
         if is_padded and not (compat.is_tested(backbone.model) or stack.ignores_padding):
             raise UnsupportedModelError(
                 f"{type(stack.module).__name__} does not ignore padding, which rows with different numbers of virtual "
@@ -92,8 +92,7 @@ class StackInjection:
         self.has_run = False
         self.packs = packs and backbone.packs and self.prompts.vectors is None and not self.prompts.has_infix
         self.depth = 0
-        self._within = ExitStack()
-        """What is put into the stack for the length of its run."""
+        self._skipping = ExitStack()
         self.wrapper: PrefixAttention | PackedAttention | None = None
         self.shares_keys = is_reentrant(stack.module) and any(a.is_shared for a in backbone.attention_layers)
         self.anchor: Anchor | None = None
@@ -115,12 +114,20 @@ class StackInjection:
             handles.append(table.register_forward_hook(self.positions.move_table, with_kwargs=True))
         return handles
 
+    def attention(self) -> AbstractContextManager[None]:
+        """Let attention that calls no interface find the wrapper of the running call."""
+
+        def call_wrapper(attend: Attention, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            return attend(*args, **kwargs) if self.wrapper is None else self.wrapper(attend, *args, **kwargs)
+
+        return wrap_disentangled_attention(self.stack.module, call_wrapper)
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call]:
         call = self.stack.arguments(args, kwargs)
         call.pop("logits_to_keep", None)  # the head's; Gemma 4's stack would return no other tokens
         self.has_run = True
         self.layout, self.trim, self.columns.trim, self.pack = None, None, None, None
-        self.leave()
+        self.stop_skipping()
         self._check_states(call)
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # no one goes on from a training step's cache
@@ -150,8 +157,8 @@ class StackInjection:
         elif (slots := self._open_slots(call, step, here)) is not None:
             call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, held=(), open_slots=slots)
         self.wrapper = call.get(WRAPPER)
-        if self.wrapper is not None and self.is_routed:
-            self._within.enter_context(routed(module, call.pop(WRAPPER)))
+        if self.is_disentangled:
+            call.pop(WRAPPER, None)
         return (), self.stack.keywords(call, kwargs)
 
     def _check_states(self, call: Call) -> None:
@@ -164,7 +171,7 @@ class StackInjection:
 
     def _open_slots(self, call: Call, step: Step, here: RowPrompts) -> Tensor | None:
         """[B, S or 1, S] which slots' queries see which virtual tokens, that windows would hide from words far away."""
-        if here.vectors is None or not (self.has_interface and self.layers_attend):
+        if here.vectors is None or not (self.takes_wrapper and self.layers_attend):
             return None
         if self.layout is None:
             is_virtual = virtual_slots(call["cache"], step.cached + step.length, step.rows)
@@ -224,11 +231,11 @@ class StackInjection:
     def _skip(self, states: Tensor) -> None:
         """Hand states [1, N, D] to the first layer that a prompt reaches; those below don't run."""
         tied = states if self.anchor is None else self.anchor.tie(states)
-        self._within.enter_context(skipped(self.stack.layers[: self.depth], lambda _: tied))
+        self._skipping.enter_context(skipped(self.stack.layers[: self.depth], lambda _: tied))
 
-    def leave(self) -> None:
-        """Leave the stack as it was before its run."""
-        self._within.close()
+    def stop_skipping(self) -> None:
+        """Let all layers run again."""
+        self._skipping.close()
 
     def _add_vectors(self, call: Call, step: Step, here: RowPrompts) -> None:
         """Put the virtual tokens among the words, or open the mask for those that the cache already holds."""
@@ -252,7 +259,7 @@ class StackInjection:
             columns = step.starts[:, None].expand(here.is_vector.shape)
             layout = Layout.of(step.starts, mask.shape[1], columns, here.is_vector, causal=True)
             call["attention_mask"] = layout.merge(mask, here.is_vector)
-        if not self.has_interface and call.get("attention_mask") is not None:
+        if not self.takes_wrapper and call.get("attention_mask") is not None:
             call["attention_mask"] = as_long_as(call.get("cache"), call["attention_mask"])
 
     def _make_room(self, call: Call, here: RowPrompts) -> None:
@@ -306,7 +313,7 @@ class StackInjection:
 
     def _after(self, module: nn.Module, args: Any, kwargs: Call, output: Any) -> Any:
         self.anchor = None
-        self.leave()
+        self.stop_skipping()
         if self.wrapper is not None:
             self.prefixes.check_reached(self.wrapper, kwargs)
         if isinstance(cache := compat.cache_of(kwargs), PrefixCache):

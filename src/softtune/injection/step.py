@@ -88,10 +88,9 @@ class Step:
 
     def has_restarts(self, positions: Tensor) -> bool:
         """Whether real tokens' positions [B, T] begin anew within a row, as those of packed texts do."""
-        falls = positions.diff(dim=1) < 0
-        if self.mask is not None:
-            is_real = self.mask[:, -self.length :] != 0
-            falls = falls & is_real[:, :-1] & is_real[:, 1:]
+        is_real = self.full_mask()[:, -self.length :] != 0
+        highest = positions.where(is_real, -1).cummax(dim=1).values
+        falls = is_real[:, 1:] & (positions[:, 1:] < highest[:, :-1])
         return holds(falls.any(), when_exporting=False)
 
     def is_from(self, columns: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from softtune import storage
 from softtune.backbone import Backbone, Site
 from softtune.backbone.roles import BiasSlot
 from softtune.compat import PushToHubMixin
-from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError, MissingTypeError
+from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError, MissingPeftTypeError
 from softtune.views import patch_peft, pefts_version, shared_config_class
 
 CONFIG_NAME = "adapter_config.json"
@@ -291,16 +291,16 @@ class PeftConfig(PushToHubMixin):
         Raises:
             CheckpointError: there is no config, or it cannot be read.
             ConfigError: its ``peft_type`` is unknown, or a value out of range.
-            MissingTypeError: it has no ``peft_type``.
+            MissingPeftTypeError: it has no ``peft_type``.
         """
         hub["subfolder"] = subfolder
         path = storage.locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
         if path is None:
             raise CheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: is it an adapter's folder?")
-        own = storage.locate(pretrained_model_name_or_path, OWN_CONFIG_NAME, **hub)
+        own = storage.locate(pretrained_model_name_or_path, OWN_CONFIG_NAME, is_optional=True, **hub)
         values = cls.from_json_file(path)
         if "peft_type" not in values:
-            raise MissingTypeError(
+            raise MissingPeftTypeError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. Is "
                 f"{path} an adapter's?"
             )

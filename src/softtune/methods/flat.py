@@ -37,7 +37,7 @@ def choose_layers(backbone: Backbone, layers: Layers, sites: Sequence[Site] | No
     for site in sites or present:
         here = [a for a in backbone.attention_layers if a.site is site]
         chosen += [here[i] for i in _layer_numbers(layers, len(here))]
-    if not backbone.has_interface and len(chosen) < len(backbone.attention_layers):
+    if not backbone.takes_wrapper and len(chosen) < len(backbone.attention_layers):
         raise UnsupportedModelError(
             f"{type(backbone.model).__name__} takes a prefix at every layer or none: drop layers"
         )

@@ -66,6 +66,8 @@ def load_tokenizer(name: str | None, options: dict[str, Any] | None = None) -> P
         raise ConfigError(
             "tokenizer_kwargs has trust_remote_code, which would let a downloaded config run code: leave it out"
         )
+    if name and not (storage.is_path(name) or storage.is_cached_or_reachable(name, "tokenizer_config.json")):
+        raise ConfigError(f"no tokenizer at {name!r}, and the hub cannot be reached: set tokenizer_name_or_path")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name or "", **options)
     except (OSError, ValueError) as error:

@@ -81,7 +81,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise UnsupportedModelError(
                 "an infix stands between text and answer of a decoder: use placement='prefix' here"
             )
-        if self.placement == "infix" and not backbone.has_interface and not self.embedding_only:
+        if self.placement == "infix" and not backbone.takes_wrapper and not self.embedding_only:
             raise UnsupportedModelError(
                 f"{type(backbone.model).__name__} takes a prefix alone: use placement='prefix' here"
             )
