@@ -230,8 +230,8 @@ def _check(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None
     for name, tensor in sources.items():
         if tensor.shape[1:] == targets[name].shape[1:] and len(tensor) != len(targets[name]) and name == PROMPT_KEY:
             raise AdapterMismatchError(
-                f"the adapter has {len(tensor)} virtual tokens, its config says {len(targets[name])}: restore the "
-                "folder from a good copy"
+                f"{name} has the shape {list(tensor.shape)} and the config says {len(targets[name])} virtual tokens: "
+                "restore the folder from a good copy"
             )
         if tensor.shape != targets[name].shape:
             raise AdapterMismatchError(
