@@ -1,4 +1,4 @@
-"""One training step against PEFT's, and generation with a prefix against the base model's own.
+"""Compares a training step with PEFT's, and generation with a prefix with the base model's.
 
 SmolLM2-135M in fp32. Run alone on an idle machine: ``make bench``.
 """
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def generation(model: Any, batch: dict[str, torch.Tensor]) -> Step:
-    """64 new tokens for every row."""
+    """Greedy generation of 64 new tokens for every row."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     length = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
     return lambda: model.generate(**inputs, **length)

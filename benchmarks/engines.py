@@ -1,6 +1,6 @@
-"""Tokens a second of ``softtune serve`` by its own engine and by vLLM's, the same requests to both.
+"""Tokens per second of ``softtune serve`` with its own engine and with vLLM's, for the same requests.
 
-SmolLM2-135M in fp32. Run alone on an idle machine, where vLLM is: ``make bench-vllm``.
+SmolLM2-135M in fp32. Run alone on an idle machine that has vLLM: ``make bench-vllm``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def answers(*options: str) -> tuple[float, list[str]]:
-    """Tokens a second, the median of some rounds, and the texts, of requests all at once to a server."""
+    """Tokens per second, the median of several rounds, and the texts, for concurrent requests to a server."""
     names = [*map(str, LENGTHS), MODEL]
 
     def ask(number: int) -> dict[str, Any]:

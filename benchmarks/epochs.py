@@ -1,4 +1,4 @@
-"""What the trunk cache and training together save: epochs of a prefix in the last third, and eight adapters at once."""
+"""Savings of the trunk cache, for a prefix in the last third of the layers, and of training eight adapters at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from softtune import PeftModel, PrefixTuningConfig
 from softtune.data import Collator, Example
 from softtune.pretrained import load_base_model
-from softtune.training.together import train_together
+from softtune.training.multi_run import train_together
 from softtune.training.trainer import AdapterTrainer, training_arguments
 
 ADAPTERS, STEPS, ROWS = 8, 6, 2
@@ -32,12 +32,12 @@ def measures(base: PreTrainedModel, pad: int) -> list[dict[str, Any]]:
     with late.trunk_cache(memory=1024):
         cached()  # the first epoch, which fills the cache
         share, seconds, _ = ratio(cached, epoch(full, batches), rounds=ROUNDS)
-        own, _, _ = ratio(cached, epoch(plain, batches), rounds=ROUNDS)
+        to_uncached, _, _ = ratio(cached, epoch(plain, batches), rounds=ROUNDS)
     together, one = (apart(__file__, way) for way in ("together", "alone"))
     name = f"{ADAPTERS} adapters in one run, batch {ROWS} each"
     return [
         measure("epoch >= 2 with the trunk cache, prefix in the last 10 of 30 layers / prefix in all", share, 0.45),
-        measure("the same / the same prefix without the cache", own, None),
+        measure("the same / the same prefix without the cache", to_uncached, None),
         measure("seconds of that epoch", seconds, None),
         *(line for threads in (1, 2) for line in _times(name, base, pad, threads)),
         measure(f"{name}: peak memory / {ADAPTERS} processes of one run each", together / one / ADAPTERS, 0.3),
@@ -47,15 +47,15 @@ def measures(base: PreTrainedModel, pad: int) -> list[dict[str, Any]]:
 
 
 def _times(name: str, base: PreTrainedModel, pad: int, threads: int) -> list[dict[str, Any]]:
-    """Lines of runs at once beside the same runs one after the other, and of the matrix products of a step of each."""
+    """Results for runs at once against the same runs in sequence, and for the matrix products of their steps."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         runs = (partial(several, base, pad, at_once=at_once) for at_once in (True, False))
         share, together, apart = ratio(*runs, rounds=ROUNDS)
         products = matrix_products(step(base, rows=ADAPTERS * ROWS, adapters=ADAPTERS))
-        own = matrix_products(step(base, rows=ROWS))
-        floor, _, _ = ratio(products, lambda: [own() for _ in range(ADAPTERS)], rounds=ROUNDS)
+        products_of_one = matrix_products(step(base, rows=ROWS))
+        floor, _, _ = ratio(products, lambda: [products_of_one() for _ in range(ADAPTERS)], rounds=ROUNDS)
     finally:
         torch.set_num_threads(before)
     at = f"{name}, {threads} thread{'s' * (threads > 1)}"
@@ -90,7 +90,7 @@ def several(base: PreTrainedModel, pad: int, *, at_once: bool, count: int = ADAP
 
 
 def trainer(base: PreTrainedModel, pad: int, folder: Path, seed: int) -> AdapterTrainer:
-    """A run of STEPS steps on texts of its own, of 16 to 48 tokens."""
+    """A Trainer of STEPS steps on random texts of 16 to 48 tokens."""
     torch.manual_seed(seed)
     model = PeftModel(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30))
     rows = [torch.randint(100, 40_000, (int(n),)).tolist() for n in torch.linspace(16, 48, STEPS * ROWS)]
@@ -104,7 +104,7 @@ def trainer(base: PreTrainedModel, pad: int, folder: Path, seed: int) -> Adapter
 
 
 def _peak(way: str) -> float:
-    """Most bytes resident, the model's among them."""
+    """Peak resident bytes, including the model."""
     base, tokenizer = load_base_model("smollm2-135m")
     count = ADAPTERS if way == "together" else 1
     return resident(partial(several, base, int(tokenizer.pad_token_id), at_once=True, count=count))[1]

@@ -1,4 +1,4 @@
-"""How the time of a step grows with tokens, virtual tokens and adapters: a straight line each, drawn."""
+"""How the time of a step grows with tokens, virtual tokens and adapters: fits and plots a line for each."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ LENGTH = 30
 
 
 def measures(base: PreTrainedModel) -> list[dict[str, Any]]:
-    """How well a line fits, 1 being a perfect one; the drawing goes to ``results/growth.png``."""
+    """R² of each line; the plot goes to ``results/growth.png``."""
     steps: dict[str, dict[int, Step]] = {
         "tokens": {n: step(base, rows=n // LENGTH, tokens=n) for n in TOKENS},
         "virtual tokens": {p: step(base, virtual=p) for p in VIRTUAL},
         "adapters, two rows each": {a: step(base, rows=2 * a, adapters=a) for a in ADAPTERS},
     }
-    found = {name: times(own) for name, own in steps.items()}
+    found = {name: times(by_size) for name, by_size in steps.items()}
     draw(found)
     return [
-        measure(f"growth of a step in {name}: R2 of a line", fit(own)[2], 0.95, at_least=True)
-        for name, own in found.items()
+        measure(f"growth of a step in {name}: R2 of a line", fit(by_size)[2], 0.95, at_least=True)
+        for name, by_size in found.items()
     ]
 
 
 def step(base: PreTrainedModel, *, rows: int = 8, tokens: int = 0, virtual: int = 30, adapters: int = 1) -> Step:
-    """Forward and backward on rows that share nothing, logits at their ends."""
+    """Forward and backward pass on random rows, which share no prefix, with logits at their ends."""
     names = ["default", *(f"adapter-{i}" for i in range(1, adapters))]
     model = adapted(base, virtual=virtual)
     for name in names[1:]:
@@ -45,29 +45,29 @@ def step(base: PreTrainedModel, *, rows: int = 8, tokens: int = 0, virtual: int 
 
 
 def times(steps: dict[int, Step]) -> dict[int, float]:
-    """Median seconds of each, in turn. A machine is faster in some minutes than in others: what counts is each size's
-    share of its round."""
+    """Median seconds by size, with the sizes timed in turn. A machine is faster in some minutes than in others, so each
+    size counts by its share of its round."""
     rounds = [[seconds(run) for run in steps.values()] for _ in range(ROUNDS + 1)][1:]
     whole = statistics.median(map(sum, rounds))
-    shares = zip(*([own / sum(round_) for own in round_] for round_ in rounds), strict=True)
-    return {size: whole * statistics.median(own) for size, own in zip(steps, shares, strict=True)}
+    shares = zip(*([one / sum(round_) for one in round_] for round_ in rounds), strict=True)
+    return {size: whole * statistics.median(share) for size, share in zip(steps, shares, strict=True)}
 
 
 def fit(found: dict[int, float]) -> tuple[float, float, float]:
-    """Slope and start of the line of least squares, and the share of the variance that it explains."""
+    """Slope, intercept and R² of the least-squares line."""
     sizes = [float(size) for size in found]
     slope, start = statistics.linear_regression(sizes, [*found.values()])
     return slope, start, statistics.correlation(sizes, [*found.values()]) ** 2
 
 
 def draw(found: dict[str, dict[int, float]]) -> None:
-    """Points and lines, a picture each."""
+    """Plot points and lines, one panel each."""
     _, pictures = plt.subplots(1, len(found), figsize=(11, 3.4), sharey=False, layout="constrained")
-    for axes, (name, own) in zip(pictures, found.items(), strict=True):
-        slope, start, _ = fit(own)
-        sizes = [0, max(own)]
+    for axes, (name, by_size) in zip(pictures, found.items(), strict=True):
+        slope, start, _ = fit(by_size)
+        sizes = [0, max(by_size)]
         axes.plot(sizes, [start + slope * size for size in sizes], color="tab:gray", linewidth=1)
-        axes.plot(list(own), list(own.values()), "o", color="tab:blue")
+        axes.plot(list(by_size), list(by_size.values()), "o", color="tab:blue")
         axes.set(xlabel=name, xlim=0, ylim=0)
     pictures[0].set_ylabel("seconds of a step")
     plt.savefig(RESULTS / "growth.png", dpi=150)

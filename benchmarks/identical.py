@@ -1,8 +1,8 @@
-"""Whether two commits compute the same to the last bit: forwards, gradients, texts, trained and baked folders, and
-what a server answers.
+"""Checks that two commits give bit-identical results: forward passes, gradients, generated texts, folders of trained
+adapters and exported prompts, and a server's responses.
 
-``python benchmarks/identical.py COMMIT`` compares the working tree with a commit, five minutes. Only what users may use
-is called, so that names within the package can change.
+``python benchmarks/identical.py COMMIT`` compares the working tree with a commit in five minutes. It only uses the
+public API, so that internal names can change.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -30,46 +31,46 @@ RECIPES: dict[str, dict[str, Any]] = {
     "written": {"model": "t5", "task": "SEQ_2_SEQ_LM", "method": "PREFIX_TUNING", "options": {"num_virtual_tokens": 3}},
 }
 TIMES = ("seconds", "tokens_per_second", "memory", "created")
-"""Keys of JSON that no two runs have in common, in part of their names."""
+"""Parts of JSON keys whose values differ between any two runs."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("commit", nargs="?", help="what the working tree is compared with")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.record:
-        asked.record.write_text(json.dumps({**calls(), **runs()}))
+    args = parser.parse_args()
+    if args.record:
+        args.record.write_text(json.dumps({**calls(), **runs()}))
         return
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder, "other")
-        subprocess.run(["git", "worktree", "add", "--detach", other, asked.commit], cwd=ROOT, check=True)
+        subprocess.run(["git", "worktree", "add", "--detach", other, args.commit], cwd=ROOT, check=True)
         try:
             found = [recorded(tree, Path(folder, f"{n}.json")) for n, tree in enumerate((other, ROOT))]
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", other], cwd=ROOT, check=True)
     names = sorted({*found[0], *found[1]})
     differ = [name for name in names if found[0].get(name) != found[1].get(name)]
-    print("\n".join([f"{len(names)} things recorded, {len(differ)} differ from {asked.commit}", *differ]))
+    print("\n".join([f"{len(names)} things recorded, {len(differ)} differ from {args.commit}", *differ]))
     sys.exit(bool(differ))
 
 
 def recorded(tree: Path, file: Path) -> dict[str, str]:
-    """What is recorded with the package of a tree."""
+    """The digests recorded with the package of a tree."""
     paths = os.pathsep.join(map(str, (tree / "src", ROOT)))
-    own = {
+    environment = {
         "PYTHONPATH": paths,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": str(file.parent / "cache"),
     }
-    subprocess.run([sys.executable, __file__, "--record", file], env={**os.environ, **own}, check=True)
+    subprocess.run([sys.executable, __file__, "--record", file], env={**os.environ, **environment}, check=True)
     found: dict[str, str] = json.loads(file.read_text())
     return found
 
 
 def digest(*things: Any) -> str:
-    """Of tensors' bytes, or of what is written as JSON."""
+    """Digest of the bytes of tensors, or of things as JSON."""
     import torch
 
     total = hashlib.sha256()
@@ -85,7 +86,7 @@ def digest(*things: Any) -> str:
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    """Digests of a folder's files, without times and without the folder's own path."""
+    """Digests of a folder's files, without times and without the folder's path."""
     found = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
@@ -104,7 +105,7 @@ def without_times(content: Any) -> Any:
 
 
 def calls() -> dict[str, str]:
-    """Forwards, gradients and texts of tiny models with an adapter of every kind, and of all at once."""
+    """Digests of forward passes, gradients and texts of tiny models, with each kind of adapter and all mixed."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
@@ -207,12 +208,12 @@ def architectures() -> dict[str, tuple[str, Any]]:
 
 
 def takes(family: str, method: str) -> bool:
-    """Whether rows of the method can stand beside others in a batch of the family."""
+    """Whether rows with the method can be mixed with others in a batch of the model family."""
     return (family, method) != ("deberta", "biases")
 
 
 def runs() -> dict[str, str]:
-    """What the command line writes and a server answers."""
+    """Digests of the files that the command line writes and of a server's responses."""
     from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
 
     found = {}
@@ -229,8 +230,8 @@ def runs() -> dict[str, str]:
             "epochs": 2,
         }
         for recipe, fields in RECIPES.items():
-            own = {**plain, **fields, "model": models[fields.get("model", "llama")], "output": f"runs/{recipe}"}
-            Path(f"{recipe}.yaml").write_text(json.dumps(own))
+            content = {**plain, **fields, "model": models[fields.get("model", "llama")], "output": f"runs/{recipe}"}
+            Path(f"{recipe}.yaml").write_text(json.dumps(content))
         softtune("train", "prefix.yaml", "biases.yaml")
         for recipe in ("words", "trunk", "classifier", "written"):
             softtune("train", f"{recipe}.yaml")
@@ -240,7 +241,7 @@ def runs() -> dict[str, str]:
         softtune("compare", "trunk.yaml", "--output", "compared", "--entries", "bitfit,head,few-shot", "--seeds", "1")
         for part in ("runs", "predicted", "baked", "compared"):
             found |= {f"{part}/{file}": x for file, x in of_folder(folder / part).items()}
-        found |= {f"served {asked}": x for asked, x in served(models).items()}
+        found |= {f"served {request}": x for request, x in served(models).items()}
     return found
 
 
@@ -264,25 +265,28 @@ COMMAND = (sys.executable, "-c", "import softtune_command; softtune_command.main
 
 
 def served(models: Mapping[str, str]) -> dict[str, str]:
-    """Answers of two servers: of adapters that write, and of a classifier."""
-    text = {"prompt": ["the sky is", "red good"], "max_tokens": 9, "logprobs": 2}
-    asked: dict[str, tuple[str, dict[str, Any]]] = {
+    """Digests of the responses of two servers: one with adapters that generate, one with a classifier."""
+    text = {"prompt": "the sky is", "max_tokens": 9, "logprobs": 2}
+    requests: dict[str, tuple[str, dict[str, Any]]] = {
         "greedy": ("completions", {"model": "prefix", "temperature": 0, **text}),
-        "drawn": ("completions", {"model": "biases", "temperature": 0.8, "top_p": 0.9, "seed": 3, "n": 2, **text}),
+        "drawn": ("completions", {"model": "biases", "temperature": 0.8, "top_p": 0.9, "seed": 3, **text}),
         "base": ("completions", {"model": models["llama"], "temperature": 1, "seed": 4, **text}),
-        "labels": ("classify", {"model": "trunk", "input": ["red good", "blue sky"]}),
+        "labels": ("classify", {"model": "trunk", "input": "red good"}),
     }
-    judged = {"head": ("classify", {"model": "classifier", "input": ["red good", "blue sky"]})}
+    head_requests = {"head": ("classify", {"model": "classifier", "input": "red good"})}
     return {
-        **answers(models["llama"], ["prefix", "biases", "trunk", "words"], asked),
-        **answers(models["bert"], ["classifier"], judged),
+        **answers(models["llama"], ["prefix", "biases", "trunk", "words"], requests),
+        **answers(models["bert"], ["classifier"], head_requests),
     }
 
 
-def answers(model: str, adapters: list[str], asked: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, str]:
+def answers(model: str, adapters: list[str], requests: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, str]:
     import httpx
 
-    port, folders = 8765, [part for name in adapters for part in ("--adapters", f"runs/{name}")]
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = [part for name in adapters for part in ("--adapters", f"runs/{name}")]
     server = subprocess.Popen(
         [*COMMAND, "serve", "--model", model, "--port", str(port), *folders], stdout=subprocess.DEVNULL
     )
@@ -290,10 +294,10 @@ def answers(model: str, adapters: list[str], asked: Mapping[str, tuple[str, dict
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             wait(client, server)
             found = {}
-            for name, (endpoint, body) in asked.items():
+            for name, (endpoint, body) in requests.items():
                 answer = client.post(f"/v1/{endpoint}", json=body).json()
-                for own in ("id", "created", "system_fingerprint"):
-                    answer.pop(own, None)
+                for key in ("id", "created", "system_fingerprint"):
+                    answer.pop(key, None)
                 found[name] = digest(answer)
                 assert "error" not in answer, answer
             return found
@@ -303,7 +307,7 @@ def answers(model: str, adapters: list[str], asked: Mapping[str, tuple[str, dict
 
 
 def wait(client: Any, server: subprocess.Popen[bytes]) -> None:
-    """Until a server answers."""
+    """Wait until a server responds."""
     import httpx
 
     while server.poll() is None:

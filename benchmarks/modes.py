@@ -1,4 +1,4 @@
-"""What gradient checkpointing, bfloat16 and compilation do to a step's time, memory and loss.
+"""Effects of gradient checkpointing, bfloat16 and compilation on a step's time, memory and loss.
 
 SmolLM2-135M with a prefix of 30 virtual tokens, eight rows of 16 to 48 tokens. Run alone: ``make bench``.
 """
@@ -39,13 +39,13 @@ def main() -> None:
 
 
 def step(form: str) -> Step:
-    """Forward and backward in one of the forms; it returns the loss."""
+    """Forward and backward pass in one of the forms; it returns the loss."""
     base, tokenizer = load_base_model("smollm2-135m")
     torch.manual_seed(0)
     batch = at_answers(padded_batch(tokenizer.pad_token_id))
     model = adapted(base)
     with torch.no_grad():
-        model(batch["input_ids"][:1, -2:])  # touches the weights, which are read from disk when they are needed
+        model(batch["input_ids"][:1, -2:])  # reads the weights from disk, which happens on first use
     if form == "gradient checkpointing":
         enable_checkpointing(model, use_reentrant=False)
     if form == "layers compiled":
@@ -63,7 +63,7 @@ def in_bfloat16(run: Step) -> Step:
 
 
 def used(form: str) -> float:
-    """Bytes that a first step needs above what is resident before, compilation included."""
+    """Bytes that a first step needs beyond those resident before, including compilation."""
     before, most = resident(step(form))
     return most - before
 

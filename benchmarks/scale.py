@@ -1,7 +1,7 @@
-"""What serving costs as it grows: a step by running requests, by virtual tokens, by adapters; and requests a second of
-one server and of two beside each other.
+"""How serving scales: time of a step by running requests, virtual tokens and adapters, and requests per second of one
+server and of two side by side.
 
-SmolLM2-135M in fp32, one thread a server. Run alone on an idle machine: ``make bench-serve``.
+SmolLM2-135M in fp32, one thread per server. Run alone on an idle machine: ``make bench-serve``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from timing import RESULTS, save
 from serving import MODEL, TEXTS, save_adapter, served, vary
 from softtune import PrefixTuningConfig, TaskType
 from softtune.pretrained import load_base_model
-from softtune.serving.jobs import Writing
-from softtune.serving.sampling import Sampling, Writer
+from softtune.serving.request_queue import RequestHandle
+from softtune.serving.requests import GenerationRequest
+from softtune.serving.sampling import IncrementalDetokenizer, SamplingParams
 from softtune.serving.service import Service
-from softtune.serving.waiting import Ticket
 
 PAGE = """# Scale
 
@@ -54,9 +54,9 @@ times as many.
   in every layer. It is held once for all of them.
 - **Adapters.** 64 requests of 64 adapters take {mixed:.2f} times as long as 64 of one.
 - **Memory.** A token takes {token:,} bytes in all layers (layers · 2 · key heads · head size · bytes of a
-  number), and a prefix of 20 virtual tokens {prefix:.2f} MB: `--hot 64` keeps {held} of them, and `--slots
-  16384` takes {full:.0f} MB when all are in use. On disk an adapter takes as much, and again in the server's
-  own copy. The mask takes a byte for each pair of tokens of the longest text so far: 67 MB for 8,192.
+  number), and a prefix of 20 virtual tokens {prefix:.2f} MB: `--adapter-cache-mb 64` keeps {held} of them, and
+  `--num-kv-slots 16384` takes {full:.0f} MB when all are in use. On disk an adapter takes as much, and again in
+  the server's own copy. The mask takes a byte for each pair of tokens of the longest text so far: 67 MB for 8,192.
 - **Larger models, computed and not measured.** With 32 layers, 8 key heads of 128 and 2 bytes a number, a token
   takes 131 kB, a prefix of 20 virtual tokens 2.6 MB, and 1,000 such adapters 2.6 GB on disk; 1 GB in memory
   keeps 380.
@@ -83,7 +83,7 @@ def main() -> None:
             found["virtual tokens"] = {
                 length: milliseconds(service, [f"p{length}" if length else None] * 16) for length in LENGTHS
             }
-            found["bytes of a token"] = service.engine.pool.token_bytes
+            found["bytes of a token"] = service.engine.scheduler.pool.token_bytes
         with served(root / "many") as service:
             found["adapters"] = {
                 count: milliseconds(service, [str(i % count) for i in range(64)]) for count in ADAPTERS
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def write_page(found: dict[str, Any]) -> None:
-    """``docs/scale.md``: what was measured, and what follows for other models and numbers."""
+    """Write ``docs/scale.md``: the measurements, and what follows for other models and numbers."""
     rows, lengths, adapters = (found[name] for name in ("rows", "virtual tokens", "adapters"))
     token, (one, two) = found["bytes of a token"], found["requests a second"].values()
     text = PAGE.format(
@@ -127,15 +127,17 @@ def table(what: str, found: dict[str, float], how: str) -> str:
 
 
 def milliseconds(service: Service, names: list[str | None]) -> float:
-    """The median of steps that write a token for each of some requests; the thread of the service is idle."""
-    engine, writer = service.engine, lambda: Writer(service.tokenizer, ())
+    """Median milliseconds of a step that generates one token for each request. The thread of the service is idle."""
+    engine, detokenizer = service.engine, lambda: IncrementalDetokenizer(service.tokenizer, ())
     for number, name in enumerate(names):
         version = None if name is None else service.registry.lease(name)
-        words = service.tokenized(f"{TEXTS[number % len(TEXTS)]} {number}")
-        job = Writing(words, Sampling(max_tokens=STEPS + 8), writer(), frozenset(), lambda *_: None)
+        input_ids = service.tokenize(f"{TEXTS[number % len(TEXTS)]} {number}")
+        request = GenerationRequest(
+            input_ids, SamplingParams(max_tokens=STEPS + 8), detokenizer(), frozenset(), lambda *_: None
+        )
         release = (lambda: None) if version is None else (lambda v=version: service.registry.release(v))
-        engine.submit(Ticket(version, job, print, release))
-    while any(ticket.job.pending != 1 for ticket in engine.running) or len(engine.waiting):
+        engine.submit(RequestHandle(version, request, print, release))
+    while any(handle.request.pending != 1 for handle in engine.running) or len(engine.queue):
         engine.step()
     seconds = []
     for _ in range(STEPS // 2):
@@ -148,7 +150,7 @@ def milliseconds(service: Service, names: list[str | None]) -> float:
 
 
 def throughput(folder: Path, replicas: int) -> float:
-    """Requests a second that so many servers answer, 32 clients asking for 24 tokens each time."""
+    """Requests per second of ``replicas`` servers, with 32 clients that request 24 tokens each time."""
     with listening("--adapters", str(folder), "--replicas", str(replicas)) as url:
 
         def ask(number: int) -> int:
@@ -166,7 +168,7 @@ def throughput(folder: Path, replicas: int) -> float:
 
 @contextmanager
 def listening(*options: str) -> Iterator[str]:
-    """``softtune serve`` in a process of its own."""
+    """Run ``softtune serve`` in a separate process; yields its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -1,5 +1,5 @@
-"""Serving many adapters: speed beside PEFT's and the base model's alone, the first token, memory, and answers while
-adapters are replaced.
+"""Serving many adapters: throughput against PEFT's and the base model's, time to first token, memory, and correctness
+while adapters are replaced.
 
 SmolLM2-135M in fp32. Run alone on an idle machine: ``make bench-serve``.
 """
@@ -33,10 +33,10 @@ from transformers import PreTrainedModel
 
 from softtune import PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType
 from softtune.pretrained import load_base_model
+from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
-from softtune.serving.limits import Limits
-from softtune.serving.sampling import Sampling
+from softtune.serving.sampling import SamplingParams
 from softtune.serving.service import Service
 
 MODEL = "smollm2-135m"
@@ -73,7 +73,7 @@ def save_adapter(base: PreTrainedModel, folder: Path, config: Any) -> None:
 
 
 def vary(source: Path, target: Path, seed: int) -> None:
-    """A copy of an adapter with other numbers of the same size."""
+    """Copy an adapter, with other weights of similar magnitude."""
     if source != target:
         shutil.copytree(source, target)
     file = target / "adapter_model.safetensors"
@@ -85,9 +85,9 @@ def vary(source: Path, target: Path, seed: int) -> None:
 
 
 @contextmanager
-def served(folder: Path, limits: Limits | None = None) -> Iterator[Service]:
-    """Adapters that never end a text by themselves, so that all sides write as much."""
-    service = Service(MODEL, limits)
+def served(folder: Path, config: EngineConfig | None = None) -> Iterator[Service]:
+    """Serve the adapters of a folder. No text ends early, so that all sides generate the same number of tokens."""
+    service = Service(MODEL, config)
     AdapterFolder(str(folder)).follow(service.registry)
     service.engine.backbone.model.generation_config.eos_token_id = None
     service.start()
@@ -95,11 +95,11 @@ def served(folder: Path, limits: Limits | None = None) -> Iterator[Service]:
     service.close(1)
 
 
-async def written(service: Service, name: str | None, words: list[int], tokens: int) -> float:
-    """Seconds until the first token of a text that is written to its end."""
+async def written(service: Service, name: str | None, input_ids: list[int], tokens: int) -> float:
+    """Seconds to the first token; the text is generated to its end."""
     clock, first = time.perf_counter(), 0.0
     version = None if name is None else service.registry.lease(name)
-    async for _ in service.write(version, words, Sampling(max_tokens=tokens)):
+    async for _ in service.generate(version, input_ids, SamplingParams(max_tokens=tokens)):
         first = first or time.perf_counter() - clock
     if version is not None:
         service.registry.release(version)
@@ -107,24 +107,24 @@ async def written(service: Service, name: str | None, words: list[int], tokens: 
 
 
 def speed(folder: Path) -> Iterator[dict[str, Any]]:
-    """64 requests of 16 adapters at once."""
+    """Throughput of 64 concurrent requests to 16 adapters."""
     with served(folder) as service:
-        words = [service.tokenized(f"{TEXTS[i % len(TEXTS)]} {i}") for i in range(ADAPTERS * EACH)]
+        input_ids = [service.tokenize(f"{TEXTS[i % len(TEXTS)]} {i}") for i in range(ADAPTERS * EACH)]
 
         async def all_at_once() -> None:
-            pairs = [(str(i % ADAPTERS), own) for i, own in enumerate(words)]
-            await asyncio.gather(*(written(service, name, own, WRITTEN) for name, own in pairs))
+            pairs = [(str(i % ADAPTERS), ids) for i, ids in enumerate(input_ids)]
+            await asyncio.gather(*(written(service, name, ids, WRITTEN) for name, ids in pairs))
 
         base, tokenizer = load_base_model(MODEL)
         base.generation_config.eos_token_id = None
-        theirs = by_peft(load_base_model(MODEL)[0], folder, words, tokenizer.pad_token_id)
+        theirs = by_peft(load_base_model(MODEL)[0], folder, input_ids, tokenizer.pad_token_id)
 
         def engine() -> None:
             asyncio.run(all_at_once())
 
         by_adapter, peft_takes, ours = ratio(theirs, engine, rounds=ROUNDS)
-        plain = ratio(lambda: generate(base, words, tokenizer.pad_token_id), engine, rounds=ROUNDS)[0]
-    tokens = len(words) * WRITTEN
+        plain = ratio(lambda: generate(base, input_ids, tokenizer.pad_token_id), engine, rounds=ROUNDS)[0]
+    tokens = len(input_ids) * WRITTEN
     yield measure(
         "16 adapters x 4 requests of 32 tokens: tokens/s / PEFT's, adapter by adapter", by_adapter, 3.0, at_least=True
     )
@@ -133,9 +133,9 @@ def speed(folder: Path) -> Iterator[dict[str, Any]]:
     yield measure("PEFT's tokens/s", tokens / peft_takes, None)
 
 
-def by_peft(base: PreTrainedModel, folder: Path, words: list[list[int]], pad: int) -> Callable[[], None]:
-    """One adapter after the other, each with a batch of its requests."""
-    import peft  # missing where vLLM is
+def by_peft(base: PreTrainedModel, folder: Path, input_ids: list[list[int]], pad: int) -> Callable[[], None]:
+    """Generation by PEFT: one adapter after the other, each with a batch of its requests."""
+    import peft  # not installed beside vLLM
 
     base.generation_config.eos_token_id = None
     model = peft.PeftModel.from_pretrained(base, folder / "0", adapter_name="0").eval()
@@ -145,16 +145,16 @@ def by_peft(base: PreTrainedModel, folder: Path, words: list[list[int]], pad: in
     def run() -> None:
         for number in range(ADAPTERS):
             model.set_adapter(str(number))
-            generate(model, words[number::ADAPTERS], pad)
+            generate(model, input_ids[number::ADAPTERS], pad)
 
     return run
 
 
-def generate(model: Any, words: list[list[int]], pad: int, tokens: int = WRITTEN, **options: Any) -> torch.Tensor:
-    """[B, tokens] what a batch of texts goes on with, the likeliest tokens."""
-    width = max(map(len, words))
-    ids = torch.tensor([[pad] * (width - len(own)) + own for own in words])
-    mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in words])
+def generate(model: Any, rows: list[list[int]], pad: int, tokens: int = WRITTEN, **options: Any) -> torch.Tensor:
+    """[B, tokens] greedy continuations of a batch of texts."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     with torch.no_grad():
         found = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=pad, **options
@@ -163,21 +163,21 @@ def generate(model: Any, words: list[list[int]], pad: int, tokens: int = WRITTEN
 
 
 def first_token(folder: Path) -> Iterator[dict[str, Any]]:
-    """A baked prompt of 100 virtual tokens beside 100 tokens of text, before a text of 20."""
+    """Time to first token of a text of 20 tokens, after a prompt of 100 virtual tokens and after 100 tokens of text."""
     with served(folder) as service:
-        words = [(service.tokenized(TEXTS[0]) * 10)[:20], (service.tokenized(" ".join(TEXTS)) * 10)[:120]]
-        sides = [(("one", words[0])), ((None, words[1]))]
+        input_ids = [(service.tokenize(TEXTS[0]) * 10)[:20], (service.tokenize(" ".join(TEXTS)) * 10)[:120]]
+        sides = [(("one", input_ids[0])), ((None, input_ids[1]))]
         both: dict[int, list[float]] = defaultdict(list)
         for _ in range(4 * ROUNDS):
-            for side, (name, own) in enumerate(sides):
-                both[side].append(asyncio.run(written(service, name, own, 1)))
+            for side, (name, ids) in enumerate(sides):
+                both[side].append(asyncio.run(written(service, name, ids, 1)))
     ours, theirs = (statistics.median(both[side][1:]) for side in range(2))
     yield measure("first token behind 100 virtual tokens / behind as many tokens of text", ours / theirs, 0.6)
     yield measure("milliseconds until that first token", 1000 * ours, None)
 
 
 def in_memory() -> Iterator[dict[str, Any]]:
-    """In a process of its own, whose memory nothing else has used."""
+    """Memory and loading times, measured in a separate process, whose memory nothing else has used."""
     found = subprocess.run([sys.executable, __file__, "memory"], capture_output=True, text=True, check=True)
     numbers = json.loads(found.stdout.splitlines()[-1])
     yield measure("MB of 1,000 prefix adapters of 20 virtual tokens, beyond the model", numbers["megabytes"], 150)
@@ -187,7 +187,7 @@ def in_memory() -> Iterator[dict[str, Any]]:
 
 
 def memory() -> dict[str, float]:
-    """Of 1,000 adapters, 200 of which are asked, with 64 MB of them in memory."""
+    """Memory and loading times of 1,000 adapters, 200 of which get requests, with an adapter cache of 64 MB."""
     with tempfile.TemporaryDirectory() as folder:
         many = Path(folder, "many")
         base, _ = load_base_model(MODEL)
@@ -196,14 +196,14 @@ def memory() -> dict[str, float]:
         for number in range(1, MANY):
             vary(many / "0", many / str(number), number)
         Path(folder, "none").mkdir()
-        with served(Path(folder, "none"), Limits(hot=64 * 2**20, slots=4096)) as service:
-            words = service.tokenized(TEXTS[0])
-            asyncio.run(written(service, None, words, 4))
+        with served(Path(folder, "none"), EngineConfig(adapter_cache_bytes=64 * 2**20, num_kv_slots=4096)) as service:
+            input_ids = service.tokenize(TEXTS[0])
+            asyncio.run(written(service, None, input_ids, 4))
             before, clock = psutil.Process().memory_info().rss, time.perf_counter()
             AdapterFolder(str(many)).follow(service.registry)
             seconds = time.perf_counter() - clock
             for number in range(USED):
-                asyncio.run(written(service, str(number), words, 1))
+                asyncio.run(written(service, str(number), input_ids, 1))
             grown = psutil.Process().memory_info().rss - before
             loads = [loaded(service, str(number)) for number in range(USED)]
     return {
@@ -215,18 +215,18 @@ def memory() -> dict[str, float]:
 
 
 def loaded(service: Service, name: str) -> float:
-    """Seconds until an adapter that is not in memory is there."""
-    service.engine.hot.shrink(0)
+    """Seconds to load an adapter that is not in memory."""
+    service.engine.adapter_cache.shrink(0)
     version, clock = service.registry.lease(name), time.perf_counter()
-    service.engine.hot.use(version)
+    service.engine.adapter_cache.use(version)
     seconds = time.perf_counter() - clock
-    service.engine.hot.done(version)
+    service.engine.adapter_cache.done(version)
     service.registry.release(version)
     return seconds
 
 
 def replaced(folder: Path) -> Iterator[dict[str, Any]]:
-    """1,000 requests from 32 clients, one of 50 adapters replaced every second; every answer beside ``generate``'s."""
+    """1,000 requests from 32 clients, one of 50 adapters replaced every second; answers are checked by ``generate``."""
     kept = folder.parent / "kept"
     with served(folder) as service:
         for version in service.registry.versions:
@@ -257,7 +257,7 @@ def listening(app: Any) -> Iterator[str]:
 
 @contextmanager
 def replacing(service: Service, folder: Path, kept: Path) -> Iterator[Callable[[], int]]:
-    """Put other numbers in the place of one adapter every second; tells how many it were."""
+    """Replace the weights of one adapter every second; yields a function that returns how many were replaced."""
     ended, draw = threading.Event(), random.Random(0)
     done: list[str] = []
 
@@ -277,7 +277,7 @@ def replacing(service: Service, folder: Path, kept: Path) -> Iterator[Callable[[
 
 
 def ask(url: str, number: int) -> tuple[int, dict[str, Any] | None]:
-    """The number of a text, and the answer to it; None for an error."""
+    """The index of a text, and the server's answer to it; None for an error."""
     text = number % len(TEXTS)
     body = {"model": str(number * 7 % SERVED), "prompt": TEXTS[text], "max_tokens": SHORT, "temperature": 0}
     try:
@@ -291,11 +291,11 @@ def differing(found: list[tuple[int, dict[str, Any] | None]], kept: Path) -> Ite
     """Answers that are not those of ``generate``."""
     base, tokenizer = load_base_model(MODEL)
     base.generation_config.eos_token_id = None
-    words = [tokenizer(text)["input_ids"] for text in TEXTS]
+    input_ids = [tokenizer(text)["input_ids"] for text in TEXTS]
     answers = [(text, answer) for text, answer in found if answer is not None]
     for version in {answer["system_fingerprint"] for _, answer in answers}:
         model = PeftModel.from_pretrained(base, kept / version)
-        rows = generate(model, words, tokenizer.pad_token_id, SHORT)
+        rows = generate(model, input_ids, tokenizer.pad_token_id, SHORT)
         expected = tokenizer.batch_decode(rows, skip_special_tokens=True)
         for text, answer in answers:
             if answer["system_fingerprint"] == version and answer["choices"][0]["text"] != expected[text]:

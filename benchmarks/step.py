@@ -1,4 +1,4 @@
-"""What is timed: a batch of eight rows, adapters on copies of a base model, and their training steps."""
+"""What the benchmarks time: a batch of eight rows, adapters on copies of a base model, and their training steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def padded_batch(pad: int) -> Batch:
 
 
 def at_answers(batch: Batch) -> Batch:
-    """As softtune's Trainer calls the model: logits where the answers are."""
+    """The batch as softtune's Trainer passes it to the model: with logits at the answers only."""
     return {**batch, "logits_to_keep": answer_width(batch["labels"])}
 
 
@@ -45,14 +45,14 @@ def adapted(
     side: ModuleType = softtune,
     **options: Any,
 ) -> Any:
-    """A copy of the base model with an adapter of softtune or PEFT; softtune's always start alike."""
+    """A copy of the base model with an adapter of softtune or PEFT; softtune's always have the same initial weights."""
     torch.manual_seed(0)
     settings = getattr(side, config)(task_type="CAUSAL_LM", num_virtual_tokens=virtual, **options)
     return side.get_peft_model(copy.deepcopy(base), settings).train()
 
 
 def forward_backward(model: nn.Module, batch: Batch) -> Step:
-    """A step without an optimiser; it returns the loss."""
+    """A step without an optimizer; it returns the loss."""
 
     def step() -> torch.Tensor:
         loss: torch.Tensor = model(**batch).loss
@@ -63,7 +63,7 @@ def forward_backward(model: nn.Module, batch: Batch) -> Step:
 
 
 def training_step(model: nn.Module, batch: Batch) -> Step:
-    """Forward, backward, and the optimiser's update."""
+    """Forward pass, backward pass, and the optimizer's update."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     gradients = forward_backward(model, batch)
 
@@ -76,7 +76,7 @@ def training_step(model: nn.Module, batch: Batch) -> Step:
 
 
 def matrix_products(step: Step) -> Step:
-    """The matrix products of a step again, with their own arguments, and nothing else of it."""
+    """Replays the matrix products of a step with their original arguments, and nothing else of it."""
     with (recorder := ProductRecorder()):
         step()
     return recorder.replay

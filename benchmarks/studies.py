@@ -1,10 +1,10 @@
-"""The papers' own questions at a small scale, and what methods come to on known data sets, kept in docs/results.
+"""Runs the papers' questions at a small scale, and methods on known data sets, with results in docs/results.
 
     python benchmarks/studies.py [NAME ...] [--write]
 
-A name is one of a sweep in recipes/studies, or of HEADLINES; by default all of them run, those that are kept in
-runs/studies going on where they were. --write runs nothing, and makes the pages of what was run before anew. The data
-is looked for in the folder data, as recipes/ says.
+A name is that of a sweep in recipes/studies, or one of HEADLINES. By default all of them run; those with results in
+runs/studies resume. --write runs nothing, and writes the pages of saved results again. The data is read from the folder
+data, as described in recipes/.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import timing
 
 from softtune.cli.console import progress_bars, quiet
 from softtune.experiments import report
+from softtune.experiments.adapter_report import bias_cells, biases
 from softtune.experiments.compare import compare
 from softtune.experiments.outcomes import Entry, entries_of, entry_of, stem_of
 from softtune.experiments.page import Page
-from softtune.experiments.portrait import bias_cells, biases
 from softtune.experiments.sweep import Sweep, sweep
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
@@ -33,7 +33,7 @@ from softtune.training.setup import Progress
 ROOT = Path(__file__).parents[1]
 STUDIES, RESULTS, RUNS = ROOT / "recipes" / "studies", ROOT / "docs" / "results", ROOT / "runs" / "studies"
 STAMPS_NAME = "stamps.json"
-"""What each entry of a study comes from, in the study's folder."""
+"""File in a study's folder with the hardware and commit of each entry."""
 
 HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "e2e": (
@@ -55,17 +55,17 @@ HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     ),
     "scitldr": ("SciTLDR, summaries", ["prefix-tuning", "zero-shot"], {"evaluation_examples": 100}),
 }
-"""Recipes to compare methods on: the page's title, the entries, and fields to replace."""
+"""Recipes to compare methods on: the page's title, the entries, and recipe fields to replace."""
 
 RATES = {
     "btc_ner": {"bitfit": 1e-2, "full": 2e-4, "head": 1e-1},
     "squad": {"bitfit": 3e-3, "head": 1e-2},
 }
-"""Learning rates of entries that have neither the recipe's nor their default."""
+"""Learning rates of entries that use neither the recipe's nor their default."""
 
 LOOKED_INTO = {"biases": "all"}
-"""Studies in whose pages a point's first adapter is shown, by how much its biases have changed (Ben Zaken et al. 2022,
-figure 2)."""
+"""Studies whose page shows how much the biases of a point's first adapter have changed (Ben Zaken et al. 2022, figure
+2)."""
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def run(name: str) -> None:
-    """Run what is left of a study, and keep what it came to with the hardware and the commit of each entry."""
+    """Run the rest of a study, and save its results with the hardware and the commit of each entry."""
     with stamping(RUNS / name), progress_bars() as progress:
         entries = (headline if name in HEADLINES else study)(name, progress)
     content = {"runs": stamps(RUNS / name), "entries": [dataclasses.asdict(entry) for entry in entries]}
@@ -97,7 +97,7 @@ def run(name: str) -> None:
 
 @contextmanager
 def stamping(folder: Path) -> Iterator[None]:
-    """Note what the entries come from that are new in a folder when the block ends, be it by Ctrl-C."""
+    """When the block ends, even by Ctrl-C, record hardware and commit of the entries that are new in the folder."""
     clock, before, stamp = time.perf_counter(), entries_of(folder), timing.stamp()
     try:
         yield
@@ -116,8 +116,8 @@ def stamps(folder: Path) -> list[dict[str, Any]]:
 
 
 def study(name: str, progress: Progress) -> list[Entry]:
-    asked = Sweep.load(STUDIES / f"{name}.yaml")
-    return sweep(asked, Recipe.load(asked.recipe, {"output": str(RUNS / name)}), progress=progress)
+    config = Sweep.load(STUDIES / f"{name}.yaml")
+    return sweep(config, Recipe.load(config.recipe, {"output": str(RUNS / name)}), progress=progress)
 
 
 def headline(name: str, progress: Progress) -> list[Entry]:
@@ -127,20 +127,20 @@ def headline(name: str, progress: Progress) -> list[Entry]:
 
 
 def write(name: str) -> None:
-    """The page of a study, in docs/results."""
-    kept = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    entries = [entry_of(entry) for entry in kept["entries"]]
+    """Write the page of a study to docs/results."""
+    results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    entries = [entry_of(entry) for entry in results["entries"]]
     if name in HEADLINES:
-        page = report.of_comparison(entries, HEADLINES[name][0])
+        page = report.comparison_page(entries, HEADLINES[name][0])
     else:
-        page = report.of_sweep(Sweep.load(STUDIES / f"{name}.yaml"), entries, name)
-    if "bias_changes" in kept:
-        page = dataclasses.replace(page, pictures=[*page.pictures, biases(kept["bias_changes"])])
-    report.write_page(signed(page, name, kept), RESULTS / name, "README.md")
+        page = report.sweep_page(Sweep.load(STUDIES / f"{name}.yaml"), entries, name)
+    if "bias_changes" in results:
+        page = dataclasses.replace(page, pictures=[*page.pictures, biases(results["bias_changes"])])
+    report.write_page(signed(page, name, results), RESULTS / name, "README.md")
 
 
 def write_index() -> None:
-    """The list of all pages."""
+    """Write the index of all pages."""
     names = sorted(file.stem for file in RESULTS.glob("*.json"))
     papers = [name for name in names if name not in HEADLINES and Sweep.load(STUDIES / f"{name}.yaml").paper]
     lines = [
@@ -157,18 +157,18 @@ def write_index() -> None:
 
 
 def listed(title: str, names: list[str]) -> list[str]:
-    """A part of the list, with the time that it takes."""
-    kept = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
-    hours = sum(run["minutes"] for each in kept for run in each["runs"]) / 60
+    """A section of the index, with the time that its studies take."""
+    results = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    hours = sum(run["minutes"] for each in results for run in each["runs"]) / 60
     pages = [(RESULTS / name / "README.md").read_text(encoding="utf-8") for name in names]
     titles = [page.partition("\n")[0].removeprefix("# ") for page in pages]
     links = [f"- [{title}]({name}/README.md)" for title, name in zip(titles, names, strict=True)]
     return ["", f"## {title}", "", f"{hours:.1f} hours on one core.", "", *links]
 
 
-def signed(page: Page, name: str, kept: dict[str, Any]) -> Page:
-    """A page that says where its numbers come from, entry by entry where not all ran at once."""
-    runs = kept["runs"]
+def signed(page: Page, name: str, results: dict[str, Any]) -> Page:
+    """A page with notes on hardware and commit, entry by entry where not all ran at once."""
+    runs = results["runs"]
     whose = [f" ({', '.join(run['entries'])})" if len(runs) > 1 else "" for run in runs]
     says = [
         f"python benchmarks/studies.py {name}{entries}: {run['minutes']} minutes on {timing.machine(run['hardware'])}, "

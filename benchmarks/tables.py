@@ -1,4 +1,4 @@
-"""Writes ``docs/benchmarks.md``: all that ``results/`` holds, as tables."""
+"""Writes ``docs/benchmarks.md``: tables of all results in ``results/``."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def measures(found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def runs(found: dict[str, list[dict[str, float]]]) -> Iterator[str]:
-    """Means over seeds, and the least and the most of them."""
+    """Means over seeds, with minimum and maximum."""
     rows = []
     for name, seeds in found.items():
         cells = [_spread([seed[metric] for seed in seeds]) for metric in ("accuracy", "balanced_accuracy")]

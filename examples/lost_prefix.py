@@ -1,4 +1,4 @@
-"""Does a prefix act in ``generate``? PEFT's and softtune's on tiny random models: pip install peft, then run this.
+"""Does a prefix change ``generate``? Compares PEFT and softtune on tiny random models: pip install peft, then run this.
 
 With transformers 5.24 and PEFT 0.21.2 the first column is 0: the text is the base model's.
 """
@@ -33,7 +33,7 @@ def scores(model: torch.nn.Module) -> torch.Tensor:
 
 
 def moved(library: object, base: PreTrainedModel) -> float:
-    """How far a random prefix of a library moves the scores."""
+    """Largest change of the logits by a random prefix of a library."""
     expected = scores(base)
     torch.manual_seed(1)
     options = {"init_weights": "random"} if library is softtune else {}

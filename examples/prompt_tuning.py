@@ -1,4 +1,4 @@
-"""Prompt tuning that starts from a text: eight virtual tokens begin as the words of an instruction.
+"""Prompt tuning initialized from a text: eight virtual tokens start as the embeddings of an instruction.
 
 python examples/prompt_tuning.py train.csv
 """

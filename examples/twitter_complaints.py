@@ -1,4 +1,4 @@
-"""The data of the three scripts beside this one: tweets, each a complaint or not.
+"""Data of the three scripts beside this one: tweets, each a complaint or not.
 
 Any CSV file with the columns ``Tweet text`` and ``Label`` will do; RAFT's twitter_complaints is the well-known one.
 """
@@ -31,14 +31,14 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def load(file: str) -> DatasetDict:
-    """Four fifths of the rows to train on, one to evaluate on."""
+    """Load the rows: four fifths for training, one fifth for evaluation."""
     records = load_records(file)
     check_columns(["Tweet text", "Label"], records.column_names)
     return records.train_test_split(test_size=0.2, seed=0)
 
 
 def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, *, pad: bool) -> DatasetDict:
-    """Token ids of "Tweet text : ... Label : complaint", with labels on the last word alone; padded left to LENGTH."""
+    """Token ids of "Tweet text : ... Label : complaint", with labels on the answer alone; padded left to LENGTH."""
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
         answer = tokenizer(f" {row['Label']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -59,7 +59,7 @@ def preprocess(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, *, pad: bo
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script; what its user can mend is one line."""
+    """Run a script; an error that its user can fix is printed as one line."""
     try:
         main()
     except SofttuneError as error:

@@ -1,4 +1,4 @@
-"""Prompt tuning and P-tuning with Hugging Face's own Trainer and collator.
+"""Prompt tuning and P-tuning with Hugging Face's Trainer and collator.
 
 python examples/with_trainer.py train.csv
 """

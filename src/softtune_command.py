@@ -1,5 +1,8 @@
-"""What the command ``softtune`` runs. It stands beside the package, whose imports take seconds: the overview of the
-commands needs none of them, and a command is imported when it is called."""
+"""The entry point of the command ``softtune``.
+
+It stands beside the package, whose imports take seconds: the overview of the commands needs none of them, and a command
+is imported when it is called.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ COMMANDS = {
     "bake": "Write adapters as keys and values, for softtune's connector in a vLLM of one's own.",
     "report": "Write the page of a comparison or a sweep, or of an adapter, with its losses and traits.",
 }
-"""The commands, and how their descriptions begin."""
+"""The commands with the first paragraph of their help texts."""
 
 
 class _Imported(TyperCommand):
@@ -34,7 +37,7 @@ class _Imported(TyperCommand):
 
 
 def _import(name: str) -> Any:
-    """A command of the package. Ctrl-C ends the imports with one line."""
+    """Import a command of the package; Ctrl-C ends the imports with one line."""
     try:
         from softtune.cli import load
 
@@ -45,7 +48,7 @@ def _import(name: str) -> Any:
     except ImportError as error:
         if error.name != "transformers" or "softtune" not in str(error):
             raise
-        print(f"softtune: {error}", file=sys.stderr)  # it is too old
+        print(f"softtune: {error}", file=sys.stderr)  # transformers is too old
         sys.exit(2)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-import softtune.acting
+import softtune.adapter_context
 from softtune import PeftModel
 from softtune.compat import ARGUMENTS, cache_of
 from softtune.injection import layout
@@ -192,7 +192,7 @@ def test_only_a_suffix_or_infix_asks_where_the_answer_begins(method: str, monkey
         asked.append(args)
         return layout.row_starts(*args)
 
-    monkeypatch.setattr(softtune.acting, "row_starts", row_starts)
+    monkeypatch.setattr(softtune.adapter_context, "row_starts", row_starts)
     inputs = batch(texts("gpt2", CAUSAL_LM))
     adapted("gpt2", CAUSAL_LM, method)(**inputs, labels=inputs["input_ids"])
     assert bool(asked) == (method in ("prompt_suffix", "infix"))

@@ -39,7 +39,7 @@ from softtune import (
 )
 from softtune.backbone.stack import _sees_nothing_later, is_causal
 from softtune.promises import PROMISES, Broken
-from softtune.serving import baking
+from softtune.serving import prompt_export
 from tests.families import CAUSAL_LM, FAMILIES, LLAMA, METHODS, PAD, SEQ_CLS, VOCABULARY, adapted, base_model
 
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2}
@@ -269,7 +269,7 @@ def test_every_promise_can_fail(promise: str, spoil: str, monkeypatch: pytest.Mo
     """Each is seen to break where softtune is broken in one place."""
     import softtune.injection.cache
     import softtune.injection.step
-    from softtune.injection.attention import PrefixAttention
+    from softtune.injection.attention_wrapper import PrefixAttention
     from softtune.injection.stack import StackInjection
     from softtune.methods.prefix_tuning import PrefixEncoder
 
@@ -334,7 +334,7 @@ def test_what_is_served_is_checked(notes: Path, untested: None, tmp_path: Path) 
     for note in notes.glob("*"):
         note.unlink()
     self_check._passed.clear()
-    baking.load(PeftModel(base).backbone, tmp_path / "adapter")
+    prompt_export.load_adapter(PeftModel(base).backbone, tmp_path / "adapter")
     assert len(list(notes.glob("LlamaForCausalLM-*"))) == 1
 
 

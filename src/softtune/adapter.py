@@ -28,7 +28,7 @@ MAY_DIFFER = (
     "modules_to_save",
     "task_type",
 )
-"""Fields of a config that say where an adapter came from and what it is for, but not what it computes."""
+"""Config fields that describe an adapter's origin and task, but not what it computes."""
 
 
 @dataclass
@@ -39,20 +39,21 @@ class Adapter:
     module: Any
     """The method's module, a ``Method``."""
     heads: dict[str, nn.Module]
-    """Trained copies of the base model's heads in fp32, by their names."""
+    """Trained fp32 copies of the base model's heads, by module name."""
 
     @classmethod
     def new(cls, config: PeftConfig, backbone: Backbone, *, is_saved: bool = False) -> Adapter:
-        """An adapter for a base model, not yet at its start. The config is copied.
+        """Create an adapter for a base model, not yet initialized. The config is copied.
 
         Args:
-            config: its config.
-            backbone: the base model's.
-            is_saved: whether its tensors come from a file, which has the modules that the config names.
+            config: the adapter's config.
+            backbone: the base model.
+            is_saved: whether the adapter's tensors come from a file. Its heads are then the modules that the config
+                names, without modules tied to them.
 
         Raises:
-            UnsupportedModelError: the base model cannot take the method.
-            ConfigError: the config names modules that the base model lacks.
+            UnsupportedModelError: the base model does not support the method.
+            ConfigError: the config is no ``PeftConfig``, or names modules that the base model lacks.
         """
         if isinstance(config, type):
             raise ConfigError(f"{config.__name__} is a class: give a config of it, such as {config.__name__}(...)")
@@ -62,17 +63,17 @@ class Adapter:
         config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
         names = _head_names(config, backbone)
         if not is_saved:
-            _tell_untrained_head(config, backbone)
+            _warn_untrained_head(config, backbone)
         names = names if is_saved else _closed_over_ties(names, model)
-        copied: dict[int, Any] = {}  # what is tied stays so
+        copied: dict[int, Any] = {}  # one memo for all heads, so that tied parameters stay tied
         heads = {name: _copy_in_fp32(model.get_submodule(name), copied) for name in names}
         return cls(config, config.build(backbone).to(backbone.device), heads)
 
     def check_config(self, config: PeftConfig) -> None:
-        """Refuse the numbers of an adapter that was configured otherwise.
+        """Check that an adapter saved with this config can be loaded into this one.
 
         Raises:
-            AdapterMismatchError: the configs differ in more than where they came from and what they are for.
+            AdapterMismatchError: the configs differ in other fields than ``MAY_DIFFER``.
         """
         own, other = self.config.to_dict(), config.to_dict()
         for name in own:
@@ -85,45 +86,46 @@ class Adapter:
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
+        """The trained parameters of the module and the heads, by name."""
         parts = {"": self.module, **{f"{name}.": head for name, head in self.heads.items()}}
         pairs = [(prefix + name, p) for prefix, part in parts.items() for name, p in part.named_parameters()]
         return {name: parameter for name, parameter in pairs if parameter.requires_grad}
 
     def cut_off(self, idle: Collection[str]) -> list[str]:
-        """Which trained tensors should have had a gradient, of those that have none or zeros only.
+        """Names of the tensors that should have got a gradient, among trained ones whose gradient is missing or zero.
 
-        Each tensor of a prompt has one in every step. Others may rest, if not all of them together: an expert that no
-        token reached, a bias that a softmax takes no notice of, a head's part that the loss does not use.
+        Every tensor of a prompt gets a gradient in each step. Bias changes and heads are named only if none of them got
+        one, since single ones may be without: an expert's that no token reached, a bias that the softmax cancels, a
+        part of a head that the loss does not use.
         """
-        own = [name for name, _ in self.module.named_parameters() if name in self.trained]
-        heads = [name for name in self.trained if name not in own]
-        lost = [name for name in own if name in idle]
-        if not self.config.is_prompt_learning and len(lost) < len(own):
+        in_module = [name for name, _ in self.module.named_parameters() if name in self.trained]
+        heads = [name for name in self.trained if name not in in_module]
+        lost = [name for name in in_module if name in idle]
+        if not self.config.is_prompt_learning and len(lost) < len(in_module):
             lost = []
         return lost + (heads if all(name in idle for name in heads) else [])
 
     def untie(self) -> None:
-        """Let no two heads have a parameter in common."""
+        """Copy the heads so that no two of them share a parameter."""
         self.heads = {name: copy.deepcopy(head) for name, head in self.heads.items()}
 
     @property
     def is_reparameterised(self) -> bool:
-        """Whether the module trains more than inference needs of it."""
-        return len(self.module.state_dict()) > len(self.baked_state())
+        """Whether the module has more tensors than inference needs, such as an MLP behind the prompt."""
+        return len(self.module.state_dict()) > len(self.inference_state())
 
-    def baked_state(self) -> dict[str, Tensor]:
-        """The module's tensors that inference needs, without the dropout of training."""
+    def inference_state(self) -> dict[str, Tensor]:
+        """The module's tensors that inference needs, computed without dropout."""
         training = self.module.training
         self.module.eval()
         try:
-            state: dict[str, Tensor] = self.module.baked_state()
+            state: dict[str, Tensor] = self.module.inference_state()
         finally:
             self.module.train(training)
         return state
 
     def head_state(self) -> dict[str, Tensor]:
-        """The heads' tensors, by PEFT's names."""
+        """The heads' tensors, under PEFT's names."""
         return {
             f"base_model.{name}.{key}": tensor
             for name, head in self.heads.items()
@@ -142,26 +144,26 @@ def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:
     return names
 
 
-def _tell_untrained_head(config: PeftConfig, backbone: Backbone) -> None:
-    """Warn where the task is not the one that the model's head is for."""
+def _warn_untrained_head(config: PeftConfig, backbone: Backbone) -> None:
+    """Warn if the config's task is not the one that the model's head is for."""
     if (task := config.task_type) and not (task.has_head or config.modules_to_save) and backbone.has_task_head:
         head = f"{backbone.head_names[0]} of {type(backbone.model).__name__}"
         warnings.warn(f"{head} is not trained by an adapter for {task.value}: give its own task_type", stacklevel=4)
 
 
 def _copy_in_fp32(module: nn.Module, copied: dict[int, Any]) -> nn.Module:
-    """A module's copy, whose numbers stay where the base model computes, also where its own are offloaded."""
+    """Copy a module in fp32 on the device where it computes, even if its parameters are offloaded."""
     hooks = [hook for part in module.modules() if (hook := getattr(part, "_hf_hook", None)) is not None]
-    copied |= {id(hook): hook for hook in hooks}  # they hold what is offloaded of the whole model
+    copied |= {id(hook): hook for hook in hooks}  # hooks hold the whole model's offloaded weights: do not copy them
     with ExitStack() as stack:
         for part in module.modules():
             stack.enter_context(align_module_device(part))
-        own = copy.deepcopy(module, copied).float()
-    return remove_hook_from_module(own, recurse=True) if hooks else own
+        head = copy.deepcopy(module, copied).float()
+    return remove_hook_from_module(head, recurse=True) if hooks else head
 
 
 def _embedding_and_head(model: Any) -> list[str]:
-    """Names of the words' embedding and of the language head, where these are one matrix."""
+    """Names of the input embedding and the language model head, if their weights are tied."""
     pair = [model.get_input_embeddings(), model.get_output_embeddings()]
     if pair[1] is None or pair[0].weight is not pair[1].weight:
         return []
@@ -169,9 +171,9 @@ def _embedding_and_head(model: Any) -> list[str]:
 
 
 def _closed_over_ties(names: list[str], model: nn.Module) -> list[str]:
-    """The names, and beside the words' embedding the language head that is tied to it, or the reverse.
+    """The names, with both the input embedding and the language model head if one of them is named and they are tied.
 
-    Says so in a warning, since PEFT would part them.
+    Warns about the addition, since PEFT would untie them.
     """
     tied = _embedding_and_head(model)
     if not {*tied} & {*names}:

@@ -1,4 +1,4 @@
-"""A saved adapter together with its base model: PEFT's ``AutoPeftModel`` classes."""
+"""PEFT's ``AutoPeftModel`` classes, which load a saved adapter together with its base model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AutoPeftModel:
     """Loads a saved adapter and the base model that its config names."""
 
     task: ClassVar[TaskType | None] = None
-    """What adapters are for; without it, the config names the base model's class."""
+    """The adapters' task; without it, the config names the base model's class."""
 
     def __init__(self) -> None:
         raise TypeError(f"{type(self).__name__} makes no models of its own: use {type(self).__name__}.from_pretrained")
@@ -39,30 +39,34 @@ class AutoPeftModel:
         import_allowlist: list[str] | None = None,
         **options: Any,
     ) -> PeftModel:
-        """A base model with a saved adapter; see ``PeftModel.from_pretrained``.
+        """Load a saved adapter and its base model; see ``PeftModel.from_pretrained``.
+
+        If the tokenizer that is saved with the adapter has more tokens than the base model, the base model's embedding
+        is resized.
 
         Args:
             pretrained_model_name_or_path: the adapter's folder or hub repository.
             adapter_name: the name to give it.
-            is_trainable: go on training from exactly where the adapter was saved.
+            is_trainable: continue training from exactly where the adapter was saved.
             config: use this config instead of the saved one.
             revision: the adapter's revision on the hub.
-            import_allowlist: PEFT's; no library but transformers is ever asked for a class.
+            import_allowlist: unused, for PEFT's signature: classes are imported from transformers only.
             options: where on the hub to look; ``allow_pickle``; all others are for the base model's
-                ``from_pretrained``. Where the tokenizer beside the adapter has more tokens than the base model, its
-                embedding is made larger.
+                ``from_pretrained``.
 
         Raises:
             CheckpointError, AdapterMismatchError: see ``PeftModel.from_pretrained``.
             ConfigError: the adapter is for another task, or its config names no base model.
         """
-        own = {name: options.pop(name) for name in LOADING_OPTIONS if name in options} | {"revision": revision}
-        hub = {name: value for name, value in own.items() if name != "allow_pickle"}
+        loading = {name: options.pop(name) for name in LOADING_OPTIONS if name in options} | {"revision": revision}
+        hub = {name: value for name, value in loading.items() if name != "allow_pickle"}
         shared = {name: value for name, value in hub.items() if name not in ("subfolder", "revision")}
         saved = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         base = cls._load_base(saved, **shared, **options)
         _fit_tokenizer(base, pretrained_model_name_or_path, options.get("trust_remote_code", False), **hub)
-        return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own)
+        return PeftModel.from_pretrained(
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **loading
+        )
 
     @classmethod
     def _load_base(cls, config: PeftConfig, **options: Any) -> PreTrainedModel:
@@ -116,7 +120,7 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
 
 
 def _fit_tokenizer(base: PreTrainedModel, folder: str | os.PathLike[str], trust_remote_code: bool, **hub: Any) -> None:
-    """Make the base model's embedding as large as the tokenizer that lies beside an adapter, where there is one."""
+    """Resize the base model's embedding if the tokenizer saved with an adapter has more tokens."""
     path = storage.locate(folder, TOKENIZER_CONFIG, **hub)
     if path is None:
         return

@@ -1,4 +1,4 @@
-"""The model card: what an adapter is and how to load it, in the README of its folder, with a header for hub pages."""
+"""The model card in an adapter's folder: what the adapter is and how to load it, with metadata for the hub."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BEGIN, END = "<!-- softtune writes what is between here -->", "<!-- and here -->
 
 
 def model_card(existing: Path, config: PeftConfig, backbone: Backbone) -> ModelCard:
-    """An adapter's card. In one that is there already, what others wrote stays.
+    """Create or update an adapter's model card. Text that others wrote into an existing card is kept.
 
     Args:
-        existing: where there may be one.
-        config: the adapter's, as it is saved.
-        backbone: the base model's.
+        existing: path of the card, which may exist already.
+        config: the adapter's config, as it is saved.
+        backbone: the base model.
     """
     card = ModelCard.load(existing) if existing.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
     data: Any = card.data
@@ -38,7 +38,7 @@ def model_card(existing: Path, config: PeftConfig, backbone: Backbone) -> ModelC
 
 
 def _description(config: PeftConfig, backbone: Backbone) -> str:
-    """What the config says, and how to load the adapter."""
+    """Markdown that describes the adapter's config, and how to load it."""
     assert config.peft_type is not None
     tokens = getattr(config, "num_virtual_tokens", None)
     facts = {
@@ -66,7 +66,7 @@ def _description(config: PeftConfig, backbone: Backbone) -> str:
 
 
 def _loading(config: PeftConfig, backbone: Backbone) -> list[str]:
-    """The lines that load an adapter from its folder."""
+    """The lines of Python that load an adapter from its folder."""
     name, source = type(backbone.model).__name__, config.base_model_name_or_path or "the base model"
     head = f", num_labels={backbone.model.config.num_labels}" if config.task_type and config.task_type.has_head else ""
     return [

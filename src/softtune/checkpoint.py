@@ -1,9 +1,9 @@
 """Adapter folders in PEFT's format, and the training state beside them.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (what inference needs; PEFT reads both),
-``softtune_config.json`` (fields that PEFT lacks, and by what the base model is known again),
-``training_state.safetensors`` where the method trains more than it needs later, and a model card. Weights are
-safetensors only: a pickled file is refused unread, unless the caller asks for it by name.
+``softtune_config.json`` (fields that PEFT lacks, and a sample by which the base model is recognized),
+``training_state.safetensors`` where training needs more tensors than inference, and a model card. Weights are
+safetensors only: a pickled file is refused unread, unless the caller passes ``allow_pickle=True``.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.card import CARD_NAME, model_card
 from softtune.errors import AdapterMismatchError, CheckpointError
+from softtune.formatting import in_one_line
 from softtune.methods.base import CONFIG_NAME, OWN_CONFIG_NAME, PeftConfig
 from softtune.methods.initialization import OWN_KEY, PROMPT_KEY, WEIGHTS_NAME
-from softtune.wording import in_one_line
 
 STATE_NAME = "training_state.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 SAMPLE_KEY = "embedding_sample"
 ROWS_KEY = "embedding_rows"
-"""How many words the sampled embedding had: those that were added or cut since are not compared."""
+"""Number of rows of the sampled embedding; rows that were added or removed since are not compared."""
 SAMPLE_TOLERANCE = 0.05
-"""How far, relative to its largest number, a base model's embedding may drift (precision, quantisation) and be the
-same."""
+"""Difference of two embedding samples (precision, quantisation), relative to the largest value, up to which they count
+as the same base model's."""
 
 
 def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone, *, also_pickled: bool = False) -> None:
-    """Write an adapter's folder, every file whole or not at all.
+    """Save an adapter to a folder; each file is written whole or not at all.
 
     Args:
-        folder: the folder; made where there is none.
+        folder: the folder; created if missing.
         adapter: the adapter.
-        backbone: its base model's.
-        also_pickled: write ``adapter_model.bin`` beside the safetensors, for old readers of PEFT's.
+        backbone: its base model.
+        also_pickled: write ``adapter_model.bin`` beside the safetensors, for old readers of PEFT's format.
 
     Raises:
         CheckpointError: ``folder`` is a file.
@@ -68,26 +68,29 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone, *
         config.write(stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows})
     gone = {STATE_NAME: not adapter.is_reparameterised, PICKLED_NAME: not also_pickled}
     for name in (name for name, is_gone in gone.items() if is_gone):
-        Path(folder, name).unlink(missing_ok=True)  # of another adapter that was here before
+        Path(folder, name).unlink(missing_ok=True)  # left by another adapter that was saved here before
 
 
 def _name_of_base(config: PeftConfig, backbone: Backbone) -> str | None:
-    """What the config says, or where the base model came from; its public name rather than a path, where it has one."""
+    """The base model's name from the config or the model, or instead of a path its public name if it has one."""
     path = backbone.model.name_or_path or None
     name = config.base_model_name_or_path or path
     return getattr(backbone.model, "public_name", name) if name == path else name
 
 
 def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
-    """What ``adapter_model.safetensors`` holds: the baked prompt or bias changes, and the heads, by PEFT's names."""
-    state = adapter.baked_state()
+    """The tensors of ``adapter_model.safetensors``, under PEFT's names.
+
+    These are the inference state, which is the computed prompt or the bias changes, and the heads.
+    """
+    state = adapter.inference_state()
     if PROMPT_KEY in state and not adapter.config.is_readable_by_peft(backbone):
         state = {OWN_KEY: state[PROMPT_KEY]}
     return {**state, **adapter.head_state()}
 
 
 def load(folder: str | os.PathLike[str], adapter: Adapter, *, allow_pickle: bool = False, **hub: Any) -> None:
-    """Fill an adapter from a folder or hub repository.
+    """Load an adapter's tensors from a folder or hub repository.
 
     Args:
         folder: the folder or repository.
@@ -106,7 +109,7 @@ def load(folder: str | os.PathLike[str], adapter: Adapter, *, allow_pickle: bool
 
 
 def weights(folder: str | os.PathLike[str], *, allow_pickle: bool = False, **hub: Any) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``, or of PEFT's ``adapter_model.bin`` where that is allowed.
+    """Read the tensors of ``adapter_model.safetensors``, or of PEFT's ``adapter_model.bin`` where that is allowed.
 
     Raises:
         CheckpointError: there is neither, or it is damaged, holds more than tensors, or is pickled and not allowed.
@@ -126,12 +129,12 @@ def weights(folder: str | os.PathLike[str], *, allow_pickle: bool = False, **hub
 
 
 def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[str, Tensor] | None = None) -> None:
-    """Put the tensors that ``export`` returned, or PEFT saved, into an adapter.
+    """Copy the tensors that ``export`` returned, or PEFT saved, into an adapter.
 
     Args:
         adapter: the adapter to fill.
-        state: the baked prompt or bias changes, and the heads.
-        training_state: the module's own tensors, where it computes the prompt through an encoder.
+        state: the computed prompt or the bias changes, and the heads.
+        training_state: the module's own tensors, if it computes the prompt through an encoder.
 
     Raises:
         AdapterMismatchError: names or shapes do not fit.
@@ -140,15 +143,15 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
     heads = {k: v for k, v in state.items() if k.startswith("base_model.")}
     _check(adapter.head_state(), heads)
     if _differ_where_tied(adapter.head_state(), heads):
-        adapter.untie()  # PEFT has trained them apart
-    own = {k: v for k, v in state.items() if not k.startswith("base_model.")}
-    if OWN_KEY in own:
-        own[PROMPT_KEY] = own.pop(OWN_KEY)
-    elif PROMPT_KEY in own:
-        own[PROMPT_KEY] = adapter.config.from_peft(own[PROMPT_KEY])
-    _check(adapter.baked_state(), own)
+        adapter.untie()  # PEFT has trained them separately
+    inference_state = {k: v for k, v in state.items() if not k.startswith("base_model.")}
+    if OWN_KEY in inference_state:
+        inference_state[PROMPT_KEY] = inference_state.pop(OWN_KEY)
+    elif PROMPT_KEY in inference_state:
+        inference_state[PROMPT_KEY] = adapter.config.from_peft(inference_state[PROMPT_KEY])
+    _check(adapter.inference_state(), inference_state)
     if not adapter.is_reparameterised:
-        _copy(adapter.baked_state(), own)
+        _copy(adapter.inference_state(), inference_state)
     elif training_state is not None:
         _copy(adapter.module.state_dict(), training_state)
     else:
@@ -159,7 +162,7 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
 
 
 def _differ_where_tied(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> bool:
-    """Whether two targets are the same numbers, and their sources are not."""
+    """Whether two targets share memory while their sources differ."""
     first: dict[int, str] = {}
     pairs = [(name, first.setdefault(target.data_ptr(), name)) for name, target in targets.items()]
     return any(name != other and not torch.equal(sources[name], sources[other]) for name, other in pairs)
@@ -168,11 +171,11 @@ def _differ_where_tied(targets: Mapping[str, Tensor], sources: Mapping[str, Tens
 def check_base_model(
     folder: str | os.PathLike[str], backbone: Backbone, *, allow_pickle: bool = False, **hub: Any
 ) -> None:
-    """Refuse an adapter that was trained on another base model, or was not copied whole.
+    """Check that a saved adapter was trained on this base model, and that its folder is complete.
 
     Raises:
-        CheckpointError: weights that only softtune reads came without its config, or there are none.
-        AdapterMismatchError: the word embeddings differ, in words that both have.
+        CheckpointError: the folder has no weights, or lacks softtune's config although the weights need it.
+        AdapterMismatchError: the word embeddings differ in rows that both models have.
     """
     path = storage.locate(folder, OWN_CONFIG_NAME, is_optional=True, **hub)
     if path is None and OWN_KEY in weights(folder, allow_pickle=allow_pickle, **hub):
@@ -180,9 +183,9 @@ def check_base_model(
     notes = storage.read_json(path) if path else {}
     if (saved := notes.get(SAMPLE_KEY)) is None:
         return
-    own = backbone.embedding_sample(notes.get(ROWS_KEY))
-    drift = max((abs(a - b) for a, b in zip(saved, own, strict=False)), default=0.0)
-    if not own or drift > SAMPLE_TOLERANCE * max(abs(x) for x in saved):
+    sample = backbone.embedding_sample(notes.get(ROWS_KEY))
+    drift = max((abs(a - b) for a, b in zip(saved, sample, strict=False)), default=0.0)
+    if not sample or drift > SAMPLE_TOLERANCE * max(abs(x) for x in saved):
         path = storage.locate(folder, CONFIG_NAME, **hub)
         name = storage.read_json(path).get("base_model_name_or_path") if path else None
         is_same = name == backbone.model.name_or_path
@@ -193,7 +196,11 @@ def check_base_model(
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises CheckpointError where it is damaged."""
+    """Read the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -201,7 +208,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled file, of which torch reads nothing but tensors.
+    """Read the tensors of a pickled file, with ``weights_only=True``.
 
     Raises:
         CheckpointError: it is damaged, or holds anything else.
@@ -241,5 +248,5 @@ def _check(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None
 
 
 def write(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors into a safetensors file."""
+    """Write tensors to a safetensors file."""
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, path, metadata={"format": "pt"})

@@ -1,8 +1,8 @@
-"""What transformers may rename: the one file that spells it.
+"""The one file with the names that transformers may change.
 
 Arguments, classes, modules and private attributes change from one minor version to the next, and a wrong name often
-fails in silence, as a keyword argument that nobody reads. So everything else here uses one name for a thing, that of
-the newest version in ``ARGUMENTS``, and asks this file for what an installed version or a model's own file calls it.
+fails silently, as a keyword argument that nothing reads. So the rest of softtune uses one name for a thing, that of the
+newest version in ``ARGUMENTS``, and this file translates it to the name in the installed version or in a model's file.
 
 Knows nothing about adapters.
 """
@@ -64,12 +64,12 @@ __all__ = [
 
 
 TESTED = Path(__file__).with_name("tested.json")
-"""What the run of the support matrix has tested."""
+"""The tested model classes, as written by the support matrix."""
 
 
 @cache
 def tested() -> dict[str, list[str]]:
-    """Classes of models that were tested, by the version of transformers."""
+    """Tested model classes by version of transformers."""
     versions: dict[str, list[str]] = json.loads(TESTED.read_text(encoding="utf-8"))
     return versions
 
@@ -79,17 +79,23 @@ def is_tested(model: PreTrainedModel) -> bool:
     return class_name(type(model), model.config) in tested().get(str(INSTALLED), ())
 
 
-def class_name(own: type, config: Any) -> str:
-    """A class of models by name: with its module where that is not transformers', and with the kinds of models where it
-    is made of any two."""
-    name = own.__name__ if own.__module__.startswith("transformers.") else f"{own.__module__}.{own.__qualname__}"
+def class_name(model_class: type, config: Any) -> str:
+    """The name of a model class.
+
+    It includes the module where that is not transformers', and the model types where the class combines any two models.
+    """
+    name = (
+        model_class.__name__
+        if model_class.__module__.startswith("transformers.")
+        else f"{model_class.__module__}.{model_class.__qualname__}"
+    )
     if config.model_type != "encoder-decoder":
         return name
     return f"{name} of {config.encoder.model_type} and {config.decoder.model_type}"
 
 
 class Name(NamedTuple):
-    """What some versions of transformers call a thing."""
+    """A name that some versions of transformers use for a thing."""
 
     name: str
     since: str = OLDEST
@@ -103,14 +109,14 @@ class Name(NamedTuple):
 
 
 ARGUMENTS: dict[str, tuple[Name, ...]] = {
-    # A model without attention has states in place of keys and values; RWKV's are a list.
+    # A model without attention has recurrent states instead of keys and values; RWKV's are a list.
     "cache": (
         Name("cache", since="5.24"),
         Name("past_key_values", until="6.0"),
         Name("cache_params", until="6.0"),
         Name("state"),
     ),
-    # How many tokens are cached, to a position table.
+    # The number of cached tokens, as position tables take it.
     "cache_length": (Name("cache_length", since="5.24"), Name("past_key_values_length", until="5.24")),
     # The Trainer's argument, the model's two methods and the first of their arguments.
     "activation_checkpointing": (
@@ -118,40 +124,44 @@ ARGUMENTS: dict[str, tuple[Name, ...]] = {
         Name("gradient_checkpointing", until="6.0"),
     ),
 }
-"""By softtune's name for an argument, what transformers and the files of models call it, the newest first."""
+"""The names of an argument in transformers and in models' files, the newest first, by softtune's name for it."""
 
 _CANONICAL = {spelling.name: name for name, spellings in ARGUMENTS.items() for spelling in spellings}
 
 
 def spelled(name: str, parameters: Collection[str] | None = None) -> str:
-    """What a function with these parameters calls an argument; by default what the installed transformers does.
+    """The name of an argument in a function with these parameters, or by default in the installed transformers.
 
-    A model's file may be older than transformers: what its function takes comes first.
+    The function's parameters come first, since a model's file may be older than transformers.
     """
     spellings = ARGUMENTS.get(name, (Name(name),))
-    if parameters is not None and (own := [s.name for s in spellings if s.name in parameters]):
-        return own[0]
+    if parameters is not None and (matching := [s.name for s in spellings if s.name in parameters]):
+        return matching[0]
     return next(s.name for s in spellings if s.holds)
 
 
 def canonical(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by softtune's names.
+    """Translate a call's arguments to softtune's names.
 
     Raises:
         DataError: an argument is given under two names.
     """
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for given, value in call.items():
         name = _CANONICAL.get(given, given)
-        if found.get(name) is not None and value is not None:
+        if arguments.get(name) is not None and value is not None:
             raise DataError(f"the call has {name} under two names, {given} too: give one")
-        if found.get(name) is None:
-            found[name] = value
-    return found
+        if arguments.get(name) is None:
+            arguments[name] = value
+    return arguments
 
 
 def renamed(call: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """A call's arguments as a function calls them. Raises DataError as ``canonical`` does."""
+    """Translate a call's arguments to the names that a function takes.
+
+    Raises:
+        DataError: an argument is given under two names.
+    """
     call = canonical(call)
     if ARGUMENTS.keys().isdisjoint(call):
         return call
@@ -160,8 +170,8 @@ def renamed(call: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, 
 
 
 def cache_of(call: Mapping[str, Any]) -> Any:
-    """The cache among a call's arguments, or an output's fields; None where there is none."""
-    fields = {**call}  # an output finds its cache by old names too, and warns
+    """The cache in a call's arguments or in an output's fields; None where there is none."""
+    fields = {**call}  # an output also accepts old names for its cache, with a warning
     return next((fields[s.name] for s in ARGUMENTS["cache"] if fields.get(s.name) is not None), None)
 
 
@@ -171,12 +181,12 @@ def set_cache(output: Any, cache: Any) -> None:
 
 
 def takes_cache(parameters: Collection[str]) -> bool:
-    """Whether a function with these parameters goes on from a cache."""
+    """Whether a function with these parameters takes a cache."""
     return any(s.name in parameters for s in ARGUMENTS["cache"])
 
 
 def create_masks(config: Any, vectors: Tensor) -> Any:
-    """What a model makes of no attention mask: None, a mask, or one for each kind of layer by its name."""
+    """Create a model's masks for inputs without padding: None, a mask, or a dict with one for each kind of layer."""
     nothing: Any = {spelled("cache"): None}
     return create_masks_for_generate(config, vectors, attention_mask=None, **nothing)
 
@@ -185,7 +195,7 @@ def create_masks(config: Any, vectors: Tensor) -> Any:
 
 
 def has_interface(model: Any) -> bool:
-    """Whether a model's attention function can be chosen."""
+    """Whether a model uses the attention interface, so that its attention function can be set."""
     return bool(model._can_set_attn_implementation())
 
 
@@ -195,17 +205,17 @@ def attention_name(config: Any) -> str | None:
 
 
 def set_attention_name(config: Any, name: str) -> None:
-    """Choose the attention function of a config."""
+    """Set the attention function of a config."""
     config._attn_implementation = name
 
 
 def with_attention_name(name: str) -> dict[str, str]:
-    """The attributes that name a config's attention function."""
+    """A dict of the attribute that names a config's attention function."""
     return {"_attn_implementation": name}
 
 
 def eager_function(module: nn.Module) -> Callable[..., Any]:
-    """The eager attention of an attention module's file, with the model's own soft caps and sinks."""
+    """The eager attention function of a module's model file, with the model's own soft caps and sinks."""
     function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
     return function
 
@@ -218,11 +228,11 @@ DISENTANGLED = (
     "relative_pos",
     "rel_embeddings",
 )
-"""What DeBERTa's attention is called with."""
+"""The parameters of DeBERTa's attention."""
 
 
 def is_disentangled(module: nn.Module) -> bool:
-    """Whether a module is DeBERTa's attention as softtune knows it, without talking-heads attention."""
+    """Whether a module is DeBERTa's attention with the parameters in ``DISENTANGLED``, without talking heads."""
     files = ("transformers.models.deberta.", "transformers.models.deberta_v2.")
     is_own = type(module).__name__ == "DisentangledSelfAttention" and type(module).__module__.startswith(files)
     is_known = is_own and tuple(inspect.signature(type(module).forward).parameters)[1:] == DISENTANGLED
@@ -232,38 +242,38 @@ def is_disentangled(module: nn.Module) -> bool:
 # Activation checkpointing
 
 CHECKPOINTS = "gradient_checkpointing"
-"""A module's flag: whether it runs again in the backward pass."""
+"""A module's flag: whether it is recomputed in the backward pass."""
 CHECKPOINT = "_gradient_checkpointing_func"
-"""What runs such a module: torch's ``checkpoint``, with its settings once it is enabled."""
+"""A module's attribute: the function that runs it, torch's ``checkpoint`` with its settings once enabled."""
 KEEPS_CACHE = "_can_checkpoint_with_cache"
-"""A layer's flag: whether it may have a cache nevertheless."""
+"""A layer's flag: whether it may use a cache while it is checkpointed."""
 
 
 def can_checkpoint(model: Any) -> bool:
-    """Whether a model's layers can run again in the backward pass."""
+    """Whether a model supports gradient checkpointing."""
     return bool(model.supports_gradient_checkpointing)
 
 
 def enable_checkpointing(model: Any, **settings: Any) -> None:
-    """Let a model's layers run again in the backward pass, with settings of torch's ``checkpoint``."""
+    """Enable gradient checkpointing of a model's layers, with settings of torch's ``checkpoint``."""
     name = spelled("activation_checkpointing")
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": settings or None})
 
 
 def disable_checkpointing(model: Any) -> None:
-    """Let no layer run again, and words need no gradients, which they do where it is enabled."""
+    """Disable gradient checkpointing, and the gradients of the input embeddings that enabling it requires."""
     getattr(model, f"{spelled('activation_checkpointing')}_disable")()
     model.disable_input_require_grads()
 
 
-# What single model files do in ways of their own
+# Peculiarities of single model files
 
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed", "pos_encoding")
-"""How the names of position tables end."""
+"""Endings of the names of position tables."""
 
 
 def position_table(stack: Any) -> nn.Module | None:
-    """The position embedding of BART's kin, which counts for itself and takes an offset."""
+    """The position embedding of BART and its relatives, which counts positions itself and takes an offset."""
     return getattr(stack, "embed_positions", None)
 
 
@@ -271,40 +281,40 @@ def has_position_table(stack: Any) -> bool:
     """Whether a stack looks positions up in a table."""
     modules = [(n, m) for n, m in stack.named_modules() if isinstance(m, nn.Embedding)]
     names = [n for n, _ in (*modules, *stack.named_buffers())]  # GPT-J keeps its sines in a buffer
-    return any(n.endswith(_POSITION_TABLES) for n in (*names, *vars(stack)))  # CTRL its own beside them
+    return any(n.endswith(_POSITION_TABLES) for n in (*names, *vars(stack)))  # CTRL's is a plain attribute
 
 
 def table_size(stack: Any) -> int | None:
-    """Positions that a stack has a table for, those before the first token's too; None where there is no table."""
+    """The number of positions in a stack's table, with those before the first token's; None where there is no table."""
     if hasattr(stack, "build_mpt_alibi_tensor"):  # MPT has linear biases, but of a fixed length
         return int(stack.config.max_seq_len)
     return getattr(stack.config, "max_position_embeddings", None) if has_position_table(stack) else None
 
 
 def first_position(stack: Any) -> int:
-    """The first real token's position: RoBERTa's kin begin behind their padding's."""
+    """The position of the first real token: in RoBERTa and its relatives the one after the padding's."""
     table = getattr(getattr(stack, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return 0 if padding is None else int(padding) + 1
 
 
 def keeps_states(stack: Any) -> bool:
-    """Whether layers of RecurrentGemma keep states to themselves, and begin anew where a position is 0 alone."""
+    """Whether layers store their states in themselves and reset them only at position 0, as RecurrentGemma's do."""
     return hasattr(stack, "_setup_cache")
 
 
 def has_picture_in_cache(stack: nn.Module) -> bool:
-    """Whether a stack, Git's, takes what stands in its cache already for a picture, and widens masks by it."""
+    """Whether a stack takes whatever its cache holds for an image and widens masks by it, as Git's does."""
     return any(hasattr(module, "image_patch_tokens") for module in stack.modules())
 
 
 def has_relative_bias(module: nn.Module) -> bool:
-    """Whether an attention module of T5's kin owns a table of relative position biases."""
+    """Whether an attention module of T5 or its relatives has a table of relative position biases."""
     return bool(getattr(module, "has_relative_attention_bias", False)) and hasattr(module, "_relative_position_bucket")
 
 
 def relative_bias(owner: Any, distance: Tensor, *, bidirectional: bool) -> Tensor:
-    """[..., heads] what an owner of such a table adds to scores of keys at a distance."""
+    """The bias [..., heads] that the owner of such a table adds to the scores of keys at a distance."""
     bucket = owner._relative_position_bucket
     settings = {
         "bidirectional": bidirectional,
@@ -323,46 +333,46 @@ _TRAINER_HOOKS = {
     "load_adapter": "_load_from_checkpoint",
     "load_best": "_load_best_model",
 }
-"""Methods of a Trainer that softtune's takes the place of, by its own names for them."""
+"""Private Trainer methods that softtune's Trainer overrides, by softtune's names for them."""
 
 T = TypeVar("T", bound=type)
 
 
 def trainer_hooks(trainer: T) -> T:
-    """Let a Trainer call the methods of this class where it calls its private ones.
+    """Class decorator: override the Trainer's private methods by this class's methods in ``_TRAINER_HOOKS``.
 
     Raises:
-        UnsupportedModelError: the installed transformers calls none of that name, so that this class would not act.
+        UnsupportedModelError: the installed transformers has no such method, so the override would have no effect.
     """
-    for own, private in _TRAINER_HOOKS.items():
+    for public, private in _TRAINER_HOOKS.items():
         if not hasattr(trainer.__base__, private):
             raise UnsupportedModelError(
                 f"the Trainer of transformers {INSTALLED} has no {private}: install a version that softtune was tested "
                 "with, see docs/support.md"
             )
-        setattr(trainer, private, vars(trainer)[own])
+        setattr(trainer, private, vars(trainer)[public])
     return trainer
 
 
 def prepared_inputs(trainer: Any, batch: Mapping[str, Any]) -> Any:
-    """A batch as a Trainer's own step has it, on its device."""
+    """Prepare a batch as a Trainer's own step does, on its device."""
     return trainer._prepare_inputs(batch)
 
 
 def save_checkpoint(trainer: Any) -> None:
-    """Write a checkpoint of a Trainer's last step."""
+    """Save a checkpoint of a Trainer's current step."""
     trainer._save_checkpoint(trainer.model, trial=None)
 
 
 def console_callbacks() -> list[type]:
-    """The callbacks of a Trainer that print."""
+    """The Trainer callbacks that print."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     return [PrinterCallback, ProgressCallback]
 
 
 def tracking_callback(name: str) -> type:
-    """A Trainer's callback for ``tensorboard`` or ``wandb``."""
+    """The Trainer callback for ``tensorboard`` or ``wandb``."""
     from transformers.integrations import integration_utils
 
     names = {"tensorboard": "TensorBoardCallback", "wandb": "WandbCallback"}

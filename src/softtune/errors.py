@@ -1,17 +1,17 @@
-"""Every error a user can meet, as one tree.
+"""Every error that softtune raises for its users, as one tree.
 
     SofttuneError(ValueError)
     ├── ConfigError             a field of a config or recipe is unknown, of the wrong type or out of range
-    │   └── MissingPeftTypeError    a saved config does not say its method
-    ├── UnsupportedModelError   the base model cannot take this method; the message names those that it can
-    ├── AdapterError            a name that is not loaded, or is loaded already
-    │   ├── AdapterMismatchError    an adapter trained on another base model
-    │   └── CheckpointError         a folder or file that is missing, truncated, or in an unsafe format
-    ├── DataError               a file, column, label or template that does not fit
+    │   └── MissingPeftTypeError    a saved config does not name its method
+    ├── UnsupportedModelError   the base model does not support this method; the message names those that it does
+    ├── AdapterError            an adapter's name is not loaded, or is loaded already
+    │   ├── AdapterMismatchError    the adapter was trained on another base model
+    │   └── CheckpointError         a folder or file is missing, truncated, or in an unsafe format
+    ├── DataError               a data file, column, label or template does not fit
     ├── TrainingError           training had to stop; the message says what was kept
     └── RequestError            a server cannot do what a request asks for
-        ├── TooLongError            its text, with what is to be written, is longer than the model takes
-        ├── FullError               too many others wait
+        ├── TooLongError            its prompt, with the tokens to generate, is longer than the model takes
+        ├── FullError               too many other requests are waiting
         └── ClosedError             the server is shutting down
 
 Each message is one line: what is wrong, then what to do. All derive from ``ValueError``, as PEFT's do.
@@ -27,11 +27,11 @@ class ConfigError(SofttuneError):
 
 
 class MissingPeftTypeError(ConfigError, TypeError):
-    """A saved config does not say its method, for which PEFT raises TypeError."""
+    """A saved config does not name its method. It is a ``TypeError`` too, as PEFT's is."""
 
 
 class UnsupportedModelError(SofttuneError):
-    """The base model cannot take this method."""
+    """The base model does not support this method."""
 
 
 class AdapterError(SofttuneError):
@@ -59,11 +59,11 @@ class RequestError(SofttuneError):
 
 
 class TooLongError(RequestError):
-    """A request's text, with what is to be written, is longer than the model takes."""
+    """A request's prompt, with the tokens to generate, is longer than the model takes."""
 
 
 class FullError(RequestError):
-    """Too many others wait."""
+    """Too many other requests are waiting."""
 
 
 class ClosedError(RequestError):

@@ -1,7 +1,7 @@
-"""Tells, after the first backward pass, which trained tensors learn nothing: their gradient is missing or all zeros.
+"""Warns after the first backward pass about trained tensors whose gradient is missing or all zeros.
 
-A quantised layer without a backward, a detached input or a renamed argument cuts an adapter off without an error, and
-its training then changes nothing. Knows nothing about methods.
+A quantised layer without a backward, a detached input or a renamed argument disconnects an adapter without an error,
+and its training then changes nothing. Knows nothing about methods.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CAUSES = (
 
 
 MOST_EVALUATIONS = 32
-"""Forwards in evaluation mode, after which nobody seems to train in it."""
+"""Forwards in evaluation mode that are watched; after so many, the model is not expected to be trained in it."""
 
 
 class NoGradientWarning(UserWarning):
-    """A trained tensor got no gradient, or zeros only."""
+    """A trained tensor got no gradient, or only zeros."""
 
 
 def without_gradient(gradients: Mapping[str, Tensor | None]) -> list[str]:
@@ -44,15 +44,15 @@ def describe(names: Sequence[str], count: int) -> str:
 
 
 class GradientWatch:
-    """Warns at the end of the first backward pass that leaves out trained tensors."""
+    """Warns at the end of the first backward pass if trained tensors got no gradient."""
 
     def __init__(self) -> None:
         self.is_over = False
-        """Whether a backward pass has been seen, or nobody is to be warned."""
+        """Whether a backward pass has been observed, or warnings are suspended."""
         self._evaluations = 0
         self._hooks: list[Any] = []
         self._is_fed: dict[str, bool] = {}
-        """Whether a tensor's gradient has anything but zeros; nothing of tensors without one."""
+        """Whether a tensor's gradient has a nonzero value; tensors without a gradient are missing."""
 
     def attach(
         self,
@@ -62,21 +62,21 @@ class GradientWatch:
         *,
         in_training: bool,
     ) -> None:
-        """Watch the next backward pass through any of a forward's outputs; no longer that of an earlier forward.
+        """Watch the next backward pass through any of a forward's outputs, instead of that of an earlier forward.
 
         Args:
-            outputs: what the forward returned.
-            trained: leaves by name.
-            judge: which of the tensors without a gradient are worth a warning.
-            in_training: whether the model is in training mode; in evaluation mode forwards end in no backward pass, as
-                a rule, and are watched for some time alone.
+            outputs: the forward's outputs.
+            trained: trained leaf tensors by name.
+            judge: selects the tensors without a gradient that are worth a warning.
+            in_training: whether the model is in training mode. In evaluation mode, where forwards rarely have a
+                backward pass, only the first ``MOST_EVALUATIONS`` are watched.
         """
         self._detach()
         roots = [output for output in outputs if output.requires_grad]
         self._evaluations += not in_training
         if self.is_over or not roots or (not in_training and self._evaluations > MOST_EVALUATIONS):
             return
-        # What is asked for the gradients of other tensors alone, by autograd.grad, has not lost any.
+        # A reachable tensor may lack a gradient because autograd.grad was called for other tensors only.
         reached = leaves_of(roots)
         unreached = [name for name, leaf in trained.items() if id(leaf) not in reached]
         for name, leaf in trained.items():
@@ -92,12 +92,12 @@ class GradientWatch:
         def begin(gradient: Tensor) -> None:
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
-        # Outputs are saved without the hook, and without a warning.
+        # Pickling an output drops the hook without a warning.
         self._hooks.append(register_multi_grad_hook(roots, unserializable_hook(begin), mode="any"))
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Warn of nothing for the length of the block."""
+        """Give no warnings for the length of the block."""
         before, self.is_over = self.is_over, True
         try:
             yield
@@ -108,7 +108,7 @@ class GradientWatch:
         return GradientWatch, ()
 
     def _note(self, name: str, gradient: Tensor | None) -> None:
-        """A function without a backward hands on None."""
+        """Record a gradient; it is None after a function without a backward."""
         self._is_fed[name] = self._is_fed.get(name, False) or (gradient is not None and bool(gradient.any()))
 
     def _detach(self) -> None:
@@ -118,14 +118,14 @@ class GradientWatch:
 
 
 def leaves_of(roots: Sequence[Tensor]) -> set[int]:
-    """The ``id`` of the leaves that tensors are computed from, less those within reentrant checkpoints."""
-    found: set[int] = set()
+    """The ``id`` of the leaves from which tensors are computed, except those within reentrant checkpoints."""
+    leaves: set[int] = set()
     seen: set[Node] = set()
     waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
     while waiting:
         node = waiting.pop()
         if node not in seen:
             seen.add(node)
-            found.add(id(getattr(node, "variable", None)))
+            leaves.add(id(getattr(node, "variable", None)))
             waiting += [following for following, _ in node.next_functions if following is not None]
-    return found
+    return leaves

@@ -1,4 +1,4 @@
-"""What a call of the model says about its rows, and whether it fits together. Knows nothing about adapters.
+"""The inputs of a model call, checked for consistency. Knows nothing about adapters.
 
 Letters: B rows, T tokens, D embedding size, P virtual tokens, W columns of the attention mask.
 """
@@ -17,32 +17,32 @@ from softtune.errors import DataError
 from softtune.injection.step import is_flat
 
 _TEXTS = ("inputs_embeds", "input_ids", "inputs")
-"""Names of the text in ``forward`` and ``generate``; that comes first which the layers read."""
+"""Argument names of the text in ``forward`` and ``generate``, in order of precedence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A call's rows."""
+    """The inputs of one call."""
 
     text: Tensor | None = None
-    """[B, T] ids or [B, T, D] vectors; None where the call has neither."""
+    """[B, T] token ids or [B, T, D] embeddings; None if the call has neither."""
     mask: Tensor | None = None
-    """[B, W] the attention mask; None where there is none, or a ready one."""
+    """[B, W] attention mask; None if there is none, or one of another form."""
     labels: Tensor | None = None
     """As the base model takes them."""
     columns: Tensor | None = None
-    """[B, P] the column before which each virtual token stands."""
+    """[B, P] column before which each virtual token is inserted."""
     has_cache: bool = False
-    """Whether the mask may have columns of earlier calls."""
+    """Whether the call has a KV cache, so that the mask may have columns of earlier calls."""
     encoder_outputs: Any = None
-    """What the caller has of an encoder-decoder's encoder."""
+    """The encoder's outputs in an encoder-decoder, if the caller passes them."""
 
     @classmethod
-    def of(cls, call: Mapping[str, Any], columns: Tensor | None, backbone: Backbone) -> Inputs:
-        """Those of a call's arguments by name.
+    def from_call(cls, call: Mapping[str, Any], columns: Tensor | None, backbone: Backbone) -> Inputs:
+        """Take the inputs from a call's arguments by name, and check them.
 
         Raises:
-            DataError: the text is empty or has no rows; the mask, the columns or the labels do not fit it.
+            DataError: the text is empty, no tensor or has no rows; the mask, the columns or the labels do not fit it.
         """
         mask = call.get("attention_mask")
         inputs = cls(

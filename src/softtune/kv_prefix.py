@@ -1,6 +1,6 @@
-"""A prefix that starts from a text's cache: PEFT's functions for it.
+"""PEFT's functions that initialize a prefix from a text's KV cache.
 
-Letters: H key/value heads, T tokens, P virtual tokens, K size of a key, W all numbers of one virtual token.
+Letters: H key/value heads, T tokens, P virtual tokens, K size of a key, W values of one virtual token over all layers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from softtune.model import PeftModel
 
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
-    """[P, W] a text's first keys and values, in the layout of a saved prefix.
+    """[P, W] the first P keys and values of a text's KV cache, in the layout of a saved prefix.
 
     Args:
         past_key_values: a cache of one row, or a key [1, H, T, K] and a value for each layer.
         num_virtual_tokens: P.
 
     Raises:
-        DataError: the cache is empty or holds fewer tokens, several rows, or something else than keys and values.
+        DataError: the cache is empty, has fewer tokens or several rows, has lost its first tokens, or does not consist
+            of keys and values.
     """
     layers = getattr(past_key_values, "layers", past_key_values)
     pairs = [layer if isinstance(layer, (tuple, list)) else (layer.keys, layer.values) for layer in layers]
@@ -48,17 +49,16 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
 def initialize_kv_prefix_from_past_key_values(
     model: PeftModel, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
 ) -> Tensor:
-    """Let a prefix start from a text's cache, and return its numbers [P, W].
+    """Initialize a prefix from a text's KV cache, and return it as [P, W].
 
     Args:
-        model: holds the adapter.
+        model: the model with the adapter.
         adapter_name: the adapter's name; by default that of the active one.
         past_key_values: see ``prompt_embeddings_from_past_key_values``.
         num_virtual_tokens: P, by default the adapter's.
 
     Raises:
-        AdapterError: no such adapter, or it is no plain prefix: it has a projection, or its virtual tokens stand among
-            the words.
+        AdapterError: no such adapter, or it is no plain prefix: it has a projection, or virtual tokens at the input.
         DataError: the cache does not fit.
     """
     module = _prefix(model, adapter_name)
@@ -84,16 +84,16 @@ def initialize_kv_prefix_from_text(
     use_chat_template: bool = True,
     max_length: int | None = None,
 ) -> Tensor:
-    """Let a prefix start from the keys and values that the base model has of a text, and return its numbers [P, W].
+    """Initialize a prefix from the keys and values that the base model computes for a text, and return it as [P, W].
 
     Args:
-        model: holds the adapter.
-        tokenizer: the base model's.
-        text: of at least P tokens, the first of which are read.
+        model: the model with the adapter.
+        tokenizer: the base model's tokenizer.
+        text: a text of at least P tokens, of which the first P are used.
         adapter_name: see ``initialize_kv_prefix_from_past_key_values``; so is ``num_virtual_tokens``.
         num_virtual_tokens: P, by default the adapter's.
-        use_chat_template: read the text as a system's message, where the tokenizer has a template for it.
-        max_length: read so many tokens at most.
+        use_chat_template: format the text as a system message if the tokenizer has a chat template.
+        max_length: use at most this many tokens.
 
     Raises:
         AdapterError: no such adapter, or it is no plain prefix.
@@ -104,7 +104,7 @@ def initialize_kv_prefix_from_text(
     if has_template:
         text = str(tokenizer.apply_chat_template([{"role": "system", "content": text}], tokenize=False))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)["input_ids"][:, :max_length]
-    ids = ids[:, : num_virtual_tokens or size]  # no token sees later ones
+    ids = ids[:, : num_virtual_tokens or size]  # causal attention: later tokens change nothing
     with model.disable_adapter(), evaluating(model):
         cache = compat.cache_of(model(input_ids=ids.to(model.device), use_cache=True))
     return initialize_kv_prefix_from_past_key_values(
@@ -113,7 +113,11 @@ def initialize_kv_prefix_from_text(
 
 
 def _prefix(model: PeftModel, adapter_name: str | None) -> PrefixEncoder:
-    """The module of a plain prefix."""
+    """The module of an adapter that is a plain prefix.
+
+    Raises:
+        AdapterError: no such adapter, or it is no plain prefix.
+    """
     name = adapter_name or model.active_adapter
     adapter = model.adapter(name)
     module = adapter.module

@@ -1,8 +1,8 @@
-"""PeftModel: one base model and its adapters. It does every task, since a task is data and a head; its classes for
-single tasks are names by which pipelines and Trainers know what a model is for.
+"""PeftModel: one base model and its adapters.
 
-The base model stays as it was loaded; an adapter acts only while a call of ``forward`` or ``generate`` runs, and in
-layers that gradient checkpointing runs again for that call.
+One class serves every task, since a task is data and a head. The classes for single tasks are names by which pipelines
+and Trainers recognize the task. The base model stays as it was loaded: an adapter is applied only while a call of
+``forward`` or ``generate`` runs, and in layers that gradient checkpointing recomputes for that call.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softtune import checkpoint, compat
-from softtune.acting import Cast, acting, check_trunk, claim, sign
 from softtune.adapter import Adapter
+from softtune.adapter_context import (
+    BatchAdapters,
+    apply_adapters,
+    check_cache_provenance,
+    check_frozen_layer_cache,
+    tag_cache,
+)
 from softtune.backbone import Backbone
 from softtune.backbone.interface import install
 from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterError, ConfigError
-from softtune.injection.owners import BASE
-from softtune.injection.store import Store
-from softtune.injection.trunk import Trunk
+from softtune.injection.frozen_layer_cache import FrozenLayerCache
+from softtune.injection.provenance import BASE
+from softtune.injection.tensor_store import TensorStore
 from softtune.inputs import Inputs
 from softtune.methods import PeftConfig, TaskType
 from softtune.options import LOADING_OPTIONS, check_options
@@ -39,31 +45,34 @@ from softtune.views import peft_class_of, with_parameters_of
 
 
 class LoadResult(NamedTuple):
-    """What ``load_adapter`` returns, by PEFT's names."""
+    """Result of ``load_adapter``, with PEFT's field names."""
 
     missing_keys: Sequence[str] = ()
     unexpected_keys: Sequence[str] = ()
 
 
 class PeftModel(PushToHubMixin, PeftNames):
-    """A frozen base model with adapters. Attributes that it lacks are the base model's.
+    """A frozen base model with adapters. Attributes that it lacks are looked up on the base model.
 
     Args:
         model: the base model. Its parameters are frozen and its attention is routed through softtune, which without an
-            adapter changes no bit of its outputs. A model with PEFT's LoRA in it stays as it is, frozen or trained
-            along.
+            adapter leaves its outputs bit-identical. A model with PEFT's LoRA stays as it is, with the LoRA frozen or
+            trained along.
         peft_config: the first adapter's config; without one there is no adapter yet.
         adapter_name: the first adapter's name.
-        options: those of PEFT that have no effect here.
+        options: PEFT's options that have no effect here.
 
     Raises:
-        UnsupportedModelError: the base model cannot take the method.
-        ConfigError: the config does not fit the base model, or an unknown option.
+        UnsupportedModelError: the base model does not support the method.
+        ConfigError: the config does not fit the base model, or an option is unknown.
+        AdapterError: the model has adapters already.
     """
 
     def __new__(cls, model: Any = None, *args: Any, **options: Any) -> PeftModel:
-        """An instance whose ``forward`` has the base model's parameters in its signature, for those who choose columns
-        by it."""
+        """Create an instance whose ``forward`` has the base model's parameters in its signature.
+
+        Trainers select the columns of a dataset by this signature.
+        """
         cls = _without_base(cls)
         shown = _with_base_signature(cls, type(_base_of(model))) if isinstance(model, nn.Module) else cls  # type: ignore[arg-type]
         return super().__new__(shown)
@@ -80,11 +89,11 @@ class PeftModel(PushToHubMixin, PeftNames):
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
 
-    _trunk: Trunk | None = None
+    _layer_cache: FrozenLayerCache | None = None
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """PEFT's class where PEFT is loaded: Trainers, accelerate and TRL know models with adapters by it alone."""
+        """PEFT's class where PEFT is loaded: Trainers, accelerate and TRL recognize models with adapters by it."""
         return peft_class_of(type(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,8 +107,8 @@ class PeftModel(PushToHubMixin, PeftNames):
     # Adapters: load and save
 
     @classmethod
-    def of(cls, model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> PeftModel:
-        """A base model with adapters that other models over it have too: all of them train the same numbers."""
+    def from_adapters(cls, model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> PeftModel:
+        """A base model with adapters that it shares with other models over it: all train the same parameters."""
         shared = cls(model)
         for name, adapter in adapters.items():
             shared._register(name, adapter)
@@ -116,21 +125,21 @@ class PeftModel(PushToHubMixin, PeftNames):
         config: PeftConfig | None = None,
         **options: Any,
     ) -> PeftModel:
-        """A base model with a saved adapter, ready for inference or, on request, for more training.
+        """Load a saved adapter onto a base model, for inference or further training.
 
         Args:
             model: the base model that the adapter was trained on.
             model_id: the adapter's folder or hub repository.
             adapter_name: the name to give it.
-            is_trainable: go on training from exactly where the adapter was saved.
+            is_trainable: continue training from exactly where the adapter was saved.
             config: use this config instead of the saved one; it becomes the adapter's, with the base model's sizes.
             options: where on the hub to look (``subfolder``, ``revision``, ``cache_dir``, ``token``); ``allow_pickle``
-                to read PEFT's ``adapter_model.bin``, as tensors alone; those of PEFT that have no effect here.
+                to read PEFT's ``adapter_model.bin``, tensors only; PEFT's options that have no effect here.
 
         Raises:
             CheckpointError: the folder or a file in it is missing or damaged, or it is pickled and that is not allowed.
             AdapterMismatchError: the adapter was trained on another base model.
-            ConfigError: an unknown option, or the adapter stands in the model's place.
+            ConfigError: an option is unknown, or the adapter is passed in the model's place.
         """
         if isinstance(model, (str, os.PathLike)):
             raise ConfigError("the base model comes first: PeftModel.from_pretrained(model, folder)")
@@ -156,17 +165,18 @@ class PeftModel(PushToHubMixin, PeftNames):
         config: PeftConfig | None = None,
         **options: Any,
     ) -> LoadResult:
-        """Add a saved adapter, as ``from_pretrained`` does, with its errors. The first one becomes active.
+        """Load a saved adapter, as ``from_pretrained`` does. The first one becomes active.
 
-        An adapter that is there already takes over the saved numbers, and is trained or not as before: its tensors
-        stay the same objects, so that an optimizer goes on with them.
+        If an adapter of this name is loaded already, the saved values are copied into it, and it stays trained or
+        frozen as before: its tensors stay the same objects, so that an optimizer continues with them.
 
         Returns:
-            PEFT's result, whose lists are empty, since an adapter that does not fit is an error.
+            PEFT's result with empty lists, since an adapter that does not fit is an error.
 
         Raises:
-            AdapterError: ``is_trainable`` is asked of an adapter that is there, and frozen.
-            AdapterMismatchError: the adapter that is there has another config.
+            AdapterError: ``is_trainable`` is set for an adapter that is loaded already and frozen.
+            AdapterMismatchError: the adapter that is loaded already has another config, or see ``from_pretrained``.
+            CheckpointError, ConfigError: see ``from_pretrained``.
         """
         check_options({"ephemeral_gpu_offload": ephemeral_gpu_offload, "key_mapping": key_mapping})
         hub = check_options(options, LOADING_OPTIONS)
@@ -180,8 +190,8 @@ class PeftModel(PushToHubMixin, PeftNames):
             adapter.check_config(config)
             checkpoint.load(model_id, adapter, allow_pickle=allow_pickle, **hub)
             return LoadResult()
-        own = dataclasses.replace(config, inference_mode=not is_trainable)
-        adapter = self._new_adapter(adapter_name, own, is_saved=True)
+        new_config = dataclasses.replace(config, inference_mode=not is_trainable)
+        adapter = self._new_adapter(adapter_name, new_config, is_saved=True)
         checkpoint.load(model_id, adapter, allow_pickle=allow_pickle, **hub)
         if all(config is not other for other in self.peft_config.values()):
             vars(config).update(vars(adapter.config))
@@ -203,21 +213,22 @@ class PeftModel(PushToHubMixin, PeftNames):
         state_dict: Mapping[str, Tensor] | None = None,
         **options: Any,
     ) -> None:
-        """Write adapters in PEFT's format: ``default`` into the folder itself, others into folders of their names.
+        """Save adapters in PEFT's format: ``default`` into the folder itself, others into subfolders of their names.
 
         Args:
-            save_directory: the folder; made where there is none.
-            safe_serialization: where False, pickled weights are written beside the safetensors, for old readers; a
-                warning says that they are not read here.
+            save_directory: the folder; created if missing.
+            safe_serialization: if False, pickled weights are written beside the safetensors, for old readers, with a
+                warning that the safetensors are read first.
             selected_adapters: names of the adapters to save; by default all.
-            is_main_process: False where another process saves.
-            state_dict: take the numbers from this ``state_dict()`` instead of from the model.
-            options: those of PEFT and transformers that have no effect here.
+            is_main_process: if False, nothing is saved, since another process saves.
+            state_dict: take the tensors from this ``state_dict()`` instead of from the model.
+            options: options of PEFT and transformers that have no effect here.
 
         Raises:
-            AdapterError: a name is not loaded.
+            AdapterError: there is no adapter, or none of a selected name.
             CheckpointError: ``save_directory`` is a file.
-            ConfigError: an unknown option.
+            ConfigError: an option is unknown.
+            AdapterMismatchError: a tensor of ``state_dict`` is missing, or has another shape.
         """
         conversion = {"path_initial_model_for_weight_conversion": path_initial_model_for_weight_conversion}
         check_options({"save_embedding_layers": save_embedding_layers, **conversion})
@@ -236,7 +247,7 @@ class PeftModel(PushToHubMixin, PeftNames):
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether the base model can compute the logits of some tokens alone (``logits_to_keep``)."""
+        """Whether the base model can compute the logits of some tokens only (``logits_to_keep``)."""
         return "logits_to_keep" in inspect.signature(self.backbone.model.forward).parameters
 
     # Running
@@ -252,28 +263,29 @@ class PeftModel(PushToHubMixin, PeftNames):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward with the active adapter. Outputs line up with the caller's tokens.
+        """Run the base model's ``forward`` with the active adapter. Outputs align with the caller's tokens.
 
-        In training there is no cache unless ``use_cache=True`` asks for one. Without a cache, padding is left out of
-        the layers' work where the model allows it; its hidden states are zero.
+        In training there is no cache unless ``use_cache=True`` is passed. Without a cache, the layers skip padding
+        where the model allows it; its hidden states are zero.
 
         Args:
             input_ids: [B, T], without virtual tokens.
             attention_mask: [B, T], padded left or right.
             inputs_embeds: [B, T, D] instead of ``input_ids``.
             labels: as the base model takes them; virtual tokens need none.
-            prompt_positions: [B, P] the column before which each virtual token stands, ascending, T at the end; as a
-                template's ``encode`` returns them. By default in front of the text or, for a suffix or infix, before
-                the first token that a language model's labels ask for, else behind the text.
-            adapter_names: B names, one for each row: its outputs are what they would be with that adapter alone.
-                ``"__base__"`` is the base model's own. By default all rows have the active adapter.
+            prompt_positions: [B, P] column before which each virtual token is inserted, ascending, T for the end; as a
+                template's ``encode`` returns them. By default virtual tokens precede the text. Those of a suffix or
+                infix precede the first token that a language model has a label for, else they follow the text.
+            adapter_names: B names, one for each row, whose outputs are the same as with that adapter alone.
+                ``"__base__"`` is the base model without an adapter. By default all rows have the active adapter.
             return_dict: False for a tuple.
-            kwargs: everything else that the base model's forward takes; with ``logits_to_keep`` the loss is over the
-                labels of the logits that are kept.
+            kwargs: further arguments of the base model's ``forward``; with ``logits_to_keep`` the loss covers the
+                labels of the kept logits only.
 
         Raises:
-            DataError: the input is empty, mask, positions or labels do not fit it, or positions exceed the model's.
-            UnsupportedModelError: the prompt did not arrive, or ``torch`` makes a graph that cannot be right.
+            DataError: the input is empty, mask, positions or labels do not fit it, or positions exceed the model's
+                maximum.
+            UnsupportedModelError: the prompt did not reach the layers, or ``torch`` makes a graph that cannot be right.
             AdapterError: ``adapter_names`` has an unknown name, another number of rows, or adapters of several tasks.
         """
         given = {
@@ -284,16 +296,16 @@ class PeftModel(PushToHubMixin, PeftNames):
         }
         kwargs = compat.renamed(kwargs, self.backbone.model.forward)
         kwargs |= {name: value for name, value in given.items() if value is not None}
-        inputs = Inputs.of(kwargs, prompt_positions, self.backbone)
-        cast = self._cast(adapter_names, inputs)
+        inputs = Inputs.from_call(kwargs, prompt_positions, self.backbone)
+        batch = self._batch_adapters(adapter_names, inputs)
         keep = kwargs.get("logits_to_keep", 0)
         if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
-        claim(kwargs, cast)
-        with acting(self.backbone, cast, inputs, self._trunk):
+        check_cache_provenance(kwargs, batch)
+        with apply_adapters(self.backbone, batch, inputs, self._layer_cache):
             output = self.backbone.model(return_dict=True, **kwargs)
-        sign(output, cast)
-        self._watch(output, cast)
+        tag_cache(output, batch)
+        self._watch(output, batch)
         return output if return_dict is not False else output.to_tuple()
 
     def generate(
@@ -303,13 +315,13 @@ class PeftModel(PushToHubMixin, PeftNames):
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's ``generate`` with the active adapter. Virtual tokens are not part of what it returns.
+        """Run the base model's ``generate`` with the active adapter. Outputs contain no virtual tokens.
 
         Args:
-            args: the base model's.
-            prompt_positions: see ``forward``; they refer to the input.
+            args: positional arguments of the base model's ``generate``.
+            prompt_positions: see ``forward``; columns of the input.
             adapter_names: see ``forward``; one for each row of the input.
-            kwargs: the base model's.
+            kwargs: keyword arguments of the base model's ``generate``.
 
         Raises:
             DataError, AdapterError, UnsupportedModelError: see ``forward``.
@@ -318,21 +330,21 @@ class PeftModel(PushToHubMixin, PeftNames):
         generate = base.generate
         kwargs = compat.renamed(kwargs, base.prepare_inputs_for_generation)
         call = {**dict(zip(("inputs",), args, strict=False)), **kwargs}
-        inputs = Inputs.of(call, prompt_positions, self.backbone)
-        cast = self._cast(adapter_names, inputs)
-        claim(kwargs, cast)
-        with acting(self.backbone, cast, inputs) as injection:
+        inputs = Inputs.from_call(call, prompt_positions, self.backbone)
+        batch = self._batch_adapters(adapter_names, inputs)
+        check_cache_provenance(kwargs, batch)
+        with apply_adapters(self.backbone, batch, inputs) as injection:
             if injection is not None:
                 injection.check_parts(kwargs)
             generated = generate(*args, **kwargs)
-        sign(generated, cast)
+        tag_cache(generated, batch)
         return generated
 
-    def _watch(self, output: Any, cast: Cast) -> None:
-        """Warn after the first backward pass where what acts in a forward gets no gradient."""
+    def _watch(self, output: Any, batch: BatchAdapters) -> None:
+        """Warn after the first backward pass if trained tensors of the batch's adapters got no gradient."""
         if self.gradient_watch.is_over or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        adapters = {name: adapter for name, adapter in cast.adapters.items() if adapter is not None}
+        adapters = {name: adapter for name, adapter in batch.adapters.items() if adapter is not None}
         trained = {f"{name}.{key}": p for name, adapter in adapters.items() for key, p in adapter.trained.items()}
         if not trained:
             return
@@ -347,56 +359,56 @@ class PeftModel(PushToHubMixin, PeftNames):
 
     def trunk_cache(
         self, memory: float = 1024, disk: float = 0, folder: str | os.PathLike[str] | None = None
-    ) -> AbstractContextManager[Trunk]:
-        """Compute the layers below the lowest prefix once for each text, for the length of a ``with`` block.
+    ) -> AbstractContextManager[FrozenLayerCache]:
+        """Cache each text's hidden states below the lowest layer with a prefix, within a ``with`` block.
 
             model = get_peft_model(base, PrefixTuningConfig(layers="last:10"))
             with model.trunk_cache(memory=512):
                 ...  # epochs of any training loop
 
-        No prompt reaches these layers, so that a text's states [T, D] there are the same in every epoch: later epochs
-        begin above them. Losses and gradients are those without. Rows of several adapters begin below the lowest prefix
-        of all. Calls without gradients run all layers, and so do those with BitFit adapters, vectors instead of words,
-        positions, token types or a cache of their own, and those that ask for every layer's output. Leave the block
-        before the base model's own numbers change.
+        No prompt reaches these layers, so that a text's states [T, D] there are the same in every epoch and are
+        computed only once: later epochs begin above them. Losses and gradients are the same as without the cache. A
+        batch of several adapters begins below the lowest prefix of all. Calls without gradients run all layers, and so
+        do those with BitFit adapters, with ``inputs_embeds``, positions, token types or a KV cache of their own, and
+        those that request every layer's output. Leave the block before the base model's weights change.
 
         Args:
             memory: megabytes (10⁶ bytes) of states to keep in memory; a text of T tokens takes T · D · 4 bytes in fp32.
-            disk: megabytes to keep in a temporary file when that is full. Texts beyond both bounds, or beyond what the
-                disk takes, are computed every time.
-            folder: where that file is; by default where the system has its temporary files.
+            disk: megabytes to keep in a temporary file when memory is full. Texts beyond both limits, or beyond the
+                disk's free space, are computed every time.
+            folder: the folder of that file; by default the system's folder for temporary files.
 
         Returns:
-            What ``with`` enters once; ``hits`` and ``misses`` of what it then gives count rows.
+            A context manager to enter once. It yields the cache, whose ``hits`` and ``misses`` count rows.
 
         Raises:
             ConfigError: a size is negative or both are 0, there is no such folder, or every adapter acts from the
                 first layer on.
-            UnsupportedModelError: the base model is no decoder that can leave layers out, has dropout, or is trained
-                in these layers.
+            UnsupportedModelError: the base model is not a decoder that can skip layers, has dropout, or is trained in
+                these layers.
         """
-        trunk = Trunk(self.backbone, Store(memory, disk, folder))
-        check_trunk(trunk, [self.adapter(name) for name in self.peft_config])
-        return self._keeping(trunk)
+        layer_cache = FrozenLayerCache(self.backbone, TensorStore(memory, disk, folder))
+        check_frozen_layer_cache(layer_cache, [self.adapter(name) for name in self.peft_config])
+        return self._keeping(layer_cache)
 
     @contextmanager
-    def _keeping(self, trunk: Trunk) -> Iterator[Trunk]:
-        before, self._trunk = self._trunk, trunk
+    def _keeping(self, layer_cache: FrozenLayerCache) -> Iterator[FrozenLayerCache]:
+        before, self._layer_cache = self._layer_cache, layer_cache
         try:
-            yield trunk
+            yield layer_cache
         finally:
-            self._trunk = before
-            trunk.store.close()
+            self._layer_cache = before
+            layer_cache.store.close()
 
-    def _cast(self, adapter_names: Sequence[str] | None, inputs: Inputs) -> Cast:
-        """The adapters that act on a batch, and which of them each row has."""
+    def _batch_adapters(self, adapter_names: Sequence[str] | None, inputs: Inputs) -> BatchAdapters:
+        """The adapters of a batch: those of ``adapter_names``, by default the active one."""
         if adapter_names is None:
-            return Cast.of(self.active_adapters or [BASE], self.adapter)
+            return BatchAdapters.from_names(self.active_adapters or [BASE], self.adapter)
         if inputs.text is not None and len(inputs.text) != len(adapter_names):
             raise AdapterError(
                 f"adapter_names has {len(adapter_names)} names, the batch {len(inputs.text)} rows: give one a row"
             )
-        return Cast.of(adapter_names, self.adapter)
+        return BatchAdapters.from_names(adapter_names, self.adapter)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -409,27 +421,27 @@ class PeftModel(PushToHubMixin, PeftNames):
 
 
 class PeftModelForCausalLM(PeftModel):
-    """A model that continues texts."""
+    """``PeftModel`` for causal language modeling."""
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
-    """A model that answers texts by texts."""
+    """``PeftModel`` for sequence-to-sequence language modeling."""
 
 
 class PeftModelForSequenceClassification(PeftModel):
-    """A model that labels texts."""
+    """``PeftModel`` for sequence classification."""
 
 
 class PeftModelForTokenClassification(PeftModel):
-    """A model that labels the tokens of texts."""
+    """``PeftModel`` for token classification."""
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """A model that finds answers in texts."""
+    """``PeftModel`` for extractive question answering."""
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    """A model whose states are what is wanted of it."""
+    """``PeftModel`` for feature extraction: its outputs are hidden states."""
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
@@ -440,40 +452,40 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
-"""The class for each task."""
+"""The ``PeftModel`` class for each task."""
 
 
 def class_for(config: PeftConfig) -> type[PeftModel]:
-    """The class of models with an adapter of this config."""
+    """The ``PeftModel`` class for an adapter with this config."""
     return PeftModel if config.task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
 
 
 def _base_of(model: Any) -> Any:
-    """The base model itself, also of a model with PEFT's LoRA."""
+    """The base model itself, unwrapped from a model with PEFT's LoRA."""
     return model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: model)()
 
 
-def _without_base(own: type[PeftModel]) -> type[PeftModel]:
-    """A class of models, whatever base models ``_with_base_signature`` has made it for."""
-    return own.__bases__[0] if "shown" in vars(own) else own
+def _without_base(model_class: type[PeftModel]) -> type[PeftModel]:
+    """The class from which ``_with_base_signature`` made this one, or the class itself."""
+    return model_class.__bases__[0] if "shown" in vars(model_class) else model_class
 
 
 @cache
-def _with_base_signature(own: type[PeftModel], base: type) -> type[PeftModel]:
-    """A class of models over a class of base models."""
+def _with_base_signature(model_class: type[PeftModel], base: type) -> type[PeftModel]:
+    """A subclass whose ``forward`` has the parameters of a base model class in its signature."""
     if not issubclass(base, PreTrainedModel):
-        return own
+        return model_class
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        return own.forward(self, *args, **kwargs)
+        return model_class.forward(self, *args, **kwargs)
 
-    forward.__doc__ = own.forward.__doc__
-    forward.__signature__ = with_parameters_of(own.forward, base.forward)  # type: ignore[attr-defined]
-    members = {"forward": forward, "shown": base, "__module__": own.__module__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), members)
+    forward.__doc__ = model_class.forward.__doc__
+    forward.__signature__ = with_parameters_of(model_class.forward, base.forward)  # type: ignore[attr-defined]
+    members = {"forward": forward, "shown": base, "__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    return type(model_class.__name__, (model_class,), members)
 
 
-def _blank(own: type[PeftModel], base: type | None) -> PeftModel:
-    """What pickle and copy fill: ``object.__reduce__`` would make one of ``__class__``."""
-    shown = own if base is None else _with_base_signature(own, base)  # type: ignore[arg-type]
+def _blank(model_class: type[PeftModel], base: type | None) -> PeftModel:
+    """An empty instance for pickle and copy: ``object.__reduce__`` would restore one of ``__class__``."""
+    shown = model_class if base is None else _with_base_signature(model_class, base)  # type: ignore[arg-type]
     return object.__new__(shown)

@@ -1,4 +1,4 @@
-"""Keyword options of PEFT's calls: those that act, and those that are accepted because they change nothing here."""
+"""Keyword options of PEFT's calls: those with an effect, and those accepted because they change nothing here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from softtune.storage import HUB_OPTIONS
 ANY = object()
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "autocast_adapter_dtype": (ANY,),  # prompts are trained in fp32, in PEFT too
-    "device_map": (ANY,),  # where the base model was put, as are the next ones
+    "device_map": (ANY,),  # adapters are put on the base model's device; so for the next ones
     "dtype": (ANY,),
     "ephemeral_gpu_offload": (False,),
     "ignore_mismatched_sizes": (False,),
@@ -31,13 +31,17 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "unwrap_compiled": (ANY,),  # a compiled model has the attributes of the model in it
     "use_safetensors": (True, None),
 }
-"""Options of PEFT, and the values that change nothing here: ``ANY`` where none does."""
+"""Options of PEFT, and the values that change nothing here: ``ANY`` where no value has an effect."""
 LOADING_OPTIONS = (*HUB_OPTIONS, "allow_pickle")
-"""Options of loading that act."""
+"""Options of loading that have an effect."""
 
 
 def check_options(options: Mapping[str, Any], known: Sequence[str] = ()) -> dict[str, Any]:
-    """The known options out of some; those of PEFT without effect here are dropped, others refused."""
+    """Select the known options, and drop those of PEFT that have no effect here.
+
+    Raises:
+        ConfigError: an option is unknown, or its value is not supported for soft prompts.
+    """
     for name, value in options.items():
         if name in known or any(same is ANY or same == value for same in WITHOUT_EFFECT.get(name, ())):
             continue

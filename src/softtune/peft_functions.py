@@ -1,4 +1,4 @@
-"""PEFT's functions and class names beside ``PeftModel``."""
+"""PEFT's functions that accompany ``PeftModel``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from softtune.options import LOADING_OPTIONS, check_options
 def get_peft_model(
     model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default", **options: Any
 ) -> PeftModel:
-    """Put a new adapter on a base model; see ``PeftModel``. The model's class is the task's.
+    """Create a ``PeftModel`` with a new adapter on a base model, of the class for the config's task.
 
     Args:
         model: the base model.
@@ -31,7 +31,8 @@ def get_peft_model(
             effect here.
 
     Raises:
-        ConfigError: an unknown option, or the config stands in the model's place.
+        ConfigError: an option is unknown, or the config is passed in the model's place; see also ``PeftModel``.
+        UnsupportedModelError: see ``PeftModel``.
     """
     if isinstance(model, PeftConfig):
         raise ConfigError("the base model comes first: get_peft_model(model, config)")
@@ -42,10 +43,10 @@ def get_peft_model(
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
-    """A config of the class that ``config_dict["peft_type"]`` names.
+    """Create a config of the class that ``config_dict["peft_type"]`` names.
 
     Raises:
-        ConfigError: an unknown type or key, or a value out of range.
+        ConfigError: the type or a key is unknown, or a value is out of range.
     """
     return PeftConfig.from_dict(config_dict)
 
@@ -53,17 +54,17 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 def get_peft_model_state_dict(
     model: PeftModel, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **options: Any
 ) -> dict[str, Tensor]:
-    """What inference needs of an adapter, by PEFT's names: the baked prompt or bias changes, and the heads.
+    """An adapter's tensors that inference needs, under PEFT's names: the prompt or bias changes, and the heads.
 
     Args:
-        model: holds the adapter.
-        state_dict: take the numbers from this ``model.state_dict()`` instead of from the model.
+        model: the model with the adapter.
+        state_dict: take the tensors from this ``model.state_dict()`` instead of from the model.
         adapter_name: the adapter's name.
-        options: those of PEFT that have no effect here.
+        options: PEFT's options that have no effect here.
 
     Raises:
         AdapterError: no such adapter.
-        ConfigError: an unknown option.
+        ConfigError: an option is unknown.
     """
     check_options(options)
     with model.numbers_of(state_dict):
@@ -74,16 +75,17 @@ def get_peft_model_state_dict(
 def set_peft_model_state_dict(
     model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", **options: Any
 ) -> None:
-    """Put what ``get_peft_model_state_dict`` returned, here or in PEFT, into an adapter.
+    """Load the tensors that ``get_peft_model_state_dict`` returned, here or in PEFT, into an adapter.
 
     Args:
-        model: holds the adapter.
-        peft_model_state_dict: its tensors.
+        model: the model with the adapter.
+        peft_model_state_dict: the tensors.
         adapter_name: the adapter's name.
-        options: those of PEFT that have no effect here.
+        options: PEFT's options that have no effect here.
 
     Raises:
-        ConfigError: an unknown option.
+        AdapterError: no such adapter.
+        ConfigError: an option is unknown.
         AdapterMismatchError: names or shapes do not fit.
         CheckpointError: the adapter trains through an encoder, which such a state lacks.
     """
@@ -92,28 +94,28 @@ def set_peft_model_state_dict(
 
 
 def load_peft_weights(model_id: str | os.PathLike[str], device: str | None = None, **options: Any) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, by PEFT's names.
+    """Read the tensors of a saved adapter, under PEFT's names.
 
     Args:
         model_id: the adapter's folder or hub repository.
-        device: where to put them; the CPU by default.
-        options: those of loading, see ``PeftModel.from_pretrained``.
+        device: the device of the tensors; by default the CPU.
+        options: options of loading, see ``PeftModel.from_pretrained``.
 
     Raises:
         CheckpointError: the weights are missing or damaged, or they are pickled and that is not allowed.
-        ConfigError: an unknown option.
+        ConfigError: an option is unknown.
     """
     found = checkpoint.weights(model_id, **check_options(options, LOADING_OPTIONS))
     return {name: tensor.to(device or "cpu") for name, tensor in found.items()}
 
 
 def get_base_model_state_dict(model: PeftModel) -> dict[str, Tensor]:
-    """The base model's ``state_dict``, by its own names."""
+    """The base model's ``state_dict``, under its own names."""
     return dict(model.get_base_model().state_dict())
 
 
 def set_base_model_state_dict(model: PeftModel, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
-    """Put a ``state_dict`` into the base model; see ``torch.nn.Module.load_state_dict``."""
+    """Load a ``state_dict`` into the base model; see ``torch.nn.Module.load_state_dict``."""
     return model.get_base_model().load_state_dict(state_dict, strict=strict)
 
 
@@ -123,16 +125,15 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> PreTrainedModel:
-    """Freeze a quantised base model, compute in fp32 what is not quantised, and let its layers run again in the
-    backward pass.
+    """Freeze a base model, cast what is not quantised to fp32, and enable gradient checkpointing if it is quantised.
 
-    Soft prompts need none of it, since the base model is frozen anyway; it is for scripts that have the line.
+    Soft prompts need none of this, since the base model is frozen anyway; it is for scripts that call it.
 
     Args:
         model: the base model, which is changed.
-        use_gradient_checkpointing: whether layers run again in the backward pass.
-        gradient_checkpointing_kwargs: settings of torch's ``checkpoint``.
-        auto_clear_cache: give memory that the casts left free back to the accelerator.
+        use_gradient_checkpointing: enable gradient checkpointing if the model is quantised.
+        gradient_checkpointing_kwargs: arguments of torch's ``checkpoint``.
+        auto_clear_cache: release the GPU memory that the casts freed.
     """
     model.requires_grad_(False)
     quantised = getattr(model, "quantization_method", None)
@@ -148,16 +149,24 @@ def prepare_model_for_kbit_training(
 
 
 def get_layer_status(model: PeftModel) -> Any:
-    """Refused, see ``PeftModel.get_layer_status``."""
+    """Not supported, see ``PeftModel.get_layer_status``.
+
+    Raises:
+        TypeError: always.
+    """
     return model.get_layer_status()
 
 
 def get_model_status(model: PeftModel) -> Any:
-    """Refused, see ``PeftModel.get_model_status``."""
+    """Not supported, see ``PeftModel.get_model_status``.
+
+    Raises:
+        TypeError: always.
+    """
     return model.get_model_status()
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """Labels [B, T] as a decoder reads them: one token later, from the start token on, -100 as padding."""
+    """Labels [B, T] as decoder inputs: shifted right by one behind the start token, with -100 replaced by padding."""
     shifted = torch.cat([torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)

@@ -1,6 +1,6 @@
-"""What PEFT's models have beside what softtune needs, under PEFT's names.
+"""Attributes and methods of PEFT's models that softtune does not need itself, under PEFT's names.
 
-Letters: B rows, P virtual tokens, D embedding size, W all numbers of one virtual token.
+Letters: B rows, P virtual tokens, D embedding size, W values of one virtual token over all layers.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ NO_LAYERS = "soft prompts are no layers: see active_adapters, peft_config and pr
 
 
 class PeftNames(AdapterState):
-    """The base model, its adapters, and what PEFT's scripts ask of them."""
+    """A base model and its adapters, with what scripts written for PEFT use."""
 
     @property
     def peft_type(self) -> PeftType | None:
-        """The method of the adapter that acts, or would act; None where there is none."""
+        """The method of the active adapter, even while adapters are disabled; None if there is none."""
         return self.active_peft_config.peft_type if self.active_adapter else None
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that are trained beside the prompts, as the configs have them; None without."""
+        """Names in the configs of the modules that are trained beside the prompts; None if there are none."""
         return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
     @property
@@ -48,20 +48,20 @@ class PeftNames(AdapterState):
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
-        """The numbers [P] of each adapter's virtual tokens, for those that have some."""
+        """Indices [P] of each adapter's virtual tokens, for adapters that have some."""
         sizes = {name: getattr(config, "num_virtual_tokens", 0) for name, config in self.peft_config.items()}
         return {name: torch.arange(size) for name, size in sizes.items() if size}
 
     def get_prompt(self, batch_size: int, task_ids: Any = None, max_cache_len: int | None = None) -> Any:
-        """What the active adapter puts in front of a text: vectors [B, P, D], or a cache of keys and values.
+        """The active adapter's prompt for a batch: vectors [B, P, D], or a cache of keys and values.
 
         Args:
             batch_size: B.
-            task_ids: PEFT's, for a method that softtune lacks; has no effect.
-            max_cache_len: PEFT's, for caches of old versions of transformers; has no effect.
+            task_ids: unused; PEFT has it for a method that softtune lacks.
+            max_cache_len: unused; PEFT has it for caches of old versions of transformers.
 
         Raises:
-            AdapterError: no adapter is active, it has no virtual tokens, or its prefix is for some layers alone or for
+            AdapterError: no adapter is active, it has no virtual tokens, or its prefix is for some layers only or for
                 an encoder-decoder, so that no cache of one stack can hold it.
         """
         name = next(iter(self.active_adapters), None)
@@ -81,19 +81,21 @@ class PeftNames(AdapterState):
         return cache
 
     def prepare_model_for_gradient_checkpointing(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Let a base model's words need gradients, unless it is quantised. Soft prompts do without: they reach
-        checkpointed layers by themselves."""
+        """Make a base model's input embeddings require gradients, unless it is quantised.
+
+        Soft prompts do not need this: they reach checkpointed layers without it.
+        """
         if not getattr(model, "is_quantized", False):
             model.enable_input_require_grads()
         return model
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the active adapter's model card into a folder; what people wrote into it stays."""
+        """Write the active adapter's model card into a folder; text that others wrote into it is kept."""
         path = Path(output_dir) / CARD_NAME
         model_card(path, self.active_peft_config, self.backbone).save(path)
 
     def get_layer_status(self) -> Any:
-        """Refused, as PEFT refuses it for prompts: they are no layers.
+        """Not supported for prompts, as in PEFT: they are not layers.
 
         Raises:
             TypeError: always.
@@ -101,7 +103,7 @@ class PeftNames(AdapterState):
         raise TypeError(f"get_layer_status() got an invalid PeftModel instance; {NO_LAYERS}")
 
     def get_model_status(self) -> Any:
-        """Refused, as PEFT refuses it for prompts: they are no layers.
+        """Not supported for prompts, as in PEFT: they are not layers.
 
         Raises:
             TypeError: always.
@@ -113,23 +115,23 @@ class PeftNames(AdapterState):
         return False
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The adapter's baked prompt on the CPU: [P, W] keys and values, or [P, D] vectors.
+        """The adapter's computed prompt on the CPU: [P, W] keys and values, or [P, D] vectors.
 
         Raises:
             AdapterError: no such adapter, or it has no virtual tokens.
         """
-        state = self.adapter(adapter_name).baked_state()
+        state = self.adapter(adapter_name).inference_state()
         if PROMPT_KEY not in state:
             raise AdapterError(f"{adapter_name!r} has no virtual tokens: read get_peft_model_state_dict instead")
         prompt: Tensor = state[PROMPT_KEY].cpu()
         return prompt
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers that are trained, and all numbers."""
+        """The number of trained parameters, and of all parameters."""
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
-        """Print both counts and the share, in PEFT's words."""
+        """Print both counts and the trained share, in PEFT's words."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

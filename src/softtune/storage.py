@@ -1,6 +1,6 @@
-"""Files: find one in a folder or on the hub, and write a folder without ever leaving it half written.
+"""Finds files in a folder or on the hub, and writes a folder without ever leaving it half written.
 
-Knows nothing about adapters: what stands in the files is ``checkpoint``'s business.
+Knows nothing about adapters: the content of the files is ``checkpoint``'s business.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only"
 
 
 STAYS_REACHABLE = 30.0
-"""Seconds in which the hub is not asked again whether it answers."""
+"""Seconds for which the hub is taken to be reachable after it answered."""
 _REACHED: dict[str, float] = {}
-"""When the hub last answered for a repository."""
+"""When the hub last answered, by repository."""
 
 
 def cache_folder() -> Path:
-    """Where converted models and what was found out of models are kept: below ``XDG_CACHE_HOME``, or ``~/.cache``."""
+    """The folder of converted models and records of checks: below ``XDG_CACHE_HOME``, or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softtune"
 
 
 def locate(model_id: str | os.PathLike[str], filename: str, *, is_optional: bool = False, **hub: Any) -> Path | None:
-    """The path of ``filename`` in a local folder or a hub repository; None where there is no such file.
+    """Return the path of ``filename`` in a local folder or a hub repository, or None where there is no such file.
 
     Args:
         model_id: the folder or the repository's name.
-        filename: the file.
+        filename: the file's name.
         is_optional: whether to go on without it, with a warning, where other files of the repository are cached and the
             hub cannot be reached.
-        hub: where on the hub to look.
+        hub: where on the hub to look, see ``HUB_OPTIONS``.
 
     Raises:
-        CheckpointError: the name could be the hub's, which cannot be reached or has no such repository.
+        CheckpointError: the name could be a hub repository's, but the hub cannot be reached or has no such repository.
     """
     path = local(model_id) / (hub.get("subfolder") or "") / filename
     if path.is_file():
@@ -73,9 +73,9 @@ def locate(model_id: str | os.PathLike[str], filename: str, *, is_optional: bool
 
 
 def is_cached_or_reachable(repository: str, filename: str, **hub: Any) -> bool:
-    """Whether a file of a hub repository is cached, or known not to exist, or the hub answers when it is asked once.
+    """Whether a file of a hub repository is cached, or known not to exist, or the hub answers a single request.
 
-    The hub's own functions ask again for half a minute. They are left to it where they are to read the cache alone.
+    The hub's own functions retry for half a minute. True with ``local_files_only``, where they only read the cache.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -110,18 +110,18 @@ def _has_cached(repository: str, **hub: Any) -> bool:
 
 
 def _places(hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Where in the cache to look."""
+    """The options that say where in the cache to look."""
     return {name: hub[name] for name in ("revision", "cache_dir") if hub.get(name) is not None}
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """A path as it stands or, where nothing is there, with the user's home in place of ``~``."""
+    """The path itself or, if it does not exist, with ``~`` replaced by the user's home."""
     # Path's own expanduser raises where there is no such user.
     return Path(path) if Path(path).exists() else Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is a path on this machine: there is such a file or folder, or the hub has no names like it."""
+    """Whether a name is a local path: such a file or folder exists, or it cannot be the name of a hub repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -133,7 +133,11 @@ def is_path(name: str) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises CheckpointError where it holds anything else."""
+    """Read the object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is not valid JSON, or does not hold an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -148,14 +152,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def check_no_file(folder: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError where a file stands in the place of a folder to save into, or of one above it."""
+    """Check that a folder to save into, and every folder above it, is not a file.
+
+    Raises:
+        CheckpointError: one of them is a file.
+    """
     for path in (Path(folder), *Path(folder).parents):
         if path.is_file():
             raise CheckpointError(f"{path} is a file: name a folder to save into")
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError where a folder to save into cannot be written, or made."""
+    """Check that a folder to save into can be written, or created.
+
+    Raises:
+        CheckpointError: it cannot, or there is a file in its place.
+    """
     check_no_file(folder)
     above = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
     try:
@@ -166,7 +178,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder whose files move into ``folder`` when the block ends well, and vanish when it does not.
+    """Yield a temporary folder whose files move into ``folder`` if the block succeeds, and are deleted if it fails.
 
     Every file is complete before it appears under its own name; files of ``folder`` that the block does not write stay.
     """
@@ -183,14 +195,14 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
             if path.is_file():
                 destination = target / path.relative_to(stage)
                 destination.parent.mkdir(parents=True, exist_ok=True)
-                path.chmod(mode)  # safetensors keeps its files to their owner
+                path.chmod(mode)  # safetensors makes files that only their owner can read
                 path.replace(destination)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """The permissions that the umask leaves a new file; seen on one, since to read the umask is to set it."""
+    """The permissions of a new file under the umask, taken from one, since reading the umask requires setting it."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode

@@ -1,7 +1,7 @@
-"""What other libraries find when they look at a model with adapters from outside.
+"""Presents a model with adapters to other libraries in the form that they expect.
 
-Trainers and pipelines ask a model for its class's name, for the parameters of its ``forward`` and for the base model
-below it, each in a way of its own; ``docs/design.md`` lists who looks at what.
+Trainers and pipelines inspect a model's class name, the parameters of its ``forward`` and the base model below it, each
+in a different way; ``docs/design.md`` lists which library inspects what.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import nn
 
 
 class View:
-    """A module under another name: it is the module to all who ask.
+    """A proxy of a module that has its class and attributes, and is equal to it.
 
     Args:
         module: the module.
-        below: where attributes are looked for that the module lacks; nowhere by default.
+        below: an object with the attributes that the module lacks; none by default.
     """
 
     def __init__(self, module: nn.Module, below: Any = None) -> None:
@@ -66,11 +66,11 @@ class View:
 
 
 class BaseView(View):
-    """The base model as ``model.base_model``, for those who know PEFT's prompts and for those who know its LoRA.
+    """The base model as ``model.base_model``, for code that expects PEFT's prompt learning and code that expects LoRA.
 
-    With PEFT's prompts ``base_model.model`` is what the base model calls so, often its layers; with PEFT's LoRA it is
-    the base model itself, and that is what Trainers go by. Here it is the base model, and has the attributes of its
-    layers too.
+    With PEFT's prompts ``base_model.model`` is the base model's attribute ``model``, often its layers. With PEFT's LoRA
+    it is the base model itself, on which Trainers rely. Here it is the base model, with the attributes of its layers
+    too.
     """
 
     @property
@@ -78,44 +78,55 @@ class BaseView(View):
         return View(self._module, below=getattr(self._module, "model", None))
 
 
-def peft_class_of(own: type) -> type:
-    """The class of PEFT with the name of a class of softtune's, or of one above it; the same class where PEFT is not
-    loaded. Trainers, accelerate and TRL know PEFT's models and configs by their classes alone."""
+def peft_class_of(softtune_class: type) -> type:
+    """PEFT's class with the name of a softtune class or of one of its bases; the class itself if PEFT is not loaded.
+
+    Trainers, accelerate and TRL recognize PEFT's models and configs by their classes alone.
+    """
     peft = sys.modules.get("peft")
-    return next((known for cls in own.__mro__ if (known := getattr(peft, cls.__name__, None))), own)
+    return next(
+        (known for cls in softtune_class.__mro__ if (known := getattr(peft, cls.__name__, None))), softtune_class
+    )
 
 
-def shared_config_class(own: type) -> type:
-    """A class of softtune's that is a subclass of PEFT's of that name too, where PEFT is loaded, and makes softtune's
-    objects when it is called, as ``dataclasses.replace`` does."""
-    theirs = peft_class_of(own)
-    if theirs is own:
-        return own
-    if (own, theirs) not in _BOTH:
-        members = {"__new__": lambda cls, *args, **fields: own(*args, **fields), "stands_for": own}
-        _BOTH[own, theirs] = type(own.__name__, (own, theirs), members)
-    return _BOTH[own, theirs]
+def shared_config_class(softtune_class: type) -> type:
+    """A subclass of a softtune config class and of PEFT's class of the same name; the class itself without PEFT.
+
+    It makes objects of the softtune class when it is called, as ``dataclasses.replace`` does.
+    """
+    peft_class = peft_class_of(softtune_class)
+    if peft_class is softtune_class:
+        return softtune_class
+    if (softtune_class, peft_class) not in _BOTH:
+        members = {
+            "__new__": lambda cls, *args, **fields: softtune_class(*args, **fields),
+            "stands_for": softtune_class,
+        }
+        _BOTH[softtune_class, peft_class] = type(softtune_class.__name__, (softtune_class, peft_class), members)
+    return _BOTH[softtune_class, peft_class]
 
 
 _BOTH: dict[tuple[type, type], type] = {}
 
 
 def pefts_version() -> str | None:
-    """The version that PEFT's configs name where PEFT is loaded."""
+    """The version that PEFT writes into its configs; None if PEFT is not loaded."""
     configs = sys.modules.get("peft.config")
     return configs.PeftConfigMixin._get_peft_version() if configs is not None else None
 
 
 def patch_peft() -> None:
-    """Let PEFT's models, if it is loaded, give way to softtune's where the config is softtune's: PEFT would compute a
-    prompt of its own. So ``peft_config=`` of a Trainer takes both."""
+    """Make PEFT's ``PeftModel`` return a softtune model for a softtune config, if PEFT is loaded.
+
+    PEFT would compute a prompt of its own. So a Trainer's ``peft_config=`` takes configs of both libraries.
+    """
     theirs = getattr(sys.modules.get("peft"), "PeftModel", None)
     if theirs is None or theirs in _PATCHED:
         return
     original = vars(theirs).get("__new__")
 
     def make(cls: type, model: Any = None, peft_config: Any = None, *args: Any, **options: Any) -> Any:
-        softtune = sys.modules["softtune"]  # which is above this file, and whole by now
+        softtune = sys.modules["softtune"]  # it imports this file, and is fully loaded by now
         if isinstance(peft_config, softtune.PeftConfig):
             return softtune.get_peft_model(model, peft_config, *args, **options)
         return original(cls, model, peft_config, *args, **options) if original else object.__new__(cls)
@@ -128,18 +139,18 @@ _PATCHED: set[type] = set()
 
 
 def with_parameters_of(function: Any, base_forward: Any) -> inspect.Signature:
-    """The signature of a model's ``forward`` together with its base model's, by which Trainers choose columns.
+    """The signature of a model's ``forward`` merged with its base model's, by which Trainers choose columns.
 
     Args:
-        function: the model's; labels are the base model's to take.
-        base_forward: the base model's; the parameters that ``function`` lacks follow by keyword, and any others can be
-            passed only if the base model takes them.
+        function: the model's ``forward``; its ``labels`` is kept only if the base model takes labels.
+        base_forward: the base model's. Parameters that ``function`` lacks are appended as keyword-only ones, and
+            ``**kwargs`` is kept only if the base model takes it.
     """
-    own, base = inspect.signature(function), inspect.signature(base_forward).parameters
-    own = own.replace(parameters=[p for n, p in own.parameters.items() if n != "labels" or n in base])
-    others = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in base.values() if p.name not in own.parameters]
+    signature, base = inspect.signature(function), inspect.signature(base_forward).parameters
+    signature = signature.replace(parameters=[p for n, p in signature.parameters.items() if n != "labels" or n in base])
+    others = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in base.values() if p.name not in signature.parameters]
     others = [p for p in others if p.name not in ("self", "args", "kwargs")]
     takes_more = any(p.kind is Parameter.VAR_KEYWORD for p in base.values())
-    named = [p for p in own.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-    rest = [p for p in own.parameters.values() if p.kind is Parameter.VAR_KEYWORD and takes_more]
-    return own.replace(parameters=[*named, *others, *rest])
+    named = [p for p in signature.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.kind is Parameter.VAR_KEYWORD and takes_more]
+    return signature.replace(parameters=[*named, *others, *rest])

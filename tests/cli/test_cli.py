@@ -24,6 +24,7 @@ from softtune import PeftModel
 from softtune.cli import module_of
 from softtune.cli.console import quiet
 from softtune.cli.flags import overrides
+from softtune.cli.serve import _renamed as serve_sizes
 from softtune.compat import INSTALLED
 from softtune.promises import PROMISES
 from softtune.training.recipe import Recipe
@@ -106,7 +107,7 @@ def test_train_shows_what_the_run_came_to(
         str(tmp_path)[:10],
     ):
         assert part in shown
-    assert Recipe.of_adapter(tmp_path / "adapter").learning_rate == 0.03
+    assert Recipe.from_adapter(tmp_path / "adapter").learning_rate == 0.03
 
 
 def test_recipes_at_once_show_a_table_each(
@@ -119,7 +120,7 @@ def test_recipes_at_once_show_a_table_each(
     assert shown.out.count("6 steps") == 2
     for name in names:
         assert str(tmp_path / name) in shown.out
-        assert Recipe.of_adapter(tmp_path / name).epochs == 2
+        assert Recipe.from_adapter(tmp_path / name).epochs == 2
 
 
 def test_profile_shows_where_a_step_goes(
@@ -565,3 +566,14 @@ def test_check_refuses_in_one_line(
 def test_check_refuses_methods_that_a_model_cannot_take(models: dict[str, str], capsys: Any) -> None:
     assert run("check", models["t5"], "--task", "SEQ_2_SEQ_LM", "--method", "prefix_tuning") == 0
     assert "FAILS" not in capsys.readouterr().out
+
+
+def test_old_flags_of_serve_go_on_and_say_what_they_are_called_now(caplog: pytest.LogCaptureFixture) -> None:
+    assert serve_sizes(rows=3, hot=5, slots=None) == {"max_num_seqs": 3, "adapter_cache_mb": 5}
+    assert run("serve", "--model", "./nowhere", "--tokens", "7") == 2
+    told = [record.getMessage() for record in caplog.records]
+    assert [line for line in told if " is " in line] == [
+        "--rows is --max-num-seqs now, and will go: use that",
+        "--hot is --adapter-cache-mb now, and will go: use that",
+        "--tokens is --max-num-batched-tokens now, and will go: use that",
+    ]

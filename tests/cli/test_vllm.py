@@ -8,11 +8,11 @@ import pytest
 from tests.cli.test_cli import run
 from tests.families import CAUSAL_LM, METHODS, P, scramble
 from tests.tiny import save_models
-from tests.training.test_tasks import recipe as writing
+from tests.training.test_recipe_task import recipe as writing
 from transformers import AutoModelForCausalLM
 
 from softtune import PeftModel
-from softtune.serving.baking import PROMPT_NAME
+from softtune.serving.prompt_export import PROMPT_NAME
 from softtune.training.run import train
 
 

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from softtune.data import Collator
-from softtune.data.spans import Answer, SpanTask
+from softtune.data.spans import AnswerSpan, SpanTask
 from softtune.errors import DataError
 
 
@@ -87,13 +87,13 @@ def test_half_an_answer_is_none() -> None:
 def test_a_question_may_have_no_answer_and_squads_two_lists_are_answers() -> None:
     assert [e.span for e in task().examples(record("w3 w4"), WORDS)] == [(0, 0)]
     columns = {**record("w3 w4"), "answers": {"text": ["w4", "w3 w4"], "answer_start": [3, 0]}}
-    assert task().right(columns) == [Answer("w4", 3), Answer("w3 w4", 0)]
+    assert task().reference(columns) == [AnswerSpan("w4", 3), AnswerSpan("w3 w4", 0)]
     assert [e.span for e in task().examples(columns, WORDS)] == [(5, 5)]
 
 
 def test_a_question_has_to_have_an_answer_unless_the_task_says_otherwise() -> None:
     with pytest.raises(DataError, match="column 'answers' has no answer; set unanswerable: true"):
-        task(may_be_unanswerable=False).right(record("w3 w4"))
+        task(may_be_unanswerable=False).reference(record("w3 w4"))
 
 
 def test_padding_moves_spans_along() -> None:

@@ -29,7 +29,7 @@ def choosing(**changes: Any) -> ChoiceTask:
 def test_every_reference_is_an_example() -> None:
     examples = writing().examples({"x": "x0", "refs": ["OK", "y0 OK"]}, WORDS)
     assert [" ".join(words_of(e)) for e in examples] == ["x0 Q OK </s>", "x0 Q y0 OK </s>"]
-    assert writing().right({"x": "x0", "refs": "OK"}) == ["OK"]
+    assert writing().reference({"x": "x0", "refs": "OK"}) == ["OK"]
 
 
 def test_records_that_read_alike_are_one_with_all_references() -> None:
@@ -50,10 +50,10 @@ def test_every_choice_follows_the_same_words() -> None:
     record = {"x": "x0 x1 x2", "options": ["y0", "OK y0 OK"], "label": 1}
     encoded = [choosing().encode(record, WORDS, choice) for choice in record["options"]]
     assert [" ".join(words_of(e)) for e in encoded] == ["x0 x1 Q y0 </s>", "x0 x1 Q OK y0 OK </s>"]
-    assert choosing().right(record) == "OK y0 OK"
-    assert choosing().right({**record, "label": "y0"}) == "y0"
+    assert choosing().reference(record) == "OK y0 OK"
+    assert choosing().reference({**record, "label": "y0"}) == "y0"
     digits = {**record, "options": ["4", "2", "3", "0"]}
-    assert [choosing().right({**digits, "label": label}) for label in (2, "2", "1")] == ["3", "2", "2"]
+    assert [choosing().reference({**digits, "label": label}) for label in (2, "2", "1")] == ["3", "2", "2"]
     assert choosing().examples(record, WORDS) == [encoded[1]]
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from softtune import ConfigError
-from softtune.experiments import alone, answering, memory, report, runs
-from softtune.experiments.alone import train_alone
+from softtune.experiments import answering, isolated_run, memory, report, runs
 from softtune.experiments.cases import Case
 from softtune.experiments.compare import compare
+from softtune.experiments.isolated_run import run_isolated
 from softtune.experiments.outcomes import Entry, Outcome
 from softtune.training.recipe import Recipe
 from softtune.training.trainer import AdapterTrainer
@@ -53,8 +53,8 @@ def test_runs_of_a_comparison_train_one_after_the_other_and_only_that_is_measure
     def noted(name: str, does: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *own, **options: (events.append(name), does(*own, **options))[1]
 
-    monkeypatch.setattr(alone, "measured", noted("begin", lambda: noted("end", lambda: 7)))
-    for room, name in ((AdapterTrainer, "train"), (answering, "judge"), (alone, "load_base_model")):
+    monkeypatch.setattr(isolated_run, "measured", noted("begin", lambda: noted("end", lambda: 7)))
+    for room, name in ((AdapterTrainer, "train"), (answering, "judge"), (isolated_run, "load_base_model")):
         monkeypatch.setattr(room, name, noted(name, getattr(room, name)))
     found = compare(recipe, ["prefix-tuning", "last-layers"], seeds=2)
     measured = ["begin", "train", "end", "judge"]
@@ -83,20 +83,20 @@ def test_a_run_that_blew_up_keeps_its_adapter(models: dict[str, str], tmp_path: 
     recipe = Recipe.load(write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "out", **fields))
     [found] = compare(recipe, ["prefix-tuning"], seeds=1)
     assert "the adapter is kept" in found.failure
-    assert Recipe.of_adapter(tmp_path / "out" / "prefix-tuning-1").learning_rate == 1e38
+    assert Recipe.from_adapter(tmp_path / "out" / "prefix-tuning-1").learning_rate == 1e38
 
 
 def test_a_folder_of_another_recipe_is_left_alone(models: dict[str, str], tmp_path: Path) -> None:
     recipe = Recipe.load(write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "out"))
     case = Case(name="own", number=0, recipe=recipe, seeds=1)
-    train_alone(case, case.runs[0], lambda *_: None)
+    run_isolated(case, case.runs[0], lambda *_: None)
     other = dataclasses.replace(case, recipe=recipe.model_copy(update={"learning_rate": 0.5}))
     with pytest.raises(ConfigError, match=r"learning_rate is 0\.5, and None in the run in "):
-        train_alone(other, other.runs[0], lambda *_: None)
+        run_isolated(other, other.runs[0], lambda *_: None)
     with pytest.raises(ConfigError, match=r"learning_rate is 0\.5, and None in the run in "):
         runs.run_at_once([other], lambda *_: None)
-    assert Recipe.of_adapter(case.runs[0].output).learning_rate is None
-    train_alone(case, case.runs[0], lambda *_: None)
+    assert Recipe.from_adapter(case.runs[0].output).learning_rate is None
+    run_isolated(case, case.runs[0], lambda *_: None)
 
 
 def test_costs_in_the_table_are_means_over_seeds() -> None:

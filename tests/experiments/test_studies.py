@@ -73,7 +73,7 @@ def test_the_studies_of_the_project_are_valid(studies: Any) -> None:
         assert [_case(asked, Recipe.load(asked.recipe), 0, point) for point in asked.points]
     for name, (_, entries, fields) in studies.HEADLINES.items():
         recipe = Recipe.load(studies.ROOT / "recipes" / f"{name}.yaml", fields).model_dump(exclude_unset=True)
-        assert [Case.of(recipe, entry, {}, name=entry, number=0, seeds=1) for entry in entries]
+        assert [Case.from_fields(recipe, entry, {}, name=entry, number=0, seeds=1) for entry in entries]
         assert studies.RATES.get(name, {}).keys() <= {*entries}
 
 

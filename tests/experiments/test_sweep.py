@@ -146,12 +146,12 @@ def test_runs_of_another_recipe_are_refused_before_any_work(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1, 2]})
-    case = Case.of(own[1].model_dump(exclude_unset=True), "", {}, name="epochs 2", number=1, seeds=1)
+    case = Case.from_fields(own[1].model_dump(exclude_unset=True), "", {}, name="epochs 2", number=1, seeds=1)
     train(case.runs[0].model_copy(update={"epochs": 3.0}))
     monkeypatch.setattr(room, "run_bundle", None)
     with pytest.raises(ConfigError, match="in the run in"):
         sweep(*own)
-    assert Recipe.of_adapter(case.runs[0].output).epochs == 3
+    assert Recipe.from_adapter(case.runs[0].output).epochs == 3
 
 
 def test_what_is_finished_is_kept(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,11 +318,11 @@ def test_rows_of_all_points_are_read_once(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1]})
-    read, of = list[Any](), Rows.of
-    monkeypatch.setattr(Rows, "of", lambda recipe: (read.append(recipe), of(recipe))[1])
+    read, of = list[Any](), Rows.load
+    monkeypatch.setattr(Rows, "load", lambda recipe: (read.append(recipe), of(recipe))[1])
     fields = own[1].model_dump(exclude_unset=True)
     points: list[dict[str, Any]] = [{"learning_rate": 0.1}, {"epochs": 2}, {"seed": 3}, {"data_seed": 3}]
-    cases = room.with_rows([Case.of(fields, "", c, name=str(c), number=0, seeds=1) for c in points])
+    cases = room.with_rows([Case.from_fields(fields, "", c, name=str(c), number=0, seeds=1) for c in points])
     assert len(read) == 2
     assert cases[0].rows == cases[1].rows != cases[2].rows == cases[3].rows
 
@@ -404,7 +404,7 @@ def test_bundles_share_a_base_model_and_are_no_larger_than_asked(models: dict[st
         ("", {}),
         ("", {}),
     ]
-    own = [Case.of(fields, *c, name=str(i), number=i, seeds=2) for i, c in enumerate(changes)]
+    own = [Case.from_fields(fields, *c, name=str(i), number=i, seeds=2) for i, c in enumerate(changes)]
     assert [[case.number for case in bundle] for bundle in bundles(own, at_once=4)] == [[0, 1], [2], [3], [4, 5]]
     assert [len(bundle) for bundle in bundles(own, at_once=1)] == [1] * 6
 

@@ -46,7 +46,7 @@ def test_slots(case: tuple[list[list[int]], list[list[int]], bool]) -> None:
     rows, columns, causal = case
     mask = (torch.tensor(rows) != PADDING).long()
     places = torch.tensor(columns).reshape(len(rows), -1).long()
-    layout = Layout.of(
+    layout = Layout.from_columns(
         row_starts(mask, len(rows), mask.device),
         mask.shape[1],
         places,
@@ -74,7 +74,7 @@ def test_merged_and_aligned_again(case: tuple[list[list[int]], list[list[int]], 
     tokens = torch.tensor(rows)
     mask = (tokens != PADDING).long()
     places = torch.tensor(columns).reshape(len(rows), -1).long()
-    layout = Layout.of(
+    layout = Layout.from_columns(
         row_starts(mask, len(rows), mask.device),
         tokens.shape[1],
         places,
@@ -97,7 +97,7 @@ def test_positions_count_every_slot_of_the_text(case: tuple[list[list[int]], lis
     mask = (torch.tensor(rows) != PADDING).long()
     starts = row_starts(mask, len(rows), mask.device)
     places = torch.tensor(columns).reshape(len(rows), -1).long()
-    layout = Layout.of(starts, mask.shape[1], places, places >= 0, causal=causal)
+    layout = Layout.from_columns(starts, mask.shape[1], places, places >= 0, causal=causal)
     counted = (torch.arange(mask.shape[1]) - starts[:, None]).clamp(min=0)
     positions = layout.merge_positions(counted)
     for i, row in enumerate(rows):

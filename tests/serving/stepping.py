@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softtune import PeftModel
 from softtune.backbone import Backbone
 from softtune.errors import RequestError
-from softtune.serving import baking
-from softtune.serving.engine import Engine
-from softtune.serving.jobs import Writing
-from softtune.serving.limits import Limits
-from softtune.serving.registry import Facts, Registry
-from softtune.serving.sampling import Sampling, Writer
-from softtune.serving.waiting import Ticket
+from softtune.serving import prompt_export
+from softtune.serving.engine_config import EngineConfig
+from softtune.serving.registry import AdapterInfo, Registry
+from softtune.serving.request_queue import RequestHandle
+from softtune.serving.requests import GenerationRequest
+from softtune.serving.sampling import IncrementalDetokenizer, SamplingParams
+from softtune.serving.transformers_engine import TransformersEngine
 
 
 class Served:
@@ -28,8 +28,8 @@ class Served:
         model: the base model's folder.
         folder: the adapters'.
         spool: where inference forms are kept.
-        engine: makes the engine, of the base model, the limits and the spool.
-        limits: see ``Limits``.
+        engine: makes the engine, of the base model, the config and the spool.
+        config: see ``EngineConfig``.
     """
 
     def __init__(
@@ -37,50 +37,56 @@ class Served:
         model: str,
         folder: Path,
         spool: Path,
-        engine: Callable[[Backbone, Limits, Path], Any] = lambda backbone, limits, _: Engine(backbone, limits),
-        **limits: Any,
+        engine: Callable[[Backbone, EngineConfig, Path], Any] = lambda backbone, config, _: TransformersEngine(
+            backbone, config
+        ),
+        **config: Any,
     ) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = PeftModel(AutoModelForCausalLM.from_pretrained(model).eval())
-        self.engine = engine(self.model.backbone, Limits(**limits), spool)
+        self.engine = engine(self.model.backbone, EngineConfig(**config), spool)
         self.registry = Registry(self._bake, spool, lambda version: None, model)
-        self.told: dict[Writing, list[Any]] = {}
+        self.told: dict[GenerationRequest, list[Any]] = {}
         """What was told of each text."""
         for path in sorted(folder.iterdir()):
             self.registry.add(path.name, path)
             self.model.load_adapter(path, path.name)
         self.model.eval()
 
-    def _bake(self, folder: Path, own: Path) -> Facts:
-        adapter = baking.load(self.model.backbone, folder)
-        self.engine.keep(adapter, own, ahead=True)
-        return Facts(adapter.config, None, self.engine)
+    def _bake(self, folder: Path, own: Path) -> AdapterInfo:
+        adapter = prompt_export.load_adapter(self.model.backbone, folder)
+        self.engine.export_adapter(adapter, own, as_kv=True)
+        return AdapterInfo(adapter.config, None, self.engine)
 
     @property
     def names(self) -> list[str | None]:
         """All adapters, and nothing for the base model."""
         return [*(version.name for version in self.registry.versions), None]
 
-    def write(self, name: str | None, text: str, **asked: Any) -> tuple[Writing, Ticket, list[Exception]]:
+    def write(
+        self, name: str | None, text: str, **asked: Any
+    ) -> tuple[GenerationRequest, RequestHandle, list[Exception]]:
         """Ask for a text."""
         told: list[Any] = []
         ends = frozenset([self.tokenizer.eos_token_id])
-        writer = Writer(self.tokenizer, ())
-        job = Writing(self.ids(text), Sampling(**asked), writer, ends, lambda *piece: told.append(piece))
+        writer = IncrementalDetokenizer(self.tokenizer, ())
+        job = GenerationRequest(
+            self.ids(text), SamplingParams(**asked), writer, ends, lambda *piece: told.append(piece)
+        )
         self.told[job] = told
         return job, *self.submit(name, job)
 
-    def submit(self, name: str | None, job: Any) -> tuple[Ticket, list[Exception]]:
+    def submit(self, name: str | None, job: Any) -> tuple[RequestHandle, list[Exception]]:
         """Ask for anything; gives what it fails by, too."""
         failures: list[Exception] = []
         version = None if name is None else self.registry.lease(name)
-        ticket = Ticket(version, job, failures.append, lambda: version and self.registry.release(version))
+        handle = RequestHandle(version, job, failures.append, lambda: version and self.registry.release(version))
         try:
-            self.engine.submit(ticket)
+            self.engine.submit(handle)
         except RequestError:
-            ticket.end()
+            handle.end()
             raise
-        return ticket, failures
+        return handle, failures
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
@@ -96,6 +102,6 @@ class Served:
 
     def finish(self) -> None:
         """Step until nothing is left to do, and nothing is left behind."""
-        while self.engine.running or len(self.engine.waiting):
+        while self.engine.running or len(self.engine.queue):
             self.engine.step()
         assert not any(version.leases for version in self.registry.versions)

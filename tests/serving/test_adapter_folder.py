@@ -13,14 +13,14 @@ import fsspec
 import pytest
 
 from softtune import AdapterError, ConfigError
+from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
-from softtune.serving.limits import Limits
 from softtune.serving.service import Service
 
 
 @pytest.fixture
 def service(llama: str) -> Service:
-    return Service(llama, Limits(slots=64))
+    return Service(llama, EngineConfig(num_kv_slots=64))
 
 
 def served(service: Service) -> dict[str, int]:
@@ -85,7 +85,7 @@ def test_adapters_come_from_several_places(
     places = [adapters / "prefix", tmp_path / "more"]
     AdapterFolder(*map(str, places), "memory://user/prompt").follow(service.registry)
     assert list(served(service)) == ["infix", "prefix", "prompt"]
-    methods = {version.name: version.facts.config.peft_type for version in service.registry.versions}
+    methods = {version.name: version.info.config.peft_type for version in service.registry.versions}
     assert methods == {"infix": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
     assert f"more/prefix is not served: there is another prefix in {adapters}" in caplog.text
 

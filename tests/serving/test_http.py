@@ -20,9 +20,9 @@ import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softtune import PeftModel
+from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
-from softtune.serving.limits import Limits
 from softtune.serving.registry import Registry
 from softtune.serving.service import Service
 
@@ -33,10 +33,12 @@ CHAT = (
 
 
 @contextmanager
-def serving(model: str, folder: Path | None, limits: Limits | None = None, **settings: Any) -> Iterator[httpx.Client]:
+def serving(
+    model: str, folder: Path | None, config: EngineConfig | None = None, **settings: Any
+) -> Iterator[httpx.Client]:
     """A server in a thread, and a client for it."""
     service, adapters = (
-        Service(model, limits or Limits(slots=600)),
+        Service(model, config or EngineConfig(num_kv_slots=600)),
         AdapterFolder(*([] if folder is None else [str(folder)])),
     )
     adapters.follow(service.registry)
@@ -55,14 +57,14 @@ def serving(model: str, folder: Path | None, limits: Limits | None = None, **set
     finally:
         server.should_exit = True
         thread.join()
-    assert service.loop.is_idle
+    assert service.thread.is_idle
     assert not any(version.leases for version in service.registry.versions)
 
 
 @pytest.fixture(scope="module")
 def client(llama: str, adapters: Path) -> Iterator[httpx.Client]:
     """A server of all kinds of adapters."""
-    with serving(llama, adapters, Limits(rows=4, slots=600)) as client:
+    with serving(llama, adapters, EngineConfig(max_num_seqs=4, num_kv_slots=600)) as client:
         yield client
 
 
@@ -285,7 +287,7 @@ def test_malformed_bodies(client: httpx.Client) -> None:
 
 
 def test_too_many_wait(llama: str, adapters: Path) -> None:
-    with serving(llama, adapters, Limits(rows=1, waiting=2, slots=600)) as client:
+    with serving(llama, adapters, EngineConfig(max_num_seqs=1, max_num_waiting=2, num_kv_slots=600)) as client:
         found = complete(client, prompt=["red"] * 8)
         assert found.status_code == 429
         assert found.headers["Retry-After"] == "1"
@@ -365,7 +367,7 @@ def test_folders_are_not_waited_for(
 
 
 def test_who_hangs_up_leaves_a_place(llama: str, adapters: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(llama, adapters, Limits(rows=1, slots=600)) as client:
+    with serving(llama, adapters, EngineConfig(max_num_seqs=1, num_kv_slots=600)) as client:
         body = {"model": "prefix", "prompt": "red", "max_tokens": 55, "stream": True}
         for _ in range(3):
             with client.stream("POST", "/v1/completions", json=body) as stream:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
-from tests.serving.test_answers import LABELLED, ROWS, trained
+from tests.serving.test_tasks import LABELLED, ROWS, trained
 from tests.serving.test_http import generated, serving
-from tests.training.test_tasks import recipe
+from tests.training.test_recipe_task import recipe
 
 BROWSER = shutil.which("chromium")
 TEMPLATE = "{prompt:3} {{red}} {x} text : "

@@ -11,8 +11,8 @@ from tests.serving.processes import started, wait_for
 from tests.serving.test_http import complete, generated
 
 from softtune import ConfigError
+from softtune.serving.engine_config import EngineConfig
 from softtune.serving.http.app import Settings
-from softtune.serving.limits import Limits
 from softtune.serving.replicas import run
 
 FOLLOWING = 60
@@ -46,4 +46,4 @@ def test_more_than_replicas_take_are_refused(llama: str) -> None:
 
 def test_requests_do_not_load_adapters_into_one_of_several() -> None:
     with pytest.raises(ConfigError, match="a request reaches one of the replicas: put adapters into their folder"):
-        run("any", [], Limits(), Settings(admin_keys=("boss",)), replicas=2, host="127.0.0.1", port=1)
+        run("any", [], EngineConfig(), Settings(admin_keys=("boss",)), replicas=2, host="127.0.0.1", port=1)

@@ -14,11 +14,11 @@ import httpx
 import pytest
 from tests.serving.test_http import complete, serving
 
+from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
-from softtune.serving.limits import Limits
-from softtune.serving.sampling import Choice
-from softtune.serving.service import Service, Written
+from softtune.serving.sampling import SampledToken
+from softtune.serving.service import Service, TokenDelta
 
 HALF = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 99\r\n\r\nhalf of it"
 SLOW = 1.0
@@ -32,11 +32,11 @@ def half_asked(client: httpx.Client) -> bytes:
         return b"".join(iter(lambda: sent.recv(2**16), b""))
 
 
-async def slowly(*_: Any) -> AsyncIterator[Written]:
+async def slowly(*_: Any) -> AsyncIterator[TokenDelta]:
     """A text that never ends."""
     while True:
         await asyncio.sleep(SLOW)
-        yield Written(Choice(3), "red ", None)
+        yield TokenDelta(SampledToken(3), "red ", None)
 
 
 def test_half_a_request_is_given_up_on(llama: str) -> None:
@@ -48,7 +48,7 @@ def test_half_a_request_is_given_up_on(llama: str) -> None:
 
 
 def test_a_stream_has_the_time_of_one_answer(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Service, "write", slowly)
+    monkeypatch.setattr(Service, "generate", slowly)
     with serving(llama, None, seconds=1.5 * SLOW) as client:
         events = complete(client, model=llama, stream=True).text.split("\n\n")
     assert len(events) == 3  # a token, the error, and what is behind the last line
@@ -56,7 +56,7 @@ def test_a_stream_has_the_time_of_one_answer(llama: str, monkeypatch: pytest.Mon
 
 
 def test_who_stops_reading_is_left(llama: str, adapters: Path) -> None:
-    service, folder = Service(llama, Limits(slots=600)), AdapterFolder(str(adapters))
+    service, folder = Service(llama, EngineConfig(num_kv_slots=600)), AdapterFolder(str(adapters))
     version = service.registry.add("prefix", adapters / "prefix")
     body = json.dumps({"model": "prefix", "prompt": "red", "max_tokens": 50, "stream": True}).encode()
     asked = iter([{"type": "http.request", "body": body}])

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from softtune.serving.http.texts import Answer, ChatCompletions, Completions
-from softtune.serving.sampling import Choice
+from softtune.serving.http.completions import ChatCompletionFormat, CompletionFormat, GeneratedText
+from softtune.serving.sampling import SampledToken
 
 TEXT = "a sky 😀é"
 
@@ -41,18 +41,20 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    answer = Answer(TEXT, [Choice(token, -1.0) for token in tokenizer(TEXT)["input_ids"]], "stop")
-    told = ChatCompletions(tokenizer, True).whole(answer, 0)["logprobs"]["content"]
+    answer = GeneratedText(TEXT, [SampledToken(token, -1.0) for token in tokenizer(TEXT)["input_ids"]], "stop")
+    told = ChatCompletionFormat(tokenizer, True).whole(answer, 0)["logprobs"]["content"]
     assert b"".join(bytes(token["bytes"]) for token in told).decode() == TEXT
     assert [token["token"] for token in told][-6:] == [rf"bytes:\x{byte:02x}" for byte in TEXT[-2:].encode()]
-    offsets = Completions(tokenizer, True).whole(answer, 0)["logprobs"]["text_offset"]
+    offsets = CompletionFormat(tokenizer, True).whole(answer, 0)["logprobs"]["text_offset"]
     assert offsets[-6:] == [6, 6, 6, 6, 7, 7]
 
 
 def test_parts_of_characters_stay_apart(tokenizer: PreTrainedTokenizerFast) -> None:
     parts = tokenizer("😀")["input_ids"]
     likeliest = {token: -float(number) for number, token in enumerate(parts)}
-    told = Completions(tokenizer, True).whole(Answer("", [Choice(parts[0], -0.0, likeliest)], "length"), 0)
+    told = CompletionFormat(tokenizer, True).whole(
+        GeneratedText("", [SampledToken(parts[0], -0.0, likeliest)], "length"), 0
+    )
     assert told["logprobs"]["top_logprobs"] == [
         {r"bytes:\xf0": 0, r"bytes:\x9f": -1, r"bytes:\x98": -2, r"bytes:\x80": -3}
     ]
@@ -60,7 +62,7 @@ def test_parts_of_characters_stay_apart(tokenizer: PreTrainedTokenizerFast) -> N
 
 def test_what_cannot_come_has_a_number(tokenizer: PreTrainedTokenizerFast) -> None:
     nothing = -float("inf")
-    answer = Answer("a", [Choice(70, nothing, {70: nothing, 71: float("nan")})], "length")
-    for kind in (Completions, ChatCompletions):
+    answer = GeneratedText("a", [SampledToken(70, nothing, {70: nothing, 71: float("nan")})], "length")
+    for kind in (CompletionFormat, ChatCompletionFormat):
         told = json.dumps(kind(tokenizer, True).whole(answer, 0), allow_nan=False)
         assert told.count("-9999.0") == 3

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
 
-from softtune.injection.trunk import Trunk
+from softtune.injection.frozen_layer_cache import FrozenLayerCache
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,14 @@ def fields(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def trunks(monkeypatch: pytest.MonkeyPatch) -> list[Trunk]:
+def trunks(monkeypatch: pytest.MonkeyPatch) -> list[FrozenLayerCache]:
     """All trunks that the test makes."""
-    made: list[Trunk] = []
-    begin = Trunk.__init__
+    made: list[FrozenLayerCache] = []
+    begin = FrozenLayerCache.__init__
 
-    def note(self: Trunk, *arguments: Any) -> None:
+    def note(self: FrozenLayerCache, *arguments: Any) -> None:
         made.append(self)
         begin(self, *arguments)
 
-    monkeypatch.setattr(Trunk, "__init__", note)
+    monkeypatch.setattr(FrozenLayerCache, "__init__", note)
     return made

@@ -27,7 +27,8 @@ def pair(fields: dict[str, Any], tmp_path: Path) -> Callable[..., list[Recipe]]:
     def make(folder: str, **second: Any) -> list[Recipe]:
         changes: list[dict[str, Any]] = [{}, {"seed": 1, **second}]
         outputs = [str(tmp_path / folder / name) for name in "ab"]
-        return [Recipe.of({**fields, "output": out, **more}) for out, more in zip(outputs, changes, strict=True)]
+        pairs = zip(outputs, changes, strict=True)
+        return [Recipe.from_fields({**fields, "output": out, **more}) for out, more in pairs]
 
     return make
 
@@ -103,7 +104,7 @@ def test_all_are_saved_before_one_is_evaluated(pair: Callable[..., list[Recipe]]
     recipes = pair("out")
     with pytest.raises(KeyboardInterrupt, match=r"before the evaluation; .* saved in .*a; .* saved in .*b$"):
         train_all(recipes, progress=of_first(stop))
-    assert [Recipe.of_adapter(recipe.output) for recipe in recipes] == recipes
+    assert [Recipe.from_adapter(recipe.output) for recipe in recipes] == recipes
 
 
 def test_runs_that_are_stopped_at_once_say_what_is_kept_of_each(pair: Callable[..., list[Recipe]]) -> None:
@@ -121,11 +122,11 @@ def test_runs_that_are_stopped_at_once_say_what_is_kept_of_each(pair: Callable[.
 
 def test_what_is_left_of_checkpoints_does_not_make_a_finished_run_unfinished(fields: dict[str, Any]) -> None:
     """As when it is killed while they are removed."""
-    recipe = Recipe.of(fields)
+    recipe = Recipe.from_fields(fields)
     train(recipe)
     left = Path(recipe.output, "checkpoints", "checkpoint-10")
     left.mkdir(parents=True)
     (left / "trainer_state.json").write_text("{}")
     with pytest.raises(ConfigError, match="has a finished adapter"):
         train(recipe, resume=True, progress=no_work)
-    assert Recipe.of_adapter(recipe.output) == recipe
+    assert Recipe.from_adapter(recipe.output) == recipe

@@ -22,7 +22,7 @@ FIELDS: dict[str, Any] = {
 
 
 def test_defaults() -> None:
-    recipe = Recipe.of(FIELDS)
+    recipe = Recipe.from_fields(FIELDS)
     assert recipe.peak_learning_rate == LEARNING_RATES[recipe.method]
     assert recipe.config() == PrefixTuningConfig(task_type="CAUSAL_LM")
     assert isinstance(recipe.definition, TextTask)
@@ -31,14 +31,14 @@ def test_defaults() -> None:
 
 def test_biases_learn_faster_beside_a_head() -> None:
     beside = {"task": "SEQ_CLS", "labels": ["a", "b"]}
-    rates = [Recipe.of({**FIELDS, "method": "BITFIT", **own}).peak_learning_rate for own in ({}, beside)]
+    rates = [Recipe.from_fields({**FIELDS, "method": "BITFIT", **own}).peak_learning_rate for own in ({}, beside)]
     assert rates == [3e-4, 1e-3]
 
 
 def test_a_saved_recipe_is_the_same_when_it_is_read(tmp_path: Path) -> None:
-    recipe = Recipe.of({**FIELDS, "labels": {"0": "no", "1": "yes"}, "options": {"num_virtual_tokens": 7}})
+    recipe = Recipe.from_fields({**FIELDS, "labels": {"0": "no", "1": "yes"}, "options": {"num_virtual_tokens": 7}})
     recipe.save(tmp_path / "recipe.yaml")
-    assert Recipe.of_adapter(tmp_path) == recipe
+    assert Recipe.from_adapter(tmp_path) == recipe
 
 
 @pytest.mark.parametrize("task", [{}, {"labels": ["a"]}, {"task": "QUESTION_ANS", "template": "{q} {c}", "stride": 9}])
@@ -46,9 +46,9 @@ def test_a_saved_recipe_with_fields_that_do_nothing_can_be_read(tmp_path: Path, 
     """It has all fields, and nobody asked for what they are by default. To hold out nothing, or to switch patience off,
     contradicts nothing either."""
     for fields in ({}, {"test_size": 0}, {"patience": None, "validation_size": 4}):
-        recipe = Recipe.of({**FIELDS, "evaluation": "more.csv", **task, **fields})
+        recipe = Recipe.from_fields({**FIELDS, "evaluation": "more.csv", **task, **fields})
         recipe.save(tmp_path / "recipe.yaml")
-        assert Recipe.of_adapter(tmp_path) == recipe
+        assert Recipe.from_adapter(tmp_path) == recipe
 
 
 def test_every_field_says_what_it_is_for() -> None:
@@ -120,18 +120,18 @@ def test_every_field_says_what_it_is_for() -> None:
 )
 def test_what_is_wrong_is_said_in_one_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        Recipe.of({**FIELDS, **change})
+        Recipe.from_fields({**FIELDS, **change})
     assert "\n" not in str(caught.value)
 
 
 def test_a_field_that_is_missing() -> None:
     with pytest.raises(ConfigError, match="recipe: output is missing: add it"):
-        Recipe.of({name: value for name, value in FIELDS.items() if name != "output"})
+        Recipe.from_fields({name: value for name, value in FIELDS.items() if name != "output"})
 
 
 def test_a_members_recipe_has_its_own_seed_and_the_rows_of_the_ensemble() -> None:
     for changes, rows_seed in (({}, 3), ({"data_seed": 9}, 9)):
-        ensemble = Recipe.of({**FIELDS, "seed": 3, "ensemble": 4, **changes})
+        ensemble = Recipe.from_fields({**FIELDS, "seed": 3, "ensemble": 4, **changes})
         member = ensemble.member(2, Path("out/3"))
         assert (member.seed, member.ensemble, member.output) == (5, 1, "out/3")
         assert member.rows_seed == ensemble.rows_seed == rows_seed
@@ -151,11 +151,11 @@ def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no recipe at"):
         Recipe.load(tmp_path / "none.yaml")
     with pytest.raises(CheckpointError, match=r"has no recipe.yaml"):
-        Recipe.of_adapter(tmp_path)
+        Recipe.from_adapter(tmp_path)
 
 
 def test_choices_may_differ_where_the_template_does_not() -> None:
-    assert Recipe.of({**FIELDS, "template": "Which is right? ", "choices": "c"}).definition.columns == ("c",)
+    assert Recipe.from_fields({**FIELDS, "template": "Which is right? ", "choices": "c"}).definition.columns == ("c",)
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -62,7 +62,7 @@ def tensors(folder: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_writes_the_adapter_and_nothing_else(fields: dict[str, Any]) -> None:
-    report = train(Recipe.of(fields))
+    report = train(Recipe.from_fields(fields))
     assert report.finished
     assert report.steps == 10
     assert (report.training_rows, report.evaluation_rows) == (18, 6)
@@ -85,14 +85,14 @@ def test_a_run_writes_the_adapter_and_nothing_else(fields: dict[str, Any]) -> No
 
 def test_training_learns(fields: dict[str, Any], models: dict[str, str]) -> None:
     changes = {"model": models["bert"], "task": "SEQ_CLS", "method": "BITFIT", "options": {}, "epochs": 40}
-    report = train(Recipe.of({**fields, **changes, "learning_rate": 0.05}))
+    report = train(Recipe.from_fields({**fields, **changes, "learning_rate": 0.05}))
     assert report.before["accuracy"] < 1.0
     assert report.after["accuracy"] == 1.0
 
 
 def test_the_same_recipe_gives_the_same_adapter(fields: dict[str, Any], tmp_path: Path) -> None:
     for name in ("one", "two"):
-        train(Recipe.of({**fields, "output": str(tmp_path / name)}))
+        train(Recipe.from_fields({**fields, "output": str(tmp_path / name)}))
     one, two = tensors(str(tmp_path / "one")), tensors(str(tmp_path / "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -104,8 +104,8 @@ def test_an_interrupted_and_resumed_run_equals_an_unbroken_one(
     fields: dict[str, Any], tmp_path: Path, method: str, step: int
 ) -> None:
     fields |= METHODS[method]
-    whole = Recipe.of({**fields, "output": str(tmp_path / "whole")})
-    broken = Recipe.of({**fields, "output": str(tmp_path / "broken")})
+    whole = Recipe.from_fields({**fields, "output": str(tmp_path / "whole")})
+    broken = Recipe.from_fields({**fields, "output": str(tmp_path / "broken")})
     unbroken_report = train(whole)
     first = train(broken, progress=interrupt_at(step))
     assert not first.finished
@@ -120,19 +120,19 @@ def test_an_interrupted_and_resumed_run_equals_an_unbroken_one(
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_mixed_up(fields: dict[str, Any]) -> None:
-    recipe = Recipe.of(fields)
+    recipe = Recipe.from_fields(fields)
     with pytest.raises(ConfigError, match="no unfinished run"):
         train(recipe, resume=True)
     train(recipe, progress=interrupt_at(3))
     with pytest.raises(ConfigError, match="add --resume"):
         train(recipe)
     with pytest.raises(ConfigError, match=r"learning_rate is 0\.01, and 0\.02 in the run in .*adapter: resume it"):
-        train(Recipe.of({**fields, "learning_rate": 0.01}), resume=True)
+        train(Recipe.from_fields({**fields, "learning_rate": 0.01}), resume=True)
     assert train(recipe, resume=True).finished
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(fields: dict[str, Any]) -> None:
-    recipe = Recipe.of(fields)
+    recipe = Recipe.from_fields(fields)
     train(recipe, progress=interrupt_at(6))
     (Path(recipe.output) / "checkpoints" / "checkpoint-9").mkdir()
     assert train(recipe, resume=True).finished
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(fields: dict[str, Any]) 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_state(fields: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match="lower the learning rate"):
-        train(Recipe.of({**fields, "learning_rate": 1e38, "max_grad_norm": 1e9}))
+        train(Recipe.from_fields({**fields, "learning_rate": 1e38, "max_grad_norm": 1e9}))
     kept = tensors(fields["output"])
     assert kept
     assert all(tensor.isfinite().all() for tensor in kept.values())
@@ -154,7 +154,7 @@ def test_an_update_that_leaves_the_numbers_is_never_saved(fields: dict[str, Any]
     """Not at the end either, where no loss is computed with it any more, nor where only the prompt is no number."""
     wild = {"learning_rate": rate, "max_grad_norm": 1e9, "warmup_steps": 0, "epochs": 0.2}
     with pytest.raises(TrainingError, match="no longer made of numbers after step 1: lower the learning rate"):
-        train(Recipe.of({**fields, **METHODS[method], **wild}))
+        train(Recipe.from_fields({**fields, **METHODS[method], **wild}))
     kept = tensors(fields["output"])
     assert kept
     assert all(tensor.isfinite().all() for tensor in kept.values())
@@ -164,7 +164,7 @@ def test_an_adapter_that_answers_no_numbers_has_failed(fields: dict[str, Any]) -
     """Its own numbers may be finite, and what layers make of them not."""
     wild = {"learning_rate": 1e30, "max_grad_norm": 1e9, "warmup_steps": 0, "epochs": 0.2}
     with pytest.raises(TrainingError, match="are no numbers"):
-        train(Recipe.of({**fields, **METHODS["BitFit"], **wild}))
+        train(Recipe.from_fields({**fields, **METHODS["BitFit"], **wild}))
 
 
 @pytest.mark.parametrize("base", ["llama", "t5"])
@@ -174,7 +174,7 @@ def test_labels_that_the_tokenizer_does_not_tell_apart(
     task = "SEQ_2_SEQ_LM" if base == "t5" else "CAUSAL_LM"
     changes = {"labels": {"warm": "hot", "cold": "icy"}, "model": models[base], "task": task}
     with pytest.raises(DataError, match="labels 'warm' and 'cold' are the same tokens to the model: give them other"):
-        train(Recipe.of({**fields, **changes}), progress=no_work)
+        train(Recipe.from_fields({**fields, **changes}), progress=no_work)
     assert not Path(fields["output"]).exists()
 
 
@@ -185,7 +185,7 @@ def test_a_head_on_an_encoder(fields: dict[str, Any], models: dict[str, str], tm
     changes = {"model": models["bert"], "task": "SEQ_CLS", "method": method, "options": options}
     states = []
     for name, rate in (("start", 1e-9), ("trained", 0.02)):
-        train(Recipe.of({**fields, **changes, "learning_rate": rate, "output": str(tmp_path / name)}))
+        train(Recipe.from_fields({**fields, **changes, "learning_rate": rate, "output": str(tmp_path / name)}))
         states.append(tensors(str(tmp_path / name)))
     start, after = states
     assert start.keys() == after.keys()
@@ -201,7 +201,7 @@ def test_an_encoder_decoder_writes_the_label(fields: dict[str, Any], models: dic
         losses.extend(float(loss) for loss in re.findall(r"loss ([\d.]+), \d+ tokens/s", notes))
 
     changes = {"model": models["t5"], "task": "SEQ_2_SEQ_LM", "epochs": 20, "learning_rate": 0.1}
-    report = train(Recipe.of({**fields, **changes}), progress=listen)
+    report = train(Recipe.from_fields({**fields, **changes}), progress=listen)
     assert report.finished
     assert len(losses) == report.steps
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -210,34 +210,34 @@ def test_an_encoder_decoder_writes_the_label(fields: dict[str, Any], models: dic
 
 def test_free_text_is_written_and_compared(fields: dict[str, Any], tmp_path: Path) -> None:
     texts = {"labels": None, "max_new_tokens": 4, "evaluation": write_rows(tmp_path / "more.csv", 6), "test_size": 0}
-    report = train(Recipe.of({**fields, **texts, "epochs": 40, "learning_rate": 0.1}))
+    report = train(Recipe.from_fields({**fields, **texts, "epochs": 40, "learning_rate": 0.1}))
     assert report.before["exact_match"] == 0.0
     assert report.after["exact_match"] == 1.0
 
 
 def test_a_template_places_the_virtual_tokens(fields: dict[str, Any]) -> None:
     changes = {"template": "{prompt:2} {words} {prompt:1} label : ", "method": "P_TUNING", "options": {}}
-    report = train(Recipe.of({**fields, **changes}))
+    report = train(Recipe.from_fields({**fields, **changes}))
     assert report.finished
     assert load_file(report.folder / "adapter_model.safetensors")["prompt_embeddings"].shape == (3, 24)
 
 
 def test_a_sample_has_the_shares_that_the_recipe_names(fields: dict[str, Any]) -> None:
-    report = train(Recipe.of({**fields, "examples": 8, "shares": {"warm": 0.25, "cold": 0.75}, "epochs": 1}))
+    report = train(Recipe.from_fields({**fields, "examples": 8, "shares": {"warm": 0.25, "cold": 0.75}, "epochs": 1}))
     assert report.training_rows == 8
     with pytest.raises(DataError, match="too few rows"):
-        train(Recipe.of({**fields, "examples": 18, "shares": {"warm": 1.0}, "output": fields["output"] + "2"}))
+        train(Recipe.from_fields({**fields, "examples": 18, "shares": {"warm": 1.0}, "output": fields["output"] + "2"}))
 
 
 @pytest.mark.parametrize("shares", [None, {"warm": 0.5, "cold": 0.5}])
 def test_a_sample_is_no_larger_than_the_data(fields: dict[str, Any], shares: dict[str, float] | None) -> None:
     with pytest.raises(DataError, match="examples is 19 and there are 18 rows to train on: lower it"):
-        train(Recipe.of({**fields, "examples": 19, "shares": shares}))
-    assert train(Recipe.of({**fields, "examples": 18, "epochs": 1})).training_rows == 18
+        train(Recipe.from_fields({**fields, "examples": 19, "shares": shares}))
+    assert train(Recipe.from_fields({**fields, "examples": 18, "epochs": 1})).training_rows == 18
 
 
 def test_long_texts_are_cut_and_counted(fields: dict[str, Any]) -> None:
-    report = train(Recipe.of({**fields, "max_length": 12, "epochs": 1}))
+    report = train(Recipe.from_fields({**fields, "max_length": 12, "epochs": 1}))
     assert report.truncated > 0
     assert report.evaluation.truncated > 0
 
@@ -249,15 +249,15 @@ def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_mistake(f
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError):
-        train(Recipe.of({**fields, "labels": {"warm": "good", "cold": "bad"}}), progress=die)
+        train(Recipe.from_fields({**fields, "labels": {"warm": "good", "cold": "bad"}}), progress=die)
     assert signal.getsignal(signal.SIGINT) is handler
-    recipe = Recipe.of(fields)
+    recipe = Recipe.from_fields(fields)
     train(recipe, progress=interrupt_at(3))
     assert train(recipe, resume=True).finished
 
 
 def test_a_run_is_not_resumed_with_other_data(fields: dict[str, Any], tmp_path: Path) -> None:
-    recipe = Recipe.of({**fields, "evaluation": write_rows(tmp_path / "more.csv", 6), "test_size": 0})
+    recipe = Recipe.from_fields({**fields, "evaluation": write_rows(tmp_path / "more.csv", 6), "test_size": 0})
     train(recipe, progress=interrupt_at(3))
     for source, name in ((recipe.train, "training"), (recipe.evaluation, "evaluation")):
         file = Path(str(source))
@@ -270,7 +270,7 @@ def test_a_run_is_not_resumed_with_other_data(fields: dict[str, Any], tmp_path: 
 
 
 def test_a_finished_adapter_is_not_overwritten(fields: dict[str, Any]) -> None:
-    recipe = Recipe.of({**fields, "epochs": 1})
+    recipe = Recipe.from_fields({**fields, "epochs": 1})
     train(recipe)
     kept = tensors(recipe.output)
     for resume in (False, True):
@@ -283,7 +283,7 @@ def test_a_finished_adapter_is_not_overwritten(fields: dict[str, Any]) -> None:
 def test_a_file_in_the_way_of_the_output(fields: dict[str, Any], tmp_path: Path, part: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="file is a file: name a folder"):
-        train(Recipe.of({**fields, "output": str(tmp_path / "file" / part)}), progress=no_work)
+        train(Recipe.from_fields({**fields, "output": str(tmp_path / "file" / part)}), progress=no_work)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -300,7 +300,7 @@ def test_labels_are_checked_by_their_rows_in_the_file_before_any_work(
     with pytest.raises(
         DataError, match=r"bad\.csv: row 13: label 'tepid' is not one of 'warm', 'cold'; add it to labels"
     ):
-        train(Recipe.of({**fields, **source}))
+        train(Recipe.from_fields({**fields, **source}))
 
 
 @pytest.mark.parametrize(
@@ -320,33 +320,33 @@ def test_a_run_that_is_stopped_at_once_says_what_is_kept(
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    recipe = Recipe.of({**fields, "save_steps": save_steps})
+    recipe = Recipe.from_fields({**fields, "save_steps": save_steps})
     with pytest.raises(KeyboardInterrupt, match=kept):
         train(recipe, progress=stop)
     if phase == "evaluating":
-        assert Recipe.of_adapter(recipe.output) == recipe
+        assert Recipe.from_adapter(recipe.output) == recipe
         return
     if phase == "training":
         with pytest.raises(CheckpointError, match="is unfinished: go on with softtune train --resume, or train anew"):
-            Recipe.of_adapter(recipe.output)
+            Recipe.from_adapter(recipe.output)
     assert train(recipe, resume="kept: go" in kept).finished
 
 
 def test_tensorboard_logs_beside_the_adapter(fields: dict[str, Any]) -> None:
-    report = train(Recipe.of({**fields, "report_to": ["tensorboard"]}))
+    report = train(Recipe.from_fields({**fields, "report_to": ["tensorboard"]}))
     logged = EventAccumulator(str(report.folder / "logs")).Reload()
     assert len(logged.Scalars("train/loss")) == report.steps
     assert {"train/learning_rate", "train/num_input_tokens_seen"} <= set(logged.Tags()["scalars"])
 
 
 def test_a_tracker_is_needed_for_training_alone(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softtune.training.company.find_spec", lambda name: None)
-    recipe = Recipe.of({**fields, "report_to": ["wandb"]})
+    monkeypatch.setattr("softtune.training.compatibility.find_spec", lambda name: None)
+    recipe = Recipe.from_fields({**fields, "report_to": ["wandb"]})
     with pytest.raises(ConfigError, match="report_to needs the package wandb: pip install wandb"):
         train(recipe, progress=no_work)
-    train(Recipe.of(fields))
+    train(Recipe.from_fields(fields))
     recipe.save(Path(recipe.output, "recipe.yaml"))
-    assert Recipe.of_adapter(recipe.output) == recipe
+    assert Recipe.from_adapter(recipe.output) == recipe
 
 
 def test_a_run_stops_when_held_out_rows_say_so_and_keeps_the_best(
@@ -356,7 +356,7 @@ def test_a_run_stops_when_held_out_rows_say_so_and_keeps_the_best(
     load = AdapterTrainer.load_adapter
     monkeypatch.setattr(AdapterTrainer, "load_adapter", lambda self, path: (kept.append(path), load(self, path)))
     wild = {"learning_rate": 3.0, "schedule": "constant", "epochs": 20, "save_steps": 2, "warmup_steps": 0}
-    recipe = Recipe.of({**fields, **wild, "patience": 2, "validation_size": 4})
+    recipe = Recipe.from_fields({**fields, **wild, "patience": 2, "validation_size": 4})
     report = train(recipe)
     assert report.finished
     assert (report.training_rows, report.validation_rows, report.evaluation_rows) == (14, 4, 6)
@@ -371,7 +371,7 @@ STOPPING = {"schedule": "constant", "epochs": 20, "save_steps": 2, "patience": 2
 @pytest.mark.parametrize("step", [3, 5, 6, 8])
 def test_patience_goes_on_after_an_interrupt(fields: dict[str, Any], tmp_path: Path, rate: float, step: int) -> None:
     whole, broken = (
-        Recipe.of({**fields, **STOPPING, "learning_rate": rate, "epochs": 4, "output": str(tmp_path / name)})
+        Recipe.from_fields({**fields, **STOPPING, "learning_rate": rate, "epochs": 4, "output": str(tmp_path / name)})
         for name in ("whole", "broken")
     )
     expected = train(whole)
@@ -392,7 +392,7 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(
 
     monkeypatch.setattr("softtune.storage.tempfile.TemporaryFile", refuse)
     with pytest.raises(CheckpointError, match=r"cannot be written \(Permission denied\): name another folder"):
-        train(Recipe.of({**fields, "output": f"{fields['output']}/new/one"}), progress=no_work)
+        train(Recipe.from_fields({**fields, "output": f"{fields['output']}/new/one"}), progress=no_work)
 
 
 def test_a_run_that_is_shorter_than_an_interval_is_validated(
@@ -404,7 +404,7 @@ def test_a_run_that_is_shorter_than_an_interval_is_validated(
         AdapterTrainer, "evaluate", lambda self, *args, **k: steps.append(self.state.global_step) or evaluate(self)
     )
     for save_steps, expected in ((50, [8]), (3, [3, 6, 8])):
-        recipe = Recipe.of(
+        recipe = Recipe.from_fields(
             {**fields, "patience": 5, "save_steps": save_steps, "output": f"{fields['output']}-{save_steps}"}
         )
         assert train(recipe).validation_rows == 2
@@ -413,9 +413,9 @@ def test_a_run_that_is_shorter_than_an_interval_is_validated(
 
 
 def test_rows_held_out_leave_some_to_train_on(fields: dict[str, Any]) -> None:
-    assert train(Recipe.of({**fields, "patience": None, "validation_size": 4})).validation_rows == 0
+    assert train(Recipe.from_fields({**fields, "patience": None, "validation_size": 4})).validation_rows == 0
     with pytest.raises(DataError, match="cannot hold out 18 of 18 rows"):
-        train(Recipe.of({**fields, "patience": 1, "validation_size": 18, "output": fields["output"] + "-2"}))
+        train(Recipe.from_fields({**fields, "patience": 1, "validation_size": 18, "output": fields["output"] + "-2"}))
 
 
 def test_a_recipes_settings_are_the_trainers(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +437,7 @@ def test_a_recipes_settings_are_the_trainers(fields: dict[str, Any], monkeypatch
         "seed": 5,
     }
     own = {"schedule": "cosine", "batch_size": 3, "compile": True, "patience": 2}
-    train(Recipe.of({**fields, **settings, **own, "evaluation": None, "test_size": 0}))
+    train(Recipe.from_fields({**fields, **settings, **own, "evaluation": None, "test_size": 0}))
     [trainer] = seen
     names = {"epochs": "num_train_epochs"}
     assert {name: getattr(trainer.args, names.get(name, name)) for name in settings} == settings
@@ -466,14 +466,14 @@ def test_patience_keeps_the_best_of_a_run_that_blows_up(
         AdapterTrainer, "evaluation_loop", lambda *_, **__: EvalLoopOutput(None, None, {"eval_loss": next(losses)}, 4)
     )
     with pytest.raises(TrainingError, match="kept as it was at its lowest validation loss"):
-        train(Recipe.of({**fields, **STOPPING, "patience": 5}))
+        train(Recipe.from_fields({**fields, **STOPPING, "patience": 5}))
     kept = load_file(Path(fields["output"], "adapter_model.safetensors"))
     assert all(torch.equal(kept[name], best[name]) for name in best)
 
 
 def test_every_label_is_trained_on_beside_rows_held_out_for_patience(fields: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="none of 1 training rows is labelled"):
-        train(Recipe.of({**fields, "shots": 1, "patience": 1, "validation_size": 1}), progress=no_work)
+        train(Recipe.from_fields({**fields, "shots": 1, "patience": 1, "validation_size": 1}), progress=no_work)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler
@@ -484,7 +484,7 @@ def test_ways_to_compute_come_to_the_same(fields: dict[str, Any], tmp_path: Path
     runs = {"start": {"learning_rate": 1e-9}, "plain": {}, "other": {how: True}}
     states = {}
     for name, changes in runs.items():
-        train(Recipe.of({**fields, "epochs": 0.5, "output": str(tmp_path / name), **changes}))
+        train(Recipe.from_fields({**fields, "epochs": 0.5, "output": str(tmp_path / name), **changes}))
         states[name] = torch.cat([tensor.flatten() for _, tensor in sorted(tensors(str(tmp_path / name)).items())])
     way = states["plain"] - states["start"]
     assert (states["other"] - states["plain"]).norm() < share * way.norm()

@@ -16,7 +16,7 @@ from softtune import CheckpointError, ConfigError, TaskType, TrainingError
 from softtune.data import LabelTask, Template, Verbalizer
 from softtune.evaluation.answers import Answers
 from softtune.evaluation.ensemble import by_mean, by_vote
-from softtune.injection.store import Store
+from softtune.injection.tensor_store import TensorStore
 from softtune.training.recipe import Recipe
 from softtune.training.run import Report, train, train_all
 from softtune.training.trainer import AdapterTrainer
@@ -39,7 +39,7 @@ def fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipes(fields: dict[str, Any], folder: Path, *changes: dict[str, Any]) -> list[Recipe]:
-    return [Recipe.of({**fields, "output": str(folder / str(i)), **more}) for i, more in enumerate(changes)]
+    return [Recipe.from_fields({**fields, "output": str(folder / str(i)), **more}) for i, more in enumerate(changes)]
 
 
 def assert_same_adapter(found: str | Path, expected: str | Path) -> None:
@@ -113,7 +113,7 @@ def test_a_run_that_fails_leaves_the_others_alone(fields: dict[str, Any], tmp_pa
     found = train_all(recipes(fields, tmp_path, {}, wild))
     assert isinstance(found[0], Report)
     assert isinstance(found[1], TrainingError)
-    assert Recipe.of_adapter(tmp_path / "1").learning_rate == 1e38
+    assert Recipe.from_adapter(tmp_path / "1").learning_rate == 1e38
 
 
 def test_a_run_that_has_stopped_by_itself_stays_so_when_another_is_interrupted(
@@ -160,7 +160,7 @@ def test_members_share_the_trunk_caches_memory(
     fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[float] = []
-    monkeypatch.setattr("softtune.model.Store", lambda *own: sizes.append(own[0]) or Store(*own))
+    monkeypatch.setattr("softtune.model.TensorStore", lambda *own: sizes.append(own[0]) or TensorStore(*own))
     deep = {"num_virtual_tokens": 3, "layers": "last:1"}
     train(recipes(fields, tmp_path, {"ensemble": 3, "trunk_cache": 1, "options": deep})[0])
     assert sizes[-1] == pytest.approx(1.0)
@@ -186,7 +186,7 @@ def test_an_interrupt_keeps_an_ensemble_beside_its_failed_member(
     assert Path(recipe.output, "checkpoints", "1", "checkpoint-6").is_dir()
     with pytest.raises(TrainingError, match="no number"):
         train(recipe, resume=True)
-    assert Recipe.of_adapter(recipe.output) == recipe
+    assert Recipe.from_adapter(recipe.output) == recipe
 
 
 @pytest.mark.parametrize("changes", [[{}, {}], [{"ensemble": 2}]])
@@ -212,16 +212,16 @@ def test_parts_of_texts_are_learnt_by_one_adapter_at_a_time(
 def test_what_recipes_share_is_checked_before_any_work(
     fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("softtune.training.company.find_spec", lambda name: name)
+    monkeypatch.setattr("softtune.training.compatibility.find_spec", lambda name: name)
     with pytest.raises(ConfigError, match=message):
         train_all(recipes(fields, tmp_path / "out", {}, changes), progress=no_work)
     assert not (tmp_path / "out").exists()
 
 
 def test_wandb_takes_no_ensemble(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softtune.training.company.find_spec", lambda name: name)
+    monkeypatch.setattr("softtune.training.compatibility.find_spec", lambda name: name)
     with pytest.raises(ConfigError, match="wandb takes one run of a process"):
-        train(Recipe.of({**fields, "report_to": ["wandb"], "ensemble": 2}), progress=no_work)
+        train(Recipe.from_fields({**fields, "report_to": ["wandb"], "ensemble": 2}), progress=no_work)
 
 
 def test_recipes_of_other_models_or_one_output(fields: dict[str, Any], models: dict[str, str], tmp_path: Path) -> None:
@@ -234,19 +234,19 @@ def test_recipes_of_other_models_or_one_output(fields: dict[str, Any], models: d
 
 def test_a_members_recipe_makes_it_again(fields: dict[str, Any], tmp_path: Path) -> None:
     for name, changes in (("one", {"seed": 5}), ("validated", {"data_seed": 7, "patience": 9, "examples": 12})):
-        ensemble = Recipe.of({**fields, **changes, "ensemble": 2, "output": str(tmp_path / name)})
+        ensemble = Recipe.from_fields({**fields, **changes, "ensemble": 2, "output": str(tmp_path / name)})
         train(ensemble)
-        member = Recipe.of_adapter(tmp_path / name / "2")
+        member = Recipe.from_adapter(tmp_path / name / "2")
         again = train(member.model_copy(update={"output": str(tmp_path / f"{name} again")}))
         assert_same_adapter(tmp_path / name / "2", again.folder)
 
 
 def test_an_ensemble(fields: dict[str, Any], tmp_path: Path) -> None:
-    recipe = Recipe.of({**fields, "ensemble": 3, "epochs": 2})
+    recipe = Recipe.from_fields({**fields, "ensemble": 3, "epochs": 2})
     report = train(recipe)
     assert len(report.evaluation.members) == 3
     assert report.after.keys() == report.evaluation.vote.keys() == report.before.keys()
-    assert Recipe.of_adapter(recipe.output) == recipe
+    assert Recipe.from_adapter(recipe.output) == recipe
     [single] = recipes(fields, tmp_path / "alone", {"epochs": 2})
     alone = train(single)
     assert_same_adapter(tmp_path / "adapter" / "1", alone.folder)
@@ -265,7 +265,7 @@ def test_an_ensemble_goes_on_after_an_interrupt(fields: dict[str, Any], tmp_path
 
     assert not train(broken, progress=progress).finished
     with pytest.raises(CheckpointError, match="is unfinished: go on with softtune train --resume"):
-        Recipe.of_adapter(broken.output)
+        Recipe.from_adapter(broken.output)
     assert train(broken, resume=True).finished
     for name in "12":
         assert_same_adapter(Path(broken.output, name), Path(whole.output, name))

@@ -11,20 +11,21 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from vllm import SamplingParams, sampling_params
+import vllm
+from vllm import sampling_params
 from vllm.inputs.engine import tokens_input
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from softtune.errors import TooLongError, UnsupportedModelError
-from softtune.serving import baking
-from softtune.serving.engine import Engine
-from softtune.serving.jobs import Scoring, Writing
-from softtune.serving.limits import Limits
-from softtune.serving.loop import fail
-from softtune.serving.sampling import Sampling, Writer
+from softtune.serving import prompt_export
+from softtune.serving.engine_config import EngineConfig
+from softtune.serving.engine_thread import abort_with
+from softtune.serving.request_queue import RequestHandle
+from softtune.serving.requests import GenerationRequest, LoglikelihoodRequest
+from softtune.serving.sampling import IncrementalDetokenizer, SamplingParams
+from softtune.serving.transformers_engine import TransformersEngine
 from softtune.serving.vllm.engine import VllmEngine
-from softtune.serving.waiting import Ticket
 from tests.families import CAUSAL_LM, METHODS, save_adapter
 from tests.serving.stepping import Served
 
@@ -33,18 +34,18 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM i
 TEXTS = ["the sky is blue", "red", "cold warm " * 9 + "the green sky label : is"]
 ANSWERS = ["warm", "cold", "bad text", "the sky is", "bad text is"]
 LIMITS = {
-    "all at once": {"slots": 8192},
-    "texts in parts": {"tokens": 16, "rows": 12},
-    "few places": {"rows": 3},
-    "few blocks": {"slots": 512, "rows": 24},
+    "all at once": {"num_kv_slots": 8192},
+    "texts in parts": {"max_num_batched_tokens": 16, "max_num_seqs": 12},
+    "few places": {"max_num_seqs": 3},
+    "few blocks": {"num_kv_slots": 512, "max_num_seqs": 24},
 }
 
 
 class InVllm(Served):
     """vLLM's engine."""
 
-    def __init__(self, model: str, folder: Path, spool: Path, gpus: int = 1, **limits: Any) -> None:
-        super().__init__(model, folder, spool, partial(VllmEngine, model, gpus=gpus), **limits)
+    def __init__(self, model: str, folder: Path, spool: Path, gpus: int = 1, **config: Any) -> None:
+        super().__init__(model, folder, spool, partial(VllmEngine, model, gpus=gpus), **config)
 
     def finish(self) -> None:
         super().finish()
@@ -68,8 +69,8 @@ def test_texts_are_those_of_generate_alone(served: InVllm, monkeypatch: pytest.M
     served.finish()
     for (name, text, tokens), (job, _, failures) in zip(asked, jobs, strict=True):
         assert not failures
-        assert job.written == served.expected(name, text, tokens), (name, text)
-    assert bool(preempted) == (served.engine.limits.slots == 512)
+        assert job.output_ids == served.expected(name, text, tokens), (name, text)
+    assert bool(preempted) == (served.engine.config.num_kv_slots == 512)
 
 
 @pytest.fixture
@@ -78,14 +79,16 @@ def few(llama: str, tmp_path: Path) -> Iterator[InVllm]:
     for seed, kind in enumerate(("prefix", "prompt", "prompt_suffix")):
         save_adapter(llama, tmp_path / "adapters" / kind, METHODS[kind](task_type=CAUSAL_LM), seed)
     (tmp_path / "spool").mkdir()
-    served = InVllm(llama, tmp_path / "adapters", tmp_path / "spool", rows=2, waiting=40)
+    served = InVllm(llama, tmp_path / "adapters", tmp_path / "spool", max_num_seqs=2, max_num_waiting=40)
     yield served
     served.engine.close()
 
 
 def ask(served: InVllm, name: str | None, text: str, tell: Callable[[list[float]], None]) -> list[Exception]:
     """Ask for the scores of ANSWERS; gives what it fails by."""
-    return served.submit(name, Scoring(served.ids(text), [served.ids(answer) for answer in ANSWERS], tell))[1]
+    return served.submit(
+        name, LoglikelihoodRequest(served.ids(text), [served.ids(answer) for answer in ANSWERS], tell)
+    )[1]
 
 
 @pytest.mark.parametrize("logprobs", [None, 3])
@@ -97,7 +100,7 @@ def test_scores_are_those_of_a_forward_alone(few: InVllm, logprobs: int | None) 
         for text in TEXTS:
             ask(few, name, text, lambda x, at=(name, text): found.update({at: x}))
     few.finish()
-    assert len(company.written) == 200  # there all the time
+    assert len(company.output_ids) == 200  # there all the time
     assert len(found) == len(TEXTS) * len(few.names)
     for (name, text), scores in found.items():
         for answer, score in zip(ANSWERS, scores, strict=True):
@@ -111,7 +114,7 @@ def test_scores_are_those_of_a_forward_alone(few: InVllm, logprobs: int | None) 
 
 
 def test_likeliest_tokens_are_the_same_beside_scores(few: InVllm) -> None:
-    def write() -> Writing:
+    def write() -> GenerationRequest:
         return few.write("prefix", TEXTS[1], max_tokens=24, logprobs=3)[0]
 
     scores: list[list[float]] = []
@@ -133,7 +136,7 @@ def test_likeliest_tokens_are_the_same_beside_scores(few: InVllm) -> None:
     assert not before.is_done
     few.finish()
     for job in (after, before):
-        assert job.written == alone.written
+        assert job.output_ids == alone.output_ids
         for (choice, *_), (wanted, *_) in zip(few.told[job], few.told[alone], strict=True):
             assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-4)
             assert choice.likeliest == pytest.approx(wanted.likeliest, abs=1e-4)
@@ -142,7 +145,9 @@ def test_likeliest_tokens_are_the_same_beside_scores(few: InVllm) -> None:
 def test_more_tokens_than_vllm_takes_at_once_are_scored(few: InVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling_params, "MAX_LOGPROB_TOKEN_IDS", 3)
     scores: list[list[float]] = []
-    failures = few.submit("prefix", Scoring(few.ids("red"), [[token] for token in range(8)], scores.append))[1]
+    failures = few.submit(
+        "prefix", LoglikelihoodRequest(few.ids("red"), [[token] for token in range(8)], scores.append)
+    )[1]
     few.finish()
     assert not failures
     ids = torch.tensor([few.ids("red")])
@@ -159,18 +164,18 @@ def test_who_cannot_be_told_fails_alone(few: InVllm) -> None:
     failures = ask(few, "prompt", TEXTS[0], tell)
     few.finish()
     assert [str(error) for error in failures] == ["nobody listens"]
-    assert good.written == few.expected("prefix", TEXTS[0], 8)
+    assert good.output_ids == few.expected("prefix", TEXTS[0], 8)
 
 
 def test_keys_and_values_are_left_to_the_connector(few: InVllm, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, names = baking.safe_open, []
+    opened, names = prompt_export.safe_open, []
 
     @contextmanager
     def watched(*args: Any, **kwargs: Any) -> Iterator[Any]:
         with opened(*args, **kwargs) as file:
             yield Mock(wraps=file, get_tensor=lambda name: names.append(name) or file.get_tensor(name))
 
-    monkeypatch.setattr(baking, "safe_open", watched)
+    monkeypatch.setattr(prompt_export, "safe_open", watched)
     for name in few.names:
         few.write(name, TEXTS[0], max_tokens=2)
     few.finish()
@@ -178,13 +183,15 @@ def test_keys_and_values_are_left_to_the_connector(few: InVllm, monkeypatch: pyt
 
 
 def test_tokens_are_told_as_the_other_engine_tells_them(few: InVllm) -> None:
-    other = Engine(few.model.backbone, Limits())
+    other = TransformersEngine(few.model.backbone, EngineConfig())
     asked: dict[str, Any] = {"max_tokens": 12, "logprobs": 3, "stop": ("is",)}
-    ours, ticket, _ = few.write("prefix", TEXTS[1], **asked)
+    ours, handle, _ = few.write("prefix", TEXTS[1], **asked)
     expected: list[Any] = []
-    writer, ends = Writer(few.tokenizer, asked["stop"]), ticket.job.ends
-    job = Writing(few.ids(TEXTS[1]), Sampling(**asked), writer, ends, lambda *piece: expected.append(piece))
-    other.submit(Ticket(ticket.version, job, lambda error: None))
+    writer, ends = IncrementalDetokenizer(few.tokenizer, asked["stop"]), handle.request.ends
+    job = GenerationRequest(
+        few.ids(TEXTS[1]), SamplingParams(**asked), writer, ends, lambda *piece: expected.append(piece)
+    )
+    other.submit(RequestHandle(handle.version, job, lambda error: None))
     while not job.is_done:
         other.step()
     few.finish()
@@ -203,19 +210,19 @@ def test_a_seed_draws_the_same_tokens_in_any_company(few: InVllm) -> None:
     few.write("prompt", TEXTS[2], max_tokens=9, temperature=1.0)
     other, *_ = few.write("prefix", TEXTS[0], **{**asked, "seed": 6})
     few.finish()
-    assert again.written == alone.written
-    assert other.written != alone.written
+    assert again.output_ids == alone.output_ids
+    assert other.output_ids != alone.output_ids
 
 
 def test_who_gives_up_leaves_a_place(few: InVllm) -> None:
-    first, ticket, *_ = few.write("prefix", TEXTS[0], max_tokens=200)
+    first, handle, *_ = few.write("prefix", TEXTS[0], max_tokens=200)
     second, other, *_ = few.write("prompt", TEXTS[0], max_tokens=200)
     last, *_ = few.write(None, TEXTS[2], max_tokens=4)
     few.engine.step()
-    ticket.is_cancelled = other.is_cancelled = True
+    handle.is_cancelled = other.is_cancelled = True
     few.finish()
-    assert len(first.written) + len(second.written) < 20
-    assert last.written == few.expected(None, TEXTS[2], 4)
+    assert len(first.output_ids) + len(second.output_ids) < 20
+    assert last.output_ids == few.expected(None, TEXTS[2], 4)
 
 
 def test_a_version_lasts_as_long_as_its_requests(few: InVllm) -> None:
@@ -225,9 +232,9 @@ def test_a_version_lasts_as_long_as_its_requests(few: InVllm) -> None:
     few.registry.add("prefix", folder / "prompt")
     new, *_ = few.write("prefix", TEXTS[0], max_tokens=8)
     few.finish()
-    assert old.written == few.expected("prefix", TEXTS[0], 8)
-    assert new.written == few.expected("prompt", TEXTS[0], 8)
-    assert old.written != new.written
+    assert old.output_ids == few.expected("prefix", TEXTS[0], 8)
+    assert new.output_ids == few.expected("prompt", TEXTS[0], 8)
+    assert old.output_ids != new.output_ids
 
 
 def test_what_does_not_fit_is_refused(few: InVllm) -> None:
@@ -235,9 +242,9 @@ def test_what_does_not_fit_is_refused(few: InVllm) -> None:
         few.write("prefix", "the sky", max_tokens=250)
     longest, *_, failures = few.write("prefix", "the sky", max_tokens=248, stop=("nothing",))
     scores: list[list[float]] = []
-    few.submit("prefix", Scoring([3] * 249, [[4, 5]], scores.append))
+    few.submit("prefix", LoglikelihoodRequest([3] * 249, [[4, 5]], scores.append))
     with pytest.raises(TooLongError, match="250 tokens of text, 1 to write and 5 virtual ones are more than the 255"):
-        few.submit("prefix", Scoring([3] * 250, [[4, 5]], scores.append))
+        few.submit("prefix", LoglikelihoodRequest([3] * 250, [[4, 5]], scores.append))
     few.finish()
     assert not failures
     assert longest.is_done
@@ -273,7 +280,7 @@ def test_requests_that_the_connector_cannot_serve_end_alone(few: InVllm, llama: 
     few.engine.step()
     llm = few.engine._llm
     for number, (adapter, salt, ids) in bad.items():
-        params = SamplingParams(detokenize=False, extra_args={"kv_transfer_params": {"adapter": adapter}})
+        params = vllm.SamplingParams(detokenize=False, extra_args={"kv_transfer_params": {"adapter": adapter}})
         params.prompt_logprobs = 1 if number == "prompt_logprobs" else None
         llm.add_request(number, tokens_input(ids, cache_salt=salt), params)
     reasons = {}
@@ -282,7 +289,7 @@ def test_requests_that_the_connector_cannot_serve_end_alone(few: InVllm, llama: 
             few.engine._take(output)
             reasons[output.request_id] = output.outputs[0].finish_reason
     assert {reasons[number] for number in bad} == {"error"}
-    assert good.written == few.expected("prefix", TEXTS[0], 20)
+    assert good.output_ids == few.expected("prefix", TEXTS[0], 20)
     few.finish()
 
 
@@ -302,7 +309,7 @@ def test_processes_that_share_layers_write_the_same(shared: InVllm) -> None:
     jobs = [(name, text, shared.write(name, text, max_tokens=12)) for text in TEXTS for name in shared.names]
     shared.finish()
     for name, text, (job, *_) in jobs:
-        assert job.written == shared.expected(name, text, 12), (name, text)
+        assert job.output_ids == shared.expected(name, text, 12), (name, text)
 
 
 def test_everyone_hears_of_processes_that_die(shared: InVllm) -> None:
@@ -314,7 +321,7 @@ def test_everyone_hears_of_processes_that_die(shared: InVllm) -> None:
     with pytest.raises(EngineDeadError) as death:
         shared.finish()
     assert not shared.engine.is_alive
-    fail(shared.engine, [*shared.engine.running], death.value)
+    abort_with(shared.engine, [*shared.engine.running], death.value)
     assert all(job.is_done or failures == [death.value] for job, _, failures in asked)
     late = shared.write("prefix", TEXTS[0])
     shared.finish()

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from softtune.serving.limits import Limits
+from softtune.serving.engine_config import EngineConfig
 from softtune.serving.service import Service
 from softtune.serving.vllm.engine import VllmEngine
 from tests.families import CAUSAL_LM, METHODS, save_adapter
@@ -38,7 +38,7 @@ def client(llama: str, folder: Path) -> Iterator[httpx.Client]:
     """A server on vLLM."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_http, "Service", partial(Service, engine=partial(VllmEngine, llama)))
-        with serving(llama, folder, Limits(rows=8, slots=1024)) as client:
+        with serving(llama, folder, EngineConfig(max_num_seqs=8, num_kv_slots=1024)) as client:
             yield client
 
 

@@ -1,7 +1,8 @@
 """The only reader of Hugging Face internals: stacks, attention layers and their sizes, embeddings, heads, positions.
 
 Sizes are observed, not derived from configs: a forward of three tokens shows every attention layer's keys and values,
-so grouped heads, uneven layers and layers without attention need no rule of their own. Knows nothing about adapters.
+so grouped-query attention, uneven layers and layers without attention need no special case. Knows nothing about
+adapters.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softtune import compat
-from softtune.backbone.checkpointing import around_runs, is_checkpointing, is_reentrant, keeping_caches, unchecked
+from softtune.backbone.checkpointing import (
+    around_runs,
+    is_checkpointing,
+    is_reentrant,
+    keeping_caches,
+    without_gradient_checkpointing,
+)
 from softtune.backbone.generation import counting_words
 from softtune.backbone.interface import install
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.observation import seen_attention, seen_outputs
 from softtune.backbone.outputs import Outputs, with_rows
 from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot, bias_slots
+from softtune.backbone.session import model_session
 from softtune.backbone.stack import (
     AttentionLayer,
     Place,
@@ -32,7 +40,6 @@ from softtune.backbone.stack import (
     is_causal,
     skipped,
 )
-from softtune.backbone.turns import turn
 from softtune.errors import UnsupportedModelError
 
 __all__ = [
@@ -49,19 +56,22 @@ __all__ = [
     "is_checkpointing",
     "is_reentrant",
     "keeping_caches",
+    "model_session",
     "skipped",
-    "turn",
 ]
 
 
 class Backbone:
-    """A base model as softtune sees it. The model's tensors are neither copied nor changed.
+    """Describes a base model: its stacks, attention layers, embeddings and heads.
+
+    The model's tensors are neither copied nor changed.
 
     Args:
         model: a Hugging Face transformer, with or without a head.
 
     Raises:
-        UnsupportedModelError: the model, or a stack of it, is no ``PreTrainedModel``, or its decoder sees later words.
+        UnsupportedModelError: the model, or a stack of it, is no ``PreTrainedModel``, or its decoder attends to later
+            tokens.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -72,13 +82,13 @@ class Backbone:
         self.model = model
         self.stacks = _stacks(model)
         self.embedding = self.stacks[0].embedding
-        """The word embedding of the stack that reads the input."""
+        """The word embedding of the first stack, which reads ``input_ids``."""
         if compat.has_interface(model):
             install(model)
 
     @property
     def device(self) -> torch.device:
-        """Where the base model computes."""
+        """The device on which the base model computes."""
         return device_of(self.model)
 
     @property
@@ -91,47 +101,47 @@ class Backbone:
 
     @property
     def continues_text(self) -> bool:
-        """Whether labels are tokens of the input: a decoder with a language head."""
+        """Whether the model is a decoder with a language head, so that labels are tokens of the input."""
         return self.is_decoder_only and self.model.get_output_embeddings() is not None
 
     @property
     def labels_whole_texts(self) -> bool:
-        """Whether a label is for a text rather than for a token."""
+        """Whether a label belongs to a whole text (sequence classification, multiple choice) rather than to a token."""
         return self.compares_choices or type(self.model).__name__.endswith("ForSequenceClassification")
 
     @property
     def has_task_head(self) -> bool:
-        """Whether the model's class has a head of classes or spans, that no language model has."""
+        """Whether the model has a head for classification, multiple choice or question answering."""
         labels_parts = type(self.model).__name__.endswith(("ForTokenClassification", "ForQuestionAnswering"))
         return (self.labels_whole_texts or labels_parts) and bool(self.head_names)
 
     @property
     def compares_choices(self) -> bool:
-        """Whether a row has several texts, [B, choices, T]."""
+        """Whether the model is for multiple choice: a row has several texts, [B, choices, T]."""
         return type(self.model).__name__.endswith("ForMultipleChoice")
 
     @property
     def judges_whole_texts(self) -> bool:
-        """Whether a head above an encoder reads its first output, as classifiers of whole texts do."""
+        """Whether the head reads an encoder's output at the first slot, as sequence classifiers do (CLS pooling)."""
         whole = (
             self.labels_whole_texts and getattr(self.model.config, "classifier_pooling", "cls") == "cls"
-        )  # ModernBERT's choice
+        )  # ModernBERT's option
         return whole and self.stacks[0].site is Site.ENCODER and not self.is_encoder_decoder
 
     @property
     def takes_vectors(self) -> bool:
-        """Whether vectors can stand among the words."""
+        """Whether the model takes ``inputs_embeds`` in place of ``input_ids``."""
         return self._word_scale is not None
 
     @property
     def has_plain_words(self) -> bool:
-        """Whether the layers see words as the embedding has them, and an encoder's see them from everywhere."""
+        """Whether word embeddings reach the layers unscaled, and an encoder has no local attention."""
         is_local = not self.stacks[0].is_causal and getattr(self.text_config, "local_attention", None) is not None
         return self._word_scale == 1.0 and not is_local
 
     @property
     def _word_scale(self) -> float | None:
-        with turn(self.model):
+        with model_session(self.model):
             return self.stacks[0].word_scale
 
     @property
@@ -140,107 +150,117 @@ class Backbone:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence that the model is made for; None where its config names none."""
+        """``max_position_embeddings``, the longest sequence that the model is made for; None if it is not set."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
     @cached_property
     def attention_layers(self) -> list[AttentionLayer]:
-        """Every attention layer that can take a prefix, by site and depth; empty where none can."""
+        """Every attention layer that can take a prefix, ordered by site and depth; empty where none can."""
         ids = torch.zeros(1, 3, dtype=torch.long)
-        with turn(self.model), evaluating(self.model):
+        with model_session(self.model), evaluating(self.model):
             return [seen.layer for seen in seen_attention(self.model, self.stacks, input_ids=ids)]
 
     @property
     def is_known(self) -> bool:
-        """Whether its attention layers have been looked at."""
+        """Whether ``attention_layers`` has been computed."""
         return "attention_layers" in vars(self)
 
     @property
     def takes_wrapper(self) -> bool:
-        """Whether attention layers call a wrapper; else a prefix comes as a ready cache or not at all."""
+        """Whether attention layers call a wrapper; if not, a prefix can only be passed as a cache, if at all."""
         return any(layer.module is not None for layer in self.attention_layers)
 
     def keys_and_values(self, input_ids: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
-        """What the frozen attention layers hold for one text: keys [H, T, K] and values [H, T, V] by site and layer.
+        """Compute the keys [H, T, K] and values [H, T, V] of a text in the frozen attention layers, by site and layer.
 
         Args:
             input_ids: [T]. An encoder-decoder's decoder reads the same text, less its last token.
         """
-        with turn(self.model), evaluating(self.model):
-            return self._held(input_ids=input_ids[None])
+        with model_session(self.model), evaluating(self.model):
+            return self._observed_keys_and_values(input_ids=input_ids[None])
 
     @cached_property
-    def runs_ahead(self) -> bool:
-        """Whether keys and values are all that a text's later tokens take from its first ones: a decoder whose every
-        layer attends."""
+    def is_pure_attention_decoder(self) -> bool:
+        """Whether the model is a decoder in which every layer is an attention layer.
+
+        Keys and values are then all that later tokens take from earlier ones.
+        """
         return self.is_decoder_only and len(self.attention_layers) == self.depth
 
     @property
     def depth(self) -> int | None:
-        """How many layers a stack has; None where the config has no such number."""
+        """The number of layers of a stack; None where the config does not say."""
         return getattr(self.text_config, "num_hidden_layers", None)
 
     @property
     def packs(self) -> bool:
-        """Whether its layers' attention alone sees rows, and can be given others than those of the layers' input."""
-        return self.runs_ahead and self.takes_wrapper and self.stacks[0].takes_position_ids
+        """Whether rows can be packed: only attention mixes tokens, and its rows may differ from those of the input."""
+        return self.is_pure_attention_decoder and self.takes_wrapper and self.stacks[0].takes_position_ids
 
     @property
     def is_random_in_training(self) -> bool:
-        """Whether dropout, noise or layers left out make a text's outputs differ from one training step to the next."""
+        """Whether dropout, noise or layerdrop make a text's outputs differ from one training step to the next."""
         stack = self.stacks[0]
-        with turn(self.model), training(stack.module):
+        with model_session(self.model), training(stack.module):
             return stack.is_random
 
     def starts_at(self, depth: int) -> bool:
-        """Whether the layers from ``depth`` on can run without those below, by the hidden states that these return."""
+        """Whether the layers from ``depth`` on can run on saved hidden states, without running the layers below."""
         if not self.packs or len(self.attention_layers) != len(self.stacks[0].layers):
             return False
         pairs = zip(self.attention_layers, self.stacks[0].layers, strict=True)
         are_apart = all(a.module in {*layer.modules()} and not a.is_shared for a, layer in pairs)
-        with turn(self.model):
+        with model_session(self.model):
             return are_apart and self.stacks[0].starts_at(depth)
 
     def compile_layers(self) -> None:
-        """Compile each layer of every stack, the first time that it runs; one compilation serves all layers alike."""
+        """Compile each layer of every stack when it first runs; identical layers share one compilation."""
         for stack in self.stacks:
             for layer in stack.layers:
                 layer.compile(dynamic=True)
 
     def keys_of_vectors(self, vectors: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
-        """Keys [H, P, K] and values of virtual tokens [P, D] in front of a text, with gradients.
+        """Compute the keys [H, P, K] and values [H, P, V] of virtual tokens [P, D] in front of a text, with gradients.
 
-        The mode is the model's own; no layer is checkpointed, since nothing would recompute what is kept here.
+        The model stays in its mode. Gradient checkpointing is off, since nothing would recompute the tensors kept here.
         """
-        with turn(self.model), unchecked(self.model):  # a copy, since CTRL scales its input in place
-            return self._held(inputs_embeds=vectors[None].to(self.model.dtype, copy=True))
+        with (
+            model_session(self.model),
+            without_gradient_checkpointing(self.model),
+        ):  # a copy, since CTRL scales its input in place
+            return self._observed_keys_and_values(inputs_embeds=vectors[None].to(self.model.dtype, copy=True))
 
-    def _held(self, **inputs: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
+    def _observed_keys_and_values(self, **inputs: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
         return {s.layer.place: (s.key, s.value) for s in seen_attention(self.model, self.stacks, **inputs)}
 
     @property
     def head_names(self) -> list[str]:
         """Names of the modules that the task's class adds to the base model: a classifier, a span head; no language
         head."""
-        base, words = self.model.base_model, self.model.get_output_embeddings()
+        base, lm_head = self.model.base_model, self.model.get_output_embeddings()
         if base is self.model:
             return []
         children = [(name, set(child.modules()), child) for name, child in self.model.named_children()]
-        return [n for n, own, child in children if child is not base and words not in own and [*child.parameters()]]
+        return [
+            n for n, parts, child in children if child is not base and lm_head not in parts and [*child.parameters()]
+        ]
 
     def bias_slots(self) -> list[BiasSlot]:
-        """Every place in the model below its head where a bias is, or could be added."""
+        """Every module output below the head that has a bias, or could be given one."""
         prefix = self.model.base_model_prefix
         prefix = f"{prefix}." if hasattr(self.model, prefix) else ""
         heads = set(self.head_names)
         slots = [s for s in bias_slots(self.model, prefix) if s.module.split(".")[0] not in heads]
-        if self.is_encoder_decoder:  # a decoder does not read what a BERT before it pools
+        if self.is_encoder_decoder:  # a decoder does not read the pooler of a BERT before it
             slots = [s for s in slots if ".pooler." not in s.module]
         return self._that_fit(slots)
 
     def _that_fit(self, slots: list[BiasSlot]) -> list[BiasSlot]:
-        """Less the modules that cannot take a change at their output: those that return no row of features for each
-        token, and those that the module around them reads the weights of instead of calling them."""
+        """Drop the slots of modules whose output cannot be changed.
+
+        Some modules do not return a feature vector for each token. Others are never called, since the module around
+        them reads their weights.
+        """
 
         def fits(slot: BiasSlot) -> bool:
             if (calls := self._outputs.get(slot.module)) is None:
@@ -253,28 +273,30 @@ class Backbone:
 
     @cached_property
     def row_modules(self) -> frozenset[str]:
-        """Names of the modules whose outputs have the rows of a batch one after another, as [B, ...] or [B·T, ...]:
-        those below the head that were seen to, and the head's."""
+        """Names of the modules whose outputs keep the rows of a batch in order, as [B, ...] or [B·T, ...].
+
+        Below the head this is observed; the head's modules are all included.
+        """
         below = set(self.model.base_model.modules())
         above = {name for name, module in self.model.named_modules() if module not in below}
         return with_rows(self.model, self._outputs) | above
 
     def is_by_head(self, name: str) -> bool:
-        """Whether a module's output is [B, heads, T, ...], as that of a norm of queries may be."""
+        """Whether a module's output is [B, heads, T, ...], as that of a query norm may be."""
         return any(call.is_by_head for call in self._outputs.get(name, ()))
 
     @cached_property
     def _outputs(self) -> Outputs:
-        with turn(self.model), evaluating(self.model):
+        with model_session(self.model), evaluating(self.model):
             return seen_outputs(self.model, self.stacks)
 
     def embedding_sample(self, rows: int | None = None, size: int = 16) -> list[float]:
-        """A few numbers of the word embedding, by which an adapter knows its base model again at any precision.
+        """Sample a few values of the word embedding, by which an adapter recognizes its base model at any precision.
 
         Args:
-            rows: how many words the embedding had when the sample to compare with was taken: the picks are those that
-                were picked then, less those of words that are gone. By default as many as now.
-            size: how many numbers.
+            rows: the embedding's number of rows when the sample to compare with was taken. The same values are picked
+                as then, except those of rows that no longer exist. By default the current number.
+            size: number of values.
         """
         with align_module_device(self.embedding):
             weights = self.embedding.weight.detach().flatten()
@@ -285,7 +307,7 @@ class Backbone:
 
 
 def _stacks(model: PreTrainedModel) -> list[Stack]:
-    """The runs of layers of a model: one, or an encoder-decoder's two."""
+    """The stacks of a model: one, or the two of an encoder-decoder."""
     if not model.config.is_encoder_decoder:
         stack = _decoder_of(model)
         return [Stack(stack, Site.DECODER if is_causal(model, stack) else Site.ENCODER)]
@@ -301,14 +323,14 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
 
 
 def _decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A decoder's layers alone: BLIP-2's language model passes by the model around OPT's, as BART's decoders do."""
-    decoder = model.get_decoder()  # of masked words a matrix may have that name
+    """The decoder without the models around it: BLIP-2's language model calls OPT's decoder directly, as BART's do."""
+    decoder = model.get_decoder()  # a masked language model's output matrix may have that name
     stack = _below_head(decoder if isinstance(decoder, PreTrainedModel) else model)
     return stack if stack is model or stack.get_decoder() is stack else _decoder_of(stack)
 
 
 def _below_head(stack: nn.Module) -> PreTrainedModel:
-    """The layers alone: an ``EncoderDecoderModel`` is made of models with heads of their own."""
+    """The stack below any head: the encoder and decoder of an ``EncoderDecoderModel`` have heads of their own."""
     if not isinstance(stack, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(stack).__name__} is no model of its own, so that no prompt reaches it: use another base model"
@@ -319,6 +341,6 @@ def _below_head(stack: nn.Module) -> PreTrainedModel:
     if stack.get_output_embeddings() is None:
         return stack
     # Llama 4's text model has its language head inside.
-    words = stack.get_input_embeddings()
-    inner = [m for m in stack.children() if isinstance(m, PreTrainedModel) and words in m.modules()]
+    embedding = stack.get_input_embeddings()
+    inner = [m for m in stack.children() if isinstance(m, PreTrainedModel) and embedding in m.modules()]
     return _below_head(inner[0]) if inner else stack

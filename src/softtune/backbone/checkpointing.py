@@ -1,4 +1,4 @@
-"""Gradient checkpointing: layers run again in the backward pass, when the call is over."""
+"""Gradient checkpointing: layers are recomputed in the backward pass, after the forward call has ended."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from softtune.compat import CHECKPOINT, CHECKPOINTS, KEEPS_CACHE, GradientCheckp
 
 
 def is_checkpointing(model: nn.Module) -> bool:
-    """Whether a model or stack runs its layers again during the backward pass."""
+    """Whether a model or stack recomputes its layers in the backward pass."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     return model.training and any(getattr(layer, CHECKPOINTS) for layer in layers)
 
 
 def is_reentrant(stack: nn.Module) -> bool:
-    """Whether a stack's layers are checkpointed in the reentrant way in this call."""
+    """Whether a stack's layers use reentrant checkpointing in this call."""
     if not (torch.is_grad_enabled() and is_checkpointing(stack)):
         return False
     return any(partial(f).keywords.get("use_reentrant", True) for f in _functions(stack).values())
@@ -28,11 +28,11 @@ def is_reentrant(stack: nn.Module) -> bool:
 
 @contextmanager
 def around_runs(model: nn.Module, context: Callable[[nn.Module], AbstractContextManager[None]]) -> Iterator[None]:
-    """Let each checkpointed layer that is called in the block run within its context: there, and in the backward pass.
+    """Run each checkpointed layer that is called in the block inside a context, also when it is recomputed.
 
     Args:
         model: the model.
-        context: makes a layer's context, once for each run.
+        context: makes the context for a layer; called once for each run.
     """
     plain = _functions(model)
     for layer, function in plain.items():
@@ -46,8 +46,8 @@ def around_runs(model: nn.Module, context: Callable[[nn.Module], AbstractContext
 
 
 @contextmanager
-def unchecked(model: nn.Module) -> Iterator[None]:
-    """No gradient checkpointing, for the length of the block: nothing would recompute what is kept in it."""
+def without_gradient_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Turn gradient checkpointing off for the length of the block: nothing would recompute the tensors kept in it."""
     checkpointed: list[Any] = [m for m in model.modules() if getattr(m, CHECKPOINTS, False)]
     for module in checkpointed:
         setattr(module, CHECKPOINTS, False)
@@ -60,7 +60,7 @@ def unchecked(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeping_caches(model: nn.Module) -> Iterator[None]:
-    """Let checkpointed layers have a cache that may be read again, for the length of the block."""
+    """Let checkpointed layers use a cache, for the length of the block: one that recomputation may read again."""
     layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
         setattr(layer, KEEPS_CACHE, True)

@@ -1,8 +1,8 @@
-"""DeBERTa's attention, which calls no attention interface, computed so that a wrapper can step in.
+"""DeBERTa's disentangled attention, reimplemented to call an attention wrapper, since it has no attention interface.
 
 Scores are sums of content to content, content to position and position to content (He et al., DeBERTa, arXiv
-2006.03654, section 3.1). The last two are a bias of the scores here, as T5's is, and virtual tokens, which have no
-position, get none. Letters: B rows, H heads, T tokens, S keys, K the size of a head.
+2006.03654, section 3.1). Here the last two are a bias of the scores, as in T5. Virtual tokens have no position and get
+no bias. Letters: B rows, H heads, T tokens, S keys, K the size of a head.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def has_disentangled_attention(stack: nn.Module) -> bool:
 
 @contextmanager
 def wrap_disentangled_attention(stack: nn.Module, wrapper: AttentionWrapper) -> Iterator[None]:
-    """Let a stack's attention call ``wrapper`` for the length of the block, and whenever a checkpointed layer that was
-    called in it runs again."""
+    """Make a stack's attention call ``wrapper`` for the length of the block, and whenever a checkpointed layer that was
+    called in it is recomputed."""
     masks: dict[int, tuple[Tensor, Tensor]] = {}
     wrapped = partial(_wrapped, wrapper, masks)
     with wrapped(stack), around_runs(stack, wrapped):
@@ -62,8 +62,10 @@ def _forward(
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What a DeBERTa attention module's own ``forward`` returns, by way of ``wrapper``. ``masks`` keeps one tensor of
-    truth values for all layers that share a mask, by which a wrapper knows it again."""
+    """Compute the outputs of a DeBERTa attention module's ``forward`` through ``wrapper``.
+
+    ``masks`` keeps one boolean tensor for all layers that share a mask, so that a wrapper can recognize the mask.
+    """
     assert query_states is None  # no DeBERTa of transformers gives any
     _, mask = masks.setdefault(id(attention_mask), (attention_mask, attention_mask.bool()))
     embeddings = module.pos_dropout(rel_embeddings) if module.relative_attention else None
@@ -77,7 +79,7 @@ def _forward(
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, position_bias: Tensor | None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention [B, T, H, K] of scaled queries, and its weights [B, H, T, S]."""
+    """Compute attention outputs [B, T, H, K] of scaled queries, and attention weights [B, H, T, S]."""
     scores = query @ key.transpose(-1, -2)
     scores = scores if position_bias is None else scores + position_bias
     weights = module.dropout(scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1))
@@ -85,11 +87,11 @@ def _attend(
 
 
 Projections = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Scaled queries, keys and values [B, H, T, K], and the bias [B, H, T, T] where there are embeddings of distances."""
+"""Scaled queries, keys and values [B, H, T, K], and the position bias [B, H, T, T] if there are relative embeddings."""
 
 
 def _project(module: Any, states: Tensor, relative_pos: Tensor | None, embeddings: Tensor | None) -> Projections:
-    """The projections of DeBERTa-v2 and v3, which compute with B·H rows."""
+    """Project with the modules of DeBERTa-v2 and v3, which merge batch and heads into B·H rows."""
     heads = module.num_attention_heads
     linears = (module.query_proj, module.key_proj, module.value_proj)
     query, key, value = (module.transpose_for_scores(linear(states), heads) for linear in linears)
@@ -104,7 +106,7 @@ def _project(module: Any, states: Tensor, relative_pos: Tensor | None, embedding
 
 
 def _project_fused(module: Any, states: Tensor, relative_pos: Tensor | None, embeddings: Tensor | None) -> Projections:
-    """The projections of the first DeBERTa, which is one, with biases of queries and values beside it."""
+    """Project with the first DeBERTa's one fused module, which keeps the biases of queries and values apart."""
     query, key, value = module.transpose_for_scores(module.in_proj(states)).chunk(3, dim=-1)
     query = query + module.transpose_for_scores(module.q_bias[None, None, :])
     factor = 1 + len(module.pos_att_type)

@@ -1,4 +1,4 @@
-"""Corrects ``generate``, which takes a decoder's virtual tokens among the words for words when it looks at a cache."""
+"""Corrects ``generate``, which counts virtual tokens at a decoder's input as text tokens when it reads a cache."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from softtune.backbone.stack import cached_length
 
 @contextmanager
 def counting_words(model: Any, virtual: int) -> Iterator[None]:
-    """Let ``generate`` count words alone, and leave the mask of a static cache to the model, for the length of the
-    block.
+    """Make ``generate`` count text tokens only and leave the mask of a static cache to the model, in the block.
 
     Args:
         model: the base model, a decoder.
-        virtual: how many virtual tokens its cache has among the words.
+        virtual: number of virtual tokens in its cache, among those of the text.
     """
     stock = model.prepare_inputs_for_generation
 

@@ -1,9 +1,9 @@
-"""The one injection point: an attention function registered with transformers that lets a wrapper step in.
+"""The one injection point: attention functions registered with transformers that can call a wrapper.
 
 A model's attention layers call the function named in their config. ``install`` renames ``sdpa`` to ``softtune_sdpa``
-(and so on for every implementation); the function of that name calls the stock one, or hands it to the wrapper that
-came down the forward's keyword arguments. Keyword arguments, not module state, because gradient checkpointing runs the
-layers again during the backward pass. Knows nothing about prefixes.
+(and so on for every implementation). The function of that name calls the stock one, or passes it to the wrapper in the
+forward's keyword arguments. Keyword arguments, not module state, because gradient checkpointing recomputes the layers
+in the backward pass. Knows nothing about prefixes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Mask = Tensor | BlockMask | None
 
 
 class _Name(str):
-    """softtune's name for an attention function, equal to the stock one too: some models compute otherwise by it."""
+    """softtune's name for an attention function. It also equals the stock name, since some models branch on that."""
 
     __slots__ = ()
 
@@ -52,14 +52,14 @@ class _Name(str):
 
 
 class MaskForm(Enum):
-    """How an attention function is told what its queries see."""
+    """The form of attention mask that an attention function takes."""
 
     DENSE = "sdpa"
-    """Every query's keys [B, 1, T, S]; None for all of them, or those of a causal model."""
+    """The keys that each query attends to [B, 1, T, S]; None for all of them, or for those of a causal model."""
     PADDING = "flash_attention_2"
-    """Which keys are no padding [B, S]; None for all of them. Causality and windows are arguments."""
+    """The keys that are not padding [B, S]; None for all of them. Causality and windows are arguments."""
     BLOCKS = "flex_attention"
-    """A function of row, head, query and key."""
+    """A ``BlockMask``, made from a function of row, head, query and key."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Attention:
 
 
 class AttentionWrapper(Protocol):
-    """Stands between an attention layer and the stock attention function."""
+    """Called by an attention layer in place of the stock attention function, which it receives as ``attend``."""
 
     def __call__(
         self,
@@ -89,10 +89,10 @@ class AttentionWrapper(Protocol):
 
 
 def install(model: nn.Module) -> None:
-    """Route the model's attention through softtune. Without a wrapper the outputs stay the same to the last bit.
+    """Route the model's attention through softtune. Without a wrapper the outputs are bit-identical.
 
-    Encoder-decoders keep copies of the config for each stack, so every module's config is visited. In a process that
-    knows the names not yet, as one that unpickles a model, they become known.
+    Encoder-decoders keep copies of the config for each stack, so every module's config is visited. Names that are not
+    registered in this process yet, such as those of an unpickled model, are registered.
     """
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in configs.values():
@@ -131,17 +131,19 @@ def _wrapped(stock: str) -> Function:
 
 
 def _sharing(sdpa: Function) -> Function:
-    """Where query heads share keys and there is a mask, transformers copies the keys for each head. This takes the
-    heads for queries of one head, which needs no copies."""
+    """Compute grouped-query attention with a mask without repeating keys and values for each query head.
+
+    transformers repeats them there. Here the query heads of a group become queries of one head.
+    """
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        (rows, heads, queries, _), own = query.shape, key.shape[1]
-        if heads == own or mask is None or mask.shape[1] > 1 or kwargs.get("position_bias") is not None:
+        (rows, heads, queries, _), kv_heads = query.shape, key.shape[1]
+        if heads == kv_heads or mask is None or mask.shape[1] > 1 or kwargs.get("position_bias") is not None:
             return sdpa(module, query, key, value, mask, **kwargs)
-        folded = query.reshape(rows, own, -1, query.shape[-1])
-        repeated = mask.expand(-1, -1, queries, -1).repeat(1, 1, heads // own, 1)
+        folded = query.reshape(rows, kv_heads, -1, query.shape[-1])
+        repeated = mask.expand(-1, -1, queries, -1).repeat(1, 1, heads // kv_heads, 1)
         output, _ = sdpa(_UNGROUPED, folded, key, value, repeated, **kwargs)
         return output.unflatten(1, (-1, queries)).permute(0, 2, 3, 1, 4).flatten(2, 3), None
 
@@ -149,7 +151,7 @@ def _sharing(sdpa: Function) -> Function:
 
 
 def _named(flash: Function, stock: str) -> Function:
-    """Flash attention looks its kernels up by the name in the layer's config, which is softtune's there."""
+    """Call flash attention with the stock name in the layer's config, by which it looks up its kernels."""
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         config = _Instead(module.config, **compat.with_attention_name(stock))
@@ -159,7 +161,7 @@ def _named(flash: Function, stock: str) -> Function:
 
 
 class _Instead:
-    """An object with other values in place of some of its attributes."""
+    """A proxy of an object with some of its attributes replaced."""
 
     def __init__(self, original: Any, **values: Any) -> None:
         self.__dict__.update(values, _original=original)
@@ -169,7 +171,10 @@ class _Instead:
 
 
 def _form(stock: str) -> MaskForm | None:
-    """Kernels from the hub have names of their own, and flash attention's function."""
+    """The mask form of a stock attention function; None where it is unknown.
+
+    Functions are compared, not names: kernels from the hub have other names for flash attention's function.
+    """
     if stock == "eager":
         return MaskForm.DENSE
     return next((f for f in MaskForm if ALL_ATTENTION_FUNCTIONS[stock] is ALL_ATTENTION_FUNCTIONS[f.value]), None)
@@ -182,23 +187,23 @@ def stock_name(config: Any) -> str | None:
 
 
 def takes_padding(config: Any) -> bool:
-    """Whether attention is told which keys are padding, and no more."""
+    """Whether attention takes a padding mask only."""
     return _form(stock_name(config) or "eager") is MaskForm.PADDING
 
 
 def takes_any_mask(config: Any) -> bool:
-    """Whether attention calls a wrapper, and is told of each query which keys it sees."""
+    """Whether attention calls a wrapper, and takes a dense mask of the keys that each query attends to."""
     name = compat.attention_name(config) or ""
     return name.startswith(_PREFIX) and _form(name.removeprefix(_PREFIX)) is MaskForm.DENSE
 
 
 def flash_refusal(reason: str) -> UnsupportedModelError:
-    """The error for what flash attention cannot express."""
+    """The error for something that flash attention does not support."""
     return UnsupportedModelError(f"flash attention {reason}: load the model with attn_implementation='sdpa' or 'eager'")
 
 
 class AttentionRecorder:
-    """A wrapper that notes every call's module, key and value, and changes nothing."""
+    """A wrapper that records every call's module, key and value, and changes nothing."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[nn.Module, Tensor, Tensor, bool]] = []

@@ -1,4 +1,4 @@
-"""Evaluation and training mode for a while; each module gets back its own."""
+"""Evaluation and training mode for the length of a block; each module's own mode is restored after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients, for the length of the block."""
+    """Evaluation mode without gradients, for the length of the block."""
     with _in_mode(model, training=False), torch.no_grad():
         yield
 

@@ -1,4 +1,4 @@
-"""What forwards of a few tokens show of a base model: its attention layers, and what its modules return.
+"""Observes the attention layers of a base model and the outputs of its modules, in forwards of a few tokens.
 
 Letters: H key/value heads, T tokens, K and V sizes of a key and a value.
 """
@@ -25,7 +25,7 @@ from softtune.backbone.stack import AttentionLayer, Site, Stack, device_of
 
 @dataclass(frozen=True)
 class Seen:
-    """What an attention layer held for one text."""
+    """An attention layer with its keys and values for one text."""
 
     layer: AttentionLayer
     key: Tensor
@@ -35,10 +35,10 @@ class Seen:
 
 
 def seen_attention(model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Tensor) -> list[Seen]:
-    """Every attention layer that can take a prefix, by site and depth, in a forward of one text [1, T].
+    """Observe every attention layer that can take a prefix, ordered by site and depth, in a forward of a text [1, T].
 
     Args:
-        model: the base model, in the mode that it is to run in.
+        model: the base model, in the mode in which it is to run.
         stacks: its stacks.
         inputs: ``input_ids`` or ``inputs_embeds``. An encoder-decoder's decoder reads the same text, less its last
             token.
@@ -53,7 +53,7 @@ def seen_attention(model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Te
 
 
 def seen_outputs(model: PreTrainedModel, stacks: Sequence[Stack]) -> Outputs:
-    """What all modules of the base model return for two rows of seven tokens."""
+    """Observe the outputs of all modules of the base model for two rows of seven tokens."""
     embeddings = [stack.module.get_input_embeddings() for stack in stacks]
     ids = stacks[0].some_ids(2 * TOKENS).view(2, TOKENS)
     with (
@@ -70,7 +70,7 @@ def _is_decoder(stacks: Sequence[Stack]) -> bool:
 
 @contextmanager
 def _passing(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
-    """Hand ``wrapper`` to every attention layer for the length of the block."""
+    """Pass ``wrapper`` to every attention layer for the length of the block."""
 
     def add_wrapper(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, WRAPPER: wrapper}
@@ -85,7 +85,7 @@ def _passing(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
 
 @contextmanager
 def _wrapping(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
-    """The same for attention that calls no interface: DeBERTa's."""
+    """The same for DeBERTa's attention, which does not call the attention interface."""
     with ExitStack() as block:
         for stack in stacks:
             block.enter_context(wrap_disentangled_attention(stack.module, wrapper))
@@ -93,7 +93,7 @@ def _wrapping(wrapper: Any, stacks: Sequence[Stack]) -> Iterator[None]:
 
 
 def _run(model: PreTrainedModel, stacks: Sequence[Stack], inputs: dict[str, Tensor], **kwargs: Any) -> Any:
-    """A forward below the head, and below what puts pictures among the words."""
+    """Run a forward without the head, and without the model that inserts image features into the input."""
     inputs = {name: tensor.to(device_of(model)) for name, tensor in inputs.items()}
     if len(stacks) == 1:
         return stacks[0].module(**inputs, **kwargs)
@@ -103,13 +103,13 @@ def _run(model: PreTrainedModel, stacks: Sequence[Stack], inputs: dict[str, Tens
 
 def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) -> list[Seen]:
     """The layers that called the attention interface."""
-    own = {module: stack.site for stack in stacks for module in stack.module.modules()}
+    sites = {module: stack.site for stack in stacks for module in stack.module.modules()}
     # ALBERT calls one module for every layer: its layers share a prefix.
     calls = {call[0]: call for call in reversed(recorder.calls)}
     count: Counter[Site] = Counter()
     seen = []
     for module, key, value, other in reversed(calls.values()):
-        site = Site.CROSS if other and own[module] is Site.DECODER else own[module]
+        site = Site.CROSS if other and sites[module] is Site.DECODER else sites[module]
         facts = _facts(module, key, value, recorder, cache)
         seen.append(_seen(key[0], value[0], site=site, index=count[site], module=module, **facts))
         count[site] += 1
@@ -117,9 +117,9 @@ def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) 
 
 
 def _cached(cache: Any) -> list[Seen]:
-    """The layers of a decoder that takes a prefix as a ready cache alone."""
+    """The layers of a decoder that takes a prefix only as a cache."""
     layers = getattr(cache, "layers", [])
-    if any(getattr(layer, "keys", None) is None for layer in layers):  # states, as Mamba has
+    if any(getattr(layer, "keys", None) is None for layer in layers):  # recurrent states, as in Mamba
         return []
     return [_seen(x.keys[0], x.values[0], site=Site.DECODER, index=i) for i, x in enumerate(layers)]
 
@@ -130,16 +130,16 @@ def _seen(key: Tensor, value: Tensor, **facts: Any) -> Seen:
 
 
 def _facts(module: nn.Module, key: Tensor, value: Tensor, recorder: AttentionRecorder, cache: Any) -> dict[str, Any]:
-    """Whether a layer's keys [1, H, T, K] and values are shared and cached."""
+    """Whether a layer's keys [1, H, T, K] and values are shared with other layers, and whether the cache holds them."""
     shared = {call[0] for call in recorder.calls if call[1].data_ptr() == key.data_ptr()} != {module}
     if cache is None:
         return {"is_shared": shared}
     index = module.layer_idx
-    held = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
+    cached = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
     # DiffLlama attends to halves of the values that are cached.
-    are_held = held is not None and _same(held.keys, key) and _same(held.values, value)
-    return {"is_shared": shared, "is_cached": are_held and not shared}
+    are_cached = cached is not None and _same(cached.keys, key) and _same(cached.values, value)
+    return {"is_shared": shared, "is_cached": are_cached and not shared}
 
 
-def _same(held: Tensor | None, given: Tensor) -> bool:
-    return held is not None and held.shape == given.shape and (held.is_meta or torch.equal(held, given))
+def _same(cached: Tensor | None, given: Tensor) -> bool:
+    return cached is not None and cached.shape == given.shape and (cached.is_meta or torch.equal(cached, given))

@@ -1,7 +1,7 @@
-"""What the modules of a model return, observed in a forward of two rows. Letters: B rows, T tokens.
+"""Observes the outputs of a model's modules in a forward of two rows. Letters: B rows, T tokens.
 
-The words of the second row are no numbers, which spread to all that is computed from them: where they come out shows
-whether a module keeps the rows apart, however it arranges them.
+The embeddings of the second row are NaN, which spreads to everything that is computed from them. Where NaN comes out
+shows whether a module keeps the rows apart, however it arranges them.
 """
 
 from __future__ import annotations
@@ -18,69 +18,69 @@ import torch
 from torch import Tensor, nn
 
 Outputs = dict[str, list["Output"]]
-"""What each module returned, call by call, by name; nothing of those that were not called."""
+"""Outputs by module name, one for each call; modules that were not called are missing."""
 
 
 TOKENS = 7
-"""Of each of the two rows: so many that no expert gets all by chance."""
+"""The length of each of the two rows: so many tokens that no expert gets them all by chance."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one call of a module returned."""
+    """The layout of what one call of a module returned."""
 
     width: int | None
-    """The number of features; None where it is no tensor."""
+    """The number of features; None where the output is not a tensor of two or more dimensions."""
     has_rows: bool
-    """Whether it has the rows one after another, as [B, ...] or [B·T, ...]."""
+    """Whether the rows of the batch are kept in order, as [B, ...] or [B·T, ...]."""
     is_by_head: bool = False
     """Whether it is [B, heads, T, ...]."""
 
     @classmethod
-    def of(cls, output: Any) -> Output:
-        """Read what a call with two rows returned, the second of which is no number."""
+    def from_output(cls, output: Any) -> Output:
+        """Describe the output of a call with two rows, the second of which is NaN."""
         if not isinstance(output, Tensor) or output.dim() < 2:
             return cls(None, has_rows=False)
-        lost = output.isnan().flatten(1)
-        is_second = torch.arange(len(lost), device=lost.device) * 2 >= len(lost)
-        has_rows = len(lost) % 2 == 0 and bool((lost == is_second[:, None]).all())
+        is_nan = output.isnan().flatten(1)
+        is_second = torch.arange(len(is_nan), device=is_nan.device) * 2 >= len(is_nan)
+        has_rows = len(is_nan) % 2 == 0 and bool((is_nan == is_second[:, None]).all())
         return cls(output.shape[-1], has_rows, is_by_head=output.dim() == 4 and output.shape[1] != TOKENS)
 
 
 @contextmanager
 def observing(model: nn.Module, embeddings: Iterable[nn.Module]) -> Iterator[Outputs]:
-    """Collect what all modules return in the block, where the second of two rows is no number from the start.
+    """Collect the outputs of all modules in the block, where the embeddings of the second of two rows are NaN.
 
     Args:
         model: the model.
-        embeddings: the modules that turn ids [B, T] into words.
+        embeddings: the modules that embed ids [B, T].
     """
     outputs: Outputs = {}
 
-    def lose(module: nn.Module, args: Any, words: Tensor) -> Tensor:
-        return words.index_fill(0, torch.tensor([1], device=words.device), float("nan"))
+    def set_nan(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        return embedded.index_fill(0, torch.tensor([1], device=embedded.device), float("nan"))
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        outputs.setdefault(name, []).append(Output.of(output))
+        outputs.setdefault(name, []).append(Output.from_output(output))
 
     with ExitStack() as stack:
         for embedding in set(embeddings):
-            stack.callback(embedding.register_forward_hook(lose).remove)
+            stack.callback(embedding.register_forward_hook(set_nan).remove)
         for name, module in model.named_modules():
             stack.callback(module.register_forward_hook(partial(note, name)).remove)
         yield outputs
 
 
 def with_rows(model: nn.Module, outputs: Outputs) -> frozenset[str]:
-    """Names of the modules that have the rows one after another in every call, as have all modules of their kind.
+    """Names of the modules whose outputs keep the rows in order in every call, as do all modules of their kind.
 
-    Modules are of one kind where their names differ in numbers alone: by chance an expert gets the tokens of all rows,
-    but not each expert does.
+    Modules are of one kind where their names differ only in numbers. By chance one expert may get the tokens of all
+    rows, but not every expert does.
     """
     kinds = {name: re.sub(r"\d+", "*", name) for name, _ in model.named_modules()}
     found: dict[str, list[bool]] = defaultdict(list)
     for name, kind in kinds.items():
         calls = outputs.get(name, [])
-        if calls or name.rpartition(".")[0] not in outputs:  # else its weights are read
+        if calls or name.rpartition(".")[0] not in outputs:  # else the module around it reads its weights
             found[kind].append(bool(calls) and all(call.has_rows for call in calls))
     return frozenset(name for name, kind in kinds.items() if found[kind] and all(found[kind]))

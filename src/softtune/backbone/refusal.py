@@ -1,4 +1,4 @@
-"""Refuses base models that do not read plain text."""
+"""Refuses base models that do not run on token ids alone."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from softtune.errors import SofttuneError, UnsupportedModelError
-from softtune.wording import in_one_line
+from softtune.formatting import in_one_line
 
 
 @contextmanager
 def reading_text(model: nn.Module, bare: Callable[[], Any] | None = None) -> Iterator[None]:
-    """Say in one line that a model failed to read token ids alone, in the block.
+    """Replace errors of a model that is run on token ids alone, in the block, by a one-line error.
 
     Args:
         model: the model.
-        bare: runs it without what softtune puts into it in the block; nothing by default. Where that runs, the error
-            is softtune's own and stays as it is.
+        bare: runs the model without softtune's changes; by default this is not tried. Where it succeeds, the error is
+            softtune's own and is raised unchanged.
 
     Raises:
-        UnsupportedModelError: it did.
+        UnsupportedModelError: the model does not run on token ids alone.
     """
     try:
         yield

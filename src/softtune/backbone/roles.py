@@ -1,6 +1,6 @@
-"""Which part a bias plays in a transformer layer, by the names that model families give their modules.
+"""The role of a bias in a transformer layer, by the names that model families give their modules.
 
-A new family is a new alternative in a pattern. The roles are those of BitFit (Ben Zaken et al. 2022, table 3).
+A new family needs an alternative in a pattern. The roles are those of BitFit (Ben Zaken et al. 2022, table 3).
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ _FUSED: dict[str, Callable[[int, int, int], list[Tensor]]] = {
     r"\.(c_attn|Wqkv|qkv_proj)$": _one_after_another,
     r"\.query_key_value$": _by_key_head,
 }
-"""Modules that compute query, key and value in one product, and which of their output features are which."""
+"""Modules that compute query, key and value in one projection, and how their output features are split."""
 
 
 CHANNELS_FIRST = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm),
 )
-"""Modules whose features are not the last dimension of their output, but the second: [B, N, ...]."""
+"""Modules whose features are the second dimension of their output, not the last: [B, N, ...]."""
 
 
 @dataclass(frozen=True)
 class BiasSlot:
-    """A place where a bias acts: the output of one module, or the part of it that one role owns."""
+    """A place where a bias acts: the output of one module, or the features of one role in it."""
 
     module: str
     """The module's path in the base model."""
@@ -75,7 +75,7 @@ class BiasSlot:
 
 
 def bias_slots(model: nn.Module, prefix: str) -> list[BiasSlot]:
-    """Every place below ``prefix`` where a bias is, or could be added.
+    """Every module output below ``prefix`` that has a bias, or could be given one.
 
     Args:
         model: the base model.
@@ -106,7 +106,7 @@ def _number(attention: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _output_width(module: nn.Module) -> int | None:
-    """Features of the module's output, for the kinds of module that can have a bias; None for others."""
+    """The number of output features, for kinds of module that can have a bias; None for others."""
     weight: Any = getattr(module, "weight", None)
     if weight is None or isinstance(module, nn.Embedding):
         return None

@@ -1,4 +1,4 @@
-"""The command line: one file a command, imported when the command is called."""
+"""The command line: one module for each command, imported when the command is called."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ import typer
 from softtune.errors import SofttuneError
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 def load(name: str) -> Any:
-    """A command by its name."""
+    """Load a command by its name."""
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command(name)(_in_one_line(module_of(name).command))
     return typer.main.get_command(app)
 
 
 def module_of(name: str) -> Any:
-    """The file of a command."""
+    """Import the module of a command."""
     return import_module(f"softtune.cli.{name}_" if iskeyword(name) else f"softtune.cli.{name}")
 
 
 def _in_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """End a command with one line on the standard error at Ctrl-C, and at an error that a user can mend, with exit code
-    2."""
+    """Wrap a command to end with one line on stderr: at Ctrl-C, and with exit code 2 at an error that users can fix."""
 
     @functools.wraps(command)
     def run(**arguments: object) -> None:

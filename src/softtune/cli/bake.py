@@ -1,4 +1,4 @@
-"""``softtune bake``: adapters in the form that a vLLM of one's own reads."""
+"""``softtune bake``: export adapters for a separate vLLM server that has softtune's connector."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softtune.cli.console import console, quiet
 from softtune.data import Template, has_places_within
 from softtune.errors import ConfigError
 from softtune.pretrained import load_base_model
-from softtune.serving.vllm.fitting import bake_folder
+from softtune.serving.vllm.compatibility import bake_folder
 from softtune.serving.vllm.prompts import NAME
 from softtune.training.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""``softtune check``: what softtune promises, checked on a base model at hand."""
+"""``softtune check``: check softtune's promises on a given base model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from softtune.pretrained import known_task, load_base_model
 from softtune.promises import PROMISES, Broken, NotAsked, Outcome, Refused
 
 WIDTH, WIDE = 28, 110
-"""Characters of a promise in a line, at the least, in a terminal that is wide."""
+"""Minimum width of the column of promises, and the terminal width from which on it applies."""
 
 
 def command(
@@ -48,7 +48,7 @@ def command(
         checkpoint.check_base_model(adapter, PeftModel(base).backbone)
     columns = {_name_of(config): _outcomes(base, config) for config in configs}
     _show(base, columns)
-    failed = [name for name, found in columns.items() if any(isinstance(o, Broken) for o in found.values())]
+    failed = [name for name, outcomes in columns.items() if any(isinstance(o, Broken) for o in outcomes.values())]
     if failed:
         print(f"softtune: promises fail for {', '.join(failed)}: see the table", file=sys.stderr)
         sys.exit(FAILED)
@@ -68,7 +68,7 @@ def _config(name: str, task: TaskType) -> PeftConfig:
 
 
 def _outcomes(base: PreTrainedModel, config: PeftConfig) -> dict[str, Outcome]:
-    """What becomes of each promise; of all alike where the model cannot take the method."""
+    """The outcome of each promise; all are refused if the base model does not support the method."""
     model = PeftModel(base)
     try:
         return self_check.check(model.backbone, config, PeftModel.with_adapter, thorough=True)
@@ -77,7 +77,7 @@ def _outcomes(base: PreTrainedModel, config: PeftConfig) -> dict[str, Outcome]:
 
 
 def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -> None:
-    """A table of promises by methods, and below it what is not held, and why."""
+    """Print a table of promises by method, and below it the reasons for those that do not hold."""
     words = {"dtype": str(base.dtype).removeprefix("torch."), "attention": stock_name(base.config) or "its own"}
     state = "tested" if is_tested(base) else "not among those tested"
     title = f"{type(base).__name__}, transformers {INSTALLED}, {', '.join(words.values())}: {state}"
@@ -86,8 +86,8 @@ def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -
     notes: dict[str, None] = {}
     for name, promise in PROMISES.items():
         cells: list[str | Text] = []
-        for method, found in columns.items():
-            outcome = found[name]
+        for method, outcomes in columns.items():
+            outcome = outcomes[name]
             if outcome is None:
                 cells.append("holds")
             elif isinstance(outcome, NotAsked):

@@ -1,4 +1,4 @@
-"""``softtune compare``: a recipe's task by several methods and baselines, under one budget."""
+"""``softtune compare``: compare methods and baselines on a recipe's task, under one budget."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def command(recipe: str, output: str, entries: str, seeds: int, learning_rates: 
     names = [entry_named(name) for name in entries.split(",")]
     rates = read_mapping("learning_rates", learning_rates)
     with progress_bars() as progress:
-        found = compare(chosen, names, seeds=seeds, learning_rates=rates, progress=progress)
-    show_entries(found)
+        results = compare(chosen, names, seeds=seeds, learning_rates=rates, progress=progress)
+    show_entries(results)
     console.print(f"The page is {report.write(Path(output))}.", soft_wrap=True)
-    exit_on_failures(found)
+    exit_on_failures(results)
 
 
 with_flags(

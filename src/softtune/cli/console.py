@@ -1,4 +1,4 @@
-"""What the commands show: a progress bar, tables."""
+"""Console output of the commands: progress bars and tables."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from softtune.wording import shortened
+from softtune.formatting import shortened
 
 if TYPE_CHECKING:
     from softtune.training.setup import Progress as Reporting
 
 
 def _plain(*, stderr: bool = False) -> Console:
-    """A console that shows texts as they are, brackets and colons too."""
+    """A console that prints text unchanged, without markup, emoji codes or highlighting."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 console = _plain()
 DESCRIPTION, COUNTS = 26, 23
-"""Characters of a progress bar's name, and of its counts, its clock and what is between."""
+"""Characters of a progress bar's description, and of its counts, remaining time and the spaces between."""
 
 
 @contextmanager
 def progress_bars() -> Iterator[Reporting]:
-    """A function to report progress to, and a bar for every thing that it reports, for the length of the block.
+    """Yield a function that reports progress, and show a bar for each phase that it reports.
 
-    Nothing is shown before the first report, not even the empty line that bars without a task leave behind.
+    Nothing is shown before the first report, not even the empty line that rich leaves behind without a task.
     """
     shown = _plain(stderr=True)
     bar = min(40, shown.width // 6)
@@ -52,7 +52,7 @@ def progress_bars() -> Iterator[Reporting]:
         if phase not in bars:
             bars[phase] = progress.add_task(phase, total=total, notes="")
             progress.start()
-        if done < progress.tasks[bars[phase]].completed:  # begun anew, and so is its clock
+        if done < progress.tasks[bars[phase]].completed:  # the phase starts again: restart its time too
             progress.reset(bars[phase])
         progress.update(bars[phase], completed=done, total=total, notes=shortened(notes, room))
 
@@ -65,13 +65,13 @@ def progress_bars() -> Iterator[Reporting]:
 
 @contextmanager
 def counting(phase: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function to tell how many are done, and a bar for it, for the length of the block."""
+    """Yield a function that reports how many items are done, and show a bar for it."""
     with progress_bars() as report:
         yield lambda done: report(phase, done, total, "")
 
 
 def show_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
-    """Names and values, one pair a line."""
+    """Print a table of names and values, one pair per line."""
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in pairs:
         table.add_row(name, value)
@@ -79,7 +79,7 @@ def show_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def quiet() -> None:
-    """Keep the libraries below from writing between the bars."""
+    """Keep other libraries from printing between the progress bars."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     from datasets.utils.logging import disable_progress_bar, set_verbosity_error

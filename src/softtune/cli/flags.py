@@ -1,4 +1,4 @@
-"""Every field of a recipe as a flag of a command."""
+"""The fields of a recipe as flags of a command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from softtune.training.recipe import Recipe
 
 
 def with_flags(command: Callable[..., None], own: Sequence[Parameter]) -> None:
-    """Give a command parameters of its own and, as ``**flags``, one for every field of the recipe that it has not."""
+    """Give a command its own parameters and, as ``**flags``, an option for every other field of the recipe."""
     names = {parameter.name for parameter in own}
     parameters = [*own, *(_parameter(name) for name in Recipe.model_fields if name not in names)]
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -27,32 +27,32 @@ def with_flags(command: Callable[..., None], own: Sequence[Parameter]) -> None:
 
 
 def argument(name: str, annotation: Any, **options: Any) -> Parameter:
-    """A command's own argument."""
+    """A positional argument of a command."""
     return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[annotation, typer.Argument(**options)])
 
 
 def option(name: str, annotation: Any, default: Any = Parameter.empty, **options: Any) -> Parameter:
-    """A command's own option; required without a default."""
+    """An option of a command; required if it has no default."""
     annotation = Annotated[annotation, typer.Option(flag(name), **options)]
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
 def overrides(flags: Mapping[str, str | None]) -> dict[str, Any]:
-    """Fields of the recipe by the flags that were given.
+    """The recipe fields that are set by flags, with their values.
 
     Raises:
-        ConfigError: a flag's text is no YAML.
+        ConfigError: a flag's text is not valid YAML.
     """
     return {name: _value(name, text) for name, text in flags.items() if text is not None}
 
 
 def words(flags: Mapping[str, str | None]) -> list[str]:
-    """The flags that were given, as on the command line."""
+    """The given flags as arguments of a command line."""
     return [part for name, text in flags.items() if text is not None for part in (flag(name), text)]
 
 
 def flag(name: str) -> str:
-    """A field's flag."""
+    """The flag of a field, such as ``--learning-rate``."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -66,7 +66,7 @@ def _parameter(name: str) -> Parameter:
 
 
 def _value(name: str, text: str) -> Any:
-    """A flag's text as the field's type wants it: texts as they are, but for a null, and all else read as YAML."""
+    """Convert a flag's text to its field's type: strings are taken unchanged, except null; all else is YAML."""
     annotation = Recipe.model_fields[name].annotation
     if annotation in (str, str | None):
         return None if annotation is not str and text == "null" else text
@@ -74,7 +74,11 @@ def _value(name: str, text: str) -> Any:
 
 
 def read(name: str, text: str) -> Any:
-    """A flag's text as YAML. Raises ConfigError where it is none."""
+    """Parse a flag's text as YAML.
+
+    Raises:
+        ConfigError: it is not valid YAML.
+    """
     try:
         return from_yaml(text)
     except yaml.YAMLError as error:
@@ -82,7 +86,11 @@ def read(name: str, text: str) -> Any:
 
 
 def read_mapping(name: str, text: str) -> dict[str, Any]:
-    """A flag's text as a mapping. Raises ConfigError where it is none."""
+    """Parse a flag's text as a YAML mapping.
+
+    Raises:
+        ConfigError: it is not valid YAML, or not a mapping.
+    """
     value = read(name, text)
     if not isinstance(value, dict):
         raise ConfigError(f"{flag(name)} {text!r} names no values: write it as in '{{name: value}}'")
@@ -90,7 +98,7 @@ def read_mapping(name: str, text: str) -> dict[str, Any]:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The values that a field can have, where they can be listed."""
+    """The values that a field allows; empty if they cannot be listed."""
     if annotation is TaskType:
         return [task.value for task in MODEL_CLASSES]
     if isinstance(annotation, type) and issubclass(annotation, Enum):

@@ -1,4 +1,4 @@
-"""``softtune generate``: write texts with a trained adapter, greedily, by beams or by sampling."""
+"""``softtune generate``: generate text with a trained adapter, by greedy search, beam search or sampling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softtune.evaluation.answers import fitted
 from softtune.evaluation.predict import write_texts
 
 NEW_TOKENS = 64
-"""Tokens to write at most where neither the command nor the recipe says."""
+"""Maximum number of new tokens if neither the command nor the recipe sets it."""
 
 
 def command(

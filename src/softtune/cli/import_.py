@@ -1,4 +1,4 @@
-"""``softtune import``: an adapter that an old PEFT saved, with safetensors in place of its pickled weights."""
+"""``softtune import``: convert the pickled weights of an adapter that an old PEFT saved to safetensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def command(
 ) -> None:
     """Write an adapter's pickled weights as safetensors. Of the pickled file nothing but tensors is read."""
     quiet()
-    PeftConfig.from_pretrained(source)  # is a method that softtune has
+    PeftConfig.from_pretrained(source)  # fails if softtune does not have the method
     weights = checkpoint.weights(source, allow_pickle=True)
     config = storage.locate(source, CONFIG_NAME)
     if config is None or config.parent.resolve() == target.resolve():

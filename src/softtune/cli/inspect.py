@@ -1,4 +1,4 @@
-"""``softtune inspect``: an adapter's config and sizes, and what its virtual tokens are like."""
+"""``softtune inspect``: show an adapter's config, its sizes and its virtual tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from softtune.backbone import Backbone, Site
 from softtune.cli.console import console, quiet, show_pairs
 from softtune.cli.loading import check_single, load_adapter
 from softtune.evaluation.inspection import bias_changes, nearest_words, prefix_norms
+from softtune.formatting import in_units
 from softtune.methods import PeftConfig
 from softtune.methods.base import KeyValue
 from softtune.training.recipe import check_finished
-from softtune.wording import in_units
 
 NEIGHBOURS = 5
-"""Words to show for each virtual token."""
+"""Number of nearest vocabulary entries to show for each virtual token."""
 
 
 def command(

@@ -1,4 +1,4 @@
-"""What the commands share that work with a trained adapter: load it, read the records it is asked about."""
+"""Loading of trained adapters and reading of records, for the commands that use an adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from softtune.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter at work, or an ensemble."""
+    """A trained adapter or ensemble, loaded on a base model."""
 
     recipe: Recipe
     task: Task
@@ -30,13 +30,13 @@ class Trained:
 
     @property
     def names(self) -> list[str]:
-        """The adapters by name: one, or the members of an ensemble."""
+        """The names of the adapters: one, or the members of an ensemble."""
         return list(self.model.peft_config)
 
 
 def load_trained(adapter: Path, model: str | None) -> Trained:
-    """What a recipe made, on its base model or on the one named instead."""
-    recipe = Recipe.of_adapter(adapter)
+    """Load the adapter or ensemble that a recipe trained, on its base model or on ``model`` instead."""
+    recipe = Recipe.from_adapter(adapter)
     base, tokenizer = _load_base(model or recipe.model, recipe.model, recipe.task, recipe.num_labels)
     loaded = PeftModel(base).eval()
     for name in recipe.adapter_names:
@@ -45,7 +45,11 @@ def load_trained(adapter: Path, model: str | None) -> Trained:
 
 
 def check_single(adapter: Path) -> None:
-    """Raise ConfigError where a recipe made an ensemble."""
+    """Check that a folder is no ensemble's.
+
+    Raises:
+        ConfigError: it has several adapters.
+    """
     recipe = Recipe.found_in(adapter)
     if recipe is not None and recipe.ensemble > 1:
         one = adapter / recipe.adapter_names[0]
@@ -53,37 +57,37 @@ def check_single(adapter: Path) -> None:
 
 
 def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Any adapter, one that PEFT wrote too, on the base model that it names or on the one named instead."""
+    """Load any adapter, also one saved by PEFT, on the base model in its config or on ``model`` instead."""
     if Recipe.found_in(adapter) is not None:
         trained = load_trained(adapter, model)
         return trained.model, trained.tokenizer
     saved = config.base_model_name_or_path
-    own = name_here(saved) if saved else None
-    name = model or own
+    trained_on = name_here(saved) if saved else None
+    name = model or trained_on
     if name is None:
         raise ConfigError(f"{adapter} does not say its base model: name it with --model")
-    base, tokenizer = _load_base(name, own, config.task_type or TaskType.CAUSAL_LM)
+    base, tokenizer = _load_base(name, trained_on, config.task_type or TaskType.CAUSAL_LM)
     return PeftModel.from_pretrained(base, adapter), tokenizer
 
 
 def _load_base(
-    name: str, own: str | None, task: TaskType, num_labels: int | None = None
+    name: str, trained_on: str | None, task: TaskType, num_labels: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model, an adapter's own or another."""
+    """Load the base model ``name`` for an adapter that was trained on ``trained_on``."""
     try:
         return load_base_model(name, task, num_labels=num_labels)
     except ConfigError as error:
-        if own in (None, name):
+        if trained_on in (None, name):
             raise
-        what = re.split(": (?=use |check )", str(error))[0]  # the remedy there is for a recipe
-        raise ConfigError(f"{what}: name the adapter's own with --model, {own}, or a copy of it") from error
+        what = re.split(": (?=use |check )", str(error))[0]  # without its remedy, which is meant for a recipe
+        raise ConfigError(f"{what}: name the adapter's own with --model, {trained_on}, or a copy of it") from error
 
 
 def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str | None) -> Dataset:
-    """Records of a file or hub name, or one for each text given on the command line.
+    """Read the records of a file or hub data set, or make one of each text given on the command line.
 
     Raises:
-        ConfigError: there are neither or both, a split of texts, or a text alone is no record.
+        ConfigError: neither or both are given, a split is given with texts, or a record needs more than a text.
         DataError: the data cannot be read, or lacks a column that the template names.
     """
     if bool(data) == bool(texts):

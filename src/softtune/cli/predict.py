@@ -1,4 +1,4 @@
-"""``softtune predict``: label records, or write the answer for each, with a trained adapter."""
+"""``softtune predict``: predict labels or generate answers for records with a trained adapter."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
 from softtune.training.recipe import Recipe
 
 SHOWN = 20
-"""Rows to show of a long result."""
+"""Maximum number of rows to show."""
 ENDINGS = (".csv", ".jsonl")
-"""Of files that answers can be written to."""
+"""The supported endings of output files."""
 VOTE = """Of an ensemble, take the answer that most members give; its probability is then the share of votes. Between
 labels with as many votes the mean probability decides, between texts or tags the earliest member."""
 
@@ -46,7 +46,7 @@ def command(
     """
     quiet()
     with _written(output) as write:
-        recipe = Recipe.of_adapter(adapter)
+        recipe = Recipe.from_adapter(adapter)
         given = read_records(recipe, data, text or [], split)
         records = _checked(recipe.definition, given)
         trained = load_trained(adapter, model)
@@ -68,7 +68,13 @@ def command(
 
 @contextmanager
 def _written(output: Path | None) -> Iterator[Callable[[Dataset], None]]:
-    """What writes the answers, into a file that appears when the block ends well; tried before any work is done."""
+    """Yield a function that writes the answers to ``output``, if it is given.
+
+    The file appears when the block ends without an error. Its name and folder are checked before any work is done.
+
+    Raises:
+        ConfigError: ``output`` is a folder, or its ending is not supported.
+    """
     if output is None:
         yield lambda answered: None
         return
@@ -81,7 +87,7 @@ def _written(output: Path | None) -> Iterator[Callable[[Dataset], None]]:
 
 
 def _write(answered: Dataset, file: Path) -> None:
-    """JSON lines or CSV by the file's ending, with lists and objects as JSON."""
+    """Write JSON lines or CSV, by the file's ending; in CSV lists and dicts are JSON."""
     if file.suffix.lower() == ".jsonl":
         answered.to_json(file, force_ascii=False)
         return
@@ -96,26 +102,31 @@ def _cell(value: Any) -> Any:
 
 
 def _checked(task: Task, records: Dataset) -> Dataset:
-    """The records, those that read alike made one where they have texts to compare with. Refuses labels that cannot be
-    measured, and columns in the way, before any work is done."""
+    """Check the records before any work is done, and merge a text task's records with the same input.
+
+    A merged record has the references of all of them. Without a label column nothing is merged.
+
+    Raises:
+        DataError: the data has a column ``answer`` or ``probability``, or a label that cannot be evaluated.
+    """
     if taken := {"answer", "probability"} & set(records.column_names):
         raise DataError(f"the data has a column {min(taken)!r}, where the answers go: rename it")
     if task.label_column not in records.column_names:
         return records
     try:
-        each_row(records, [*task.columns, task.label_column], task.right)
+        each_row(records, [*task.columns, task.label_column], task.reference)
     except DataError as error:
         raise DataError(f"{error}; or leave out the column {task.label_column!r}, and nothing is measured") from error
     return with_all_references(records, task) if isinstance(task, TextTask) else records
 
 
 def _rows(task: Task, records: Dataset) -> Sequence[int]:
-    """The row of each answer, from 0: the first one of records that were made one."""
+    """The row of each answer, from 0; for merged records that of the first one."""
     return [rows[0] for rows in alike(records, task.columns)] if isinstance(task, TextTask) else range(len(records))
 
 
 def _answers(trained: Trained, records: Dataset, *, vote: bool) -> Answers:
-    """What the adapter answers, or an ensemble's members together."""
+    """The answers of the adapter, or those of an ensemble's members combined."""
     names = trained.names
     with counting("predicting", len(names) * len(records)) as advance:
         members = answer_each(trained.model, trained.tokenizer, trained.task, records, names=names, advance=advance)
@@ -125,7 +136,7 @@ def _answers(trained: Trained, records: Dataset, *, vote: bool) -> Answers:
 
 
 def _with_answers(records: Dataset, answers: Answers) -> Dataset:
-    """The records with a column for the answer and, where labels were scored, one for its probability among them."""
+    """Add a column for the answers and, if labels were scored, one for their probabilities."""
     column = [list(text) if isinstance(text, tuple) else text for text in answers.texts]
     answered = records.add_column("answer", column)
     if answers.scores is None:

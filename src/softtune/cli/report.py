@@ -1,4 +1,4 @@
-"""``softtune report``: the page of a comparison, a sweep or an adapter, from what is in its folder."""
+"""``softtune report``: write the page of a comparison, a sweep or an adapter from the files in its folder."""
 
 from __future__ import annotations
 

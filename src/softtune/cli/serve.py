@@ -1,4 +1,4 @@
-"""``softtune serve``: a folder of adapters as an HTTP server."""
+"""``softtune serve``: serve folders of adapters over HTTP."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ import typer
 import uvicorn
 
 from softtune.cli.console import console, quiet
+from softtune.cli.flags import flag
 from softtune.errors import ConfigError
 from softtune.pretrained import locate_base_model
+from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
-from softtune.serving.limits import Limits
 from softtune.serving.replicas import run
 from softtune.serving.service import Service
 
 KEYS, ADMIN_KEYS = "SOFTTUNE_API_KEYS", "SOFTTUNE_ADMIN_KEYS"
-"""Environment variables with keys, several with commas between them: other users of a machine see command lines."""
+"""Environment variables with keys, separated by commas. No flags, since other users of a machine see command lines."""
+
+OldFlag = Annotated[int | None, typer.Option(hidden=True)]
+NEW_FLAGS = {
+    "rows": "max_num_seqs",
+    "waiting": "max_num_waiting",
+    "tokens": "max_num_batched_tokens",
+    "slots": "num_kv_slots",
+    "hot": "adapter_cache_mb",
+}
+"""The new names of flags by their old ones, which still work for one release."""
 
 
 def command(
@@ -45,14 +56,29 @@ def command(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share each layer; with --engine vllm.")] = 1,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
-    rows: Annotated[int, typer.Option(min=1, help="Requests in the running batch.")] = Limits.rows,
-    waiting: Annotated[int, typer.Option(min=1, help="Requests that wait for a place in it.")] = Limits.waiting,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = Limits.tokens,
-    slots: Annotated[int, typer.Option(min=64, help="Tokens in memory of all requests together.")] = Limits.slots,
-    hot: Annotated[int, typer.Option(min=0, help="Megabytes of adapters to keep in memory.")] = Limits.hot // 2**20,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Requests in the running batch.")
+    ] = EngineConfig.max_num_seqs,
+    max_num_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests that wait for a place in it.")
+    ] = EngineConfig.max_num_waiting,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a step.")
+    ] = EngineConfig.max_num_batched_tokens,
+    num_kv_slots: Annotated[
+        int, typer.Option(min=64, help="Tokens in memory of all requests together.")
+    ] = EngineConfig.num_kv_slots,
+    adapter_cache_mb: Annotated[int, typer.Option(min=0, help="Megabytes of adapters to keep in memory.")] = (
+        EngineConfig.adapter_cache_bytes // 2**20
+    ),
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = Settings.seconds,
     replicas: Annotated[int, typer.Option(min=1, help="Servers beside each other, by Ray Serve where several.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that answers have at shutdown.")] = Settings.grace,
+    rows: OldFlag = None,
+    waiting: OldFlag = None,
+    tokens: OldFlag = None,
+    slots: OldFlag = None,
+    hot: OldFlag = None,
 ) -> None:
     """Serve adapters on one base model over HTTP: OpenAI's API, labels and tags, and a page to try them.
 
@@ -62,19 +88,27 @@ def command(
     quiet()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    limits = Limits(rows=rows, waiting=waiting, tokens=tokens, slots=slots, hot=hot * 2**20)
+    sizes = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_waiting": max_num_waiting,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "num_kv_slots": num_kv_slots,
+        "adapter_cache_mb": adapter_cache_mb,
+    }
+    sizes |= _renamed(rows=rows, waiting=waiting, tokens=tokens, slots=slots, hot=hot)
+    engine_config = EngineConfig(adapter_cache_bytes=sizes.pop("adapter_cache_mb") * 2**20, **sizes)
     settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace, follow=follow)
     made = _engine(engine, model, gpus)
     _check_port(host, port)
     if replicas > 1:
         console.print(f"{replicas} servers of {model} start: http://{host}:{port}", soft_wrap=True)
-        run(model, adapters or [], limits, settings, replicas=replicas, host=host, port=port, **made)
+        run(model, adapters or [], engine_config, settings, replicas=replicas, host=host, port=port, **made)
         return
     folder = AdapterFolder(*adapters or [])
     with console.status("loading"):
-        service = Service(model, limits, **made)
-        if engine == "vllm":  # what keeps it from starting keeps it for every adapter
-            console.print(f"vLLM runs {model}: texts of {service.engine.longest} tokens at most", soft_wrap=True)
+        service = Service(model, engine_config, **made)
+        if engine == "vllm":  # raises if vLLM has not started: it could serve no adapter
+            console.print(f"vLLM runs {model}: texts of {service.engine.max_model_len} tokens at most", soft_wrap=True)
         folder.follow(service.registry)
     served = len(service.registry.versions)
     adapter = "adapter" if served == 1 else "adapters"
@@ -86,13 +120,20 @@ def command(
         host=host,
         port=port,
         log_level="warning",
-        timeout_graceful_shutdown=ceil(grace) + 1,  # by then all answers have ended, and who stalls is left
+        timeout_graceful_shutdown=ceil(grace) + 1,  # by then all responses have ended, except to stalled clients
     )
     _Server(config, service, grace).run()
 
 
+def _renamed(**given: int | None) -> dict[str, int]:
+    """Values given by old flags, under the new names; logs a warning for each."""
+    for name in (name for name, value in given.items() if value is not None):
+        logging.warning("%s is %s now, and will go: use that", flag(name), flag(NEW_FLAGS[name]))
+    return {NEW_FLAGS[name]: value for name, value in given.items() if value is not None}
+
+
 class _Server(uvicorn.Server):
-    """Lets requests end, or fail, from the signal on that ends it; uvicorn waits for their connections."""
+    """A uvicorn server that, at shutdown, ends the requests before uvicorn waits for their connections."""
 
     def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
         super().__init__(config)
@@ -100,12 +141,17 @@ class _Server(uvicorn.Server):
         self._grace = grace
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        self._service.loop.end(self._grace)  # not in the signal's handler, which may have interrupted who has the locks
+        # Not in the signal handler, which may have interrupted code that holds the locks.
+        self._service.thread.end(self._grace)
         await super().shutdown(sockets)
 
 
 def _engine(name: str, model: str, gpus: int) -> dict[str, Any]:
-    """How a service's engine is made, where it is not its own. Raises ConfigError where the package is missing."""
+    """The arguments that make a ``Service`` use another engine than its default.
+
+    Raises:
+        ConfigError: the engine's package is missing, or it does not support several GPUs.
+    """
     if name == "transformers" and gpus > 1:
         raise ConfigError("the engine transformers takes one GPU: add --engine vllm")
     if name == "transformers":
@@ -113,14 +159,18 @@ def _engine(name: str, model: str, gpus: int) -> dict[str, Any]:
     if find_spec("vllm") is None:
         raise ConfigError("the engine vllm comes with a package that is not installed: pip install 'softtune[vllm]'")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it asks nobody whether it may send them
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # by default vLLM sends them without asking
     from softtune.serving.vllm.engine import VllmEngine
 
     return {"engine": partial(VllmEngine, locate_base_model(model), gpus=gpus)}
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise ConfigError where a server cannot listen, before it loads anything."""
+    """Check that a server can listen, before it loads anything.
+
+    Raises:
+        ConfigError: the address cannot be bound.
+    """
     family = AF_INET6 if ":" in host else AF_INET
     with socket(family) as probe:
         probe.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)

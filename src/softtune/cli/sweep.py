@@ -1,4 +1,4 @@
-"""``softtune sweep``: any fields of a recipe over a grid, or where a search looks."""
+"""``softtune sweep``: run a recipe over a grid of field values, or at the points of a search."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def command(
     The folder gets a page, report.html, with a picture, and the same in Markdown.
     """
     quiet()
-    own = {"over": None if over is None else read("over", over), "seeds": seeds, "trials": trials}
-    given = {name: value for name, value in own.items() if value is not None}
-    asked = Sweep.load(file, given, **overrides(flags))
+    options = {"over": None if over is None else read("over", over), "seeds": seeds, "trials": trials}
+    given = {name: value for name, value in options.items() if value is not None}
+    config = Sweep.load(file, given, **overrides(flags))
     runner = run_here if ray is None else on_ray(ray)
     with progress_bars() as progress:
-        found = sweep(asked, Recipe.load(asked.recipe, {"output": output}), run=runner, progress=progress)
-    show_entries(found, asked.metric)
+        results = sweep(config, Recipe.load(config.recipe, {"output": output}), run=runner, progress=progress)
+    show_entries(results, config.metric)
     console.print(f"The page is {report.write(Path(output))}.", soft_wrap=True)
-    exit_on_failures(found)
+    exit_on_failures(results)
 
 
 with_flags(

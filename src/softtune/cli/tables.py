@@ -1,4 +1,4 @@
-"""The tables that commands end with."""
+"""The tables that commands print at their end."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from softtune.evaluation.metrics import PERPLEXITY, Quality
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.page import Table as Cells
 from softtune.experiments.report import failures, tables_of
+from softtune.formatting import in_units, in_words, shortened
 from softtune.training.learning_rate import STEPS, RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
-from softtune.wording import in_units, in_words, shortened
 
 FAILED = 1
-"""Exit code where a part of an experiment failed."""
+"""Exit code if a part of an experiment failed."""
 MOST_CLASSES, MOST_MISTAKES, LONGEST = 40, 10, 200
-"""Labels and mistakes to show, and characters of a cell."""
+"""Maximum numbers of labels and mistakes to show, and of characters in a cell."""
 
 
 def show_report(report: Report, title: str = "") -> None:
-    """The table at the end of a run."""
+    """Print the table of a training run."""
     quality = report.evaluation.quality
     intervals = quality.intervals() if quality else {}
     pairs = [pair for name, interval in intervals.items() for pair in _quality(report, name, interval)]
@@ -42,7 +42,7 @@ def show_report(report: Report, title: str = "") -> None:
 
 
 def show_quality(quality: Quality) -> None:
-    """Metrics with their intervals, and what they are for each label."""
+    """Print the metrics with their intervals, and precision, recall and F1 for each label."""
     intervals, metrics = quality.intervals(), quality.metrics.items()
     show_pairs(
         f"{quality.rows} records",
@@ -51,13 +51,15 @@ def show_quality(quality: Quality) -> None:
     if not 0 < len(quality.classes) <= MOST_CLASSES:
         return
     table = Table("", "precision", "recall", "F1", "count", title="By label", title_justify="left")
-    for label, own in quality.classes.items():
-        table.add_row(label, *(f"{own[name]:.1%}" for name in ("precision", "recall", "f1")), f"{own['rows']:.0f}")
+    for label, scores in quality.classes.items():
+        table.add_row(
+            label, *(f"{scores[name]:.1%}" for name in ("precision", "recall", "f1")), f"{scores['rows']:.0f}"
+        )
     console.print(table)
 
 
 def show_mistakes(quality: Quality, answered: Dataset, columns: Sequence[str], rows: Sequence[int]) -> None:
-    """The first records that were not answered right, with the numbers of their rows, which come from 0."""
+    """Print the first records that were not answered right, with the numbers of their rows (from 0 in ``rows``)."""
     if not quality.mistakes:
         return
     title = f"{len(quality.mistakes)} of {quality.rows} records are not answered right to the letter"
@@ -69,7 +71,7 @@ def show_mistakes(quality: Quality, answered: Dataset, columns: Sequence[str], r
 
 
 def show_profile(profile: Profile) -> None:
-    """Where a step's time goes, and what it could not go below."""
+    """Print the time of a training step by kind of work, and its lower bounds."""
     table = Table("", "ms", "of a step", title="A training step", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -90,7 +92,7 @@ def show_profile(profile: Profile) -> None:
 
 
 def show_range_test(test: RangeTest) -> None:
-    """Losses by learning rate, as bars."""
+    """Print the losses of a learning rate range test as bars."""
     table = Table("learning rate", "loss", "", title="Losses of steps with ever higher rates", title_justify="left")
     highest = max(test.losses)
     for rate, loss in zip(test.rates, test.losses, strict=True):
@@ -106,7 +108,7 @@ def show_range_test(test: RangeTest) -> None:
 
 
 def show_entries(entries: Sequence[Entry], metric: str | None = None) -> None:
-    """The tables of an experiment, and what failed in it."""
+    """Print the tables and the failures of an experiment."""
     for found in tables_of(entries, metric):
         for columns in _fitting(found, console.width):
             table = Table(*(found.head[i] for i in columns))
@@ -121,7 +123,7 @@ def show_entries(entries: Sequence[Entry], metric: str | None = None) -> None:
 
 
 def exit_on_failures(entries: Sequence[Entry]) -> None:
-    """End the command with one line and exit code 1 where entries failed; those that do not fit are no failures."""
+    """Exit with one line on stderr and code 1 if entries failed; those that do not fit are no failures."""
     failed = [entry for entry in entries if entry.failure and not entry.is_left_out]
     if failed:
         may_pass = any(not entry.is_final for entry in failed)
@@ -132,7 +134,7 @@ def exit_on_failures(entries: Sequence[Entry]) -> None:
 
 
 def _fitting(table: Cells, width: int) -> Iterator[list[int]]:
-    """The numbers of columns that stand beside each other in a console's width, the one with the names first of all."""
+    """Split a table's columns into groups that fit the console's width, each with the column of names first."""
     names, *sizes = (3 + max(map(len, column)) for column in zip(table.head, *table.lines, strict=True))
     room = width - 1 - min(names, width // 3 + 3)
     columns, used = [0], 0
@@ -146,14 +148,14 @@ def _fitting(table: Cells, width: int) -> Iterator[list[int]]:
 
 
 def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iterator[tuple[str, str]]:
-    """A metric's lines in the table: before and after and, of an ensemble, the vote's and its members'."""
-    label, found = in_words(metric), report.evaluation
+    """A metric's lines in the table: before and after training and, for an ensemble, by vote and of its members."""
+    label, evaluation = in_words(metric), report.evaluation
     before, after = (_figure(metric, side[metric]) for side in (report.before, report.after))
     yield label, f"{before} before, {after} after ({_between(metric, interval)})"
-    if found.members:
-        members = [member[metric] for member in found.members]
+    if evaluation.members:
+        members = [member[metric] for member in evaluation.members]
         mean = _figure(metric, sum(members) / len(members))
-        yield f"{label} by vote", _figure(metric, found.vote[metric])
+        yield f"{label} by vote", _figure(metric, evaluation.vote[metric])
         yield f"{label} of one", f"{_between(metric, (min(members), max(members)))}, {mean} on average"
 
 
@@ -166,7 +168,7 @@ def _between(metric: str, interval: tuple[float, float]) -> str:
 
 
 def in_cell(value: Any) -> str:
-    """A value in a line that a cell has room for: a list's words beside each other, its texts with bars between."""
+    """A value as one line of a cell: the words of a list are joined by spaces, its texts by bars."""
     values = value if isinstance(value, list) else [value]
     parts = [str(part["text"] if isinstance(part, dict) and "text" in part else part) for part in values]
     text = (" | " if any(" " in part for part in parts) else " ").join(parts)

@@ -1,4 +1,4 @@
-"""``softtune train``: run a recipe. Every field of the recipe is also a flag."""
+"""``softtune train``: run one or several recipes. Every field of a recipe is also a flag."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.flags import argument, option, overrides, with_flags, words
 from softtune.cli.tables import show_profile, show_range_test, show_report
 from softtune.errors import ConfigError, TrainingError
-from softtune.training import measuring
+from softtune.training import diagnostics
 from softtune.training.recipe import Recipe
 from softtune.training.report import Report
 from softtune.training.run import train_all
 
 SILENT = 99
-"""Level of the messages that torch's profiler may write to the standard error: none has so high a one."""
+"""Log level for torch's profiler that no message reaches, so that it writes nothing to stderr."""
 
 
 def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate: bool, **flags: str | None) -> None:
@@ -53,15 +53,15 @@ def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate:
 
 
 def _measure(recipes: Sequence[Recipe], resume: bool, profile: bool, find_learning_rate: bool) -> None:
-    """Show what a recipe's steps take, or how they take learning rates."""
+    """Profile the steps of a recipe, or run its learning rate range test, and print the results."""
     if len(recipes) > 1:
         raise ConfigError("one recipe is measured at a time: name one")
     if resume:
         raise ConfigError("--resume goes on with a run, and to measure begins none: leave out one of the two")
     os.environ.setdefault("KINETO_LOG_LEVEL", str(SILENT))
     with console.status("measuring"):
-        profiled = measuring.profile_recipe(recipes[0]) if profile else None
-        tested = measuring.find_learning_rate(recipes[0]) if find_learning_rate else None
+        profiled = diagnostics.profile_recipe(recipes[0]) if profile else None
+        tested = diagnostics.find_learning_rate(recipes[0]) if find_learning_rate else None
     if profiled is not None:
         show_profile(profiled)
     if tested is not None:
@@ -69,7 +69,7 @@ def _measure(recipes: Sequence[Recipe], resume: bool, profile: bool, find_learni
 
 
 def _failures(recipes: Sequence[Recipe], results: Sequence[Report | TrainingError | None]) -> list[str]:
-    """Why runs failed; of several recipes, with the name of each."""
+    """The errors of runs that failed; of several recipes, each with its output folder."""
     failed = [(r, result) for r, result in zip(recipes, results, strict=True) if isinstance(result, TrainingError)]
     return [f"{recipe.output}: {error}" if len(recipes) > 1 else str(error) for recipe, error in failed]
 

@@ -1,5 +1,5 @@
-"""From records to batches: sources (files, the hub) and formats, tasks and templates, encoding (text to token ids) and
-collate (padding)."""
+"""Data: from records to padded batches. Sources (files, the hub) and formats, tasks and templates, encoding (text to
+token ids) and collation (padding)."""
 
 from softtune.data.choosing import ChoiceTask
 from softtune.data.collate import Collator, answer_width, length_batches

@@ -1,4 +1,4 @@
-"""Multiple choice: every record has choices of its own, one of which is right."""
+"""Multiple choice: every record has its own choices, one of which is the right one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceTask:
-    """Records to one of their own choices, by a decoder that writes it."""
+    """Picks one of a record's own choices, by a decoder's probability of each."""
 
     template: Template
-    """How a record reads."""
+    """Formats a record as text."""
     choices: str
     """The column with the choices, a list of texts."""
     label_column: str
-    """The column with the right choice: its text, or its number from 0. A text of digits is a number where no choice
-    reads so."""
+    """The column with the right choice: its text, or its index from 0. A text of digits is an index unless it is itself
+    a choice."""
     max_length: int
     """Tokens of a record with a choice at most."""
 
@@ -34,22 +34,30 @@ class ChoiceTask:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a record to answer has."""
+        """The columns that prediction needs."""
         return tuple(dict.fromkeys((*self.template.fields, self.choices)))
 
-    def right(self, record: Mapping[str, Any]) -> str:
-        """The right choice's text. Raises DataError where it is not among the choices, or a field has no text."""
+    def reference(self, record: Mapping[str, Any]) -> str:
+        """The text of the right choice.
+
+        Raises:
+            DataError: it is not among the choices, or a field has no text.
+        """
         for field in self.template.fields:
             cell_text(record, field)
-        choices, value = self.of(record), record[self.label_column]
+        choices, value = self.choices_in(record), record[self.label_column]
         if isinstance(value, str) and value in choices:
             return value
         if str(value).isdecimal() and int(value) < len(choices):
             return choices[int(value)]
         raise DataError(f"{value!r} is not one of {', '.join(map(repr, choices))}, nor the number of one from 0")
 
-    def of(self, record: Mapping[str, Any]) -> list[str]:
-        """A record's choices."""
+    def choices_in(self, record: Mapping[str, Any]) -> list[str]:
+        """A record's choices.
+
+        Raises:
+            DataError: they are no list of two texts or more, or two are the same.
+        """
         choices = record[self.choices]
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
             raise DataError(f"column {self.choices!r} holds no list of two texts or more; give the choices")
@@ -58,13 +66,15 @@ class ChoiceTask:
         return choices
 
     def examples(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """A labelled record as it is trained on: one example."""
-        return [self.encode(record, tokenizer, self.right(record))]
+        """Encode a labelled record for training: one example."""
+        return [self.encode(record, tokenizer, self.reference(record))]
 
     def encode(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, choice: str) -> Example:
-        """One record with one of its choices, which ends with an end so that longer ones may go on. Its text is cut to
-        the same words for every choice."""
-        answers = [self.template.separator + one for one in self.of(record)]
+        """Encode a record with one of its choices and EOS, which tells a choice from a longer one that begins like it.
+
+        The record's text is truncated alike for every choice.
+        """
+        answers = [self.template.separator + one for one in self.choices_in(record)]
         room = max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]) + 1
         return encode(
             self.template, record, tokenizer, answer=choice, max_length=self.max_length, room=room, add_eos=True

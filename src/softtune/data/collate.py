@@ -1,4 +1,4 @@
-"""Examples to padded tensors, and batches of like length for evaluation.
+"""Pads examples to tensors, and groups rows of similar length into batches for evaluation.
 
 Letters: B rows, T tokens of the longest row, P virtual tokens. Knows nothing of text,
 tokenizers or models: a pad token's id is all it needs.
@@ -21,21 +21,25 @@ class Collator:
     """Pads examples to one length and stacks them."""
 
     pad_token_id: int
-    """Token id that fills rows up; the attention mask hides it."""
+    """Token id for padding; the attention mask hides it."""
     padding_side: str = "right"
-    """"right" or "left", where the padding goes; generation wants "left"."""
+    """"right" or "left": the side to pad on; generation needs "left"."""
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
             raise DataError(f"padding_side is {self.padding_side!r}; use 'left' or 'right'")
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Stack ``examples`` (B of them).
+        """Pad and stack ``examples`` (B of them).
 
-        Returns ``input_ids`` [B, T] and ``attention_mask`` [B, T]; ``labels`` [B, T], padded with -100, if any example
-        has an answer (answers encoded apart: padded to the longest of them); ``start_positions`` and ``end_positions``
-        [B], if the answers are spans; ``token_type_ids`` [B, T] and ``prompt_positions`` [B, P], if the examples have
-        them. Positions are counted in the padded row.
+        Returns:
+            ``input_ids`` [B, T] and ``attention_mask`` [B, T]; ``labels`` [B, T], padded with -100, if any example has
+            an answer (answers encoded apart: padded to the longest of them); ``start_positions`` and ``end_positions``
+            [B], if the answers are spans; ``token_type_ids`` [B, T] and ``prompt_positions`` [B, P], if the examples
+            have them. Positions are counted in the padded row.
+
+        Raises:
+            DataError: there are no examples, or they have different numbers of virtual tokens.
         """
         if not examples:
             raise DataError("no examples to collate; give one or more")
@@ -55,20 +59,20 @@ class Collator:
         return batch
 
     def _labels(self, examples: Sequence[Example], length: int) -> Tensor:
-        """Labels [B, T] beside their tokens, or [B, longest answer] where they are apart."""
+        """Labels [B, T] aligned with the tokens, or [B, longest answer] where answers are encoded apart."""
         labels = [example.labels for example in examples]
         if not any(example.is_apart for example in examples):
             return self._stack(labels, length, IGNORED)
         return replace(self, padding_side="right")._stack(labels, max(map(len, labels)), IGNORED)
 
     def _spans(self, examples: Sequence[Example], length: int) -> dict[str, Tensor]:
-        """First and last tokens [B], moved along by each row's left padding."""
+        """First and last tokens [B] of the answers, shifted by each row's left padding."""
         shifts = torch.tensor(self._shifts(examples, length))
         ends = torch.tensor([example.span for example in examples])
         return {"start_positions": ends[:, 0] + shifts, "end_positions": ends[:, 1] + shifts}
 
     def _shifts(self, examples: Sequence[Example], length: int) -> list[int]:
-        """How far padding moves each row to the right."""
+        """Number of padding tokens on the left of each row."""
         return [(length - len(example.input_ids)) * (self.padding_side == "left") for example in examples]
 
     def _stack(self, rows: list[list[int]], length: int, fill: int) -> Tensor:
@@ -79,7 +83,11 @@ class Collator:
         return torch.tensor([row + pad for pad, row in zip(padding, rows, strict=True)], dtype=torch.long)
 
     def _prompt_positions(self, examples: Sequence[Example], length: int) -> Tensor:
-        """Positions [B, P], moved along by each row's left padding."""
+        """Positions [B, P] of virtual tokens, shifted by each row's left padding.
+
+        Raises:
+            DataError: examples have different numbers of virtual tokens.
+        """
         rows = [example.prompt_positions or [] for example in examples]
         counts = sorted({len(row) for row in rows})
         if len(counts) > 1:
@@ -88,14 +96,18 @@ class Collator:
 
 
 def answer_width(labels: Tensor) -> int:
-    """Columns at the rows' ends that hold all answers of ``labels`` [B, T], and the token before that predicts the
-    first."""
+    """Number of columns at the rows' ends that hold all answers in ``labels`` [B, T], and the token before, which
+    predicts the first of them."""
     first = int((labels != IGNORED).any(dim=0).int().argmax())
     return int(labels.shape[1]) - max(first - 1, 0)
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices of ``lengths``, shortest first, in batches of ``batch_size`` (the last may be smaller)."""
+    """Split the indices of ``lengths``, shortest first, into batches of ``batch_size`` (the last may be smaller).
+
+    Raises:
+        DataError: ``batch_size`` is below 1.
+    """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; use 1 or more")
     order = sorted(range(len(lengths)), key=lengths.__getitem__)

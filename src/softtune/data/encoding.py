@@ -1,12 +1,12 @@
-"""Records to token ids, with labels on the answer and places for virtual tokens.
+"""Encodes records as token ids, with labels on the answer and places for virtual tokens.
 
-A text is tokenized whole, and character offsets tell which tokens are a field's: those may be cut to fit, the
-template's words and the answer may not. Knows nothing of models, padding or tensors.
+A text is tokenized whole, and character offsets tell which tokens belong to a field. Only those are truncated to fit,
+never the template's text or the answer. Knows nothing of models, padding or tensors.
 
-The space before an answer. Byte-level BPE writes " complaint" as one token, so in ``"Label : "`` the last space
-belongs to the answer: it is taken off the prompt and put in front of the answer. Training on "Label :" + " complaint"
-and asking with "Label :" then meet the same tokens. Should the answer still change how the prompt before it is
-tokenized (nothing separates the two), the answer is tokenized on its own.
+The space before an answer. Byte-level BPE encodes " complaint" as one token, so in ``"Label : "`` the last space
+belongs to the answer: it is removed from the prompt and put in front of the answer. Training on
+"Label :" + " complaint" and predicting after "Label :" then use the same tokens. If the answer still changes how the
+prompt before it is tokenized (nothing separates the two), the answer is tokenized on its own.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""Label of a token that the loss leaves out."""
+"""Label of a token that the loss ignores."""
 
-# Who owns a character or a token: a field (the index of its part in the template, 0 or more) or none of them.
+# What a character or a token belongs to: a field (the index of its part in the template, 0 or more) or one of these.
 _SPACE = -1
 _WORD = -2
 _VIRTUAL = -3
@@ -34,22 +34,23 @@ _VIRTUAL = -3
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One record as token ids."""
+    """One record, encoded."""
 
     input_ids: list[int]
-    """What the model reads: T ids, the answer among them where a decoder goes on from its prompt."""
+    """T token ids; for a decoder that continues its prompt, the answer's among them."""
     labels: list[int]
-    """T labels: -100, but on the answer's tokens their ids. Apart: the answer's ids, or one class id."""
+    """T labels: -100 except at the answer's tokens (their ids) or at words' first tokens (their tags' class ids). If
+    apart: the answer's token ids, or one class id."""
     span: tuple[int, int] | None = None
     """The first and the last token of the answer; both 0 where there is none. None for other tasks."""
     is_apart: bool = False
     """Whether the answer is not among ``input_ids``."""
     prompt_positions: list[int] | None = None
-    """For each virtual token the index (0 to T) in ``input_ids`` before which it stands; None for no places."""
+    """For each virtual token the index (0 to T) in ``input_ids`` before which it is placed; None without places."""
     token_type_ids: list[int] | None = None
-    """For each id, which text of a pair it is of; None where the model is not told."""
+    """For each token, which text of a pair it belongs to; None where the model does not use them."""
     truncated: int = 0
-    """How many tokens of the fields' text were cut."""
+    """Number of the fields' tokens that were truncated."""
 
 
 def encode_apart(
@@ -61,7 +62,7 @@ def encode_apart(
     max_length: int,
     max_answer: int | None = None,
 ) -> Example:
-    """Encode one record whose answer the model does not read: an encoder-decoder's target text, or a head's class id.
+    """Encode one record and its answer apart from the input: an encoder-decoder's target text, or a head's class id.
 
     Raises:
         DataError: as from ``encode``, or the answer has more than ``max_answer`` tokens.
@@ -75,9 +76,9 @@ def encode_apart(
     return replace(prompt, labels=labels, is_apart=True)
 
 
-def longest(words: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the longest of some words has."""
-    return max(len(_ids(word, tokenizer)) for word in words)
+def longest(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of tokens of the longest text."""
+    return max(len(_ids(text, tokenizer)) for text in texts)
 
 
 def encode(
@@ -92,16 +93,16 @@ def encode(
 ) -> Example:
     """Encode one record in at most ``max_length`` tokens, virtual tokens not counted.
 
-    For the answer ``room`` tokens are kept free, or as many as it has if that is more: then shorter answers follow the
-    same text as longer ones.
+    ``room`` tokens are reserved for the answer, or as many as it has if that is more. With the same room, shorter
+    answers follow the same text as longer ones.
 
-    The special tokens that the tokenizer puts first (BOS, CLS) come first, before a leading place too. Those that it
-    puts last (SEP) come last if there is no ``answer``; an example with one ends with it, or with EOS if ``add_eos``.
-    An answer of "" leaves the prompt open, as generation wants it, whatever the tokenizer puts last.
-    What is too long is cut from the ends of the fields, the longest first.
+    The special tokens that the tokenizer puts first (BOS, CLS) come first, also before virtual tokens at the start.
+    Those that it puts last (SEP) come last if there is no ``answer``; an example with one ends with it, or with EOS if
+    ``add_eos``. An answer of "" leaves the prompt open for generation, whatever the tokenizer puts last.
+    Records that are too long are truncated at the ends of their fields, the longest first.
 
     Raises:
-        DataError: the record lacks a column or has no text in it, nothing is left to read, template and answer alone
+        DataError: the record lacks a column or has no text in it, the input has no tokens, template and answer alone
             are too long, or the tokenizer is a slow one or has no EOS to add.
     """
     if not tokenizer.is_fast:
@@ -134,7 +135,7 @@ class _Token(NamedTuple):
 def _prompt(
     template: Template, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[_Token]]:
-    """The prompt's tokens, virtual ones among them, and the text since the last place, which an answer continues."""
+    """The text after the last virtual tokens, which an answer continues, and the prompt's tokens with virtual ones."""
     tokens: list[_Token] = []
     text, owners = "", list[int]()
     for index, part in enumerate(template.parts):
@@ -151,7 +152,13 @@ def _prompt(
 
 
 def _tokenize(text: str, owners: list[int], tokenizer: PreTrainedTokenizerBase) -> list[_Token]:
-    """Tokenize ``text``; a token is a field's if it covers characters of it and no word of the template."""
+    """Tokenize ``text``. A token belongs to a field if it covers characters of it and, of the template, only spaces.
+
+    Args:
+        text: the text.
+        owners: for each character, what it belongs to.
+        tokenizer: a fast one.
+    """
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     covered = [owners[start:end] for start, end in encoding["offset_mapping"]]
     whose = [_WORD if _WORD in chars else max(chars, default=_WORD) for chars in covered]
@@ -163,13 +170,13 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _answer_ids(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The answer's tokens as they follow the prompt's; on their own where the two do not come apart."""
+    """The answer's token ids after the prompt; tokenized on its own where it changes the prompt's tokens."""
     before, whole = _ids(prompt, tokenizer), _ids(prompt + answer, tokenizer)
     return whole[len(before) :] if whole[: len(before)] == before else _ids(answer, tokenizer)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text, seen on a short one."""
+    """The special tokens that the tokenizer puts before and after a text."""
     encoding = tokenizer("a", return_special_tokens_mask=True)
     ids, mask = encoding["input_ids"], encoding["special_tokens_mask"]
     first = mask.index(0)
@@ -178,7 +185,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 
 def has_places_within(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether virtual tokens stand elsewhere than in front of all that the model reads."""
+    """Whether a template places virtual tokens anywhere but in front of the whole input, special tokens included."""
     kinds = [part.kind for part in template.parts]
     count = kinds.count("prompt")
     return "prompt" in kinds[count:] or (count > 0 and bool(_special_tokens(tokenizer)[0]))
@@ -191,7 +198,11 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _cut(tokens: list[_Token], max_length: int, *, reserved: int) -> list[_Token]:
-    """Cut fields so that all but virtual tokens, and ``reserved`` ones to come, are at most ``max_length``."""
+    """Truncate fields so that all tokens but virtual ones, plus ``reserved`` ones, are at most ``max_length``.
+
+    Raises:
+        DataError: the tokens outside of fields are too many.
+    """
     sizes = Counter(token.owner for token in tokens)
     fixed = sizes[_WORD] + sizes[_SPACE] + reserved
     if fixed > max_length:
@@ -209,7 +220,7 @@ def _cut(tokens: list[_Token], max_length: int, *, reserved: int) -> list[_Token
 
 
 def _shares(sizes: dict[int, int], budget: int) -> dict[int, int]:
-    """Give every field the same room; what a short one leaves goes to the longer ones."""
+    """Divide ``budget`` evenly among the fields; what a short field leaves goes to longer ones."""
     shares = {}
     for rank, owner in enumerate(sorted(sizes, key=sizes.__getitem__)):
         shares[owner] = min(sizes[owner], budget // (len(sizes) - rank))
@@ -218,6 +229,6 @@ def _shares(sizes: dict[int, int], budget: int) -> dict[int, int]:
 
 
 def _positions(tokens: list[_Token]) -> list[int]:
-    """For each virtual token, how many real ones stand before it."""
+    """For each virtual token, the number of real tokens before it."""
     virtual = [index for index, token in enumerate(tokens) if token.owner == _VIRTUAL]
     return [index - count for count, index in enumerate(virtual)]

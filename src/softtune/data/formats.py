@@ -1,14 +1,14 @@
-"""File formats: the text of a file to columns. Nothing is dropped and nothing guessed: the cells of tables stay strings
-("NA" is a word), only blank lines are passed over.
+"""Parses files of several formats into columns. Nothing is dropped or guessed: cells of tables stay strings ("NA" is a
+text), and only blank lines are skipped.
 
-| ending | what it holds |
+| extension | content |
 | --- | --- |
 | ``.csv`` | commas, quotes as in RFC 4180, a header |
 | ``.tsv`` | tabs, quotes are text, a header |
-| ``.jsonl`` | one object a line; a key that a row lacks is null |
+| ``.jsonl`` | one object per line; a key that a row lacks is null |
 | ``.json`` | the same; or one list of rows; or lists of rows by split |
-| ``.conll`` | a word and its tag a line, a blank line behind a sentence: columns ``tokens`` and ``tags`` |
-| any other | with names for its columns only: cells separated by a space, the last one going to the end of the line |
+| ``.conll`` | a word and its tag per line, a blank line after a sentence: columns ``tokens`` and ``tags`` |
+| any other | only with column names: cells separated by a space, the last cell up to the end of the line |
 
 Messages count rows from 1, without the header.
 """
@@ -29,24 +29,25 @@ Columns = dict[str, list[Any]]
 Names = Sequence[str] | None
 
 SELF_NAMED = (".jsonl", ".conll")
-"""Endings of files that name their columns themselves."""
+"""Extensions of formats that include column names."""
 WHOLE = "train"
-"""The split that a file without splits is."""
+"""Name of the only split of a file without splits."""
 
-_LONGEST_CELL = 2**31 - 1  # the most that every platform's C long holds
+_LONGEST_CELL = 2**31 - 1  # the largest C long on every platform
 
 
 def parse(content: bytes, ending: str, *, split: str = WHOLE, names: Names = None) -> Columns:
-    """The columns of a file.
+    """Parse a file into columns.
 
     Args:
         content: UTF-8, with or without a byte-order mark.
-        ending: the file's, such as ``.csv``.
-        split: the one to read, where a file has several.
-        names: of the columns, for a file whose rows are cells without a header.
+        ending: the file's extension, such as ``.csv``.
+        split: the split to read, where a file has several.
+        names: names of the columns, for a file whose rows are cells without a header.
 
     Raises:
-        DataError: the content is malformed or empty, its kind is unknown, or it has no such split.
+        DataError: the content is malformed or empty, its format is unknown, it has no such split, or it has names for
+            its columns and others are given.
     """
     ending = ending.lower()
     if ending not in FORMATS and names is None:
@@ -87,12 +88,16 @@ def _lines_of_cells(text: str, names: Names) -> Columns:
 
 
 def _columns(reader: Iterator[list[str]], names: Names) -> Columns:
-    """Columns of rows of cells, whose header comes first where they have no names."""
+    """Transpose rows of cells into columns, named by ``names`` or else by the first row.
+
+    Raises:
+        DataError: a row is malformed or has another number of cells than the header, or two columns have one name.
+    """
     table: list[list[str]] = [] if names is None else [list(names)]  # its length is the number of the row to come
     try:
         with _cells_of_any_length():
             for cells in filter(None, reader):
-                if names is not None and len(table) == 1 and cells == table[0]:  # a header after all
+                if names is not None and len(table) == 1 and cells == table[0]:  # a header in spite of given names
                     continue
                 if table and len(cells) != len(table[0]):
                     raise DataError(
@@ -110,7 +115,7 @@ def _columns(reader: Iterator[list[str]], names: Names) -> Columns:
 
 @contextmanager
 def _cells_of_any_length() -> Iterator[None]:
-    """Lift the csv module's limit of 128 KiB a cell, which is a setting of the whole process, for a while."""
+    """Lift the csv module's process-wide limit of 128 KiB per cell for the length of the block."""
     limit = csv.field_size_limit(_LONGEST_CELL)
     try:
         yield
@@ -119,7 +124,7 @@ def _cells_of_any_length() -> Iterator[None]:
 
 
 def _lines(text: str) -> list[str]:
-    """Not ``splitlines``: texts may hold U+2028 and other separators that it splits at."""
+    """The non-blank lines. Not by ``splitlines``, which also splits at U+2028 and other separators within texts."""
     return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 
@@ -148,11 +153,15 @@ def _of_objects(records: Iterable[dict[str, Any]]) -> Columns:
 
 
 def _json(text: str, split: str, names: Names) -> Columns:
-    """A list of rows, alone or by split; anything else is an object a line."""
+    """Parse a list of rows, alone or by split, or else one object per line.
+
+    Raises:
+        DataError: there is no such split, or a row is malformed.
+    """
     try:
         rows = json.loads(text)
     except json.JSONDecodeError:
-        rows = None  # several lines, or something that has to be said of one of them
+        rows = None  # several lines, or a malformed one, which _jsonl reports with its number
     if isinstance(rows, dict) and rows and all(map(_is_list_of_rows, rows.values())):
         if split not in rows:
             raise DataError(f"the file has no split {split!r}; use one of {quoted(rows)}")
@@ -171,7 +180,7 @@ def _is_list_of_rows(value: Any) -> bool:
 
 
 def _conll(text: str, names: Names = None) -> Columns:
-    """Columns between the word and the tag are left alone."""
+    """Parse the first and the last cell of each line, the word and the tag; those between are ignored."""
     sentences: list[list[tuple[str, str]]] = [[]]
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

@@ -1,4 +1,4 @@
-"""Labels for texts: written in words by a language model, or told by a head."""
+"""Text classification, by the words that a language model writes for a label or by a classification head."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTENT_FREE = "N/A"
-"""What stands in a record's fields where nothing is said (Zhao et al. 2021, Calibrate Before Use)."""
+"""Text of every field of a record without content (Zhao et al. 2021, Calibrate Before Use)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelTask:
-    """Records to one of some labels."""
+    """Classifies records into labels."""
 
     kind: TaskType
-    """CAUSAL_LM and SEQ_2_SEQ_LM write the label, SEQ_CLS has a head for it."""
+    """CAUSAL_LM and SEQ_2_SEQ_LM write the label's words, SEQ_CLS has a classification head."""
     template: Template
-    """How a record reads."""
+    """Formats a record as text."""
     label_column: str
     """The column with the label."""
     verbalizer: Verbalizer
-    """Labels and their words."""
+    """The labels and the words for each."""
     max_length: int
     """Tokens of a record at most."""
     max_answer: int | None = None
-    """Tokens of a label that the model can write apart from the record; None for any number."""
+    """Tokens of a label at most, where it is encoded apart from the record; None for no limit."""
     is_calibrated: bool = False
-    """Whether labels' probabilities are divided by those that they have where nothing is said."""
+    """Whether labels' probabilities are divided by those for a record without content."""
 
     @property
     def has_head(self) -> bool:
@@ -44,16 +44,20 @@ class LabelTask:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a record to answer has."""
+        """The columns that prediction needs."""
         return self.template.fields
 
     @property
     def nothing_said(self) -> dict[str, str]:
-        """A record without content."""
+        """A record without content, for calibration."""
         return dict.fromkeys(self.columns, CONTENT_FREE)
 
-    def right(self, record: Mapping[str, Any]) -> str:
-        """A record's label. Raises DataError where it is none of the verbalizer's, or a field has no text."""
+    def reference(self, record: Mapping[str, Any]) -> str:
+        """A record's label.
+
+        Raises:
+            DataError: the verbalizer does not have it, or a field has no text.
+        """
         for field in self.template.fields:
             cell_text(record, field)
         label = text_of(record, self.label_column)
@@ -61,14 +65,16 @@ class LabelTask:
         return label
 
     def examples(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """A labelled record as it is trained on: one example."""
-        return [self.encode(record, tokenizer, label=self.right(record))]
+        """Encode a labelled record for training: one example."""
+        return [self.encode(record, tokenizer, label=self.reference(record))]
 
     def encode(
         self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, label: str | None = None
     ) -> Example:
-        """One record as the base model reads it; with a label, as it is trained on. Its text is cut to the same words
-        for every label, and for none."""
+        """Encode a record, with a label for training or scoring, without one for prediction.
+
+        The record's text is truncated alike for every label, and for none.
+        """
         if self.kind is TaskType.CAUSAL_LM:
             return encode(
                 self.template,
@@ -87,12 +93,12 @@ class LabelTask:
         )
 
     def _room(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Tokens of the longest label."""
-        words = tuple(self.template.separator + word for word in self.verbalizer.words.values())
-        return _longest(words, tokenizer) + self.verbalizer.needs_end
+        """Number of tokens of the longest label, with EOS where labels need it."""
+        label_words = tuple(self.template.separator + word for word in self.verbalizer.words.values())
+        return _longest(label_words, tokenizer) + self.verbalizer.needs_end
 
 
 @lru_cache(maxsize=8)
-def _longest(words: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Asked for with every record."""
-    return longest(words, tokenizer)
+def _longest(label_words: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> int:
+    """See ``longest``; cached, since every record needs it."""
+    return longest(label_words, tokenizer)

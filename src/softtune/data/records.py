@@ -1,4 +1,4 @@
-"""What stands in a record: a row as column name -> value."""
+"""Reads columns of records. A record is one row: column name -> value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Result = TypeVar("Result")
 def each_row(
     records: Dataset, columns: Collection[str], function: Callable[[Mapping[str, Any]], Result]
 ) -> list[Result]:
-    """What ``function`` makes of every record, which must have these columns. A DataError names its row, from 1."""
+    """Apply ``function`` to every record, which must have these columns.
+
+    Raises:
+        DataError: a column is missing, or ``function`` raised it; then the message names the row, from 1.
+    """
     check_columns(columns, records.column_names)
     results = []
     for row, record in enumerate(records, start=1):
@@ -30,7 +34,11 @@ def each_row(
 
 
 def check_columns(wanted: Iterable[str], columns: Collection[str]) -> None:
-    """Raise ``DataError`` when one of the ``wanted`` columns is missing, with the closest name there is."""
+    """Check that the data has all ``wanted`` columns.
+
+    Raises:
+        DataError: a column is missing; the message suggests the closest name.
+    """
     missing = [name for name in wanted if name not in columns]
     if not missing:
         return
@@ -40,7 +48,11 @@ def check_columns(wanted: Iterable[str], columns: Collection[str]) -> None:
 
 
 def text_of(record: Mapping[str, Any], column: str) -> str:
-    """A column's text. Raises ``DataError`` where it is empty, null or a list."""
+    """A column's text, which may not be empty.
+
+    Raises:
+        DataError: it is empty, null, an object, or a list of them.
+    """
     text = cell_text(record, column)
     if not text:
         raise DataError(f"column {column!r} is empty and so there is no answer; fill it in or drop the row")
@@ -48,8 +60,10 @@ def text_of(record: Mapping[str, Any], column: str) -> str:
 
 
 def cell_text(record: Mapping[str, Any], column: str) -> str:
-    """A column's text, which may be empty. Texts of a list stand one after another; lists in a list, such as triples,
-    read ``a | b | c && d | e | f``.
+    """A column's text, which may be empty.
+
+    Texts of a list are joined by spaces. Lists in a list, such as triples, are formatted as
+    ``a | b | c && d | e | f``.
 
     Raises:
         DataError: it is null, an object, or a list of them.

@@ -1,9 +1,8 @@
-"""Where records come from: files of the formats beside this one, or a data set on the Hugging Face hub; and how to
-sample.
+"""Loads records from files, see ``formats``, or from a data set on the Hugging Face hub; splits and samples them.
 
 A record is one row: column name -> value. Messages count rows from 1.
 
-Knows nothing of templates, tokens or labels' meaning. ``datasets`` is imported on first use, for it is slow to import.
+Knows nothing of templates, tokens or labels' meaning. ``datasets`` is imported on first use, since its import is slow.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ if TYPE_CHECKING:
 
 
 ARCHIVED = "zip://"
-"""How the name of a file in an archive begins, as in fsspec."""
+"""Prefix of the name of a file in an archive, as in fsspec."""
 KINDS = {str: "text", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
-"""What JSON calls its values."""
+"""JSON's names of types."""
 NAMED = 8
-"""Files of an archive to name where one is not there."""
+"""How many files of an archive the message names if the wanted one is missing."""
 
 
 def load_records(source: str, *, split: str = WHOLE, columns: Sequence[str] | None = None) -> Dataset:
     """Load records from a file or from the hub.
 
     Args:
-        source: a file of one of the ``formats``, if a path of this name exists or could be nothing else; a file in a
+        source: a file of one of the ``formats``, if a path of this name exists or it can only be a path; a file in a
             zip archive, as ``zip://member::archive.zip``; anything else is a data set on the hub.
-        split: the split, of a data set on the hub or of a file that has several; other files are one, ``"train"``.
-        columns: names for the cells of a file without a header.
+        split: the split, of a data set on the hub or of a file that has several. Other files have one, ``"train"``.
+        columns: names of the columns, for a file without a header.
 
     Raises:
-        DataError: the file is missing, empty, malformed or of another kind, or the hub has no such data set or split.
+        DataError: the file is missing, empty, malformed or of another format, or the hub has no such data set or split.
     """
     is_file = columns is not None or source.startswith(ARCHIVED) or storage.is_path(source)
     if is_file or re.fullmatch(r"\.[A-Za-z]+", Path(source).suffix):
@@ -69,7 +68,7 @@ def split_records(dataset: Dataset, *, test_size: float, seed: int) -> tuple[Dat
 
 
 def sample_balanced(dataset: Dataset, *, column: str, size: int, seed: int, shares: Mapping[str, float]) -> Dataset:
-    """Draw ``size`` rows in random order, of every value of ``column`` its share.
+    """Sample ``size`` rows in random order, with a given share of each value of ``column``.
 
     Shares sum to 1; a value that they do not name gets no rows. Rows that do not divide evenly go to the largest
     remainders, and among equals to the value that comes first in ``shares``.
@@ -93,7 +92,7 @@ def sample_balanced(dataset: Dataset, *, column: str, size: int, seed: int, shar
 
 
 def fingerprint(records: Dataset, columns: Iterable[str]) -> str:
-    """A hash of these columns, row by row."""
+    """A SHA-256 hash of these columns, in the order of the rows."""
     digest = hashlib.sha256()
     for record in records.select_columns(list(dict.fromkeys(columns))):
         digest.update(json.dumps(record, sort_keys=True, default=str).encode())
@@ -143,7 +142,7 @@ def _load_file(source: str, split: str, columns: Sequence[str] | None) -> Datase
 
 
 def _of_two_types(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Where a column's values are of two types; empty where what differs is deeper than the values themselves."""
+    """Say which column has values of two types; empty where the types differ only within lists or objects."""
     for name, values in columns.items():
         kinds = [(row, KINDS[type(value)]) for row, value in enumerate(values, start=1) if value is not None]
         for row, kind in kinds:
@@ -153,7 +152,11 @@ def _of_two_types(columns: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _read(source: str) -> tuple[str, bytes]:
-    """The name and the content of a file, or of a file in an archive."""
+    """The name and the content of a file, or of a file in an archive.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
     member, in_archive, file = source.removeprefix(ARCHIVED).partition("::")
     path = Path(file if in_archive else source).expanduser()
     if not path.exists():

@@ -1,6 +1,7 @@
-"""Extractive question answering: the answer is a part of a text, or there is none.
+"""Extractive question answering: the answer is a span of the context, or there is none.
 
-A context that is too long is read in strides, each an example of its own. Knows nothing of models.
+A context that is too long is split into overlapping parts, each with the question an example of its own. Knows nothing
+of models.
 """
 
 from __future__ import annotations
@@ -19,39 +20,39 @@ if TYPE_CHECKING:
 
 
 PARTS = ("text", "answer_start")
-"""What an answer in the data has."""
+"""Keys of an answer in the data."""
 
 
-class Answer(NamedTuple):
-    """A part of a context."""
+class AnswerSpan(NamedTuple):
+    """A span of a context."""
 
     text: str
     start: int
-    """Its first character."""
+    """Index of its first character."""
 
     @property
     def end(self) -> int:
-        """Behind its last character."""
+        """Index after its last character."""
         return self.start + len(self.text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stride:
-    """A question and a part of its context."""
+    """A question and one part of its context, encoded."""
 
     example: Example
     places: list[tuple[int, int] | None]
-    """For each token of the context the characters that it covers; None for other tokens."""
+    """For each token of the context the start and end of its characters; None for other tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpanTask:
-    """Questions on texts to parts of the texts."""
+    """Answers questions with spans of their contexts."""
 
     question: str
     """The column with the question."""
     context: str
-    """The column with the text that has the answer."""
+    """The column with the text that contains the answer."""
     label_column: str
     """The column with the right answers: a list of ``{"text", "answer_start"}``, or SQuAD's object of two lists; empty
     for a question without an answer."""
@@ -68,14 +69,15 @@ class SpanTask:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a record to answer has."""
+        """The columns that prediction needs."""
         return self.question, self.context
 
-    def right(self, record: Mapping[str, Any]) -> list[Answer]:
+    def reference(self, record: Mapping[str, Any]) -> list[AnswerSpan]:
         """A record's right answers.
 
         Raises:
-            DataError: the answers are malformed, one does not stand where it says, or there is none and has to be.
+            DataError: the answers are malformed, one is not at its ``answer_start``, or there is none though the task
+                requires one.
         """
         context = cell_text(record, self.context)
         answers = list(_answers(record[self.label_column], self.label_column))
@@ -90,9 +92,11 @@ class SpanTask:
         return answers
 
     def examples(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """A labelled record as it is trained on: one example for each part of the context. A part without the whole
-        answer has none."""
-        answer = next(iter(self.right(record)), None)
+        """Encode a labelled record for training: one example for each part of the context.
+
+        A part that does not contain the whole answer counts as without one.
+        """
+        answer = next(iter(self.reference(record)), None)
         return [
             Example(
                 input_ids=part.example.input_ids,
@@ -104,14 +108,14 @@ class SpanTask:
         ]
 
     def prompts(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Stride]:
-        """A record to answer, part by part.
+        """Encode a record for prediction: the question with each part of the context.
 
         Raises:
             DataError: the question leaves no room for the context.
         """
         question, context = cell_text(record, self.question), cell_text(record, self.context)
-        words = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
-        fixed = len(words) + tokenizer.num_special_tokens_to_add(pair=True)
+        question_ids = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
+        fixed = len(question_ids) + tokenizer.num_special_tokens_to_add(pair=True)
         if fixed + self.stride >= self.max_length:
             raise DataError(
                 f"the question takes {fixed} tokens and the stride {self.stride} of {self.max_length}; "
@@ -130,21 +134,21 @@ class SpanTask:
 
 
 def _stride(encoding: Any, index: int) -> Stride:
-    ids, types = encoding["input_ids"][index], encoding.get("token_type_ids")
+    input_ids, types = encoding["input_ids"][index], encoding.get("token_type_ids")
     pairs = zip(encoding["offset_mapping"][index], encoding.sequence_ids(index), strict=True)
     return Stride(
         example=Example(
-            input_ids=ids,
-            labels=[IGNORED] * len(ids),
+            input_ids=input_ids,
+            labels=[IGNORED] * len(input_ids),
             token_type_ids=None if types is None else types[index],
         ),
         places=[tuple(characters) if text == 1 else None for characters, text in pairs],
     )
 
 
-def _tokens_of(answer: Answer, places: list[tuple[int, int] | None]) -> tuple[int, int]:
-    """The first and the last token that cover an answer; (0, 0) where the part has not all of it."""
-    covering = [i for i, own in enumerate(places) if own and own[0] < answer.end and own[1] > answer.start]
+def _tokens_of(answer: AnswerSpan, places: list[tuple[int, int] | None]) -> tuple[int, int]:
+    """The first and the last token that cover an answer; (0, 0) where the part does not contain all of it."""
+    covering = [i for i, place in enumerate(places) if place and place[0] < answer.end and place[1] > answer.start]
     if not covering:
         return 0, 0
     first, last = places[covering[0]], places[covering[-1]]
@@ -153,7 +157,7 @@ def _tokens_of(answer: Answer, places: list[tuple[int, int] | None]) -> tuple[in
     return (covering[0], covering[-1]) if first[0] <= answer.start and last[1] >= answer.end else (0, 0)
 
 
-def _answers(value: Any, column: str) -> Iterator[Answer]:
+def _answers(value: Any, column: str) -> Iterator[AnswerSpan]:
     if isinstance(value, dict):
         value = _rows_of(value, column)
     if not isinstance(value, list):
@@ -164,12 +168,16 @@ def _answers(value: Any, column: str) -> Iterator[Answer]:
         text, start = (answer.get(name) for name in PARTS) if isinstance(answer, dict) else (None, None)
         if not isinstance(text, str) or not isinstance(start, int):
             raise DataError(f"column {column!r} has the answer {answer!r}; write 'text' and 'answer_start', a number")
-        yield Answer(text, start)
+        yield AnswerSpan(text, start)
 
 
 def _rows_of(columns: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """Answers of lists by name, as SQuAD has them."""
+    """Convert answers from SQuAD's object of two lists to a list of objects.
+
+    Raises:
+        DataError: the lists are missing, or not of the same length.
+    """
     lists: list[Any] = [columns.get(name) for name in PARTS]
-    if not all(isinstance(own, list) for own in lists) or len({len(own) for own in lists}) > 1:
+    if not all(isinstance(values, list) for values in lists) or len({len(values) for values in lists}) > 1:
         raise DataError(f"column {column!r} has the answers {columns!r}; give 'text' and 'answer_start' lists as long")
-    return [dict(zip(PARTS, own, strict=True)) for own in zip(*lists, strict=True)]
+    return [dict(zip(PARTS, values, strict=True)) for values in zip(*lists, strict=True)]

@@ -1,6 +1,6 @@
-"""Tagging: a tag for every word of a sentence, such as names in BIO tags.
+"""Token classification: a tag for every word of a sentence, such as BIO tags of named entities.
 
-A word's tag is learnt and read at the first token of the word. Knows nothing of models.
+A word's tag is trained and predicted at the first token of the word. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OUTSIDE = "O"
-"""The tag of a word that is nothing."""
+"""The BIO tag of a word outside of all entities."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TagTask:
-    """Words to tags."""
+    """Tags the words of sentences."""
 
     words: str
     """The column with a sentence's words, a list."""
@@ -37,14 +37,14 @@ class TagTask:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a record to answer has."""
+        """The columns that prediction needs."""
         return (self.words,)
 
-    def right(self, record: Mapping[str, Any]) -> list[str]:
+    def reference(self, record: Mapping[str, Any]) -> list[str]:
         """A record's tags.
 
         Raises:
-            DataError: there is not one known tag for each word, or they break BIO.
+            DataError: there is not one known tag for each word, or the tags are not valid BIO.
         """
         words, tags = self._words(record), _list(record, self.label_column)
         if len(words) != len(tags):
@@ -56,19 +56,24 @@ class TagTask:
         return tags
 
     def examples(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """A labelled record as it is trained on: one example."""
-        classes = [self.labels.index(tag) for tag in self.right(record)]
-        ids, firsts, cut = self._encode(record, tokenizer)
-        labels = [IGNORED] * len(ids)
+        """Encode a labelled record for training: one example."""
+        classes = [self.labels.index(tag) for tag in self.reference(record)]
+        input_ids, firsts, cut = self._encode(record, tokenizer)
+        labels = [IGNORED] * len(input_ids)
         for word, first in enumerate(firsts):
             if first is not None:
                 labels[first] = classes[word]
-        return [Example(input_ids=ids, labels=labels, truncated=cut)]
+        return [Example(input_ids=input_ids, labels=labels, truncated=cut)]
 
     def prompt(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Example, list[int | None]]:
-        """A record to answer, and where each word begins; None for words that were cut, or have no token."""
-        ids, firsts, cut = self._encode(record, tokenizer)
-        return Example(input_ids=ids, labels=[IGNORED] * len(ids), truncated=cut), firsts
+        """Encode a record for prediction.
+
+        Returns:
+            The example, and for each word the index of its first token; None for words that were truncated, or have no
+            token.
+        """
+        input_ids, firsts, cut = self._encode(record, tokenizer)
+        return Example(input_ids=input_ids, labels=[IGNORED] * len(input_ids), truncated=cut), firsts
 
     def _words(self, record: Mapping[str, Any]) -> list[str]:
         words = _list(record, self.words)
@@ -79,16 +84,21 @@ class TagTask:
     def _encode(
         self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[int], list[int | None], int]:
-        """Ids, the place of each word's first, and how many were cut. The words read as a running text, with spaces
-        between them."""
+        """Token ids, the index of each word's first token, and how many tokens were truncated.
+
+        The words are tokenized as one text, joined by spaces.
+
+        Raises:
+            DataError: there are no words, or they have no tokens.
+        """
         words = self._words(record)
         text = " ".join(words)
         whole = tokenizer(text, verbose=False)
         short = tokenizer(text, truncation=True, max_length=self.max_length, return_offsets_mapping=True)
         spaced = [[number] * len(word) + [None] for number, word in enumerate(words)]
-        owner_of = [owner for own in spaced for owner in own]  # of each character
+        owner_of = [owner for word_owners in spaced for owner in word_owners]  # of each character
         covered = [owner_of[start:end] for start, end in short["offset_mapping"]]
-        owners = [next((owner for owner in own if owner is not None), None) for own in covered]
+        owners = [next((owner for owner in chars if owner is not None), None) for chars in covered]
         firsts = [owners.index(word) if word in owners else None for word in range(len(words))]
         if not any(first is not None for first in firsts):
             raise DataError("the words have no tokens; drop the row")
@@ -96,12 +106,16 @@ class TagTask:
 
 
 def is_bio(tag: str) -> bool:
-    """Whether a tag is O, or begins or goes on with an entity."""
+    """Whether a tag is a BIO tag: O, or B- or I- and the kind of an entity."""
     return tag == OUTSIDE or (tag[:2] in ("B-", "I-") and len(tag) > 2)
 
 
 def check_bio(tags: Sequence[str]) -> None:
-    """Raise DataError where a tag I-X does not follow B-X or I-X."""
+    """Check that tags are valid BIO.
+
+    Raises:
+        DataError: a tag I-X does not follow B-X or I-X.
+    """
     for i, (before, tag) in enumerate(zip([OUTSIDE, *tags], tags, strict=False), start=1):
         if tag.startswith("I-") and before[1:] != tag[1:]:
             place = f"at word {i} follows {before!r}" if i > 1 else "is the first word's"

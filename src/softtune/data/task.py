@@ -1,4 +1,4 @@
-"""What is asked of a model: what a record reads like, what is right, and what is learnt from it.
+"""The protocol of a task: which columns it reads, a record's reference, and its encoding for training.
 
 Each kind of task has a file of its own: labelling, choosing, tagging, spans, writing.
 """
@@ -16,27 +16,31 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """A task."""
+    """Defines how records are encoded and labelled."""
 
     @property
     def kind(self) -> TaskType:
-        """What kind of model answers."""
+        """The type of model for the task."""
         ...
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a record to answer has."""
+        """The columns that prediction needs."""
         ...
 
     @property
     def label_column(self) -> str:
-        """The column that says what is right."""
+        """The column with the reference."""
         ...
 
-    def right(self, record: Mapping[str, Any]) -> Any:
-        """What is right for a labelled record. Raises DataError where it does not say, or the record does not fit."""
+    def reference(self, record: Mapping[str, Any]) -> Any:
+        """The reference of a labelled record, such as its label.
+
+        Raises:
+            DataError: it is missing or invalid, or the record does not fit the task.
+        """
         ...
 
     def examples(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """A labelled record as it is trained on."""
+        """Encode a labelled record for training, as one or several examples."""
         ...

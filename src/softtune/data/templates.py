@@ -1,4 +1,4 @@
-"""Templates, which say how a record reads, and verbalizers, which say how its label does. Knows nothing of tokens."""
+"""Templates, which format records as text, and verbalizers, which map labels to words. Knows nothing of tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from softtune.errors import DataError
 _PIECE = re.compile(r"(?P<escape>\{\{|\}\})|\{(?P<braced>[^{}]*)\}|(?P<stray>[{}])|(?P<plain>[^{}]+)")
 
 
-class Part(NamedTuple):
-    """One stretch of a template: words as they are, a column's name, or a number of virtual tokens."""
+class TemplatePart(NamedTuple):
+    """One part of a template: literal text, a column's name, or a number of virtual tokens."""
 
     kind: Literal["text", "field", "prompt"]
     value: str
@@ -25,8 +25,11 @@ class Part(NamedTuple):
 class Template:
     """Text with ``{column}`` fields and ``{prompt:N}`` places for N virtual tokens; ``{{`` and ``}}`` are braces.
 
-    A text before and one after a place of virtual tokens are tokenized apart, and a place takes one space on either
-    side with it: ``"{text} {prompt:2} answer:"`` has the words "{text}" and "answer:". Write two spaces to keep one.
+    The text before a place of virtual tokens and that after it are tokenized separately. A place removes one space on
+    either side: ``"{text} {prompt:2} answer:"`` has the texts "{text}" and "answer:". Write two spaces to keep one.
+
+    Raises:
+        DataError: a brace is stray, or a place has no number of virtual tokens.
     """
 
     text: str
@@ -36,42 +39,54 @@ class Template:
         _ = self.parts  # a malformed template raises here, not at first use
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        """Words, fields and places in order."""
+    def parts(self) -> tuple[TemplatePart, ...]:
+        """Texts, fields and places of virtual tokens, in order."""
         return tuple(_without_spaces_at_places(list(_parse(self.text))))
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The columns it names, each once."""
+        """The columns that the template names, each once."""
         return tuple(dict.fromkeys(part.value for part in self.parts if part.kind == "field"))
 
     @property
     def num_virtual_tokens(self) -> int:
-        """The sum of N over its places; 0 when it has none."""
+        """Sum of N over its places of virtual tokens; 0 if it has none."""
         return sum(int(part.value) for part in self.parts if part.kind == "prompt")
 
     @property
     def separator(self) -> str:
-        """The space at its end, which is the answer's; else nothing."""
-        last = self.parts[-1] if self.parts else Part("text", "")
+        """The space at its end, which belongs to the answer; empty if there is none."""
+        last = self.parts[-1] if self.parts else TemplatePart("text", "")
         return " " if last.kind == "text" and last.value.endswith(" ") else ""
 
     def filled(self, record: Mapping[str, Any]) -> str:
-        """A record as text, without virtual tokens. Raises DataError where a field has no text."""
-        words = (part for part in self.parts if part.kind != "prompt")
-        return "".join(cell_text(record, part.value) if part.kind == "field" else part.value for part in words)
+        """Format a record as text, without virtual tokens.
+
+        Raises:
+            DataError: a field has no text.
+        """
+        parts = (part for part in self.parts if part.kind != "prompt")
+        return "".join(cell_text(record, part.value) if part.kind == "field" else part.value for part in parts)
 
     def check(self, columns: Collection[str]) -> None:
-        """Raise ``DataError`` when a column that it names is not among ``columns``."""
+        """Check that ``columns`` has every column that the template names.
+
+        Raises:
+            DataError: a column is missing.
+        """
         check_columns(self.fields, columns)
 
 
 @dataclass(frozen=True)
 class Verbalizer:
-    """Maps a label in the data to the words that the model writes for it, and to a class id."""
+    """Maps a label in the data to the words that the model writes for it, and to a class id.
+
+    Raises:
+        DataError: a label has no words, or two have the same.
+    """
 
     words: dict[str, str]
-    """Label -> words, such as ``{"0": "negative", "1": "positive"}``; class ids count in this order."""
+    """Label -> words, such as ``{"0": "negative", "1": "positive"}``; class ids follow this order."""
 
     def __post_init__(self) -> None:
         empty = [label for label, word in self.words.items() if not word]
@@ -82,7 +97,7 @@ class Verbalizer:
 
     @classmethod
     def from_labels(cls, labels: Iterable[str]) -> Verbalizer:
-        """Every label is its own word; one that comes twice counts once."""
+        """Make a verbalizer whose labels are their own words; duplicates count once."""
         return cls({str(label): str(label) for label in labels})
 
     @property
@@ -92,15 +107,23 @@ class Verbalizer:
 
     @property
     def needs_end(self) -> bool:
-        """Whether one label's words go on where another's end, so that only an end tells them apart."""
+        """Whether one label's words begin with another's, so that only EOS tells the two apart."""
         return any(a != b and b.startswith(a) for a in self.words.values() for b in self.words.values())
 
     def word(self, label: str | int) -> str:
-        """The words for ``label``. Raises ``DataError`` where there are none."""
+        """The words for ``label``.
+
+        Raises:
+            DataError: there is no such label.
+        """
         return self.words[self._known(label)]
 
     def index(self, label: str | int) -> int:
-        """The class id of ``label``, for classification heads. Raises ``DataError`` where it has none."""
+        """The class id of ``label``, for classification heads.
+
+        Raises:
+            DataError: there is no such label.
+        """
         return self.labels.index(self._known(label))
 
     def _known(self, label: str | int) -> str:
@@ -110,17 +133,17 @@ class Verbalizer:
         raise DataError(f"label {label!r} is not one of {known}; add it to labels or fix the data")
 
 
-def _parse(text: str) -> Iterator[Part]:
+def _parse(text: str) -> Iterator[TemplatePart]:
     for match in _PIECE.finditer(text):
         braced = match["braced"]
         if match["stray"] or braced == "":
             raise DataError(f"template {text!r} has a stray {match[0]!r}; write '{{{{' or '}}}}' for a brace as text")
         if braced is None:
-            yield Part("text", match["plain"] or match["escape"][0])
+            yield TemplatePart("text", match["plain"] or match["escape"][0])
         elif braced.startswith("prompt:"):
-            yield Part("prompt", _virtual_tokens(braced))
+            yield TemplatePart("prompt", _virtual_tokens(braced))
         else:
-            yield Part("field", braced)
+            yield TemplatePart("field", braced)
 
 
 def _virtual_tokens(braced: str) -> str:
@@ -130,12 +153,12 @@ def _virtual_tokens(braced: str) -> str:
     return number
 
 
-def _without_spaces_at_places(parts: list[Part]) -> Iterator[Part]:
-    """Take one space off the words on either side of a place."""
+def _without_spaces_at_places(parts: list[TemplatePart]) -> Iterator[TemplatePart]:
+    """Remove one space from the text on either side of a place of virtual tokens."""
     kinds = ["", *(part.kind for part in parts), ""]
     for part, before, after in zip(parts, kinds[:-2], kinds[2:], strict=True):
         value = part.value
         if part.kind == "text":
             value = value.removeprefix(" ") if before == "prompt" else value
             value = value.removesuffix(" ") if after == "prompt" else value
-        yield Part(part.kind, value)
+        yield TemplatePart(part.kind, value)

@@ -1,4 +1,4 @@
-"""Texts for records, such as sentences for tables or summaries, with one or several right ones to compare with."""
+"""Text generation, such as table-to-text or summarization, with one or several references for each record."""
 
 from __future__ import annotations
 
@@ -19,28 +19,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask:
-    """Records to texts."""
+    """Generates a text for each record."""
 
     kind: TaskType
-    """CAUSAL_LM goes on from the record, SEQ_2_SEQ_LM writes apart from it."""
+    """CAUSAL_LM continues the record's text, SEQ_2_SEQ_LM encodes it and writes with its decoder."""
     template: Template
-    """How a record reads."""
+    """Formats a record as text."""
     label_column: str
-    """The column with the right text, or a list of right texts."""
+    """The column with the reference text, or a list of reference texts."""
     max_length: int
     """Tokens of a record at most."""
     max_new_tokens: int
-    """Tokens to write at most."""
+    """Tokens to generate at most."""
     max_answer: int | None = None
-    """Tokens of a text that the model can learn to write apart from the record; None for any number."""
+    """Tokens of a reference at most, where it is encoded apart from the record; None for no limit."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a record to answer has."""
+        """The columns that prediction needs."""
         return self.template.fields
 
-    def right(self, record: Mapping[str, Any]) -> list[str]:
-        """A record's references. Raises DataError where there is none, or a field has no text."""
+    def reference(self, record: Mapping[str, Any]) -> list[str]:
+        """A record's reference texts.
+
+        Raises:
+            DataError: there is none, or a field has no text.
+        """
         for field in self.template.fields:
             cell_text(record, field)
         value = record[self.label_column]
@@ -50,13 +54,13 @@ class TextTask:
         return [str(text) for text in texts]
 
     def examples(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """A labelled record as it is trained on: an example for each reference."""
-        return [self.encode(record, tokenizer, text=text) for text in self.right(record)]
+        """Encode a labelled record for training: one example for each reference."""
+        return [self.encode(record, tokenizer, text=text) for text in self.reference(record)]
 
     def encode(
         self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, text: str | None = None
     ) -> Example:
-        """One record as the base model reads it; with a text, as it is trained on."""
+        """Encode a record, with a reference text for training, without one for generation."""
         if self.kind is TaskType.CAUSAL_LM:
             return encode(
                 self.template,
@@ -72,10 +76,10 @@ class TextTask:
 
 
 def with_all_references(records: Dataset, task: TextTask) -> Dataset:
-    """Labelled records, those that read alike made one with the references of all; other columns are the first's."""
+    """Merge labelled records with the same input into one with all their references; other columns are the first's."""
     from datasets import Dataset
 
-    references = each_row(records, [*task.columns, task.label_column], task.right)
+    references = each_row(records, [*task.columns, task.label_column], task.reference)
     merged = []
     for rows in alike(records, task.columns):
         texts = dict.fromkeys(text for row in rows for text in references[row])
@@ -84,7 +88,7 @@ def with_all_references(records: Dataset, task: TextTask) -> Dataset:
 
 
 def alike(records: Dataset, columns: Collection[str]) -> list[list[int]]:
-    """The rows, from 0, of each of the records that do not read alike, in the order of their first ones."""
+    """Group the indices of rows with the same input in ``columns``, in the order of each group's first row."""
     rows: dict[tuple[str, ...], list[int]] = {}
     for row, record in enumerate(records):
         rows.setdefault(tuple(cell_text(record, column) for column in columns), []).append(row)

@@ -1,1 +1,1 @@
-"""What a model with an adapter answers, and how well."""
+"""Predictions of a model with an adapter, and their metrics."""

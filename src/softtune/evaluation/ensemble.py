@@ -1,5 +1,5 @@
-"""One answer from several adapters for one task: Lester et al., 2021, The Power of Scale for Parameter-Efficient Prompt
-Tuning, section 6, which takes a majority vote.
+"""Ensembles of adapters for one task, by mean probability or by majority vote. The vote is that of Lester et al., 2021,
+The Power of Scale for Parameter-Efficient Prompt Tuning, section 6.
 
 Letters: B records, N labels, M members.
 """
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from softtune.data import LabelTask, Task
 from softtune.evaluation.answers import Answers, answer
 from softtune.evaluation.predict import Advance, unwatched
-from softtune.injection.owners import BASE
+from softtune.injection.provenance import BASE
 from softtune.model import PeftModel
 
 
@@ -33,37 +33,38 @@ def answer_each(
     names: Sequence[str],
     advance: Advance = unwatched,
 ) -> list[Answers]:
-    """What each of several adapters answers to every record.
+    """Predict every record with each of several adapters.
 
     Args:
-        model: the model; the adapter that is active stays so.
+        model: the model; its active adapter is restored afterwards.
         tokenizer: its tokenizer.
-        task: how the records read.
-        records: B rows with the template's columns.
+        task: the task, which encodes the records.
+        records: B rows with the task's columns.
         names: M adapters, or ``"__base__"`` for the base model alone.
-        advance: told how many of the M · B answers there are.
+        advance: called with how many of the M · B predictions are done.
 
     Raises:
         DataError: a column is missing, or a row does not fit.
+        AdapterError: an adapter's outputs contain NaN.
     """
     found = []
     for number, name in enumerate(names):
-        with _acting(model, name):
+        with _active_adapter(model, name):
             found.append(answer(model, tokenizer, task, records, advance=_after(number * len(records), advance)))
     return found
 
 
 def by_mean(task: Task, members: Sequence[Answers]) -> Answers:
-    """Each record's label of the highest mean probability, by M answers with scores."""
+    """Each record's label with the highest mean probability over M members, which must have scores."""
     probabilities = _probabilities(members).mean(dim=0)
     return _labelled(task, probabilities, probabilities.log(), members)
 
 
 def by_vote(task: Task, members: Sequence[Answers]) -> Answers:
-    """Each record's label, text or tags that most of M members answer; scores are logarithms of the shares of votes.
+    """Majority vote of M members: each record's most frequent label, text or tags. Scores are the log shares of votes.
 
-    Between labels with as many votes the mean probability decides, between texts the earliest member. Likelihoods of
-    references are of the members' mean probability.
+    Ties between labels are broken by the mean probability, ties between texts by the earliest member. Likelihoods of
+    references are those of the members' mean probability.
     """
     if members[0].scores is None:
         columns = zip(*(member.texts for member in members), strict=True)
@@ -75,8 +76,8 @@ def by_vote(task: Task, members: Sequence[Answers]) -> Answers:
 
 
 @contextmanager
-def _acting(model: PeftModel, name: str) -> Iterator[None]:
-    """Let an adapter act, or the base model alone, for the length of the block; which one is trained stays as it is."""
+def _active_adapter(model: PeftModel, name: str) -> Iterator[None]:
+    """Activate an adapter, or the base model alone, within the block; which adapters are trainable does not change."""
     if name == BASE:
         with model.disable_adapter():
             yield
@@ -89,18 +90,18 @@ def _acting(model: PeftModel, name: str) -> Iterator[None]:
 
 
 def _majority(answers: Sequence[Any]) -> Any:
-    """What most members answer, the earliest of what as many do; of tags, word by word."""
+    """The most frequent answer; ties go to the earliest member. Tags are voted on word by word."""
     if isinstance(answers[0], tuple):
         return tuple(_majority(tags) for tags in zip(*answers, strict=True))
     return Counter(answers).most_common(1)[0][0]
 
 
 def _mean_likelihoods(members: Sequence[Answers]) -> Tensor | None:
-    """[B, 2] of the members' mean probability of each reference."""
+    """[B, 2] see ``Answers``, with the members' mean probability of each reference."""
     each = [member.likelihoods for member in members if member.likelihoods is not None]
     if not each:
         return None
-    scores = torch.stack([own[:, 0] for own in each]).logsumexp(0) - math.log(len(each))
+    scores = torch.stack([likelihoods[:, 0] for likelihoods in each]).logsumexp(0) - math.log(len(each))
     return torch.stack([scores, each[0][:, 1]], dim=1)
 
 
@@ -114,6 +115,6 @@ def _probabilities(members: Sequence[Answers]) -> Tensor:
 
 
 def _labelled(task: Task, ranks: Tensor, scores: Tensor, members: Sequence[Answers]) -> Answers:
-    """The labels with the highest ranks [B, N]."""
+    """Answers with each record's label of the highest rank; ranks and scores are [B, N]."""
     assert isinstance(task, LabelTask)
     return Answers([task.verbalizer.labels[i] for i in ranks.argmax(1)], scores, members[0].truncated)

@@ -1,4 +1,4 @@
-"""What a trained state is like: the words nearest to its virtual tokens, its norms by layer, its bias changes by role.
+"""Inspects a trained adapter: vocabulary entries nearest to its virtual tokens, norms by layer, bias changes by role.
 
 Letters: P virtual tokens, D embedding size.
 """
@@ -30,8 +30,8 @@ def nearest_words(backbone: Backbone, vectors: Tensor, count: int) -> tuple[Tens
         Token ids [P, count] and their cosines [P, count], the nearest first.
     """
     with torch.no_grad():
-        words = backbone.stacks[0].embed(torch.arange(backbone.embedding.num_embeddings, device=vectors.device))
-        cosines = normalize(vectors.float(), dim=-1) @ normalize(words.float(), dim=-1).T
+        embeddings = backbone.stacks[0].embed(torch.arange(backbone.embedding.num_embeddings, device=vectors.device))
+        cosines = normalize(vectors.float(), dim=-1) @ normalize(embeddings.float(), dim=-1).T
     found = cosines.topk(count, dim=-1)
     return found.indices, found.values
 
@@ -53,12 +53,15 @@ def bias_changes(changes: BiasChanges) -> dict[str, float]:
 
 
 def bias_changes_by_layer(changes: BiasChanges) -> dict[str, dict[int, float]]:
-    """The same by role and layer; biases outside of layers are left out (Ben Zaken et al. 2022, figure 2)."""
+    """The mean absolute change of the biases by role and layer; biases outside of layers are left out (Ben Zaken et al.
+    2022, figure 2)."""
     by_place: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for slot, change in changes.additions():
         if number := re.search(r"\.(\d+)\.", f".{slot.module}."):
             by_place[slot.role or "other"][int(number[1])].append(change.detach().abs())
-    return {role: {layer: _mean(parts) for layer, parts in sorted(own.items())} for role, own in by_place.items()}
+    return {
+        role: {layer: _mean(parts) for layer, parts in sorted(by_layer.items())} for role, by_layer in by_place.items()
+    }
 
 
 def _mean(parts: list[Tensor]) -> float:

@@ -1,7 +1,7 @@
-"""How well answers agree with the right ones, by the libraries that their fields use: scikit-learn, seqeval, sacreBLEU
-and rouge-score. SQuAD's two measures have no library of their own, and stand here.
+"""Metrics of predictions against references, by the usual libraries: scikit-learn, seqeval, sacreBLEU and rouge-score.
+SQuAD's two metrics have no library and are implemented here.
 
-Every metric is a function of rows, so that resampled rows show how far chance may have moved it.
+Every metric is a function of row indices, so that it gets a confidence interval from resampled rows (the bootstrap).
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ PERPLEXITY = "perplexity"
 
 Rows = NDArray[np.intp]
 Statistic = Callable[[Rows], float]
-"""A metric of some of the rows, by their numbers."""
+"""A metric of some of the rows, given their indices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What answers are worth."""
+    """Metrics of predictions."""
 
     metrics: dict[str, float]
-    """From 0 to 1, 1 being the best; BLEU and chrF too. Only perplexity is 1 or more, 1 being the best."""
+    """From 0 to 1, higher is better; BLEU and chrF too. Only perplexity is 1 or more, and lower is better."""
     mistakes: list[int]
-    """Numbers of the rows, from 0, that are not answered right to the letter."""
+    """Indices of the rows whose prediction does not match a reference exactly."""
     classes: dict[str, dict[str, float]] = field(default_factory=dict)
-    """``precision``, ``recall``, ``f1`` and ``rows`` of each label, or of each kind of entity; empty for texts."""
+    """``precision``, ``recall``, ``f1`` and ``rows`` of each label or entity type; empty for texts and spans."""
     statistics: dict[str, Statistic] = field(default_factory=dict, repr=False, compare=False)
-    """The metrics as functions of rows."""
+    """The metrics as functions of row indices."""
     rows: int
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % of resampled rows have a metric between these two, by 1000 resamples (Efron, 1979)."""
+        """95 % bootstrap confidence interval of each metric, from 1000 resamples of the rows (Efron, 1979)."""
         generator = np.random.default_rng(0)
         samples = generator.integers(0, self.rows, (RESAMPLES, self.rows))
         return {name: _middle([metric(rows) for rows in samples]) for name, metric in self.statistics.items()}
 
 
 def direction(metric: str) -> int:
-    """1 where more is better, -1 where less is."""
+    """1 where higher is better, -1 where lower is."""
     return -1 if metric == PERPLEXITY else 1
 
 
 def label_quality(right: Sequence[str], answers: Sequence[str]) -> Quality:
-    """``accuracy``, ``balanced_accuracy`` (the mean over labels of the share that is found) and ``macro_f1``."""
+    """``accuracy``, ``balanced_accuracy`` (the mean recall over labels) and ``macro_f1``."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     labels = sorted({*right, *answers})
@@ -86,7 +86,7 @@ def tag_quality(right: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]
 
     entities = [[set(get_entities(list(tags))) for tags in side] for side in (right, answers)]
     hits = np.array([len(a & b) for a, b in zip(*entities, strict=True)], dtype=float)
-    wanted, found = (np.array([len(own) for own in side], dtype=float) for side in entities)
+    wanted, found = (np.array([len(spans) for spans in side], dtype=float) for side in entities)
     same = np.array([sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(right, answers, strict=True)])
     words = np.array([len(tags) for tags in right])
     with warnings.catch_warnings():
@@ -106,20 +106,20 @@ def tag_quality(right: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]
         mistakes=same < words,
         classes={
             kind: {
-                "precision": float(own["precision"]),
-                "recall": float(own["recall"]),
-                "f1": float(own["f1-score"]),
-                "rows": float(own["support"]),
+                "precision": float(scores["precision"]),
+                "recall": float(scores["recall"]),
+                "f1": float(scores["f1-score"]),
+                "rows": float(scores["support"]),
             }
-            for kind, own in report.items()
+            for kind, scores in report.items()
             if not kind.endswith(" avg")
         },
     )
 
 
 def span_quality(right: Sequence[Sequence[str]], answers: Sequence[str]) -> Quality:
-    """``exact_match`` and ``f1`` of words against the nearest of a question's right answers (Rajpurkar et al. 2016); of
-    a question without an answer, "" is right."""
+    """``exact_match`` and ``f1`` of words against the best-matching reference of each question (Rajpurkar et al. 2016).
+    The reference of a question without an answer is ""."""
     pairs = [
         ([_squad_words(one) for one in several or [""]], _squad_words(answer))
         for several, answer in zip(right, answers, strict=True)
@@ -133,28 +133,27 @@ def span_quality(right: Sequence[Sequence[str]], answers: Sequence[str]) -> Qual
 
 
 def _squad_words(text: str) -> list[str]:
-    """The words that SQuAD compares: in lower case, without punctuation and articles."""
+    """The words of a text as SQuAD compares them: in lower case, without punctuation and articles."""
     plain = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
 def _word_f1(right: Sequence[str], found: Sequence[str]) -> float:
-    """The harmonic mean of precision and recall of words, each as often as it stands there; 1.0 where there are
-    none on either side."""
+    """F1 of two bags of words, the harmonic mean of precision and recall; 1.0 where both are empty."""
     if not right or not found:
         return float(right == found)
     return 2 * (Counter(right) & Counter(found)).total() / (len(right) + len(found))
 
 
 def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str], likelihoods: Tensor | None = None) -> Quality:
-    """``bleu`` and ``chrf`` of sacreBLEU, ``rouge_l`` (F of stems, nearest reference) and ``exact_match``, against
-    all references of each text.
+    """``bleu`` and ``chrf`` of sacreBLEU, ``rouge_l`` (F-measure with stemming, best-matching reference) and
+    ``exact_match``, against all references of each text.
 
     Args:
         right: the references of each text.
-        answers: what was written.
-        likelihoods: [B, 2] of each first reference the log-probability and the number of tokens; with them
-            ``perplexity``, to which each of these tokens counts as much.
+        answers: the generated texts.
+        likelihoods: [B, 2] log-probability and number of tokens of each text's first reference; if given, the result
+            has ``perplexity``, in which every token has the same weight.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
@@ -177,7 +176,7 @@ def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str], likelih
 
 
 def _of_corpus(metric: Any, right: Sequence[Sequence[str]], answers: Sequence[str]) -> Statistic:
-    """A metric of sacreBLEU that adds up counts of rows."""
+    """A sacreBLEU metric as a function of rows: it sums the statistics of the rows."""
     most = max(len(several) for several in right)
     streams = [[several[i] if i < len(several) else None for several in right] for i in range(most)]
     counts = np.array(metric._extract_corpus_statistics(list(answers), streams))
@@ -198,13 +197,13 @@ def _quality(
 
 
 def _balanced(matrix: NDArray[np.float64]) -> float:
-    """Over the labels that are right somewhere."""
+    """The mean recall over the labels that occur in the references."""
     rows = matrix.sum(axis=1)
     return float((matrix.diagonal()[rows > 0] / rows[rows > 0]).mean())
 
 
 def _macro_f1(matrix: NDArray[np.float64]) -> float:
-    """Over the labels that are right or answered somewhere."""
+    """The mean F1 over the labels that occur in the references or the predictions."""
     either = matrix.sum(axis=0) + matrix.sum(axis=1)
     return float((2 * matrix.diagonal()[either > 0] / either[either > 0]).mean())
 

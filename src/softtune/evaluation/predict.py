@@ -1,7 +1,7 @@
-"""What a model answers: the likeliest label by its words or by a head, tags, spans, or a text. Knows no files and no
-metrics.
+"""Batched inference: scores of label words or of a head's classes, tags, spans, and generated text.
 
-Rows of like length share a batch; rows are padded left, so that answers stand at the end. Letters: B rows, N labels.
+Rows of similar length share a batch; rows are padded left, so that answers are at the end. Knows nothing about files
+or metrics. Letters: B rows, N labels, T tokens of a text.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from softtune.acting import baked
+from softtune.adapter_context import prompts_cached
 from softtune.data import IGNORED, Collator, Example, answer_width, length_batches
 from softtune.errors import AdapterError
 from softtune.model import PeftModel
 
 Advance = Callable[[int], None]
-"""Told how many rows are done, for a progress bar."""
+"""Progress callback: takes the number of rows done."""
 
 
 def unwatched(done: int) -> None:
-    """Where nobody wants to know how many rows are done."""
+    """An ``Advance`` that does nothing."""
 
 
-@baked()
+@prompts_cached()
 def score_words(
     model: PeftModel,
     rows: Sequence[Sequence[Example]],
@@ -41,9 +41,12 @@ def score_words(
     Args:
         model: a language model with its adapter.
         rows: for each record one example per label, encoded with that label's words as its answer.
-        pad_token_id: what fills up shorter rows.
-        batch_size: rows of one forward: a record has one for each label, unless all labels are one token.
-        advance: told of every batch.
+        pad_token_id: the token id that pads shorter rows.
+        batch_size: rows of one forward pass. A record takes one row per label, unless all labels are single tokens.
+        advance: called after every batch with the number of records done.
+
+    Raises:
+        AdapterError: a score is NaN.
     """
     is_one_token = all(sum(x != IGNORED for x in example.labels) == 1 for row in rows for example in row)
     scores = torch.full((len(rows), max(map(len, rows), default=0)), -torch.inf)
@@ -53,21 +56,24 @@ def score_words(
         score, batch_size = _score_whole_answers, max(1, batch_size // max(1, scores.shape[1]))
     for batch in _batches([len(row[0].input_ids) for row in rows], batch_size, advance):
         with torch.no_grad():
-            found = _numbers(score(model, [rows[i] for i in batch], pad_token_id))
-        scores[batch, : found.shape[1]] = found
+            batch_scores = _check_nan(score(model, [rows[i] for i in batch], pad_token_id))
+        scores[batch, : batch_scores.shape[1]] = batch_scores
     return scores
 
 
 def _score_next_token(model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int) -> Tensor:
-    """All labels from one forward a record, where every label is one token."""
-    batch = _collate([row[0] for row in rows], pad_token_id)  # with labels, which say where a suffix or infix stands
+    """[B, N] scores of all labels from one row per record, where every label is a single token."""
+    batch = _collate([row[0] for row in rows], pad_token_id)  # with labels, which tell where a suffix or infix goes
     logits: Tensor = _forward(model, batch, keep=2).logits[:, -2].float().log_softmax(-1)
     answers = [torch.tensor([example.input_ids[-1] for example in row], device=logits.device) for row in rows]
-    return _stacked([own[labels] for own, labels in zip(logits, answers, strict=True)])
+    return _stacked([row[labels] for row, labels in zip(logits, answers, strict=True)])
 
 
 def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pad_token_id: int) -> Tensor:
-    """All labels of all records in one forward: a decoder reads the text that they follow once, and no last token."""
+    """[B, N] scores of all labels of all records from one forward pass, one row per label.
+
+    A decoder computes the text that a record's rows share once (see ``injection.pack``), and gets no last token.
+    """
     batch = _collate([example for row in rows for example in row], pad_token_id)
     labels = batch["labels"].to(model.device)
     if model.backbone.is_encoder_decoder:
@@ -82,11 +88,11 @@ def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pa
 
 
 def _stacked(scores: Sequence[Tensor]) -> Tensor:
-    """[B, N] of each row's, those that lack being -inf."""
+    """Stack the scores of each record to [B, N], with -inf for missing labels."""
     return pad_sequence([*scores], batch_first=True, padding_value=-torch.inf).cpu()
 
 
-@baked()
+@prompts_cached()
 def score_head(
     model: PeftModel,
     examples: Sequence[Example],
@@ -95,17 +101,21 @@ def score_head(
     batch_size: int = 16,
     advance: Advance = unwatched,
 ) -> Tensor:
-    """[B, N] log-probabilities of a classification head's classes."""
+    """[B, N] log-probabilities of a classification head's classes.
+
+    Raises:
+        AdapterError: a score is NaN.
+    """
     scores = torch.zeros(len(examples), model.config.num_labels)
     for batch in _batches([len(e.input_ids) for e in examples], batch_size, advance):
         inputs = _collate([examples[i] for i in batch], pad_token_id)
         inputs.pop("labels", None)
         with torch.no_grad():
-            scores[batch] = _numbers(_forward(model, inputs).logits.float().log_softmax(-1).cpu())
+            scores[batch] = _check_nan(_forward(model, inputs).logits.float().log_softmax(-1).cpu())
     return scores
 
 
-@baked()
+@prompts_cached()
 def tag_words(
     model: PeftModel,
     prompts: Sequence[tuple[Example, Sequence[int | None]]],
@@ -114,27 +124,31 @@ def tag_words(
     batch_size: int = 16,
     advance: Advance = unwatched,
 ) -> list[list[int | None]]:
-    """The likeliest class of every word of each sentence, by a head; None for words without a token.
+    """The most likely class of every word of each sentence, by a token classification head; None for words without a
+    token.
 
     Args:
         model: a token classifier with its adapter.
-        prompts: sentences, and the token that each of their words begins with.
-        pad_token_id: what fills up shorter rows.
-        batch_size: rows of one forward.
-        advance: told of every batch.
+        prompts: sentences, each with the index of every word's first token.
+        pad_token_id: the token id that pads shorter rows.
+        batch_size: rows of one forward pass.
+        advance: called after every batch with the number of rows done.
+
+    Raises:
+        AdapterError: a logit is NaN.
     """
     found: list[list[int | None]] = [[] for _ in prompts]
     for batch in _batches([len(example.input_ids) for example, _ in prompts], batch_size, advance):
         with torch.no_grad():
             logits = _forward(model, _collate([prompts[i][0] for i in batch], pad_token_id)).logits
-        classes = _numbers(logits).argmax(-1).cpu()
+        classes = _check_nan(logits).argmax(-1).cpu()
         for i, row in zip(batch, classes, strict=True):
-            own = row[len(row) - len(prompts[i][0].input_ids) :].tolist()
-            found[i] = [None if first is None else own[first] for first in prompts[i][1]]
+            unpadded = row[len(row) - len(prompts[i][0].input_ids) :].tolist()
+            found[i] = [None if first is None else unpadded[first] for first in prompts[i][1]]
     return found
 
 
-@baked()
+@prompts_cached()
 def score_spans(
     model: PeftModel,
     examples: Sequence[Example],
@@ -143,28 +157,31 @@ def score_spans(
     batch_size: int = 16,
     advance: Advance = unwatched,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Logits [T] of an answer's first token, and of its last, for each text.
+    """Start and end logits [T] of each text: of the answer's first token, and of its last.
 
     Args:
-        model: a model with a head for spans, and its adapter.
-        examples: questions with their texts.
-        pad_token_id: what fills up shorter rows.
-        batch_size: rows of one forward.
-        advance: told of every batch.
+        model: a question answering model with its adapter.
+        examples: questions with their contexts.
+        pad_token_id: the token id that pads shorter rows.
+        batch_size: rows of one forward pass.
+        advance: called after every batch with the number of rows done.
+
+    Raises:
+        AdapterError: a logit is NaN.
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for batch in _batches([len(example.input_ids) for example in examples], batch_size, advance):
         with torch.no_grad():
             output = _forward(model, _collate([examples[i] for i in batch], pad_token_id))
         for i, first, last in zip(
-            batch, _numbers(output.start_logits).cpu(), _numbers(output.end_logits).cpu(), strict=True
+            batch, _check_nan(output.start_logits).cpu(), _check_nan(output.end_logits).cpu(), strict=True
         ):
             padding = len(first) - len(examples[i].input_ids)
             found[i] = first[padding:], last[padding:]
     return [found[i] for i in range(len(examples))]
 
 
-@baked()
+@prompts_cached()
 def write_texts(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -174,15 +191,15 @@ def write_texts(
     advance: Advance = unwatched,
     **generation: Any,
 ) -> list[str]:
-    """The text that the model writes after each prompt.
+    """Generate a text after each prompt.
 
     Args:
         model: a language model with its adapter.
         tokenizer: its tokenizer.
         prompts: encoded with an empty answer.
         batch_size: prompts of one batch.
-        advance: told of every batch.
-        generation: for ``generate``, such as ``max_new_tokens``, ``num_beams`` and ``do_sample``.
+        advance: called after every batch with the number of prompts done.
+        generation: options of ``generate``, such as ``max_new_tokens``, ``num_beams`` and ``do_sample``.
     """
     texts = [""] * len(prompts)
     for batch in _batches([len(e.input_ids) for e in prompts], batch_size, advance):
@@ -197,7 +214,7 @@ def write_texts(
 
 
 def _batches(lengths: Sequence[int], batch_size: int, advance: Advance) -> Iterator[list[int]]:
-    """Batches of like length, told of when they are done."""
+    """Indices of rows of similar length, batch by batch; calls ``advance`` after each."""
     done = 0
     for batch in length_batches(lengths, batch_size):
         yield batch
@@ -205,8 +222,12 @@ def _batches(lengths: Sequence[int], batch_size: int, advance: Advance) -> Itera
         advance(done)
 
 
-def _numbers(scores: Tensor) -> Tensor:
-    """The same. Raises AdapterError where one is none."""
+def _check_nan(scores: Tensor) -> Tensor:
+    """Return the scores unchanged.
+
+    Raises:
+        AdapterError: a score is NaN.
+    """
     if bool(scores.isnan().any()):
         raise AdapterError("the scores are no numbers, as after a training that blew up: train anew at a lower rate")
     return scores
@@ -217,7 +238,7 @@ def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor
 
 
 def _forward(model: PeftModel, batch: dict[str, Tensor], keep: int | None = None) -> Any:
-    """Outputs of a batch; logits of the last ``keep`` tokens alone, where the model can leave out the others."""
+    """Outputs of a batch, with logits of the last ``keep`` tokens only where the model supports that."""
     options: dict[str, Any] = {"logits_to_keep": keep} if keep and model.keeps_logits else {}
     if model.backbone.is_decoder_only:
         options["use_cache"] = False

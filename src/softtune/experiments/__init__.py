@@ -1,1 +1,1 @@
-"""Comparisons, sweeps and reports: many runs, and what they say."""
+"""Comparisons and sweeps of many runs, and their reports."""

@@ -1,4 +1,4 @@
-"""What a model is worth on the rows that a recipe holds out."""
+"""Evaluates a model on the held-out rows of a recipe."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ def metrics_of(
     *,
     end: str | None = None,
 ) -> dict[str, float]:
-    """The metrics of the task, where texts that are written end before ``end``. Raises TrainingError where the model
-    answers with no numbers."""
+    """The task's metrics on the evaluation rows. Generated texts are cut before ``end``.
+
+    Raises:
+        DataError: a row does not fit, or has an unknown label.
+        TrainingError: the model's outputs contain NaN.
+    """
     held_out = rows.evaluation
     assert held_out is not None
 

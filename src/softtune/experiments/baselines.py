@@ -1,6 +1,6 @@
-"""What soft prompts are compared with: full fine-tuning, the last layers, bottleneck layers, and LoRA through PEFT.
+"""Baselines to compare soft prompts with: full fine-tuning, the last layers, bottleneck adapters, and PEFT's LoRA.
 
-Each changes the base model itself, so that every run loads one of its own.
+Each changes the base model itself, so every run loads its own copy.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ RANK = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A way to train a base model."""
+    """A way to fine-tune a base model."""
 
     prepare: Callable[[PreTrainedModel], None]
-    """Sets what is trained in a frozen model, heads included, and adds what it lacks."""
+    """Makes parameters of a frozen model trainable, its heads included, and adds the baseline's modules."""
     learning_rate: float
     """Peak learning rate."""
 
 
 class Bottleneck(nn.Module):
-    """Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, section 2.1: down, a nonlinearity, up, and
-    around them a residual. At its start it changes nothing.
+    """The bottleneck adapter of Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, section 2.1: down
+    projection, nonlinearity, up projection, and a residual connection. It is initialized to the identity.
 
     Args:
-        width: features of its input [..., width].
-        size: features between.
+        width: features of the input [..., width].
+        size: features of the bottleneck.
     """
 
     def __init__(self, width: int, size: int) -> None:
@@ -71,7 +71,7 @@ def train_last_layers(model: PreTrainedModel) -> None:
 
 
 def train_head(model: PreTrainedModel) -> None:
-    """The head alone, on what the frozen model makes of a text.
+    """The head alone, on the hidden states of the frozen model.
 
     Raises:
         UnsupportedModelError: the model has no head of its own.
@@ -83,10 +83,10 @@ def train_head(model: PreTrainedModel) -> None:
 
 
 def add_bottlenecks(model: PreTrainedModel) -> None:
-    """A bottleneck behind the attention and behind the feed-forward part of every layer; and the norms, and the head.
+    """A bottleneck after the attention and after the feed-forward block of every layer, the norms, and the head.
 
     Raises:
-        UnsupportedModelError: the parts of the model's layers have unknown names.
+        UnsupportedModelError: the modules of the model's layers have unknown names.
     """
     backbone = Backbone(model)
     slots = backbone.bias_slots()
@@ -106,7 +106,8 @@ def add_bottlenecks(model: PreTrainedModel) -> None:
 
 
 def add_lora(model: PreTrainedModel) -> None:
-    """Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, by PEFT on all linear layers; and the head.
+    """PEFT's LoRA on all linear layers, and the head: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language
+    Models.
 
     Raises:
         ConfigError: PEFT is not installed.

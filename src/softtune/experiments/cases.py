@@ -1,6 +1,6 @@
-"""A case of an experiment: a recipe's task by a method, by a baseline or by a text prompt, with several seeds.
+"""A case of an experiment: a recipe's task with one method, baseline or text prompt, and several seeds.
 
-Knows nothing about how it is run.
+Knows nothing about how cases are run.
 """
 
 from __future__ import annotations
@@ -24,84 +24,84 @@ METHODS: dict[str, dict[str, Any]] = {
     "p-tuning-v2": {"method": PeftType.P_TUNING_V2},
     "bitfit": {"method": PeftType.BITFIT, "options": {"add_missing": True}},
 }
-"""Fields of the recipe that each method replaces; the recipe's own method keeps the recipe's."""
+"""Recipe fields that each method replaces. For the recipe's own method, the recipe's fields stay."""
 
 REPLACED = ("method", "options", "learning_rate", "trunk_cache", "trunk_cache_disk")
-"""Fields of the recipe that an entry may replace."""
+"""Recipe fields that an entry may replace."""
 
 PROMPTS = {"zero-shot": 0, "few-shot": 4}
-"""Rows in front of each record, for a base model that nothing is trained of."""
+"""Number of labelled rows (shots) in front of each record; the base model is not trained."""
 
 ENTRIES = (*METHODS, *BASELINES, *PROMPTS)
-"""The ways to do a task."""
+"""Names of the methods, baselines and prompts to compare."""
 
 
 def entry_named(name: str) -> str:
-    """An entry by any spelling of its name, such as PREFIX_TUNING."""
+    """Normalize any spelling of an entry's name, such as PREFIX_TUNING."""
     return name.strip().lower().replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A recipe, with several seeds."""
+    """A recipe to run with several seeds."""
 
     name: str
     number: int
-    """Its place among the others of the experiment."""
+    """Its position among the cases of the experiment."""
     entry: str = ""
-    """Of ``ENTRIES``; the recipe's own method where it is empty."""
+    """One of ``ENTRIES``; empty for the recipe's own method."""
     recipe: Recipe
-    """Its output is the folder of the experiment."""
+    """Its output is the experiment's folder."""
     seeds: int
     at: dict[str, Any] = field(default_factory=dict)
     """See ``Entry``."""
     rows: dict[str, str] = field(default_factory=dict)
     """Fingerprints of its rows, by "training" and "evaluation"."""
     is_alone: bool = False
-    """Whether its runs train one after the other, so that time and memory are each one's own."""
+    """Whether its runs train one after the other, so that the time and memory of each are measured."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any], **own: Any) -> Case:
-        """A case of a recipe's fields, some of them changed.
+    def from_fields(cls, fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any], **others: Any) -> Case:
+        """Make a case from a recipe's fields, some of them changed.
 
         Args:
-            fields: the recipe's that are set.
-            entry: of ``ENTRIES``, or empty.
+            fields: the recipe fields that are set.
+            entry: one of ``ENTRIES``, or empty.
             changes: values by field; ``options.name`` is one option.
-            own: the case's other fields.
+            others: the other fields of the case.
 
         Raises:
-            ConfigError: an unknown entry, or fields that do not go together; it names the case.
+            ConfigError: the entry is unknown, or fields are incompatible; the message begins with the case's name.
         """
         try:
-            return cls(entry=entry, recipe=_recipe(fields, entry, changes), **own)
+            return cls(entry=entry, recipe=_recipe(fields, entry, changes), **others)
         except ConfigError as error:
-            raise ConfigError(f"{own['name']}: {error}") from error
+            raise ConfigError(f"{others['name']}: {error}") from error
 
     @property
     def folder(self) -> Path:
-        """Of the experiment."""
+        """The experiment's folder."""
         return Path(self.recipe.output)
 
     @property
     def stem(self) -> str:
-        """Its name as a file's."""
+        """Its name as a file name, without a suffix."""
         return outcomes.stem_of(self.name)
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the base model stays frozen, so that others can train beside it."""
+        """Whether the base model stays frozen, so that several adapters can train on it at once."""
         return self.entry not in BASELINES and self.entry not in PROMPTS
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What tells it from another of the same name."""
+        """Its configuration, which distinguishes it from another case of the same name."""
         recipe = self.recipe.model_dump(mode="json", exclude={"output"})
         return {"entry": self.entry, "seeds": self.seeds, "recipe": recipe, "rows": self.rows}
 
     @property
     def runs(self) -> list[Recipe]:
-        """A recipe for each seed, all on the same rows."""
+        """One recipe per seed, all on the same rows."""
         changes = [
             {
                 "seed": self.recipe.seed + number * self.recipe.ensemble,
@@ -114,35 +114,42 @@ class Case:
 
     @property
     def kept(self) -> list[Entry] | None:
-        """What it came to in an earlier run, but for failures that may be mended. Raises ConfigError where that is of
-        another experiment."""
+        """Its saved results from an earlier run; None where there are none, or where it failed and may be run again.
+
+        Raises:
+            ConfigError: the results are of another experiment.
+        """
         return outcomes.kept(self.folder, self.stem, self.asked)
 
     @property
     def came_to(self) -> list[Entry]:
-        """What it came to, once it has run; failures too."""
+        """Its saved results once it has run, including failures."""
         return outcomes.came_to(self.folder, self.stem)
 
     def keep(self, entries: Sequence[Entry]) -> None:
-        """Write what it came to."""
+        """Save its results."""
         outcomes.keep(self.folder, self.stem, self.number, self.asked, entries)
 
     def failed(self, error: Exception) -> list[Entry]:
-        """What it came to where it cannot be run."""
+        """Its results where it cannot be run."""
         reason = str(error).partition("\n")[0]
         return [Entry(name=self.name, at=self.at, outcomes=[], failure=reason, failed_by=type(error).__name__)]
 
 
 def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe of an entry, some fields changed."""
+    """The recipe of an entry, with some fields changed.
+
+    Raises:
+        ConfigError: the entry is unknown, or fields are incompatible.
+    """
     if entry and entry not in ENTRIES:
         raise ConfigError(f"no entry {entry!r}: use some of {', '.join(ENTRIES)}")
     method, no_trunk = METHODS.get(entry, {}), {"trunk_cache": 0, "trunk_cache_disk": 0}
-    if method and method["method"] != Recipe.of(fields).method:
+    if method and method["method"] != Recipe.from_fields(fields).method:
         fields = {**fields, "options": {}, "learning_rate": None, **no_trunk, **method}
     if entry in BASELINES:
         fields = {**fields, "learning_rate": BASELINES[entry].learning_rate, **no_trunk}
-    recipe = Recipe.of(with_changes(fields, changes))
+    recipe = Recipe.from_fields(with_changes(fields, changes))
     if method and recipe.method is not method["method"]:
         raise ConfigError(f"the entry is {entry} and the field method {recipe.method.value}: leave one of the two out")
     if entry in BASELINES and recipe.patience is not None:  # the best step would be a copy of a whole model
@@ -153,7 +160,7 @@ def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -
 
 
 def with_changes(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's fields, some of them changed; ``options.name`` is one option."""
+    """A recipe's fields with some of them changed; ``options.name`` is one option."""
     changed = dict(fields)
     for name, value in changes.items():
         whole, _, part = name.partition(".")

@@ -1,4 +1,4 @@
-"""A recipe's task by several methods and baselines, one after the other: each one's time and memory is its own."""
+"""Compares methods and baselines on a recipe's task. They run in sequence, to measure the time and memory of each."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ def compare(
     learning_rates: Mapping[str, float] = {},
     progress: Progress = lambda *_: None,
 ) -> list[Entry]:
-    """Run a recipe's task by several methods and baselines.
+    """Run a recipe's task with several methods and baselines.
 
     Args:
         recipe: the task, the data and the steps. Its output is the folder of the comparison.
-        names: of ``ENTRIES``.
-        seeds: runs of each, with the recipe's seed and those that follow it.
-        learning_rates: peak rates by name. The others have their default, and the recipe's own method the recipe's.
-        progress: told of every step.
+        names: some of ``ENTRIES``.
+        seeds: runs of each entry, with the recipe's seed and those that follow it.
+        learning_rates: peak learning rates by name. Other entries have their default; the recipe's own method has the
+            recipe's.
+        progress: called at every step.
 
     Raises:
-        ConfigError: an unknown name, a rate for what is not trained, a recipe of an ensemble or without evaluation
-            rows, or there is another experiment in the folder, be it a comparison by other rows, steps or seeds.
+        ConfigError: a name is unknown, a learning rate is for an entry that is not compared or not trained, the recipe
+            is an ensemble or has no evaluation rows, or the folder has another experiment, such as a comparison with
+            other rows, steps or seeds.
         DataError: the data does not fit.
     """
     if (Path(recipe.output) / SWEEP_NAME).is_file():
@@ -46,7 +48,7 @@ def compare(
         raise ConfigError(f"a learning rate for {idle[0]!r}, which is not trained: compare it, or drop its rate")
     fields = recipe.model_dump(exclude_unset=True)
     cases = [
-        Case.of(
+        Case.from_fields(
             fields,
             name,
             {"learning_rate": learning_rates[name]} if name in learning_rates else {},
@@ -63,13 +65,17 @@ def compare(
 
 
 def _check_budget(case: Case) -> None:
-    """Raise ConfigError where what is kept beside a case came of other rows, steps or seeds."""
-    own = _budget(case.asked)
+    """Check that the saved results of the other entries have the rows, steps and seeds of this case.
+
+    Raises:
+        ConfigError: they have others.
+    """
+    budget = _budget(case.asked)
     for then in asked_of(case.folder):
-        check_same(case.folder, _budget(then), own)
+        check_same(case.folder, _budget(then), budget)
 
 
 def _budget(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What all entries of a comparison have in common."""
+    """The part of a case's configuration that all entries of a comparison share."""
     recipe = {name: value for name, value in asked["recipe"].items() if name not in REPLACED}
     return {**recipe, "seeds": asked["seeds"], "rows": asked["rows"]}

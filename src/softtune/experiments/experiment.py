@@ -1,4 +1,4 @@
-"""Runs the cases of an experiment, those at once that can be, and keeps what each comes to."""
+"""Runs the cases of an experiment, at once where possible, and saves the results of each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from softtune.errors import ConfigError, DataError, SofttuneError
 from softtune.experiments.cases import Case
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.runs import run_at_once
-from softtune.training.company import shared
+from softtune.training.compatibility import shared
 from softtune.training.folder import RunFolder
 from softtune.training.recipe import holds_adapter
 from softtune.training.setup import Progress, Rows
 
 Runner = Callable[[Sequence[Sequence[Case]], Progress], Iterator[tuple[Case, list[Entry]]]]
-"""Runs bundles of cases somewhere, and gives each case with what it came to."""
+"""Runs bundles of cases, and yields each case with its results."""
 
 
 NOT_OF_ROWS = (
@@ -25,18 +25,18 @@ NOT_OF_ROWS = (
     *("max_grad_norm", "patience", "validation_size", "bf16", "gradient_checkpointing", "compile", "ensemble"),
     *("trunk_cache", "trunk_cache_disk", "save_steps", "report_to", "output", "seed", "data_seed"),
 )
-"""Fields of a recipe that do not say which rows it has; the seeds do together."""
+"""Recipe fields that do not determine its rows. The two seeds determine them together, as ``rows_seed``."""
 
 
 def with_rows(cases: Sequence[Case], known: dict[str, dict[str, str]] | None = None) -> list[Case]:
-    """Cases with the fingerprints of their rows, each data set read once.
+    """Cases with the fingerprints of their rows; each data set is read once.
 
     Args:
-        cases: of one experiment.
-        known: fingerprints from before; those that are found are added.
+        cases: cases of one experiment.
+        known: fingerprints from earlier calls; new ones are added to it.
 
     Raises:
-        ConfigError: a recipe without rows to evaluate on, or the folder is an adapter's.
+        ConfigError: a recipe has no evaluation rows, or the folder is an adapter's.
         DataError: the data does not fit.
     """
     if any(case.recipe.evaluation is None and not case.recipe.test_size for case in cases):
@@ -48,7 +48,7 @@ def with_rows(cases: Sequence[Case], known: dict[str, dict[str, str]] | None = N
     for case in cases:
         key = repr((case.recipe.model_dump(exclude={*NOT_OF_ROWS}), case.recipe.rows_seed))
         try:
-            known[key] = known.get(key) or Rows.of(case.recipe).fingerprints
+            known[key] = known.get(key) or Rows.load(case.recipe).fingerprints
         except DataError as error:
             raise DataError(f"{case.name}: {error}") from error
         found.append(dataclasses.replace(case, rows=known[key]))
@@ -64,19 +64,19 @@ def run_here(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[
 def run_cases(
     cases: Sequence[Case], *, at_once: int, run: Runner = run_here, progress: Progress = lambda *_: None
 ) -> list[list[Entry]]:
-    """Run those cases that are not kept from before, and keep them.
+    """Run the cases without saved results, and save theirs.
 
     Args:
-        cases: of one experiment, with their rows.
-        at_once: runs that train at once over one base model.
-        run: where; in this process by default.
-        progress: told of every step.
+        cases: cases of one experiment, with the fingerprints of their rows.
+        at_once: number of runs that train at once on one base model.
+        run: runs the cases; in this process by default.
+        progress: called at every step.
 
     Returns:
-        What each case came to.
+        The results of each case.
 
     Raises:
-        ConfigError: there is another experiment in the folder.
+        ConfigError: the folder has another experiment.
         DataError: the data does not fit.
     """
     found = {case.stem: case.kept for case in cases}
@@ -94,14 +94,18 @@ def run_cases(
 
 
 def _check_folders(cases: Sequence[Case]) -> None:
-    """Raise ConfigError where another recipe has made what is in the folder of a run."""
+    """Check that existing folders of runs belong to the same recipes.
+
+    Raises:
+        ConfigError: a folder was made by another recipe.
+    """
     for folder in (RunFolder(run) for case in cases if case.is_adapter for run in case.runs):
         if folder.is_finished or folder.is_unfinished:
             folder.check_recipe()
 
 
 def bundles(cases: Sequence[Case], at_once: int) -> list[list[Case]]:
-    """Cases that train at once: over one base model, and no more runs than these; at least one case."""
+    """Group cases that train at once on one base model: at most ``at_once`` runs, but at least one case, per group."""
     found: list[list[Case]] = []
     for case in cases:
         if found and _fit_together([*found[-1], case], at_once):
@@ -112,8 +116,11 @@ def bundles(cases: Sequence[Case], at_once: int) -> list[list[Case]]:
 
 
 def run_bundle(cases: Sequence[Case], progress: Progress) -> Iterator[tuple[Case, list[Entry]]]:
-    """Run cases at once. Where one of several fails, each is run alone to tell which. Raises DataError where the data
-    does not fit."""
+    """Run cases at once. If one of several fails, each is run alone to find out which.
+
+    Raises:
+        DataError: the data does not fit.
+    """
     try:
         yield from zip(cases, run_at_once(cases, progress), strict=True)
     except (SofttuneError, torch.OutOfMemoryError) as error:

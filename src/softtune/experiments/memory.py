@@ -1,4 +1,4 @@
-"""How much memory something takes."""
+"""Measures peak memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import psutil
 import torch
 
 INTERVAL = 0.02
-"""Seconds between two looks, where the system keeps no mark that can be reset."""
+"""Seconds between two samples, where the system has no peak counter that can be reset."""
 
 
 def measured() -> Callable[[], int]:
-    """Begin to measure.
+    """Begin to measure peak memory.
 
     Returns:
-        Ends it, and gives the most bytes in use meanwhile: on the GPU where there is one, else those of the process
-        that are resident.
+        A function that ends the measurement and returns the peak number of bytes in use: on the GPU where there is one,
+        else resident in the process.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -36,7 +36,7 @@ def measured() -> Callable[[], int]:
 
 
 def sampled() -> Callable[[], int]:
-    """The same by looks at the process, in a thread of its own."""
+    """Like ``measured``, by sampling the resident memory of the process in a separate thread."""
     process, ended, seen = psutil.Process(), Event(), list[int]()
 
     def look() -> None:
@@ -57,7 +57,7 @@ def sampled() -> Callable[[], int]:
 
 
 def _give_back() -> None:
-    """Give the system what is free: garbage, and what glibc keeps."""
+    """Return free memory to the system: garbage, and what glibc retains."""
     gc.collect()
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another libc

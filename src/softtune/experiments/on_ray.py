@@ -1,6 +1,7 @@
-"""Experiments on Ray Tune: bundles of cases run beside each other, on one machine or on a cluster's.
+"""Runs experiments on Ray Tune: bundles of cases in parallel, on one machine or on a cluster.
 
-Every machine finds recipes, data and the experiment's folder at the same paths, and starts from the same folder.
+All machines must have the recipes, the data and the experiment's folder at the same paths. Workers run in the caller's
+working directory.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from softtune.experiments.outcomes import Entry
 from softtune.training.setup import Progress
 
 DONE = "cases"
-"""What a worker reports: how many cases of its bundle are kept."""
+"""Key of a worker's reports: how many cases of its bundle are saved."""
 
 
 def on_ray(address: str) -> Runner:
     """A runner on Ray Tune.
 
     Args:
-        address: of a cluster, as ``ray.init`` takes it: auto for the one that this machine belongs to, or local for
-            one of this machine alone.
+        address: a cluster's address, as ``ray.init`` takes it: auto for the one that this machine belongs to, or local
+            for a new one on this machine alone.
 
     Raises:
         ConfigError: Ray is not installed, or there is no such cluster.
@@ -46,7 +47,7 @@ def on_ray(address: str) -> Runner:
 
 
 def _run(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[tuple[Case, list[Entry]]]:
-    """Each bundle on one processor, or one GPU where there are any."""
+    """Run each bundle on one CPU, or on one GPU where there are any."""
     from ray import tune
 
     if not bundles:
@@ -67,8 +68,11 @@ def _run(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[tupl
 
 
 def _found(bundles: Sequence[Sequence[Case]], results: Sequence[Any]) -> Iterator[tuple[Case, list[Entry]]]:
-    """What the cases came to that have run. Raises KeyboardInterrupt where Ctrl-C has ended others: Ray takes it for
-    itself."""
+    """Yield the results of the cases that have run.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C has ended other cases. Ray handles the signal itself, so it is raised again here.
+    """
     for result in results:
         if result.error is not None:
             raise getattr(result.error, "cause", result.error)  # as it was on the worker, without Ray's traceback
@@ -80,7 +84,7 @@ def _found(bundles: Sequence[Sequence[Case]], results: Sequence[Any]) -> Iterato
 
 
 def _telling(progress: Progress, total: int) -> Any:
-    """Ray's callback that tells how many cases are done."""
+    """A Ray callback that reports how many cases are done."""
     from ray import tune
 
     class Telling(tune.Callback):
@@ -92,14 +96,14 @@ def _telling(progress: Progress, total: int) -> Any:
             self.done[trial.trial_id] = result[DONE]
             progress("on Ray", sum(self.done.values()), total, "")
 
-        def __reduce__(self) -> tuple[Any, ...]:  # Ray writes down its settings, and the progress is of this process
+        def __reduce__(self) -> tuple[Any, ...]:  # Ray pickles its settings, and progress belongs to this process
             return (tune.Callback, ())
 
     return Telling()
 
 
 def _trial(config: dict[str, Any], bundles: Sequence[Sequence[Case]], start: str) -> None:
-    """Run a bundle on a worker, and keep what it comes to, so that an interrupt loses no more than it."""
+    """Run a bundle on a worker, and save its results, so that an interrupt loses no finished ones."""
     from ray import tune
 
     os.chdir(start)

@@ -1,4 +1,4 @@
-"""Texts, tables and pictures as an HTML page that stands alone, and as Markdown with pictures beside it.
+"""Renders texts, tables and pictures as self-contained HTML, and as Markdown with picture files beside it.
 
 Knows nothing about runs.
 """
@@ -32,7 +32,7 @@ figcaption, footer { opacity: .8; }
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells; the first of a line names it."""
+    """A table; the first cell of each line is its name."""
 
     head: Sequence[str]
     lines: Sequence[Sequence[str]]
@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What there is to show, from top to bottom."""
+    """The contents of a report, from top to bottom."""
 
     title: str
     texts: Sequence[str] = ()
@@ -50,7 +50,7 @@ class Page:
 
 
 def as_html(page: Page) -> str:
-    """The whole of it in one file."""
+    """The page as one self-contained HTML file."""
     body = [
         f"<h1>{html.escape(page.title)}</h1>",
         *(f"<p>{html.escape(text)}</p>" for text in page.texts),
@@ -67,7 +67,7 @@ def as_html(page: Page) -> str:
 
 
 def as_markdown(page: Page) -> str:
-    """The same for a page of documentation, with links to the pictures' files."""
+    """The page as Markdown, with links to the pictures' files."""
     parts = [
         f"# {page.title}",
         *page.texts,
@@ -79,7 +79,7 @@ def as_markdown(page: Page) -> str:
 
 
 def file_of(picture: Picture) -> str:
-    """The name of a picture's file."""
+    """The file name of a picture."""
     return re.sub(r"[^a-z0-9]+", "_", picture.title.lower()).strip("_") + ".svg"
 
 

@@ -1,5 +1,5 @@
-"""Pictures, as SVG: legible in print and on dark screens, for their paper is transparent, and their ink is light on a
-dark screen.
+"""Draws pictures as SVG, legible in print and on dark screens: the background is transparent, and the ink is light in
+dark mode.
 
 Knows nothing about runs.
 """
@@ -23,65 +23,65 @@ ON_DARK = f"""<style>@media screen and (prefers-color-scheme: dark) {{
 COLORS = ("#3b82c4", "#e07b39", "#4c9f70", "#b0589f", "#c9a227", "#6f7fd8", "#c0504d", "#2f9e9e")
 MARKS = ("o", "s", "^")
 WIDTH = 5.6
-"""Inches."""
+"""Width of a picture in inches."""
 WIDE = 10
-"""At least how many times the least number the greatest is on a logarithmic scale."""
+"""An axis is logarithmic where the greatest value is at least this many times the least."""
 
 LONG = 26
-"""Characters of a name that stand beside the axes."""
+"""Characters of the longest name that fits beside the axes."""
 MANY = 12
-"""Points of a curve that are told apart."""
+"""Up to this many points, a curve has a mark and a tick for each."""
 
 
 @dataclass
 class Picture:
-    """A drawing and what it says."""
+    """A drawing with its title and caption."""
 
     title: str
     svg: str
     says: str = ""
-    """A line or two of text."""
+    """Caption of a line or two."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar, and how far its value spreads to either side."""
+    """One bar, and the spread of its value to either side."""
 
     name: str
     value: float
     spread: float = 0.0
     points: Sequence[float] = field(default_factory=tuple)
-    """What the value is the mean of."""
+    """The values of which ``value`` is the mean."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a curve, and how far its height spreads to either side."""
+    """A point of a curve, and the spread of its y value to either side."""
 
     x: float
     y: float
     spread: float = 0.0
 
 
-def bars(title: str, own: Sequence[Bar], *, unit: str, says: str = "") -> Picture:
+def bars(title: str, data: Sequence[Bar], *, unit: str, says: str = "") -> Picture:
     """Horizontal bars, the first on top, with their values."""
-    with _figure(0.5 + 0.36 * len(own)) as (axes, finished):
-        places = range(len(own), 0, -1)
-        axes.barh(places, [bar.value for bar in own], color=COLORS[0], alpha=0.75, height=0.62)
-        most = max((max(bar.value, *bar.points, 0.0) for bar in own), default=1.0) or 1.0
-        for place, bar in zip(places, own, strict=True):
+    with _figure(0.5 + 0.36 * len(data)) as (axes, finished):
+        places = range(len(data), 0, -1)
+        axes.barh(places, [bar.value for bar in data], color=COLORS[0], alpha=0.75, height=0.62)
+        most = max((max(bar.value, *bar.points, 0.0) for bar in data), default=1.0) or 1.0
+        for place, bar in zip(places, data, strict=True):
             axes.plot(bar.points, [place] * len(bar.points), "o", color=INK, markersize=3.5, zorder=3)
             label = f"{bar.value:.3g}" + (f" ± {bar.spread:.2g}" if bar.spread else "")
             edge = max(bar.value, *bar.points, 0.0)
             axes.text(edge + 0.015 * most, place, label, va="center", color=INK, fontsize=8.5)
-        axes.set_yticks(list(places), [fill(bar.name, LONG) for bar in own])
+        axes.set_yticks(list(places), [fill(bar.name, LONG) for bar in data])
         axes.set_xlim(0, 1.22 * most)
         axes.set_xlabel(unit)
     return Picture(title, finished[0], says)
 
 
 def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: str, up: str, says: str = "") -> Picture:
-    """Named points, on a logarithmic scale across; those at 0 stand at its left end."""
+    """Named points on a logarithmic x axis; points at 0 are drawn at its left end."""
     from matplotlib.ticker import LogLocator
 
     with _figure(3.6 + _below(points)) as (axes, finished):
@@ -103,11 +103,11 @@ def scatter(title: str, points: Mapping[str, tuple[float, float]], *, across: st
 def curves(
     title: str, lines: Mapping[str, Sequence[Point]], *, across: str, up: str, says: str = "", joined: bool = True
 ) -> Picture:
-    """Points by line, their spread as whiskers; joined or not. A wide range of positive numbers is logarithmic."""
+    """Points by line with error bars, joined or not. The x axis is logarithmic for a wide range of positive numbers."""
     with _figure(3.4 + _below(lines)) as (axes, finished):
         for number, (name, points) in enumerate(lines.items()):
-            own = sorted(points, key=lambda point: point.x)
-            x, y, spread = zip(*((point.x, point.y, point.spread) for point in own), strict=True)
+            ordered = sorted(points, key=lambda point: point.x)
+            x, y, spread = zip(*((point.x, point.y, point.spread) for point in ordered), strict=True)
             style = MARKS[number // len(COLORS) % len(MARKS)] + ("-" if joined else "")
             whiskers = [s or math.nan for s in spread]
             color, size = COLORS[number % len(COLORS)], 5 if len(x) <= MANY else 0
@@ -128,7 +128,7 @@ def curves(
 def heat(
     title: str, cells: Mapping[str, Mapping[str, float]], *, across: str, down: str, says: str = "", form: str = ".3g"
 ) -> Picture:
-    """A map of numbers by row and column, each written into its cell."""
+    """A heat map of numbers by row and column, each written into its cell."""
     rows, columns = list(cells), list(next(iter(cells.values())))
     values = [[cells[row][column] for column in columns] for row in rows]
     with _figure(0.9 + 0.34 * len(rows)) as (axes, finished):
@@ -148,7 +148,7 @@ def heat(
 def places(
     title: str, groups: Mapping[str, Sequence[tuple[str, float, float]]], *, across: str, up: str, says: str = ""
 ) -> Picture:
-    """Names at their places in a plane, by group; the first group's with a dot."""
+    """Names at their positions in a plane, by group; those of the first group have a dot."""
     with _figure(4.4) as (axes, finished):
         for number, (group, named) in enumerate(groups.items()):
             color, dots = COLORS[number % len(COLORS)], 14 if number == 0 else 0
@@ -162,7 +162,7 @@ def places(
 
 
 def _be_logarithmic(axes: Any) -> None:
-    """Across, with plain numbers."""
+    """Make the x axis logarithmic, with plain numbers."""
     from matplotlib.ticker import NullFormatter
 
     axes.set_xscale("log")
@@ -171,7 +171,7 @@ def _be_logarithmic(axes: Any) -> None:
 
 
 def _legend(axes: Any, names: Iterable[str]) -> None:
-    """Beside the axes, or below them where a name is long."""
+    """Draw a legend beside the axes, or below them where a name is long."""
     style: Any = {"frameon": False, "labelcolor": INK, "fontsize": 9}
     if _below(names):
         axes.figure.legend(loc="outside lower left", **style)
@@ -180,20 +180,20 @@ def _legend(axes: Any, names: Iterable[str]) -> None:
 
 
 def _below(names: Iterable[str]) -> float:
-    """Inches that a legend below the axes takes; 0 where it has room beside them."""
+    """Height in inches of a legend below the axes; 0 where it fits beside them."""
     sizes = [*map(len, names)]
     return 0.2 * len(sizes) if max(sizes) > LONG else 0.0
 
 
 @contextmanager
 def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
-    """Axes to draw on, and a list that has the SVG when the block ends."""
+    """Axes to draw on, and a list that holds the SVG after the block."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     style: Any = {
         "svg.fonttype": "none",
-        "text.parse_math": False,  # tokens and names may have dollars
+        "text.parse_math": False,  # tokens and names may contain dollar signs
         "svg.hashsalt": "softtune",
         "font.family": "sans-serif",
         "axes.edgecolor": INK,

@@ -1,4 +1,4 @@
-"""The base model alone, which a text prompt asks: nothing is trained."""
+"""Zero-shot and few-shot prompting of the base model: nothing is trained."""
 
 from __future__ import annotations
 
@@ -21,16 +21,23 @@ from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress, Rows
 
 END = "\n\n"
-"""Behind each row in front of a record, and so behind what is written."""
+"""Separator after each row in front of a record, and so the end of generated text."""
 
 
 def answer_alone(case: Case, progress: Progress) -> list[Outcome]:
-    """The base model alone, with some training rows in front of each record. Without them, all seeds are the same."""
+    """Evaluate the base model with some training rows (shots) in front of each record. Without shots, all seeds give
+    the same result, so only one runs.
+
+    Raises:
+        ConfigError: there are fewer training rows than shots.
+        DataError: a record does not fit the model.
+        UnsupportedModelError: the task has a head, or the shots leave a record no room.
+    """
     shots, recipe = PROMPTS[case.entry], case.recipe
     if recipe.task.has_head:
         raise UnsupportedModelError("a head that is not trained answers nothing: leave this entry out")
     base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
-    model, rows = PeftModel(base), Rows.of(recipe)
+    model, rows = PeftModel(base), Rows.load(recipe)
     if shots > len(rows.training):
         raise ConfigError(
             f"{shots} rows stand in front of a record, there are {len(rows.training)}: leave this entry out"
@@ -64,7 +71,7 @@ def answer_alone(case: Case, progress: Progress) -> list[Outcome]:
 
 
 def _with_shots(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The recipe's task, with labelled rows in front of the template."""
+    """The recipe's task with labelled rows in front of the template."""
     task = recipe.definition
     assert isinstance(task, (LabelTask, TextTask, ChoiceTask))
     if not len(rows):
@@ -78,8 +85,8 @@ def _with_shots(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBas
 def _answer(task: LabelTask | TextTask | ChoiceTask, row: Mapping[str, Any]) -> str:
     match task:
         case LabelTask():
-            return task.verbalizer.word(task.right(row))
+            return task.verbalizer.word(task.reference(row))
         case TextTask():
-            return task.right(row)[0]
+            return task.reference(row)[0]
         case ChoiceTask():
-            return task.right(row)
+            return task.reference(row)

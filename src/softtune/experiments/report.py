@@ -1,4 +1,4 @@
-"""The page of a comparison, of a sweep, or of a trained adapter, written into its folder."""
+"""Report pages of comparisons, sweeps and trained adapters, written into their folders."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from pathlib import Path
 from softtune import storage
 from softtune.errors import CheckpointError
 from softtune.evaluation.metrics import direction
-from softtune.experiments import views
+from softtune.experiments import figures
+from softtune.experiments.adapter_report import adapter_page
+from softtune.experiments.figures import finished
 from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
 from softtune.experiments.page import Page, Table, as_html, as_markdown, file_of
-from softtune.experiments.portrait import portrait
 from softtune.experiments.sweep import Sweep
-from softtune.experiments.views import finished
+from softtune.formatting import in_units, in_words
 from softtune.training.recipe import holds_adapter
-from softtune.wording import in_units, in_words
 
 PAGE_NAME, MARKDOWN_NAME = "report.html", "report.md"
 SPREAD = " Mean over seeds ± standard deviation."
 
 
 def write(folder: Path) -> Path:
-    """Write the page of an experiment or an adapter into its folder.
+    """Write the report page of an experiment or an adapter into its folder.
 
-    It is HTML that stands alone, and Markdown with each picture as SVG.
+    It is self-contained HTML, and Markdown with each picture as an SVG file.
 
     Args:
-        folder: of a comparison, a sweep or a trained adapter. Its name is the page's title.
+        folder: the folder of a comparison, a sweep or a trained adapter. Its name is the page's title.
 
     Returns:
-        The page.
+        The path of the HTML page.
 
     Raises:
-        CheckpointError: there is neither in the folder.
+        CheckpointError: the folder has neither an experiment nor an adapter.
     """
     write_page(page_of(folder, folder.resolve().name), folder, PAGE_NAME, MARKDOWN_NAME)
     return folder / PAGE_NAME
 
 
 def write_page(page: Page, folder: Path, *names: str) -> None:
-    """Write a page into files of these names, as HTML or as Markdown with each picture beside it."""
+    """Write a page to files of these names, as HTML or Markdown by their suffix, and each picture beside them."""
     with storage.staged(folder) as stage:
         for name in names:
             text = as_html(page) if name.endswith(".html") else as_markdown(page)
@@ -51,34 +51,41 @@ def write_page(page: Page, folder: Path, *names: str) -> None:
 
 
 def page_of(folder: Path, title: str) -> Page:
-    """What there is to show of a folder. Raises CheckpointError where that is neither an experiment nor an adapter."""
+    """The report page of a folder.
+
+    Raises:
+        CheckpointError: the folder has neither an experiment nor an adapter.
+    """
     entries = entries_of(folder)
     if not entries and holds_adapter(folder):
-        return portrait(folder, title)
+        return adapter_page(folder, title)
     if not entries and (folder / SWEEP_NAME).is_file():
         raise CheckpointError(f"nothing of the sweep in {folder} is finished: go on with softtune sweep")
     if not entries:
         raise CheckpointError(f"{folder} has no experiment and no adapter: run softtune train, compare or sweep first")
     if (folder / SWEEP_NAME).is_file():
-        return of_sweep(Sweep.load(folder / SWEEP_NAME), entries, title)
-    return of_comparison(entries, title)
+        return sweep_page(Sweep.load(folder / SWEEP_NAME), entries, title)
+    return comparison_page(entries, title)
 
 
-def of_comparison(entries: Sequence[Entry], title: str) -> Page:
-    """What there is to show of a comparison."""
+def comparison_page(entries: Sequence[Entry], title: str) -> Page:
+    """The report page of a comparison."""
     several = any(len(entry.outcomes) > 1 for entry in entries)
     return Page(
         title=title,
         texts=[f"{_rows(entries)}{SPREAD if several else ''} Stored is what a task needs beside the model."],
         tables=tables_of(entries),
         notes=failures(entries),
-        pictures=views.of_comparison(entries),
+        pictures=figures.comparison_figures(entries),
     )
 
 
 def tables_of(entries: Sequence[Entry], metric: str | None = None) -> list[Table]:
-    """What entries are worth and, of a comparison, apart from it what they take. The best by a metric is on top, by
-    default by the first; those that failed are not there, and where all did, there is no table."""
+    """Tables of the entries' metrics and sizes; for a comparison, costs have a table of their own.
+
+    The best entry by a metric is on top, by default by the first metric. Failed entries are left out, and there is no
+    table where all failed.
+    """
     found = finished(entries)
     if not found:
         return []
@@ -99,12 +106,12 @@ def _table(entries: Sequence[Entry], columns: Mapping[str, Callable[[Entry], str
 
 
 def failures(entries: Sequence[Entry]) -> list[str]:
-    """Why entries are not in the table."""
+    """Why entries failed, one line each."""
     return [f"{entry.name}: {entry.failure}" for entry in entries if entry.failure]
 
 
-def of_sweep(sweep: Sweep, entries: Sequence[Entry], title: str) -> Page:
-    """What there is to show of a sweep, and what it asks and finds."""
+def sweep_page(sweep: Sweep, entries: Sequence[Entry], title: str) -> Page:
+    """The report page of a sweep, with its question and finding."""
     spread = SPREAD if sweep.seeds > 1 else ""
     done = len({repr([entry.at[axis] for axis in sweep.over]) for entry in entries})
     unfinished = f" {done} of {sweep.size} points are done." if done < sweep.size else ""
@@ -114,12 +121,12 @@ def of_sweep(sweep: Sweep, entries: Sequence[Entry], title: str) -> Page:
         texts=[f"{_rows(entries)}{unfinished}{spread}", *(f"{who}: {text}" for who, text in says.items() if text)],
         tables=tables_of(entries, sweep.metric),
         notes=failures(entries),
-        pictures=views.of_sweep(entries, sweep.metric, searched=sweep.trials is not None),
+        pictures=figures.sweep_figures(entries, sweep.metric, searched=sweep.trials is not None),
     )
 
 
 def _rows(entries: Sequence[Entry]) -> str:
-    """How many rows there were: no row is left out silently."""
+    """The numbers of rows and steps as text, so that no row is left out silently."""
     outcomes = [outcome for entry in entries for outcome in entry.outcomes]
     trained = _counts([outcome.training_rows for outcome in outcomes if outcome.steps])
     steps = _counts([outcome.steps for outcome in outcomes if outcome.steps])

@@ -1,4 +1,4 @@
-"""How cases are run: adapters over one base model at once, all others alone."""
+"""Runs cases: adapters on one base model at once, all others alone."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from collections.abc import Mapping, Sequence
 
 from softtune.errors import TrainingError
 from softtune.evaluation.metrics import direction
-from softtune.experiments.alone import clear, stored, train_alone
 from softtune.experiments.cases import PROMPTS, Case
+from softtune.experiments.isolated_run import clear, run_isolated, stored
 from softtune.experiments.outcomes import Entry, Outcome
 from softtune.experiments.prompting import answer_alone
+from softtune.formatting import shortened
 from softtune.training.folder import RunFolder
+from softtune.training.multi_run import TASKS
 from softtune.training.recipe import Recipe
 from softtune.training.report import Report
 from softtune.training.run import Result, train_all
 from softtune.training.setup import Progress
-from softtune.training.together import TASKS
-from softtune.wording import shortened
 
 LONGEST = 24
 """Characters of a case's name beside a progress bar."""
 
 
 def run_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
-    """Run cases, several only where all are adapters over one base model.
+    """Run cases; several only if all are adapters on one base model.
 
     Args:
-        cases: what to run.
-        progress: told of every step of all of them.
+        cases: the cases to run.
+        progress: called at every step of each case.
 
     Returns:
-        What each case came to.
+        The results of each case.
 
     Raises:
-        SofttuneError: one does not fit its task or base model.
+        SofttuneError: a case does not fit its task or base model.
     """
     first = shortened(cases[0].name, LONGEST)
-    told = _Sum(progress, first + (f" and {len(cases) - 1} more" if len(cases) > 1 else ""))
+    sums = _Sum(progress, first + (f" and {len(cases) - 1} more" if len(cases) > 1 else ""))
     if cases[0].is_adapter and not cases[0].is_alone:
-        return _train_at_once(cases, told)
+        return _train_at_once(cases, sums)
     [case] = cases
-    found = answer_alone(case, told) if case.entry in PROMPTS else [train_alone(case, run, told) for run in case.runs]
+    found = answer_alone(case, sums) if case.entry in PROMPTS else [run_isolated(case, run, sums) for run in case.runs]
     return [_entries(case, [{"": outcome} for outcome in found])]
 
 
 class _Sum:
-    """Progress of several runs as that of one: of their training, and of their evaluation.
+    """Adds up the progress of several runs, for training and evaluation each.
 
     Args:
-        progress: told of the sum.
-        name: of all of them.
+        progress: called with the sums.
+        name: name of all runs together.
     """
 
     def __init__(self, progress: Progress, name: str) -> None:
@@ -68,18 +68,18 @@ class _Sum:
 
 
 def _train_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
-    """All seeds of all cases at once, where their task allows it."""
+    """Train all seeds of all cases at once, where their task supports it."""
     runs = [run for case in cases for run in case.runs]
     for run in runs:
         if RunFolder(run).is_finished:
             clear(run)
-    companies = [runs] if runs[0].task in TASKS else [[run] for run in runs]
-    each = iter([result for company in companies for result in _train(company, progress)])
+    groups = [runs] if runs[0].task in TASKS else [[run] for run in runs]
+    each = iter([result for group in groups for result in _train(group, progress)])
     found = []
     for case in cases:
-        own = [next(each) for _ in range(case.seeds)]
-        failed = next((result for result in own if isinstance(result, TrainingError)), None)
-        reports = [result for result in own if isinstance(result, Report)]
+        results = [next(each) for _ in range(case.seeds)]
+        failed = next((result for result in results if isinstance(result, TrainingError)), None)
+        reports = [result for result in results if isinstance(result, Report)]
         found.append(case.failed(failed) if failed else _entries(case, [_outcomes(report) for report in reports]))
     return found
 
@@ -93,18 +93,18 @@ def _train(runs: Sequence[Recipe], progress: Progress) -> list[Result]:
 
 
 def _outcomes(report: Report) -> dict[str, Outcome]:
-    """What a run came to; an ensemble's by how its members answer: together, and each alone."""
-    found = report.evaluation
+    """Results of a run by name. An ensemble has several: for each vote, the mean of its members, and the best one."""
+    evaluation = report.evaluation
     metrics = {"": report.after}
-    if found.members:
+    if evaluation.members:
         first = next(iter(report.after))
-        ranked = sorted(found.members, key=lambda member: direction(first) * member[first])
+        ranked = sorted(evaluation.members, key=lambda member: direction(first) * member[first])
         mean = {name: statistics.mean(member[name] for member in ranked) for name in report.after}
-        together = {} if report.after is found.vote else {"mean probability": report.after}
-        metrics = {**together, "majority vote": found.vote, "mean of members": mean, "best member": ranked[-1]}
+        together = {} if report.after is evaluation.vote else {"mean probability": report.after}
+        metrics = {**together, "majority vote": evaluation.vote, "mean of members": mean, "best member": ranked[-1]}
     return {
         way: Outcome(
-            metrics=own,
+            metrics=scores,
             trained=report.trained,
             total=report.total,
             stored=stored(report.folder),
@@ -114,17 +114,17 @@ def _outcomes(report: Report) -> dict[str, Outcome]:
             training_rows=report.training_rows,
             evaluation_rows=report.evaluation_rows,
         )
-        for way, own in metrics.items()
+        for way, scores in metrics.items()
     }
 
 
-def _entries(case: Case, found: Sequence[Mapping[str, Outcome]]) -> list[Entry]:
-    """A case's line, or a line for each way in which an ensemble answers."""
+def _entries(case: Case, outcomes: Sequence[Mapping[str, Outcome]]) -> list[Entry]:
+    """The entry of a case, or an entry for each way in which an ensemble answers."""
     return [
         Entry(
             name=", ".join(filter(None, (case.name, way))),
             at={**case.at, **({"answered by": way} if way else {})},
-            outcomes=[own[way] for own in found],
+            outcomes=[by_way[way] for by_way in outcomes],
         )
-        for way in found[0]
+        for way in outcomes[0]
     ]

@@ -1,7 +1,7 @@
-"""Any fields of a recipe over a grid, or where Optuna's sampler looks, each point with several seeds.
+"""Sweeps over any fields of a recipe, on a grid or by Optuna's sampler, each point with several seeds.
 
-Points over one base model train at once, as adapters of the rows of one batch. What is finished is kept, and the same
-sweep goes on behind it: a grid's other points, or a search that is told what its first points came to.
+Points on one base model train at once, as adapters of the rows of one batch. Finished points are saved, and the same
+sweep resumes from them: a grid with its other points, a search by giving the sampler the results of its first points.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
 
 HINTS = {"over": "for each field list values, or {low, high} to search in, or name fields by points"}
-"""What to write in fields of several types."""
+"""Hints in error messages, for fields of several types."""
 
 ENTRY = "entry"
 """The axis, or field, that names a method or baseline."""
 
 
 class Range(BaseModel):
-    """Numbers to search in; whole ones if both ends are."""
+    """A range of numbers to search; of integers if both ends are."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     low: int | float
     high: int | float
     log: bool = False
-    """Whether each power of ten is as likely as the next."""
+    """Whether to sample on a logarithmic scale: each power of ten is as likely as the next."""
 
     @model_validator(mode="after")
     def _is_range(self) -> Range:
@@ -51,7 +51,7 @@ class Range(BaseModel):
 
 
 Axis = Range | list[Any] | dict[str, dict[str, Any]]
-"""Numbers to search in, values of a field, or named points, each with several fields."""
+"""A range to search, a list of a field's values, or named points that set several fields each."""
 
 
 class Sweep(BaseModel):
@@ -98,15 +98,16 @@ class Sweep(BaseModel):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, **of_recipe: Any) -> Sweep:
-        """Read a YAML file, some of its fields replaced; of a recipe's file, a sweep over that recipe.
+        """Load a sweep from a YAML file, with some fields replaced. A recipe's file gives a sweep over that recipe.
 
         Args:
-            path: of the file.
-            overrides: fields of the sweep.
-            of_recipe: fields of the recipe to replace beside those that the file does.
+            path: path of the file.
+            overrides: fields of the sweep to replace.
+            of_recipe: fields of the recipe to replace, in addition to those that the file replaces.
 
         Raises:
-            ConfigError: there is no such file, it is no YAML mapping, or a field is unknown, missing or out of range.
+            ConfigError: there is no such file, it is not a YAML mapping, or a field is unknown, missing or out of
+                range.
         """
         fields = read_fields(path, "sweep")
         if "model" in fields:
@@ -118,11 +119,14 @@ class Sweep(BaseModel):
         return sweep.model_copy(update={"recipe": str(Path(path).parent / sweep.recipe)})
 
     def save(self, folder: Path) -> None:
-        """Write it into its folder, where its page finds what it asks, and forget what failed there and may not again.
-        Raises ConfigError where another is there that has come to something."""
-        there = Sweep.load(folder / SWEEP_NAME) if (folder / SWEEP_NAME).is_file() else None
+        """Save the sweep in its folder, for its report page, and remove failures that may be run again.
+
+        Raises:
+            ConfigError: the folder has another experiment with results.
+        """
+        saved = Sweep.load(folder / SWEEP_NAME) if (folder / SWEEP_NAME).is_file() else None
         done = [entry for entry in entries_of(folder) if entry.is_final]
-        if done and (there is None or not self._goes_on_from(there, done)):
+        if done and (saved is None or not self._goes_on_from(saved, done)):
             raise ConfigError(f"{folder} has another experiment: name another output, or delete it")
         forget_failures(folder)
         fields = self.model_dump(mode="json", exclude_unset=True) | {"recipe": str(Path(self.recipe).resolve())}
@@ -130,7 +134,7 @@ class Sweep(BaseModel):
             (stage / SWEEP_NAME).write_text(to_yaml(fields), encoding="utf-8")
 
     def _goes_on_from(self, other: Sweep, done: Sequence[Entry]) -> bool:
-        """Whether all points of another sweep that came to something are among this one's."""
+        """Whether this sweep can resume another: all finished points of the other are among its own."""
         if [*self.over] != [*other.over] or (self.fields, self.seeds) != (other.fields, other.seeds):
             return False
         if self.trials is not None or other.trials is not None:
@@ -140,17 +144,17 @@ class Sweep(BaseModel):
 
     @property
     def points(self) -> Iterator[dict[str, Any]]:
-        """All points of the grid: values, or names, by axis."""
+        """All points of the grid: a value, or the name of a point, by axis."""
         for values in itertools.product(*self.over.values()):
             yield dict(zip(self.over, values, strict=True))
 
     @property
     def size(self) -> int:
-        """How many points run."""
+        """Number of points to run."""
         return self.trials or sum(1 for _ in self.points)
 
     def changes(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """The recipe's fields at a point."""
+        """The recipe fields that a point sets."""
         changes: dict[str, Any] = {}
         for name, value in point.items():
             axis = self.over[name]
@@ -159,86 +163,91 @@ class Sweep(BaseModel):
 
 
 def _has(axis: Axis, other: Axis, value: Any) -> bool:
-    """Whether an axis has a value, or named point, of another."""
+    """Whether an axis has a value, or a named point, of another axis."""
     if isinstance(axis, dict) and isinstance(other, dict):
         return value in axis and axis[value] == other[value]
     return isinstance(axis, list) and isinstance(other, list) and value in axis
 
 
-def sweep(asked: Sweep, recipe: Recipe, *, run: Runner = run_here, progress: Progress = lambda *_: None) -> list[Entry]:
+def sweep(
+    config: Sweep, recipe: Recipe, *, run: Runner = run_here, progress: Progress = lambda *_: None
+) -> list[Entry]:
     """Run a sweep.
 
     Args:
-        asked: the sweep.
-        recipe: its recipe; its output is the folder of the sweep.
-        run: runs cases that train at once; in this process by default, or on Ray.
-        progress: told of every step.
+        config: the sweep.
+        recipe: its recipe, whose output is the sweep's folder.
+        run: runs the cases; in this process by default, or on Ray.
+        progress: called at every step.
 
     Raises:
-        ConfigError: a point's fields do not go together, the metric does not fit the task, there is another sweep in
-            the folder, Optuna is not installed, or a recipe without evaluation rows.
+        ConfigError: a point's fields are incompatible, the metric does not fit the task, the folder has another
+            experiment, Optuna is not installed, or the recipe has no evaluation rows.
         DataError: the data does not fit.
     """
-    if asked.trials is not None:
-        return _search(asked, recipe, run, progress)
-    cases = with_rows([_case(asked, recipe, number, point) for number, point in enumerate(asked.points)])
-    _check_metric(asked, cases)
-    asked.save(Path(recipe.output))
-    found = run_cases(cases, at_once=asked.at_once, run=run, progress=progress)
+    if config.trials is not None:
+        return _search(config, recipe, run, progress)
+    cases = with_rows([_case(config, recipe, number, point) for number, point in enumerate(config.points)])
+    _check_metric(config, cases)
+    config.save(Path(recipe.output))
+    found = run_cases(cases, at_once=config.at_once, run=run, progress=progress)
     return [entry for entries in found for entry in entries]
 
 
-def _check_metric(asked: Sweep, cases: Sequence[Case]) -> None:
+def _check_metric(config: Sweep, cases: Sequence[Case]) -> None:
     names = metric_names(cases[0].recipe.definition)
     if other := next((case for case in cases if metric_names(case.recipe.definition) != names), None):
         raise ConfigError(f"{other.name} is not measured as {cases[0].name} is: sweep over one kind of answers")
-    if asked.metric is not None and asked.metric not in names:
-        raise ConfigError(f"metric {asked.metric!r} does not fit the task: use one of {', '.join(names)}")
+    if config.metric is not None and config.metric not in names:
+        raise ConfigError(f"metric {config.metric!r} does not fit the task: use one of {', '.join(names)}")
 
 
-def _case(asked: Sweep, recipe: Recipe, number: int, point: dict[str, Any]) -> Case:
-    changes = {**asked.fields, **asked.changes(point)}
+def _case(config: Sweep, recipe: Recipe, number: int, point: dict[str, Any]) -> Case:
+    changes = {**config.fields, **config.changes(point)}
     entry = changes.pop(ENTRY, "")
     name = ", ".join(said(axis.rpartition(".")[2], value) for axis, value in point.items())
     fields = recipe.model_dump(exclude_unset=True)
-    return Case.of(fields, entry, changes, name=name, number=number, seeds=asked.seeds, at=point)
+    return Case.from_fields(fields, entry, changes, name=name, number=number, seeds=config.seeds, at=point)
 
 
-def _search(asked: Sweep, recipe: Recipe, run: Runner, progress: Progress) -> list[Entry]:
-    """As many points at a time as train at once. The sampler's choices follow from its seed and from what it was told,
-    so that a search that was interrupted begins with the same points, which are kept."""
+def _search(config: Sweep, recipe: Recipe, run: Runner, progress: Progress) -> list[Entry]:
+    """Search with Optuna, in rounds of as many points as train at once.
+
+    The sampler's choices depend on its seed and on the results that it was given. So an interrupted search begins again
+    with the same points, whose results are saved.
+    """
     try:
         import optuna
     except ImportError as error:
         raise ConfigError("trials needs the package optuna: pip install optuna, or drop trials") from error
-    assert asked.trials is not None
+    assert config.trials is not None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=asked.fields.get("seed", recipe.seed))
+    sampler = optuna.samplers.TPESampler(seed=config.fields.get("seed", recipe.seed))
     study = optuna.create_study(direction="maximize", sampler=sampler)
     found: list[Entry] = []
     rows: dict[str, dict[str, str]] = {}
-    width = max(1, asked.at_once // asked.seeds)
-    for first in range(0, asked.trials, width):
-        trials = [study.ask() for _ in range(min(width, asked.trials - first))]
-        cases = with_rows([_case(asked, recipe, trial.number, _point(asked, trial)) for trial in trials], rows)
-        _check_metric(asked, cases)
+    width = max(1, config.at_once // config.seeds)
+    for first in range(0, config.trials, width):
+        trials = [study.ask() for _ in range(min(width, config.trials - first))]
+        cases = with_rows([_case(config, recipe, trial.number, _point(config, trial)) for trial in trials], rows)
+        _check_metric(config, cases)
         if not first:
-            asked.save(Path(recipe.output))
-        each = run_cases(cases, at_once=asked.at_once, run=run, progress=progress)
+            config.save(Path(recipe.output))
+        each = run_cases(cases, at_once=config.at_once, run=run, progress=progress)
         for trial, entries in zip(trials, each, strict=True):
             if entries[0].failure:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
-                metric = asked.metric or entries[0].metrics[0]
+                metric = config.metric or entries[0].metrics[0]
                 study.tell(trial, direction(metric) * entries[0].mean(metric))
             found += entries
     return found
 
 
-def _point(asked: Sweep, trial: Any) -> dict[str, Any]:
-    """Where a trial looks."""
+def _point(config: Sweep, trial: Any) -> dict[str, Any]:
+    """The values that an Optuna trial suggests, by axis."""
     point: dict[str, Any] = {}
-    for name, axis in asked.over.items():
+    for name, axis in config.over.items():
         if not isinstance(axis, Range):
             values = [*axis]
             point[name] = values[trial.suggest_categorical(name, range(len(values)))]

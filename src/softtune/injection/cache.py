@@ -1,11 +1,11 @@
-"""Prefixes in caches. Letters: B rows, H key/value heads, P virtual tokens, S tokens of the text.
+"""Caches that contain a prefix. Letters: B rows, H key/value heads, P virtual tokens, S tokens of the text.
 
-``PrefixCache`` serves decoders whose attention does not go through the interface (Bloom, Falcon, MPT, GPT-J...): it
-answers every ``update`` with the prefix in front of what the text's own cache returns. Without such a cache it keeps
-nothing, so that gradient checkpointing may call it twice.
+``PrefixCache`` is for decoders that do not use the attention interface (Bloom, Falcon, MPT, GPT-J...): every ``update``
+returns the prefix in front of what the text's own cache returns. Without such a cache it stores nothing, so that
+gradient checkpointing may call it twice.
 
-``PrefixLayer`` serves decoding through the interface: it holds the prefix in front of the text once and for all, so
-that a step need not join them again, and counts the text alone.
+``PrefixLayer`` is for decoding with the attention interface: it stores the prefix in front of the text, so that no
+step has to concatenate them again, and its length is that of the text alone.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from softtune.methods.base import KeyValue
 
 
 class PrefixCache(Cache):
-    """Keys and values of a prefix in front of a text's.
+    """A cache that returns a prefix's keys and values in front of the text's.
 
     Args:
         prefixes: each layer's prefix.
-        inner: the text's own cache; None to keep nothing.
-        layout: where rows begin at different columns, since linear biases count the columns between keys; by default
-            the prefix stands in front of all columns.
+        inner: the text's own cache; None to store nothing.
+        layout: for rows that start at different columns, since ALiBi counts the columns between keys; by default the
+            prefix stands in front of all columns.
     """
 
     def __init__(self, prefixes: Sequence[KeyValue], inner: Cache | None, layout: Layout | None = None) -> None:
@@ -58,22 +58,22 @@ class PrefixCache(Cache):
         prefix = self.prefixes[layer_idx]
         return self._join(prefix.key, key_states), self._join(prefix.value, value_states)
 
-    def _join(self, prefix: Tensor, own: Tensor) -> Tensor:
+    def _join(self, prefix: Tensor, states: Tensor) -> Tensor:
         if self.layout is None:
-            return prepend(prefix, own)
-        return self.layout.merge(own.transpose(1, 2), prefix.transpose(1, 2)).transpose(1, 2)
+            return prepend(prefix, states)
+        return self.layout.merge(states.transpose(1, 2), prefix.transpose(1, 2)).transpose(1, 2)
 
     def align_keys(self, weights: Tensor) -> Tensor:
-        """Attention weights [B, H, Q, S] over the text, out of [B, H, Q, P + S]."""
+        """Attention weights [B, H, Q, S] over the text, from [B, H, Q, P + S]."""
         return weights[..., self.length :] if self.layout is None else self.layout.align_keys(weights)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length + (self.inner.get_seq_length(layer_idx) if self.inner is not None else 0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length of the keys that a query sees, and the position of the first one."""
-        own = query_length if self.inner is None else self.inner.get_mask_sizes(query_length, layer_idx)[0]
-        return self.length + own, 0
+        """Number of keys that the queries attend to, and the position of the first one."""
+        text_length = query_length if self.inner is None else self.inner.get_mask_sizes(query_length, layer_idx)[0]
+        return self.length + text_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length(layer_idx)
@@ -88,7 +88,7 @@ class PrefixCache(Cache):
 
 
 class PrefixLayer(DynamicLayer):
-    """A growing cache layer that begins with a prefix, and has the length of the text behind it.
+    """A dynamic cache layer that starts with a prefix, and whose length is that of the text behind it.
 
     Args:
         prefix: the layer's prefix, for each row.
@@ -106,39 +106,52 @@ class PrefixLayer(DynamicLayer):
         return super().get_seq_length() - self.length
 
     def holds(self, prefix: KeyValue) -> bool:
-        """Whether this is the prefix that the layer begins with."""
+        """Whether the layer starts with this prefix."""
         assert self.keys is not None
-        own, other = self.keys[0, :, : self.length], prefix.key[0].to(self.keys.dtype)
-        return bool(((own == other) | (own.isnan() & other.isnan())).all())  # after a training that blew up
+        cached, other = self.keys[0, :, : self.length], prefix.key[0].to(self.keys.dtype)
+        return bool(((cached == other) | (cached.isnan() & other.isnan())).all())  # NaN after a training that diverged
 
     def reset(self) -> None:
-        """Forget the text."""
+        """Drop the text, and keep the prefix."""
         self.crop(-self.get_seq_length())
 
 
 def begin_with(prefixes: Mapping[Any, KeyValue], cache: Any, step: Step, dtype: torch.dtype) -> set[Any]:
-    """Put prefixes that are not being trained into an empty cache; the modules whose layer of a cache holds one."""
+    """Put prefixes into an empty cache, if gradients are off.
+
+    Args:
+        prefixes: each attention module's prefix.
+        cache: the call's cache.
+        step: the call.
+        dtype: of the base model.
+
+    Returns:
+        The modules whose cache layer starts with their prefix.
+
+    Raises:
+        AdapterError: the cache starts with another prefix.
+    """
     layers = dict(enumerate(cache.layers)) if type(cache) is DynamicCache else {}
     if layers and not step.is_continued and not torch.is_grad_enabled():
         for module, prefix in prefixes.items():
             if type(layers.get(module.layer_idx)) is DynamicLayer:
                 layers[module.layer_idx] = cache.layers[module.layer_idx] = PrefixLayer(prefix, dtype)
-    held = {m: layer for m in prefixes if layers and isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
-    for module, layer in list(held.items())[:1]:  # one tells: looking at every layer would cost more than it is worth
+    cached = {m: layer for m in prefixes if layers and isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
+    for module, layer in list(cached.items())[:1]:  # one is enough: comparing all of them would cost too much
         if not layer.holds(prefixes[module]):
             raise AdapterError("the cache was computed with another adapter: leave it out")
-    return set(held)
+    return set(cached)
 
 
 def make_room(cache: Any, is_virtual: Tensor) -> None:
-    """Let an empty cache take virtual tokens among the words, and keep them when the words leave a window.
+    """Prepare an empty cache for virtual tokens at the input, which it keeps when they leave a sliding window.
 
     Args:
-        cache: of a stack's words.
-        is_virtual: [B, S] which of the first slots are virtual tokens'.
+        cache: the stack's cache.
+        is_virtual: [B, S] which of the first slots are virtual tokens.
 
     Raises:
-        UnsupportedModelError: a static cache holds no more than the windows.
+        UnsupportedModelError: a static cache has no layer that is longer than a sliding window.
     """
     sizes = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
     for number, layer in enumerate(cache.layers):
@@ -155,13 +168,13 @@ def make_room(cache: Any, is_virtual: Tensor) -> None:
 
 
 def virtual_slots(cache: Any, slots: int, rows: int) -> Tensor:
-    """[B, S] which slots of a cache, and of the step that goes on from it, are virtual tokens'."""
+    """[B, S] which slots of a cache, and of the step that continues from it, are virtual tokens."""
     is_virtual = multiplied(cache.softtune_virtual, rows)
     return F.pad(is_virtual, (0, slots - is_virtual.shape[1]))
 
 
 def as_long_as(cache: Cache | None, mask: Tensor) -> Tensor:
-    """[B, W] a mask filled up to the length of a static cache: Bloom makes linear biases of it for all keys."""
+    """[B, W] a mask padded to the length of a static cache, since Bloom computes ALiBi from it for all keys."""
     sizes = (
         [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)] if cache is not None else []
     )
@@ -169,7 +182,7 @@ def as_long_as(cache: Cache | None, mask: Tensor) -> Tensor:
 
 
 def own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:
-    """The text's cache where the call has or wants one. Gradient checkpointing allows none."""
+    """The call's cache, or a new one where the call uses a cache and no gradient checkpointing."""
     cache: Cache | None = call.get("cache")
     if cache is not None:
         return cache
@@ -178,6 +191,6 @@ def own_cache(stack: PreTrainedModel, call: Call) -> Cache | None:
     return DynamicCache(config=stack.config) if uses_cache and not is_checkpointing(stack) else None
 
 
-def prepend(prefix: Tensor, own: Tensor) -> Tensor:
-    """[B, H, P, K] before [B, H, S, K]."""
-    return torch.cat([prefix.to(own.dtype), own], dim=2)
+def prepend(prefix: Tensor, states: Tensor) -> Tensor:
+    """[B, H, P + S, K]: a prefix [B, H, P, K] in front of states [B, H, S, K]."""
+    return torch.cat([prefix.to(states.dtype), states], dim=2)

@@ -1,7 +1,6 @@
-"""Before which column of the caller's rows virtual tokens stand: in front of the text, at its end, or where a template
-has them.
+"""The columns where virtual tokens stand in the caller's rows: in front of the text, at its end, or as in a template.
 
-Letters: B rows, N virtual tokens among the words, T columns.
+Letters: B rows, N virtual tokens at the input, T columns.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from softtune.injection.trim import Trim
 
 
 class Columns:
-    """The columns of one batch, over all its calls.
+    """The virtual tokens' columns in one batch, over all its calls.
 
     Args:
-        given: [B, N] the caller's choice.
+        given: [B, N] the caller's ``prompt_positions``; by default they follow from the prompts.
         text_ends: [B] where the texts end; by default behind the last token of the first call.
     """
 
@@ -27,20 +26,20 @@ class Columns:
         self.given = given
         self.text_ends = text_ends
         self.trim: Trim | None = None
-        """What is left out of the rows in the present call."""
+        """The columns that the present call leaves out."""
 
-    def of(self, step: Step, here: RowPrompts) -> Tensor:
-        """[B, N] the column before which each virtual token stands; [B, 1] is enough for an infix."""
+    def of_vectors(self, step: Step, row_prompts: RowPrompts) -> Tensor:
+        """[B, N] the column before which each virtual token stands; [B, 1] for an infix without given columns."""
         cut = self.trim.left if self.trim else 0
         if self.given is not None:
             return (self._checked(step) - cut).clamp(0, step.length)
-        if here.has_suffix and self.text_ends is None:
+        if row_prompts.has_suffix and self.text_ends is None:
             self.text_ends = cut + step.ends  # kept, since decoding without a cache calls again with a longer text
         columns = step.starts
-        if here.has_suffix and self.text_ends is not None:
+        if row_prompts.has_suffix and self.text_ends is not None:
             ends = multiplied(self.text_ends.to(step.device), step.rows) - cut
-            columns = torch.where(here.after_text, ends.clamp(0, step.length), columns)
-        return columns[:, None].expand(-1, max(here.is_vector.shape[1], 1))
+            columns = torch.where(row_prompts.after_text, ends.clamp(0, step.length), columns)
+        return columns[:, None].expand(-1, max(row_prompts.is_vector.shape[1], 1))
 
     def _checked(self, step: Step) -> Tensor:
         assert self.given is not None
@@ -55,9 +54,13 @@ class Columns:
             raise DataError("prompt_positions do not ascend: give each row's columns in ascending order")
         return columns
 
-    def of_infix(self, step: Step, here: RowPrompts) -> Tensor:
-        """[B, 1] the column before which the infix stands."""
-        columns = self.of(step, here)
-        if bool((columns != columns[:, :1]).any(dim=1).logical_and(here.after_text).any()):
+    def of_infix(self, step: Step, row_prompts: RowPrompts) -> Tensor:
+        """[B, 1] the column before which the infix stands.
+
+        Raises:
+            DataError: the given columns of a row's infix differ.
+        """
+        columns = self.of_vectors(step, row_prompts)
+        if bool((columns != columns[:, :1]).any(dim=1).logical_and(row_prompts.after_text).any()):
             raise DataError("an infix stands at one place of a text: write its virtual tokens next to one another")
         return columns[:, :1]

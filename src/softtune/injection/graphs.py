@@ -1,5 +1,8 @@
-"""``torch.export``: a graph serves any batch of its shape, so that what usually depends on a batch's numbers, such as
-leaving out padding, is done in the way that is right for every batch."""
+"""Support for ``torch.export``.
+
+An exported graph serves any batch of its shape. So what otherwise depends on a batch's values, such as leaving out
+padding, is done in the way that is right for every batch.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,29 @@ from softtune.errors import UnsupportedModelError
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` makes a graph."""
+    """Whether ``torch.export`` is tracing the model."""
     return torch.compiler.is_exporting()
 
 
 def holds(condition: Tensor, *, when_exporting: bool) -> bool:
-    """Whether a condition on numbers holds.
+    """Whether a condition on a batch's values is true.
 
     Args:
-        condition: [] the condition.
-        when_exporting: what to suppose for any batch.
+        condition: [] the condition, a boolean tensor.
+        when_exporting: the result while exporting, for any batch.
     """
     return when_exporting if is_exporting() else bool(condition)
 
 
 def check_graph(backbone: Backbone, text: Tensor | None) -> None:
-    """Look whether a graph that is being made can be right.
+    """Check that the model can be exported, where it is being traced.
 
     Args:
-        backbone: the base model's.
+        backbone: the base model.
         text: [B, T] or [B, T, D] the input.
 
     Raises:
-        UnsupportedModelError: it cannot.
+        UnsupportedModelError: ``torch.jit.trace`` is used, the model has not run yet, or a shape is dynamic.
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise UnsupportedModelError("torch.jit.trace keeps the shapes of one batch: use torch.export")

@@ -1,4 +1,4 @@
-"""Where the tokens of a batch and their virtual tokens stand in the sequence that the layers see.
+"""Where a batch's tokens and virtual tokens stand in the sequence that the layers see.
 
 Pure index arithmetic. Letters: B rows, T tokens of the caller, P virtual tokens, S = T + P slots. A *column* is a place
 in the caller's rows, a *slot* one in the layers' sequence. Virtual tokens stand next to the text, never beyond its
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of one batch. Build it with ``Layout.of``."""
+    """The slots of a batch's tokens and virtual tokens. Build it with ``Layout.from_columns``."""
 
     token_slots: Tensor
     """[B, T] slot of each of the caller's tokens."""
@@ -27,18 +27,18 @@ class Layout:
     columns: Tensor
     """[B, P] the caller's column before which each virtual token stands."""
     is_real: Tensor
-    """[B, P] which virtual tokens are no padding."""
+    """[B, P] which virtual tokens are not padding."""
 
     @classmethod
-    def of(cls, starts: Tensor, length: int, columns: Tensor, is_real: Tensor, *, causal: bool) -> Layout:
-        """Lay out a batch.
+    def from_columns(cls, starts: Tensor, length: int, columns: Tensor, is_real: Tensor, *, causal: bool) -> Layout:
+        """Compute the layout of a batch.
 
         Args:
             starts: [B] the column of each row's first real token.
             length: T.
             columns: [B, P], ascending; the column before which each virtual token stands, T at the end.
-            is_real: [B, P]; padding comes first in a causal model, where it stands before everything, and last in
-                another, where it stands behind everything.
+            is_real: [B, P] which virtual tokens are not padding. Padding comes first in a causal model, where it stands
+                before everything, and last in a bidirectional one, where it stands behind everything.
             causal: whether rows stay where the caller has them. A bidirectional encoder's rows move to the left, since
                 its pooler and its position table count from the first slot.
         """
@@ -55,12 +55,12 @@ class Layout:
         return cls(token_slots, virtual_slots, output_slots, columns, is_real)
 
     def merge(self, tokens: Tensor, virtual: Tensor) -> Tensor:
-        """Tokens [B, T, ...] and virtual tokens [B, P, ...] in their slots [B, S, ...]."""
+        """[B, S, ...] tokens [B, T, ...] and virtual tokens [B, P, ...] in their slots."""
         slots = torch.cat([self.token_slots, self.virtual_slots], dim=1)
         return _pick(torch.cat([tokens, virtual.to(tokens.dtype)], dim=1), slots.argsort(dim=1))
 
     def merge_positions(self, positions: Tensor) -> Tensor:
-        """[B, S] positions, out of the tokens' own [B, T] counted without virtual tokens."""
+        """[B, S] positions of all slots, from the tokens' positions [B, T], which do not count virtual tokens."""
         order = (self.is_real.cumsum(1) - 1).clamp(min=0)
         tokens = torch.arange(positions.shape[1], device=positions.device)
         before = ((self.columns[:, None, :] <= tokens[:, None]) & self.is_real[:, None, :]).sum(-1)
@@ -68,16 +68,16 @@ class Layout:
         return self.merge(positions + before, following + order)
 
     def align(self, states: Tensor) -> Tensor:
-        """The outputs [B, T, ...] that stand for the caller's tokens, out of the layers' [B, S, ...]."""
+        """[B, T, ...] outputs for the caller's tokens, from the layers' outputs [B, S, ...]."""
         return _pick(states, self.output_slots)
 
     def align_attention(self, weights: Tensor) -> Tensor:
-        """Attention weights [B, H, T, T] of the caller's tokens, out of [B, H, S, S]."""
+        """Attention weights [B, H, T, T] of the caller's tokens, from [B, H, S, S]."""
         rows = self.output_slots[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[3])
         return self.align_keys(weights.gather(2, rows))
 
     def align_keys(self, weights: Tensor) -> Tensor:
-        """Attention weights [B, H, Q, T] over the caller's tokens, out of [B, H, Q, S]."""
+        """Attention weights [B, H, Q, T] over the caller's tokens, from [B, H, Q, S]."""
         keys = self.token_slots[:, None, None, :].expand(-1, *weights.shape[1:3], -1)
         return weights.gather(3, keys)
 
@@ -97,13 +97,13 @@ def row_ends(mask: Tensor | None, rows: int, length: int, device: torch.device) 
 
 
 def is_contiguous(mask: Tensor) -> bool:
-    """Whether each row's real tokens stand next to one another, by the attention mask [B, T]."""
+    """Whether each row's real tokens are contiguous, by the attention mask [B, T]."""
     rows, length = mask.shape
     tokens = row_ends(mask, rows, length, mask.device) - row_starts(mask, rows, mask.device)
     return bool((tokens == (mask != 0).sum(dim=1)).all())
 
 
 def _pick(x: Tensor, slots: Tensor) -> Tensor:
-    """[B, N, ...] out of [B, S, ...] by slots [B, N]."""
+    """[B, N, ...] gathered from [B, S, ...] by slots [B, N]."""
     index = slots.reshape(*slots.shape, *[1] * (x.dim() - 2)).expand(*slots.shape, *x.shape[2:])
     return x.gather(1, index)

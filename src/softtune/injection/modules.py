@@ -1,4 +1,4 @@
-"""Trained changes at the outputs of single modules: biases added, heads replaced. The base model's tensors stay.
+"""Trained changes to the outputs of single modules: added biases and replaced heads. The base model's tensors stay.
 
 Each adapter of a batch may have its own. Letters: R adapters, B rows, N features of an output.
 """
@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtune.backbone import Backbone, around_runs, turn
+from softtune.backbone import Backbone, around_runs, model_session
 from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot
 from softtune.errors import UnsupportedModelError
 from softtune.injection.rows import multiplied
 
 Additions = Sequence[tuple[BiasSlot, Tensor]]
-"""Every place where an adapter adds to an output, and what [width] it adds there."""
+"""Each bias that an adapter adds to a module's output: its slot, and the added tensor [width]."""
 
 
 class ModuleChanges:
-    """What the adapters of a batch do to the outputs of single modules.
+    """Hooks that apply the changes of a batch's adapters to the outputs of single modules.
 
     Args:
         backbone: the base model.
-        biases: R times what is added.
-        heads: R times the copies that answer in place of modules, by the names of the modules.
-        rows: [B] which adapter each row has; None where there is only one.
+        biases: each of the R adapters' added biases.
+        heads: each of the R adapters' trained copies of modules, by module name. They compute the output instead.
+        rows: [B] index of each row's adapter; None where there is only one.
     """
 
     def __init__(
@@ -47,27 +47,27 @@ class ModuleChanges:
             self._hooks.setdefault(self._model.get_submodule(name), []).append(hook)
 
     def reach(self, part: nn.Module) -> bool:
-        """Whether anything changes within a part of the model."""
+        """Whether a part of the model contains a changed module."""
         return any(module in self._hooks for module in part.modules())
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """Change outputs for the length of the block, and whenever a layer that it checkpoints runs again."""
+        """Change outputs for the length of the block, and whenever a layer checkpointed in it is recomputed."""
         with self._inside(self._model), around_runs(self._model, self._again):
             yield
 
     @contextmanager
     def _again(self, layer: nn.Module) -> Iterator[None]:
-        """Change a layer's outputs, and let no other call do so, unless those of the whole are being changed."""
+        """Change a recomputed layer's outputs in a model session, unless the whole model's are being changed."""
         if self._is_acting:
             yield
             return
-        with turn(self._model), self._inside(layer):
+        with model_session(self._model), self._inside(layer):
             yield
 
     @contextmanager
     def _inside(self, part: nn.Module) -> Iterator[None]:
-        """Change the outputs of a part of the model."""
+        """Change the outputs of a part of the model for the length of the block."""
         with ExitStack() as stack:
             for module in part.modules() if self._hooks else ():
                 for hook in self._hooks.get(module, ()):
@@ -86,7 +86,7 @@ def _refuse(name: str, *_: Any) -> None:
 
 
 def _adders(backbone: Backbone, adapters: Sequence[Additions], rows: Tensor | None) -> list[tuple[str, Any]]:
-    """Names of modules, and the hooks that add each adapter's changes to their outputs."""
+    """Module names, and the hooks that add each adapter's biases to their outputs."""
     changes: dict[str, list[Tensor | None]] = {}
     slots: dict[str, BiasSlot] = {}
     for number, additions in enumerate(adapters):
@@ -113,7 +113,7 @@ def _adder(slot: BiasSlot, changes: Sequence[Tensor | None], rows: Tensor | None
 
 
 def _per_row(added: Tensor, rows: Tensor, output: Tensor, is_by_head: bool) -> Tensor:
-    """[B, 1, ..., N] each row's addition [N]; an output of B·T tokens in one dimension counts as B rows of T, and one
+    """[B, 1, ..., N] each row's addition [N]. An output of B·T tokens in one dimension counts as B rows of T, and one
     row of B tokens as B rows."""
     if len(output) == 1 and output.shape[1 + is_by_head] == len(rows):
         return added[rows].view(1, *[1] * is_by_head, len(rows), *[1] * (output.dim() - 3 - is_by_head), -1)
@@ -121,8 +121,8 @@ def _per_row(added: Tensor, rows: Tensor, output: Tensor, is_by_head: bool) -> T
 
 
 def _answers(adapters: Sequence[Mapping[str, nn.Module]], rows: Tensor | None) -> list[tuple[str, Any]]:
-    """Names of modules, and the hooks that let each adapter's copies answer for its rows in place of them."""
-    names = {name: [copies.get(name) for copies in adapters] for own in adapters for name in own}
+    """Module names, and the hooks that replace the outputs for each adapter's rows by those of its copies."""
+    names = {name: [copies.get(name) for copies in adapters] for heads in adapters for name in heads}
     return [(name, _answer(copies, rows)) for name, copies in names.items()]
 
 
@@ -134,15 +134,17 @@ def _answer(copies: Sequence[nn.Module | None], rows: Tensor | None) -> Any:
                     raise UnsupportedModelError(
                         f"modules_to_save: {type(module).__name__} returns more than one tensor, name one inside it"
                     )
-                own = _in_fp32(copy, args, kwargs).to(output.dtype)
-                output = own if rows is None else _choose(multiplied(rows, len(output)) == number, own, output)
+                replaced = _in_fp32(copy, args, kwargs).to(output.dtype)
+                output = (
+                    replaced if rows is None else _choose(multiplied(rows, len(output)) == number, replaced, output)
+                )
         return output
 
     return answer
 
 
 def _in_fp32(head: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    """The output of a trained head, which stays in full precision beside a base model of half."""
+    """The output of a trained head, which stays in float32 beside a base model in half precision."""
 
     def raised(x: Any) -> Any:
         return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -151,5 +153,5 @@ def _in_fp32(head: nn.Module, args: Any, kwargs: Any) -> Tensor:
     return output
 
 
-def _choose(mine: Tensor, own: Tensor, output: Tensor) -> Tensor:
-    return torch.where(mine.to(output.device).view(-1, *[1] * (output.dim() - 1)), own, output)
+def _choose(is_replaced: Tensor, replaced: Tensor, output: Tensor) -> Tensor:
+    return torch.where(is_replaced.to(output.device).view(-1, *[1] * (output.dim() - 1)), replaced, output)

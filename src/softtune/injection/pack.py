@@ -1,9 +1,9 @@
-"""Runs a batch without its padding, and what rows have in common once: all tokens stand in one row of the layers.
+"""Packs a batch's tokens into one row of the layers, without padding, and with the first tokens that rows share once.
 
-All of a decoder's layer but its attention treats tokens one by one, so it takes them in any arrangement. Attention
-alone sees rows: a wrapper gathers each row's queries and keys, and puts the outputs back. Rows that begin alike (a
-template's first words; one text before several labels) share the tokens that they begin with, which see nothing of what
-follows. Outputs are those of the padded batch, and the gradients of shared tokens add up.
+Everything in a decoder layer but attention treats tokens one by one, so it takes them in any arrangement. Only
+attention sees rows: a wrapper gathers each row's queries and keys, and puts the outputs back. Rows that start alike (a
+template's first words; one text before several labels) share their first tokens, which do not depend on what follows.
+Outputs are those of the padded batch, and the gradients of shared tokens add up.
 
 Letters: B rows, T columns, L tokens of the longest row, N tokens of the pack, G rows of a group, Q of their queries, S
 of their keys.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from softtune.backbone import Stack
 from softtune.backbone.interface import Attention, takes_any_mask
-from softtune.injection.attention import PrefixAttention
+from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.layout import is_contiguous
 from softtune.injection.rows import multiplied
 from softtune.injection.step import TEXT, Call, Step, features_of
@@ -28,45 +28,46 @@ from softtune.injection.trim import each_state
 
 
 def can_pack(stack: Stack, call: Call) -> bool:
-    """Whether tokens may stand in any arrangement: nothing but states is asked for, and there is no cache."""
+    """Whether a call's tokens can be packed: it requests hidden states alone, and has no cache and no position ids."""
     mask, config = call.get("attention_mask"), stack.module.config
     is_whole = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and is_contiguous(mask))
-    asks = any(
+    requests_more = any(
         getattr(config, name, False) if call.get(name) is None else call[name]
         for name in ("output_attentions", "output_router_logits")
     )
     has_places = call.get("cache") is not None or call.get("position_ids") is not None
-    is_free = call.get("use_cache") is False and not has_places and not asks
+    is_free = call.get("use_cache") is False and not has_places and not requests_more
     return is_free and is_whole and takes_any_mask(config)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of like length, whose attention runs together. What fills up shorter rows is seen by nobody."""
+    """Rows of similar length, whose attention runs as one batch. The padding of shorter rows is masked."""
 
     rows: Tensor
-    """[G] numbers of the rows in the batch."""
+    """[G] indices of the rows in the batch."""
     queries: Tensor
-    """[G, Q] places in the pack of the tokens that it has from no other row."""
+    """[G, Q] indices in the pack of the tokens that each row takes from no other row."""
     keys: Tensor
-    """[G, S] places of all tokens."""
+    """[G, S] indices in the pack of all tokens of each row."""
     numbers: Tensor
-    """[G, Q] which of its row's tokens a query is."""
+    """[G, Q] index of each query in its row."""
     is_query: Tensor
-    """[G, Q] which queries are no filling."""
+    """[G, Q] which queries are not padding."""
 
     def mask(self, whole: Tensor) -> Tensor:
-        """[G or 1, 1, Q, S] what the queries see, by the mask [1, 1, L, L] of a row of all keys."""
+        """[G or 1, 1, Q, S] the queries' mask, from the mask [1, 1, L, L] of the longest row."""
         numbers = self.numbers[:1] if bool((self.numbers == self.numbers[:1]).all()) else self.numbers
         return whole[0, 0, numbers, : self.keys.shape[1]][:, None]
 
 
 class Pack:
-    """The places of a batch's tokens.
+    """The places of a batch's tokens in one packed row.
 
     Args:
-        mask: [B, T] the attention mask; each row's tokens stand next to one another.
-        alike: [B, T] by which numbers rows know whether they begin alike; None where none may share a token.
+        mask: [B, T] the attention mask; each row's tokens are contiguous.
+        alike: [B, T] numbers, such as token ids; rows that start with the same ones share those tokens. None where rows
+            share no tokens.
     """
 
     def __init__(self, mask: Tensor, alike: Tensor | None) -> None:
@@ -78,14 +79,14 @@ class Pack:
         is_token = numbers < self.lengths[:, None]
         shared = [] if alike is None else _common(alike.gather(1, columns), is_token)
         self.common = common = torch.zeros_like(self.lengths)
-        """[B] how many first tokens each row has from another."""
+        """[B] number of first tokens that each row takes from another."""
         for row, _, length in shared:
             common[row] = length
-        self.rows, own = (is_token & (numbers >= common[:, None])).nonzero(as_tuple=True)
-        self.columns = columns[self.rows, own]
+        self.rows, indices = (is_token & (numbers >= common[:, None])).nonzero(as_tuple=True)
+        self.columns = columns[self.rows, indices]
         self.places = torch.zeros_like(columns)
-        """[B, L] where in the pack each row's tokens are."""
-        self.places[self.rows, own] = torch.arange(len(own), device=mask.device)
+        """[B, L] index in the pack of each row's tokens."""
+        self.places[self.rows, indices] = torch.arange(len(indices), device=mask.device)
         for row, owner, length in shared:
             self.places[row, :length] = self.places[owner, :length]
         self.groups = [self._group(rows, common[rows]) for rows in alike_long(self.lengths, self.lengths - common)]
@@ -94,14 +95,14 @@ class Pack:
         )
 
     @classmethod
-    def of(cls, stack: Stack, call: Call, rows: Tensor | None, *, always: bool) -> Pack | None:
-        """The places of a call's tokens; None where that would save nothing.
+    def from_call(cls, stack: Stack, call: Call, rows: Tensor | None, *, always: bool) -> Pack | None:
+        """Pack a call's tokens; None where that would save nothing.
 
         Args:
             stack: the stack that is called.
             call: its arguments.
-            rows: [B] which adapter each row has; None where there is only one.
-            always: also where it saves nothing.
+            rows: [B] index of each row's adapter; None where there is only one.
+            always: pack even where it saves nothing.
         """
         ids = None if stack.is_random or features_of(call) else call.get("input_ids")
         if ids is not None and rows is not None:
@@ -111,7 +112,7 @@ class Pack:
 
     @property
     def order(self) -> Tensor:
-        """[N] where the groups' queries, one after the other, have each of the pack's tokens."""
+        """[N] index of each of the pack's tokens in the groups' concatenated queries."""
         return order_of([(group.queries, group.is_query) for group in self.groups])
 
     def _group(self, rows: Tensor, common: Tensor) -> Group:
@@ -128,13 +129,13 @@ class Pack:
         )
 
     def fill(self, call: dict[str, Any]) -> None:
-        """Put the tokens [1, N] of a call in place of its rows [B, T]."""
+        """Replace a call's rows [B, T] by the packed tokens [1, N]."""
         for name in (*TEXT, *features_of(call)):
             if call.get(name) is not None and name != "attention_mask":
                 call[name] = call[name].expand(len(self.mask), -1, *call[name].shape[2:])[self.rows, self.columns][None]
 
     def restore(self, output: Any) -> None:
-        """Give an output's states [1, N, D] the caller's rows and columns; padding has zeros."""
+        """Put an output's hidden states [1, N, D] back into the caller's rows and columns; padding gets zeros."""
         each_state(output, self._in_rows)
 
     def _in_rows(self, states: Tensor) -> Tensor:
@@ -143,11 +144,11 @@ class Pack:
 
 
 class PackedAttention:
-    """An attention wrapper that gives every group of a pack its own call.
+    """An attention wrapper that calls attention for each group of a pack.
 
     Args:
         pack: the places of the tokens.
-        wrappers: each group's prefixes; None where there are none.
+        wrappers: the wrapper that adds each group's prefixes; None where it has none.
     """
 
     def __init__(self, pack: Pack, wrappers: Sequence[PrefixAttention | None]) -> None:
@@ -157,7 +158,7 @@ class PackedAttention:
 
     @property
     def reached(self) -> set[Any]:
-        """Modules whose every group has called."""
+        """The ``id`` of each module that has called the wrappers of all groups."""
         reached = [wrapper.reached for _, wrapper in self.groups if wrapper is not None]
         return set.intersection(*reached) if reached else set()
 
@@ -184,30 +185,30 @@ class PackedAttention:
         return torch.cat(outputs).index_select(0, self.order)[None], None
 
     def _of_groups(self, mask: Tensor) -> list[Tensor]:
-        """Each group's part of a layer's mask; made once for all layers that share a mask."""
+        """Each group's mask, from the layer's; made once for all layers that share a mask."""
         if id(mask) not in self._masks:
             self._masks[id(mask)] = (mask, [group.mask(mask) for group, _ in self.groups])
         return self._masks[id(mask)][1]
 
 
 def order_of(groups: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """[N] where groups' queries, one after the other, have each token, by their places [G, Q] and which of them are no
-    filling [G, Q]."""
+    """[N] index of each token in the groups' concatenated queries, given each group's places of the queries [G, Q] and
+    which of them are not padding [G, Q]."""
     places = torch.cat([queries[is_query] for queries, is_query in groups])
     is_token = torch.cat([is_query.flatten() for _, is_query in groups])
     return is_token.nonzero().flatten()[places.argsort()]
 
 
 def take(states: Tensor, places: Tensor) -> Tensor:
-    """[G, H, Q, K] of a pack's [1, H, N, K], by places [G, Q]."""
+    """[G, H, Q, K] gathered from a pack's [1, H, N, K] by places [G, Q]."""
     taken = states.transpose(1, 2)[0].index_select(0, places.flatten())
     return taken.view(*places.shape, *taken.shape[1:]).transpose(1, 2)
 
 
 def _common(numbers: Tensor, is_token: Tensor) -> list[tuple[int, int, int]]:
-    """Rows that begin as others do, with which other, and for how many tokens; a row that others begin as comes first.
+    """Find rows that start as others do: (row, other row, number of common tokens), in lexicographic order.
 
-    In lexical order, no row has more in common with those before it than with the last of them.
+    In that order, no row has more in common with an earlier row than with the one right before it, which comes first.
     """
     texts = numbers.masked_fill(~is_token, -1)
     order = texts.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
@@ -218,14 +219,14 @@ def _common(numbers: Tensor, is_token: Tensor) -> list[tuple[int, int, int]]:
 
 
 def alike_long(lengths: Tensor, queries: Tensor) -> list[Tensor]:
-    """Numbers of the rows with queries, in groups of like many queries and tokens."""
-    asking = queries.nonzero().flatten().tolist()
-    groups = [g for some in _halved(asking, queries.tolist()) for g in _halved(some, lengths.tolist())]
+    """Indices of the rows that have queries, in groups with similar numbers of queries and of tokens."""
+    with_queries = queries.nonzero().flatten().tolist()
+    groups = [g for some in _halved(with_queries, queries.tolist()) for g in _halved(some, lengths.tolist())]
     return [torch.tensor(rows, device=lengths.device) for rows in groups]
 
 
 def _halved(rows: list[int], sizes: list[int]) -> list[list[int]]:
-    """Rows in groups whose smallest is at least half as large as the largest."""
+    """Split rows into groups whose smallest is at least half as large as the largest."""
     groups: list[list[int]] = []
     for row in sorted(rows, key=sizes.__getitem__, reverse=True):
         if not groups or 2 * sizes[row] < sizes[groups[-1][0]]:

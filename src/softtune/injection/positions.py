@@ -1,6 +1,6 @@
-"""Where a batch's tokens stand, in the numbers that the model's positions have, and whether it has so many.
+"""Position ids of a batch's tokens, and whether the model has enough positions.
 
-Positions count from each row's first real token, and go on where a prefix or virtual tokens among the words end.
+Positions count from each row's first real token, and continue behind a prefix or virtual tokens at the input.
 Letters: B rows, T tokens of this call.
 """
 
@@ -25,11 +25,11 @@ from softtune.injection.step import Call, Step
 
 
 class Positions:
-    """The positions of one stack's calls.
+    """The position ids of one stack's calls.
 
     Args:
         stack: the stack.
-        columns: where virtual tokens stand.
+        columns: the columns of the virtual tokens.
         has_prefix: whether any layer gets a prefix.
     """
 
@@ -38,21 +38,30 @@ class Positions:
         self.columns = columns
         self.has_prefix = has_prefix
         self.shift = torch.zeros(0, dtype=torch.long)
-        """[B] positions that each row's prefix takes in the present call."""
+        """[B] number of positions that each row's prefix takes in the present call."""
 
-    def check(self, call: Call, step: Step, here: RowPrompts) -> None:
-        """Raise DataError where a row needs more positions than the model has."""
+    def check(self, call: Call, step: Step, row_prompts: RowPrompts) -> None:
+        """Check that no row needs more positions than the model has.
+
+        Raises:
+            DataError: a row needs more.
+        """
         limit = self.stack.table_size
         if limit is None:
             return
         if is_exporting():
-            shift = max((max(counts) for counts in here.lengths.values()), default=0) if here.shifts else 0
-            if step.width + shift + here.is_vector.shape[1] > limit:
+            shift = (
+                max((max(counts) for counts in row_prompts.lengths.values()), default=0) if row_prompts.shifts else 0
+            )
+            if step.width + shift + row_prompts.is_vector.shape[1] > limit:
                 raise DataError(
                     f"a graph of {step.width} tokens exceeds the model's {limit} positions: make a shorter one"
                 )
             return
-        tokens, virtual = self._lengths(call, step, here), (here.shift + here.is_vector.sum(1)).to(step.device)
+        tokens, virtual = (
+            self._lengths(call, step, row_prompts),
+            (row_prompts.shift + row_prompts.is_vector.sum(1)).to(step.device),
+        )
         row = int((tokens + virtual).argmax())
         if int(tokens[row] + virtual[row]) > limit:
             raise DataError(
@@ -60,9 +69,13 @@ class Positions:
                 "shorten the text"
             )
 
-    def count_text(self, call: Call, step: Step, here: RowPrompts) -> None:
-        """Count from each row's first real token, and no virtual tokens, where the model above the stack has counted
-        the columns of its cache and of its text, as PaliGemma and Fuyu do."""
+    def count_text(self, call: Call, step: Step, row_prompts: RowPrompts) -> None:
+        """Recount position ids from each row's first real token, without virtual tokens, where the model above the
+        stack has counted the columns of its cache and text, as PaliGemma and Fuyu do.
+
+        Raises:
+            UnsupportedModelError: such a model is being exported.
+        """
         given = call.get("position_ids")
         if given is None or given.dim() != 2:
             return
@@ -73,27 +86,31 @@ class Positions:
             return
         if step.mask is not None:
             call["position_ids"] = step.positions() + int(given[0, 0]) - step.cached
-        elif here.vectors is not None and step.is_continued:
-            call["position_ids"] = given - here.is_vector.sum(dim=1, keepdim=True).to(given.device)
+        elif row_prompts.vectors is not None and step.is_continued:
+            call["position_ids"] = given - row_prompts.is_vector.sum(dim=1, keepdim=True).to(given.device)
 
-    def place(self, call: Call, step: Step, here: RowPrompts, layout: Layout | None) -> None:
-        """Count positions from each row's first real token, and past the virtual tokens in front of it."""
+    def place(self, call: Call, step: Step, row_prompts: RowPrompts, layout: Layout | None) -> None:
+        """Set position ids that count from each row's first real token, past the virtual tokens in front of it.
+
+        Raises:
+            UnsupportedModelError: virtual tokens have no place in packed texts, or among the positions of images.
+        """
         if not self.stack.takes_position_ids:
             return
         positions = call.get("position_ids")
         if positions is None:
-            if self._counts_itself(step, here):
+            if self._counts_itself(step, row_prompts):
                 return
             positions = step.positions() + self.stack.first_position
-        axes = positions  # [A, B, T] in Qwen-VL: of the text, in time, height and width
+        axes = positions  # [A, B, T] in Qwen-VL: text, time, height and width
         positions = (axes[0] if axes.dim() == 3 else axes).expand(step.rows, -1)
-        if here.vectors is not None and step.has_restarts(positions):
+        if row_prompts.vectors is not None and step.has_restarts(positions):
             raise UnsupportedModelError(
                 "several texts packed into one row have no place for virtual tokens among the words: pad them instead"
             )
         if self.has_prefix and takes_padding(self.stack.module.config) and step.has_restarts(positions):
             raise flash_refusal(PACKED)
-        shift = self._shift(call, step, here, positions)
+        shift = self._shift(call, step, row_prompts, positions)
         if layout is None:
             positions = axes + shift
         elif axes.dim() == 3:
@@ -101,14 +118,18 @@ class Positions:
                 "virtual tokens among the words have no place among the positions of pictures: use PrefixTuningConfig"
             )
         else:
-            in_slots = layout.merge(shift.expand_as(positions), torch.zeros_like(here.is_vector))
+            in_slots = layout.merge(shift.expand_as(positions), torch.zeros_like(row_prompts.is_vector))
             positions = layout.merge_positions(positions) + in_slots
-        if (limit := self.stack.table_size) is not None:  # beyond it is padding alone
+        if (limit := self.stack.table_size) is not None:  # only padding is beyond it
             positions = positions.clamp(max=self.stack.first_position + limit - 1)
         call["position_ids"] = positions
 
     def move_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
-        """Look up again, further on, what BART's kin look up by themselves."""
+        """Look up shifted positions in the position table of BART-like models, which count positions themselves.
+
+        Raises:
+            UnsupportedModelError: the table does not take the length of the cache.
+        """
         signature, shift = inspect.signature(module.forward), self.shift[:, None].to(output.device)
         length_name = compat.spelled("cache_length", signature.parameters)
         if length_name not in signature.parameters:
@@ -117,7 +138,7 @@ class Positions:
             )
         call = signature.bind(*args, **kwargs).arguments
         past, positions = call.get(length_name, 0), call.get("position_ids")
-        if not isinstance(module, nn.Embedding):  # M2M100's is no table, and gives padding no position
+        if not isinstance(module, nn.Embedding):  # M2M100's module, which gives padding no position
             for length in self.shift.unique().tolist():
                 counted = {length_name: past + length}
                 moved = counted if positions is None else {"position_ids": positions + length}
@@ -127,31 +148,31 @@ class Positions:
             positions = torch.arange(output.shape[-2], device=output.device) + past
         return nn.functional.embedding(positions + shift + getattr(module, "offset", 0), module.weight)
 
-    def _shift(self, call: Call, step: Step, here: RowPrompts, positions: Tensor) -> Tensor:
-        """[B, T] or [B, 1] how far virtual tokens that have no slot in this call move the tokens' positions [B, T]."""
-        shift = here.shift[:, None].to(step.device)
-        if here.vectors is not None and step.is_continued:
-            return shift + here.is_vector.sum(dim=1, keepdim=True)
-        if not (here.has_infix and here.shifts) or step.is_continued:
+    def _shift(self, call: Call, step: Step, row_prompts: RowPrompts, positions: Tensor) -> Tensor:
+        """[B, T] or [B, 1] shift of the tokens' positions [B, T] by virtual tokens that have no slot in this call."""
+        shift = row_prompts.shift[:, None].to(step.device)
+        if row_prompts.vectors is not None and step.is_continued:
+            return shift + row_prompts.is_vector.sum(dim=1, keepdim=True)
+        if not (row_prompts.has_infix and row_prompts.shifts) or step.is_continued:
             return shift
         in_order = (positions.diff(dim=1) == 1).all()
         if call.get("attention_mask") is None and holds(in_order, when_exporting=True):
-            # Without a mask, transformers takes the jump in the positions for the next of several packed texts.
+            # Without a mask, transformers takes a jump in the positions for the start of another packed text.
             call["attention_mask"] = step.full_mask()
-        behind = step.is_from(self.columns.of_infix(step, here)) | ~here.after_text[:, None]
+        behind = step.is_from(self.columns.of_infix(step, row_prompts)) | ~row_prompts.after_text[:, None]
         return shift * behind
 
-    def _counts_itself(self, step: Step, here: RowPrompts) -> bool:
-        """Whether the model's own count, which is that of the columns, is right."""
-        needs_count = self.stack.is_causal and (step.mask is not None or here.is_ragged)
-        return not self.stack.takes_position_ids or not (here.shifts or needs_count)
+    def _counts_itself(self, step: Step, row_prompts: RowPrompts) -> bool:
+        """Whether the model's own positions, which count columns, are right."""
+        needs_count = self.stack.is_causal and (step.mask is not None or row_prompts.is_ragged)
+        return not self.stack.takes_position_ids or not (row_prompts.shifts or needs_count)
 
-    def _lengths(self, call: Call, step: Step, here: RowPrompts) -> Tensor:
-        """[B] positions that each row's text takes."""
+    def _lengths(self, call: Call, step: Step, row_prompts: RowPrompts) -> Tensor:
+        """[B] number of positions that each row's text takes."""
         given: Tensor | None = call.get("position_ids")
         if given is not None:
             real = step.full_mask()[:, -step.length :] != 0
             return (given - self.stack.first_position + 1).expand(step.rows, -1).where(real, 0).amax(1)
-        if self._counts_itself(step, here):
+        if self._counts_itself(step, row_prompts):
             return torch.full_like(step.starts, step.width)
         return step.ends - step.starts

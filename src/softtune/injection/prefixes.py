@@ -1,4 +1,4 @@
-"""Brings prefixes to a stack's attention layers: by the attention interface, or as a cache where there is none.
+"""Passes prefixes to a stack's attention layers: by the attention interface, or as a cache where there is none.
 
 Letters: B rows, T queries, P virtual tokens of a prefix.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softtune import compat
 from softtune.backbone import AttentionLayer, Site, Stack
 from softtune.errors import UnsupportedModelError
-from softtune.injection.attention import PrefixAttention
+from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.cache import PrefixCache, own_cache
 from softtune.injection.columns import Columns
 from softtune.injection.graphs import holds
@@ -31,7 +31,7 @@ class Prefixes:
     Args:
         stack: the stack.
         layers: its attention layers that get a prefix.
-        columns: where virtual tokens stand.
+        columns: the columns of the virtual tokens.
     """
 
     def __init__(self, stack: Stack, layers: Sequence[AttentionLayer], columns: Columns) -> None:
@@ -39,18 +39,18 @@ class Prefixes:
         self.layers = layers
         self.columns = columns
 
-    def attention(self, step: Step, here: RowPrompts, layout: Layout | None, **options: Any) -> PrefixAttention:
-        """The wrapper that brings the prefixes of ``here``."""
-        prefixes = {a.module: here.prefixes[a.place] for a in self.layers if a.module is not None}
-        visible, biases = self._visible(step, here, layout), self._biases(step, here, layout)
+    def attention(self, step: Step, row_prompts: RowPrompts, layout: Layout | None, **options: Any) -> PrefixAttention:
+        """The attention wrapper that adds each row's prefixes."""
+        prefixes = {a.module: row_prompts.prefixes[a.place] for a in self.layers if a.module is not None}
+        visible, biases = self._visible(step, row_prompts, layout), self._biases(step, row_prompts, layout)
         crossing = {a.module for a in self.layers if a.module is not None and a.site is Site.CROSS}
         return PrefixAttention(prefixes, visible=visible, biases=biases, crossing=crossing, **options)
 
-    def add_cache(self, call: Call, step: Step, here: RowPrompts) -> None:
-        """Hand the prefix to layers that take a ready cache alone."""
-        prefixes = [here.prefixes[a.place] for a in self.layers]
-        self._check_rows(here)
-        is_prefix = here.is_prefix.get(here.lengths[self.layers[0].place])
+    def add_cache(self, call: Call, step: Step, row_prompts: RowPrompts) -> None:
+        """Pass the prefix as a cache, to layers that call no attention wrapper."""
+        prefixes = [row_prompts.prefixes[a.place] for a in self.layers]
+        self._check_rows(row_prompts)
+        is_prefix = row_prompts.is_prefix.get(row_prompts.lengths[self.layers[0].place])
         mask, layout = call.get("attention_mask"), None
         if mask is None and is_prefix is not None:
             mask = step.full_mask()
@@ -61,16 +61,20 @@ class Prefixes:
             starts = row_starts(mask, step.rows, step.device)
             columns = starts[:, None].expand(-1, prefixes[0].key.shape[2])
             is_prefix = torch.ones_like(columns, dtype=torch.bool) if is_prefix is None else is_prefix
-            beside = Layout.of(starts, mask.shape[1], columns, is_prefix, causal=True)
+            beside = Layout.from_columns(starts, mask.shape[1], columns, is_prefix, causal=True)
             call["attention_mask"] = beside.merge(mask, is_prefix)
             layout = beside if holds(starts.any(), when_exporting=True) else None
         call["cache"] = PrefixCache(prefixes, own_cache(self.stack.module, call), layout)
 
-    def _check_rows(self, here: RowPrompts) -> None:
-        """Refuse rows whose text does not begin behind the whole cache where the model goes by its length alone."""
+    def _check_rows(self, row_prompts: RowPrompts) -> None:
+        """Check that each row's text starts behind the whole prefix, where the model counts by the cache's length.
+
+        Raises:
+            UnsupportedModelError: a row's prefix is shorter, or takes no positions.
+        """
         counts_itself = self.stack.position_table is not None
         goes_by_length = counts_itself or compat.has_picture_in_cache(self.stack.module)
-        others = (here.shift != max(here.lengths[self.layers[0].place])).any()
+        others = (row_prompts.shift != max(row_prompts.lengths[self.layers[0].place])).any()
         if goes_by_length and holds(others, when_exporting=False):
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} goes by the length of its cache: run rows with other prefixes in "
@@ -78,7 +82,11 @@ class Prefixes:
             )
 
     def check_reached(self, wrapper: PrefixAttention | PackedAttention, call: Call) -> None:
-        """Raise UnsupportedModelError where a layer that is not left out by chance has not called the wrapper."""
+        """Check that each layer that has a prefix has called the wrapper, unless layers are dropped at random.
+
+        Raises:
+            UnsupportedModelError: a layer has not.
+        """
         crossing = call.get("encoder_hidden_states") is not None
         expected = {id(a.module) for a in self.layers if a.site is not Site.CROSS or crossing}
         if expected - wrapper.reached and not self.stack.drops_layers:
@@ -86,30 +94,34 @@ class Prefixes:
                 "the prefix did not reach every layer: call set_attn_implementation before the adapter is added"
             )
 
-    def _visible(self, step: Step, here: RowPrompts, layout: Layout | None) -> dict[nn.Module, Tensor]:
-        """[B or 1, T or 1, P] which tokens see a module's prefix; nothing where all see all of it."""
+    def _visible(self, step: Step, row_prompts: RowPrompts, layout: Layout | None) -> dict[nn.Module, Tensor]:
+        """[B or 1, T or 1, P] which tokens see a module's prefix; no entry where all see all of it."""
         queries = None
-        if here.has_infix and not step.is_continued:
+        if row_prompts.has_infix and not step.is_continued:
             # The token that the answer is predicted from is the first to see an infix.
-            queries = step.is_from(self.columns.of_infix(step, here) - 1) | ~here.after_text[:, None]
-            queries = queries if layout is None else layout.merge(queries, here.is_vector)
+            queries = step.is_from(self.columns.of_infix(step, row_prompts) - 1) | ~row_prompts.after_text[:, None]
+            queries = queries if layout is None else layout.merge(queries, row_prompts.is_vector)
         by_lengths: dict[Lengths, Tensor] = {}
-        for lengths in {*here.lengths.values()}:
-            keys = here.is_prefix.get(lengths)
+        for lengths in {*row_prompts.lengths.values()}:
+            keys = row_prompts.is_prefix.get(lengths)
             if keys is None and queries is not None:
                 keys = torch.ones(1, max(lengths), dtype=torch.bool, device=step.device)
             if keys is not None:
                 by_lengths[lengths] = keys[:, None, :] if queries is None else queries[:, :, None] & keys[:, None, :]
-        pairs = [(a.module, by_lengths.get(here.lengths[a.place])) for a in self.layers]
+        pairs = [(a.module, by_lengths.get(row_prompts.lengths[a.place])) for a in self.layers]
         return {module: seen for module, seen in pairs if module is not None and seen is not None}
 
-    def _biases(self, step: Step, here: RowPrompts, layout: Layout | None) -> dict[nn.Module, Tensor]:
-        """[B, heads, T, P] T5's biases of the prefix, by the stack's own attention modules."""
-        own = [a for a in self.layers if a.site is self.stack.site and a.module is not None]
-        if not own or self.stack.relative_bias is None:
+    def _biases(self, step: Step, row_prompts: RowPrompts, layout: Layout | None) -> dict[nn.Module, Tensor]:
+        """[B, heads, T, P] T5's position biases of the prefix, for each self-attention module."""
+        self_attention = [a for a in self.layers if a.site is self.stack.site and a.module is not None]
+        if not self_attention or self.stack.relative_bias is None:
             return {}
         positions = step.positions()
         positions = positions if layout is None else layout.merge_positions(positions)
-        kinds = {a.module: (self.stack.bias_owner(a.module), max(here.lengths[a.place])) for a in own if a.module}
+        kinds = {
+            a.module: (self.stack.bias_owner(a.module), max(row_prompts.lengths[a.place]))
+            for a in self_attention
+            if a.module
+        }
         biases = {kind: self.stack.prefix_bias(kind[0], positions, kind[1]) for kind in {*kinds.values()}}
         return {module: biases[kind] for module, kind in kinds.items()}

@@ -1,9 +1,9 @@
-"""Gradients through reentrant checkpointing, which knows a layer's tensor arguments alone.
+"""Gradients through reentrant checkpointing, which only tracks a layer's tensor arguments.
 
-Such a layer runs without gradients first, and again, with a backward pass of its own, when the gradient of its output
-is there. What reaches it by another way than its arguments must be a leaf of the graph, and its input must need a
-gradient. So prefixes go in as leaves, and an anchor at the layers' input hands on what the leaves have gathered: its
-own backward comes when all layers are done.
+Such a layer first runs without gradients. It runs again, with a backward pass of its own, when the gradient of its
+output arrives. A tensor that reaches it other than as an argument must be a leaf of the graph, and its input must
+require a gradient. So prefixes go in as leaves, and an anchor at the layers' input passes on the gradients that the
+leaves have accumulated: its backward runs after that of all layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from softtune.methods.base import KeyValue
 
 
 class Anchor:
-    """Leaves in place of prefixes, and the way back from them.
+    """Leaves in place of prefixes, whose gradients it passes back to the prefixes.
 
     Args:
         prefixes: each layer's prefix, with gradients.
@@ -32,7 +32,7 @@ class Anchor:
         self.prefixes = {place: KeyValue(*pair) for place, pair in zip(prefixes, pairs, strict=True)}
 
     def tie(self, states: Tensor) -> Tensor:
-        """The layers' input [B, S, D], through which the leaves' gradients come back."""
+        """The layers' input [B, S, D], whose backward passes the leaves' gradients back."""
         tied: Tensor = _HandOn.apply(states, self._leaves, *self._tensors)  # type: ignore[no-untyped-call]  # torch has no types here
         return tied if tied.requires_grad else tied.requires_grad_()
 
@@ -46,7 +46,7 @@ class _HandOn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        found = [leaf.grad for leaf in ctx.leaves]
+        gradients = [leaf.grad for leaf in ctx.leaves]
         for leaf in ctx.leaves:
             leaf.grad = None
-        return gradient, None, *found
+        return gradient, None, *gradients

@@ -1,7 +1,7 @@
-"""The prompts of a batch's rows in one stack: stacked, padded to the longest, and picked row by row.
+"""The prompts of a batch's rows in one stack: stacked, padded to the longest, and selected row by row.
 
-Letters: R prompts (before picking) or rows of a batch (after it), N virtual tokens among the words, P virtual tokens of
-a prefix, H key/value heads, K key size, D hidden size.
+Letters: R prompts (before ``pick``) or rows of a batch (after it), N virtual tokens at the input, P virtual tokens of a
+prefix, H key/value heads, K key size, D hidden size.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ Lengths = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class RowPrompts:
-    """What each row gets. Shorter prompts are padded: prefixes in front, so that they end next to the text; virtual
-    tokens among the words where padding does no harm, before a causal model's text and behind an encoder's."""
+    """Each row's prompt. Shorter prompts are padded: prefixes in front, so that they end next to the text; virtual
+    tokens at the input where padding does no harm, before a causal model's text and behind an encoder's."""
 
     vectors: Tensor | None
-    """[R, N, D] virtual tokens among the words; None where no row has any."""
+    """[R, N, D] virtual tokens at the input; None where no row has any."""
     is_vector: Tensor
-    """[R, N] which of them are no padding."""
+    """[R, N] which of them are not padding."""
     prefixes: Mapping[Place, KeyValue]
     """Keys [R, H, P, K] and values in front of a layer's own."""
     lengths: Mapping[Place, Lengths]
     is_prefix: Mapping[Lengths, Tensor]
-    """[R, P] which virtual tokens of layers with these lengths are no padding; nothing where none is."""
+    """[R, P] which virtual tokens of layers with these lengths are not padding; no entry where none is."""
     after_text: Tensor
     """[R] whether the virtual tokens stand behind the text."""
     shift: Tensor
-    """[R] positions that a row's prefix takes."""
+    """[R] number of positions that a row's prefix takes."""
     has_suffix: bool
     """Whether any row's virtual tokens stand behind the text."""
     has_infix: bool
-    """Whether any row has a prefix there."""
+    """Whether any row has an infix: a prefix behind the text."""
     is_ragged: bool
-    """Whether any virtual token among the words is padding."""
+    """Whether any virtual token at the input is padding."""
     shifts: bool
     """Whether any row's prefix takes positions."""
 
     @classmethod
-    def of(
+    def from_prompts(
         cls, prompts: Sequence[Prompt], layers: Sequence[AttentionLayer], stack: Stack, *, reads: bool
     ) -> RowPrompts:
         """Stack prompts.
@@ -58,12 +58,14 @@ class RowPrompts:
             prompts: R of them, one for each adapter of the batch.
             layers: the stack's attention layers that get a prefix from any of them.
             stack: the stack.
-            reads: whether it reads the input, where virtual tokens among the words go.
+            reads: whether it reads the input, where ``vectors`` go.
         """
         device = _device(prompts)
         counts = [len(p.vectors) if reads and p.vectors is not None else 0 for p in prompts]
-        own = [any(a.place in p.prefixes for a in layers if a.site is stack.site) for p in prompts]
-        shift = [p.num_virtual_tokens if o and p.shifts_positions else 0 for p, o in zip(prompts, own, strict=True)]
+        has_prefix = [any(a.place in p.prefixes for a in layers if a.site is stack.site) for p in prompts]
+        shift = [
+            p.num_virtual_tokens if h and p.shifts_positions else 0 for p, h in zip(prompts, has_prefix, strict=True)
+        ]
         lengths = {a.place: tuple(_length(p, a) for p in prompts) for a in layers}
         return cls(
             vectors=_stack_vectors(prompts, counts, front=stack.is_causal) if any(counts) else None,
@@ -80,7 +82,7 @@ class RowPrompts:
         )
 
     def pick(self, rows: Tensor) -> RowPrompts:
-        """Each row's own prompt; ``rows`` [B] says which. Views, where all rows have the same one."""
+        """Select each row's prompt by its index in ``rows`` [B]. Views, where all rows have the same one."""
 
         def one(x: Tensor) -> Tensor:
             return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x.index_select(0, rows.to(x.device))
@@ -106,21 +108,21 @@ def _length(prompt: Prompt, layer: AttentionLayer) -> int:
 
 
 def _is_real(counts: Sequence[int], device: torch.device, *, front: bool) -> Tensor:
-    """[R, longest] which places are no padding, where the padding is in front or behind."""
+    """[R, longest] which places are not padding, where the padding is in front or behind."""
     places = torch.arange(max(counts), device=device)
     sizes = torch.tensor(counts, device=device)[:, None]
     return places >= max(counts) - sizes if front else places < sizes
 
 
 def _stack_vectors(prompts: Sequence[Prompt], counts: Sequence[int], *, front: bool) -> Tensor:
-    """[R, N, D], filled up with zeros."""
+    """[R, N, D], padded with zeros."""
     some = next(p.vectors for p in prompts if p.vectors is not None)
     parts = [some[:0] if p.vectors is None else p.vectors for p in prompts]
     return torch.stack([_fill(part, max(counts), front=front) for part in parts])
 
 
 def _stack_prefixes(prompts: Sequence[Prompt], layer: AttentionLayer) -> KeyValue:
-    """Keys [R, H, P, K] and values, filled up with zeros."""
+    """Keys [R, H, P, K] and values, padded with zeros."""
     pairs = [p.prefixes.get(layer.place) for p in prompts]
     some = next(pair for pair in pairs if pair is not None)
     length = max(pair.key.shape[1] for pair in pairs if pair is not None)
@@ -130,13 +132,17 @@ def _stack_prefixes(prompts: Sequence[Prompt], layer: AttentionLayer) -> KeyValu
 
 
 def _fill(part: Tensor, length: int, *, front: bool) -> Tensor:
-    """[..., length, N] out of [..., n, N] by zeros in front or behind."""
+    """[..., length, N] from [..., n, N], padded with zeros in front or behind."""
     missing = length - part.shape[-2]
     return F.pad(part, (0, 0, missing, 0) if front else (0, 0, 0, missing)) if missing else part
 
 
 def multiplied(per_row: Tensor, rows: int) -> Tensor:
-    """What is given for each row of the batch, for ``rows`` of them: beams and returned sequences multiply the rows."""
+    """Repeat what is given for each row of the batch for ``rows`` rows: beams and returned sequences multiply them.
+
+    Raises:
+        DataError: ``rows`` is no multiple of the rows given.
+    """
     if rows % len(per_row):
         raise DataError(f"the batch has {rows} rows, adapter_names or prompt_positions {len(per_row)}: give one a row")
     return per_row.repeat_interleave(rows // len(per_row), dim=0)

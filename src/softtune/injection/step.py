@@ -1,4 +1,4 @@
-"""What one call of a stack says about its rows: where their text starts and ends, and how much of it is cached.
+"""The rows of one call of a stack: where their text starts and ends, and how much of it is cached.
 
 Letters: B rows, T tokens of this call, W columns of the whole attention mask.
 """
@@ -19,17 +19,17 @@ Call = dict[str, Any]
 TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """Arguments of every stack that have a column for each token."""
 _OF_OTHERS = ("encoder_", "entity_")
-"""How arguments begin whose columns are another sequence's, which may be as long by chance."""
+"""How the names of arguments begin whose columns are another sequence's, which may have the same length by chance."""
 
 
 def is_flat(mask: Any) -> bool:
-    """Whether an attention mask is [B, W], rather than ready: one for each query or layer."""
+    """Whether an attention mask is [B, W], rather than in a form that is ready for attention."""
     return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def features_of(call: Call) -> list[str]:
-    """Names of the arguments that tell more of each token, [B or 1, T, ...]: its type, or its box on a page. A virtual
-    token has zeros there."""
+    """Names of the arguments with more features of each token [B or 1, T, ...], such as its type or its box on a page.
+    Virtual tokens get zeros there."""
     rows, length = _tokens(call).shape[:2]
     further = {name: x for name, x in call.items() if name not in TEXT and not name.startswith(_OF_OTHERS)}
     tensors = {name: x for name, x in further.items() if isinstance(x, Tensor) and x.dim() > 1}
@@ -37,25 +37,25 @@ def features_of(call: Call) -> list[str]:
 
 
 def masks_of(call: Call) -> list[str]:
-    """Names of the arguments [B, heads or 1, T, ...] that say what each token sees of something else, as of a picture's
-    pieces."""
+    """Names of the arguments [B, heads or 1, T, ...] that mask something else for each token, such as an image's
+    patches."""
     rows, length = _tokens(call).shape[:2]
     others = {name: x for name, x in call.items() if isinstance(x, Tensor) and name not in TEXT and x.dim() == 4}
     return [name for name, x in others.items() if x.shape[2] == length and len(x) in (rows, 1)]
 
 
 def _tokens(call: Call) -> Tensor:
-    """[B, T] ids or [B, T, D] vectors."""
+    """[B, T] token ids or [B, T, D] embeddings."""
     tokens: Tensor = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
     return tokens
 
 
 class Step:
-    """What a call says about its rows.
+    """The rows of one call: their mask, and the columns where they start and end.
 
     Args:
-        call: its arguments.
-        outer_mask: that of the model around the stack, by which rows are known where the call's own is ready.
+        call: the stack's arguments.
+        outer_mask: the mask of the model around the stack, used where the call's own is not [B, W].
     """
 
     def __init__(self, call: Call, outer_mask: Any = None) -> None:
@@ -76,18 +76,18 @@ class Step:
         return row_ends(self.mask, self.rows, self.width, self.device)
 
     def full_mask(self) -> Tensor:
-        """[B, W] the attention mask, of ones where the call has none."""
+        """[B, W] the attention mask; ones where the call has none."""
         if self.mask is not None:
             return self.mask
         return torch.ones(self.rows, self.width, dtype=torch.long, device=self.device)
 
     def positions(self) -> Tensor:
-        """[B, T] this call's tokens counted from each row's first real one."""
+        """[B, T] positions of this call's tokens, counted from each row's first real token."""
         columns = torch.arange(self.width, device=self.device)[-self.length :]
         return (columns - self.starts[:, None]).clamp(min=0)
 
     def has_restarts(self, positions: Tensor) -> bool:
-        """Whether real tokens' positions [B, T] begin anew within a row, as those of packed texts do."""
+        """Whether real tokens' positions [B, T] restart within a row, as those of packed texts do."""
         is_real = self.full_mask()[:, -self.length :] != 0
         highest = positions.where(is_real, -1).cummax(dim=1).values
         falls = is_real[:, 1:] & (positions[:, 1:] < highest[:, :-1])

@@ -1,4 +1,4 @@
-"""The methods, one paper a file."""
+"""The methods, one file per paper."""
 
 from softtune.methods.base import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from softtune.methods.bitfit import BitFitConfig

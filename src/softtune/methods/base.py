@@ -1,8 +1,8 @@
-"""What every method is made of: its config, and the prompt that its trained module contributes to a batch.
+"""Base classes of the methods: the config, the interface of the trained module, and the prompt that it contributes.
 
-A method is a config whose ``build`` returns a module with two duties: ``prompt()`` says what it adds to a batch, and
-``baked_state()`` what inference needs of it. The injection room reads prompts and knows no method. Field names and
-defaults are PEFT's; a field that PEFT lacks is marked ``OURS``.
+A method is a config whose ``build`` returns a module with two functions: ``prompt()`` returns what the adapter adds to
+a batch, ``inference_state()`` the tensors that inference needs. ``softtune.injection`` reads prompts and knows no
+method. Field names and defaults are PEFT's; a field that PEFT lacks is marked ``OURS``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Placement = Literal["prefix", "suffix"]
 
 
 class TaskType(str, Enum):
-    """What the model is for: PEFT's names."""
+    """The task of a model, by PEFT's names."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -50,12 +50,12 @@ class TaskType(str, Enum):
 
     @property
     def has_head(self) -> bool:
-        """Whether the task's model has a head of its own that is trained with the adapter."""
+        """Whether the task's model class adds a head, which is trained with the adapter."""
         return self in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 class PeftType(str, Enum):
-    """The methods: PEFT's names, and those it lacks."""
+    """The methods, by PEFT's names where PEFT has them."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
@@ -65,16 +65,16 @@ class PeftType(str, Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
-        """A method as the command line writes it, such as prefix-tuning."""
+        """Accept the command line's spelling of a method, such as prefix-tuning."""
         name = str(value).upper().replace("-", "_")
         return next((member for member in cls if member.value == name), None)
 
 
 class KeyValue(NamedTuple):
-    """One layer's prefix."""
+    """The prefix of one attention layer."""
 
     key: Tensor
-    """[H, P, K], as it stands in a cache: after the position rotation."""
+    """[H, P, K], as stored in a KV cache: after any rotary position embedding."""
     value: Tensor
     """[H, P, V]"""
 
@@ -88,24 +88,27 @@ class Prompt:
     vectors: Tensor | None = None
     """[P, D] virtual tokens among the input embeddings."""
     prefixes: Mapping[tuple[Site, int], KeyValue] = field(default_factory=dict)
-    """Keys and values in front of a layer's own, by site and layer."""
+    """Keys and values that precede a layer's own, by site and layer."""
     additions: Sequence[tuple[BiasSlot, Tensor]] = ()
-    """What [width] is added to the output of a module that has a bias, or could have one."""
+    """Bias changes [width], added to the output of a module that has a bias or could have one."""
     after_text: bool = False
-    """Whether the virtual tokens stand behind the text (suffix, infix) instead of before it."""
+    """Whether the virtual tokens follow the text (suffix, infix) instead of preceding it."""
     shifts_positions: bool = True
-    """Whether a prefix takes the positions 0 .. P-1, so that the text starts at P."""
+    """Whether a prefix takes the positions 0 .. P-1, so that the text starts at position P."""
 
 
 class Method(Protocol):
-    """The trained module of an adapter."""
+    """Interface of an adapter's trained module."""
 
     def prompt(self) -> Prompt:
-        """What the adapter adds to a batch. Called once a step."""
+        """The adapter's contribution to a batch. Called once per step."""
         ...
 
-    def baked_state(self) -> dict[str, Tensor]:
-        """The tensors that inference needs: the module's own, to be read and written, where it trains no others."""
+    def inference_state(self) -> dict[str, Tensor]:
+        """The tensors that inference needs.
+
+        Where the module trains no others, they are its own parameters, so that writing to them changes the module.
+        """
         ...
 
 
@@ -118,26 +121,26 @@ class PeftConfig(PushToHubMixin):
     """
 
     task_type: TaskType | None = None
-    """What the model is for; decides whether a head is trained."""
+    """The task; decides whether a head is trained."""
     peft_type: PeftType | None = None
     """The method; set by each config class."""
     auto_mapping: dict[str, Any] | None = None
-    """The base model's class, noted where there is no task type."""
+    """The base model's class, recorded where there is no task type."""
     peft_version: str | None = None
-    """The PEFT that was loaded when the config was written; None without."""
+    """Version of PEFT if it was loaded when the config was created, else None."""
     base_model_name_or_path: str | None = None
-    """Where the base model came from."""
+    """The base model's folder or hub name."""
     revision: str | None = None
-    """The base model's revision."""
+    """The base model's revision on the hub."""
     inference_mode: bool = False
-    """Whether the adapter is for inference only: baked, and not trained."""
+    """Whether the adapter is for inference only: frozen, and without the MLP or LSTM behind its prompt."""
     modules_to_save: list[str] | None = None
-    """Further modules of the base model to train and save; the head of a classification task is always among them."""
+    """Further modules of the base model to train and save; the head of a classification task is always included."""
 
     is_prompt_learning: ClassVar[bool] = True
     is_adaption_prompt: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ()
-    """The fields that decide by which way it gets into the base model."""
+    """Fields that decide how the prompt enters the base model."""
 
     def __post_init__(self) -> None:
         own_type = type(self).__dataclass_fields__["peft_type"].default
@@ -157,15 +160,15 @@ class PeftConfig(PushToHubMixin):
             raise ConfigError(f"{type(self).__name__} is for {own_type.value}, not {self.peft_type}: drop peft_type")
 
     def _leave_out(self, reason: str, **defaults: Any) -> None:
-        """Say in a warning that fields have no effect, and give them their defaults; PEFT accepts and ignores them."""
+        """Warn about fields that have no effect and reset them to their defaults; PEFT accepts and ignores them."""
         if idle := [name for name, default in defaults.items() if getattr(self, name) != default]:
-            # Of the call of the config, three functions above.
+            # Points at the call that makes the config, three functions above.
             warnings.warn(f"{' and '.join(idle)} of {type(self).__name__}: {reason}", stacklevel=4)
             vars(self).update({name: defaults[name] for name in idle})
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """A subclass of PEFT's class of the same name where PEFT is loaded: TRL takes no other configs."""
+        """A subclass of PEFT's class of the same name where PEFT is loaded, since TRL accepts no other configs."""
         patch_peft()
         return shared_config_class(type(self))
 
@@ -175,56 +178,59 @@ class PeftConfig(PushToHubMixin):
         return vars(self) | {"peft_version": None} == vars(other) | {"peft_version": None}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (type(self),), vars(self)  # object's own would make one of __class__
+        return _blank, (type(self),), vars(self)  # object.__reduce__ would restore an instance of __class__
 
     def build(self, backbone: Backbone) -> nn.Module:
-        """The module for this base model, not yet at its start; see ``Method``."""
+        """Build the module for this base model, not yet initialized; see ``Method``."""
         raise ConfigError(f"{type(self).__name__} names no method: use one of its subclasses")
 
     def initialize(self, module: Any, backbone: Backbone) -> None:
-        """Bring a new module to the start that the config asks for."""
+        """Initialize a new module's parameters as the config specifies."""
 
     @property
     def trains_head(self) -> bool:
-        """Whether the head that the task's class adds to the base model is trained along."""
+        """Whether the head that the task's model class adds is trained with the adapter."""
         return self.task_type is not None and self.task_type.has_head
 
     @property
     def kind(self) -> str:
-        """The method and its way into the base model, as words."""
+        """The method's name, followed by the values of the fields in ``ways``."""
         values = [getattr(self, name) for name in ("peft_type", *self.ways)]
         return " ".join(str(v.value if isinstance(v, Enum) else v) for v in values)
 
     def probing(self) -> PeftConfig:
-        """A small config of the same kind, to try the method on a base model."""
+        """A small config of the same kind, for the self-check of a base model."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.ways}
         if self.is_prompt_learning:
             fields["num_virtual_tokens"] = 2
         return type(self)(task_type=self.task_type, **fields)
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
-        """Whether PEFT computes the same from the saved adapter."""
+        """Whether PEFT computes the same outputs from the saved adapter."""
         return False
 
     def from_peft(self, prompt: Tensor) -> Tensor:
-        """A prompt [P, W] or [P, D] in the layout of PEFT's files, in softtune's."""
+        """Convert a prompt [P, W] or [P, D] from the layout of PEFT's files to softtune's."""
         return prompt
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What PEFT does with a config of these values, in fields that it lacks or then ignores."""
+        """Values of further fields with which softtune does what PEFT does with this config.
+
+        They are for fields that PEFT lacks, or ignores in such a config.
+        """
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, with enum members as their values."""
+        """All fields, with enum members replaced by their values."""
         return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
-        """A config of the class that ``values["peft_type"]`` names.
+        """Create a config of the class that ``values["peft_type"]`` names.
 
         Raises:
-            ConfigError: no or an unknown ``peft_type``, an unknown key, or a value out of range.
+            ConfigError: ``peft_type`` is missing or unknown, a key is unknown, or a value is out of range.
         """
         config_class = cls._class_for(values)
         for key in config_class.unknown_of(values):
@@ -236,11 +242,12 @@ class PeftConfig(PushToHubMixin):
 
     @classmethod
     def from_peft_type(cls, **values: Any) -> PeftConfig:
-        """The same as ``from_dict``, but unknown keys are left out with a warning: a saved config may come from a newer
-        PEFT or from another tool.
+        """Create a config as ``from_dict`` does, but drop unknown keys with a warning.
+
+        A saved config may come from a newer PEFT or from another tool.
 
         Raises:
-            ConfigError: no or an unknown ``peft_type``, or a value out of range.
+            ConfigError: ``peft_type`` is missing or unknown, or a value is out of range.
         """
         config_class = cls._class_for(values)
         return config_class.from_dict(config_class._known(values))
@@ -252,7 +259,7 @@ class PeftConfig(PushToHubMixin):
 
     @classmethod
     def _known(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values whose keys are fields; a warning says what is left out, in PEFT's words."""
+        """Drop the values whose keys are not fields, with PEFT's warning."""
         if unknown := cls.unknown_of(values):
             what = f"Unexpected keyword arguments {sorted(unknown)} for class {cls.__name__}"
             warnings.warn(f"{what}, these are ignored.", stacklevel=3)
@@ -260,16 +267,16 @@ class PeftConfig(PushToHubMixin):
 
     @classmethod
     def unknown_of(cls, values: Mapping[str, Any]) -> list[str]:
-        """The keys that are no field of the config."""
+        """The keys that are not fields of the config."""
         known = {f.name for f in dataclasses.fields(cls)}
         return [key for key in values if key not in known]
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """What a saved config's file holds.
+        """Read the JSON file of a saved config.
 
         Raises:
-            CheckpointError: it holds no JSON object.
+            CheckpointError: the file holds no JSON object.
         """
         content = storage.read_json(Path(path_json_file))
         if "runtime_config" in content:
@@ -290,14 +297,14 @@ class PeftConfig(PushToHubMixin):
 
         Raises:
             CheckpointError: there is no config, or it cannot be read.
-            ConfigError: its ``peft_type`` is unknown, or a value out of range.
+            ConfigError: its ``peft_type`` is unknown, or a value is out of range.
             MissingPeftTypeError: it has no ``peft_type``.
         """
         hub["subfolder"] = subfolder
         path = storage.locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
         if path is None:
             raise CheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: is it an adapter's folder?")
-        own = storage.locate(pretrained_model_name_or_path, OWN_CONFIG_NAME, is_optional=True, **hub)
+        own_path = storage.locate(pretrained_model_name_or_path, OWN_CONFIG_NAME, is_optional=True, **hub)
         values = cls.from_json_file(path)
         if "peft_type" not in values:
             raise MissingPeftTypeError(
@@ -305,21 +312,21 @@ class PeftConfig(PushToHubMixin):
                 f"{path} an adapter's?"
             )
         config_class = cls._class_for(values)
-        extra = storage.read_json(own).get("config", {}) if own else config_class.implied_by_peft(values)
+        extra = storage.read_json(own_path).get("config", {}) if own_path else config_class.implied_by_peft(values)
         return config_class.from_dict({**config_class._known(values), **extra})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write the config into a folder, readable by ``from_pretrained`` and by PEFT.
 
         Args:
-            save_directory: the folder; made where there is none.
+            save_directory: the folder; created if missing.
             options: those of ``push_to_hub``, which have no effect here.
         """
         with storage.staged(save_directory) as stage:
             self.write(stage, {})
 
     def write(self, folder: Any, notes: Mapping[str, Any]) -> None:
-        """Write PEFT's fields to the file that PEFT reads, and softtune's own, with ``notes``, to a second one."""
+        """Write PEFT's fields to ``CONFIG_NAME``, and softtune's own fields with ``notes`` to ``OWN_CONFIG_NAME``."""
         values = self.to_dict()
         ours = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("ours")}
         storage.write_json(folder / CONFIG_NAME, {k: v for k, v in values.items() if k not in ours})
@@ -329,24 +336,24 @@ class PeftConfig(PushToHubMixin):
 
 @dataclass(kw_only=True, eq=False)
 class PromptLearningConfig(PeftConfig):
-    """Base of the configs that have virtual tokens. The last four fields are read off the base model where left out."""
+    """Base of the configs of methods with virtual tokens. The last four fields default to the base model's sizes."""
 
     num_virtual_tokens: PositiveInt = 20
     """P, the number of virtual tokens. PEFT has no default."""
     token_dim: PositiveInt | None = None
-    """Size of a virtual token; for prefixes of one layer's keys."""
+    """Size of a virtual token; for prefixes, of one layer's keys over all heads."""
     num_transformer_submodules: PositiveInt | None = None
-    """PEFT's count of stacks that get virtual tokens."""
+    """Number of stacks that get virtual tokens, as PEFT counts them."""
     num_attention_heads: PositiveInt | None = None
-    """Attention heads; for prefixes key/value heads."""
+    """Number of attention heads; for prefixes, of key/value heads."""
     num_layers: PositiveInt | None = None
-    """Layers of one stack."""
+    """Number of layers of one stack."""
 
     def settle(self, **sizes: int | None) -> None:
-        """Fill in what the base model decides.
+        """Fill in the sizes that the base model determines.
 
         Raises:
-            AdapterMismatchError: the config came with other sizes, from another base model.
+            AdapterMismatchError: the config has other sizes, from another base model.
         """
         for name, size in sizes.items():
             if getattr(self, name) not in (None, size):
@@ -357,12 +364,12 @@ class PromptLearningConfig(PeftConfig):
             setattr(self, name, size)
 
     def from_peft(self, prompt: Tensor) -> Tensor:
-        """See ``PeftConfig.from_peft``: for an encoder-decoder, PEFT trains as many rows again and never reads them."""
+        """See ``PeftConfig.from_peft``: for an encoder-decoder, PEFT saves 2·P rows, of which it reads the first P."""
         return prompt[: self.num_virtual_tokens] if self.num_transformer_submodules == 2 else prompt
 
 
-def _blank(own: type[PeftConfig]) -> PeftConfig:
-    return own.__new__(own)
+def _blank(config_class: type[PeftConfig]) -> PeftConfig:
+    return config_class.__new__(config_class)
 
 
 def _class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:
@@ -375,5 +382,5 @@ def _class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:
 
 
 def _leaves(cls: type[PeftConfig]) -> list[type[PeftConfig]]:
-    own = [sub for sub in cls.__subclasses__() if "stands_for" not in vars(sub)]
-    return [leaf for sub in own for leaf in [sub, *_leaves(sub)]]
+    subclasses = [sub for sub in cls.__subclasses__() if "stands_for" not in vars(sub)]
+    return [leaf for sub in subclasses for leaf in [sub, *_leaves(sub)]]

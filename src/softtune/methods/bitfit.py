@@ -1,9 +1,9 @@
 """BitFit: Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
 Language-models", arXiv 2106.10199.
 
-Only bias terms and the task's head are trained. What is trained here is each bias's *change*, added to the output of
-the module that owns the bias: the base model's tensors stay as they are, models without biases need no surgery, and
-half precision models get fp32 changes. The gradients are those of the biases themselves.
+Only bias terms and the task's head are trained. Each bias is trained as a *change* that is added to the output of the
+module that owns it: the base model's tensors stay as they are, models without biases need no surgery, and half
+precision models get fp32 changes. The gradients are those of the biases themselves.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Role = Literal["query", "key", "value", "attention_output", "intermediate", "out
 
 @dataclass(kw_only=True, eq=False)
 class BitFitConfig(PeftConfig):
-    """Config of BitFit. Everything starts from the base model's own biases."""
+    """Config of BitFit. Training starts from the base model's own biases."""
 
     peft_type: PeftType = PeftType.BITFIT
     roles: Annotated[list[Role], Field(min_length=1)] | None = field(default=None, metadata=OURS)
-    """The biases to train, by the part they play; by default every bias below the head."""
+    """Roles of the modules whose biases are trained; by default every bias below the head."""
     add_missing: bool = field(default=False, metadata=OURS)
     """Add biases, at zero, to modules of the chosen roles that have none."""
 
@@ -39,11 +39,15 @@ class BitFitConfig(PeftConfig):
 
     @property
     def trains_head(self) -> bool:
-        """Always, where the model has one."""
+        """Always true: a head is trained wherever the model has one."""
         return True
 
     def build(self, backbone: Backbone) -> BiasChanges:
-        """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no such bias."""
+        """See ``PeftConfig.build``.
+
+        Raises:
+            UnsupportedModelError: the base model has no bias of these roles.
+        """
         roles = self.roles or (*ROLES, None)
         slots = [s for s in backbone.bias_slots() if s.role in roles and (s.has_bias or self.add_missing)]
         if not slots:
@@ -55,10 +59,10 @@ class BitFitConfig(PeftConfig):
 
 
 class BiasChanges(nn.Module):
-    """The trained changes of biases, all zero at first.
+    """The trained bias changes, initialized to zero.
 
     Args:
-        slots: the places where the changes act.
+        slots: the modules to whose outputs the changes are added.
     """
 
     def __init__(self, slots: Sequence[BiasSlot]) -> None:
@@ -67,16 +71,16 @@ class BiasChanges(nn.Module):
         self.changes = nn.ParameterDict({_key(slot): nn.Parameter(torch.zeros(slot.width)) for slot in slots})
 
     def additions(self) -> list[tuple[BiasSlot, nn.Parameter]]:
-        """Every place and what is added there."""
+        """Each slot and the change [width] that is added there."""
         return [(slot, self.changes[_key(slot)]) for slot in self.slots]
 
     def prompt(self) -> Prompt:
         return Prompt(additions=self.additions())
 
-    def baked_state(self) -> dict[str, Tensor]:
+    def inference_state(self) -> dict[str, Tensor]:
         return {f"{slot.name}.bias": change.detach() for slot, change in self.additions()}
 
 
 def _key(slot: BiasSlot) -> str:
-    """ParameterDict allows no dots in its keys."""
+    """The slot's key in ``changes``: ParameterDict allows no dots in its keys."""
     return slot.name.replace(".", "/")

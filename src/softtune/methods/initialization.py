@@ -1,7 +1,7 @@
-"""Where a trained state starts: random numbers, words of the vocabulary, a text, class labels, a file, or a text's KV.
+"""Initializers of prompts: random vectors, common words of the vocabulary, a text, class labels or a file.
 
-Real words beat random numbers, words of the task beat unrelated ones, above all in low data (Li & Liang 2021, section
-7.4; Lester et al. 2021, section 3.2). Every function checks that what it returns has the shape asked for.
+Real words beat random vectors, and words of the task beat unrelated ones, above all with little data (Li & Liang 2021,
+section 7.4; Lester et al. 2021, section 3.2). Every initializer returns the requested shape.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from softtune.errors import CheckpointError, ConfigError
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROMPT_KEY = "prompt_embeddings"
 OWN_KEY = "softtune.prompt_embeddings"
-"""The prompt's key in a file that PEFT would misread: it stops at the missing name instead."""
+"""The prompt's key in a file that PEFT would misread: without the usual key, PEFT raises an error instead."""
 COMMON_WORDS = 5000
-"""Vocabulary entries to sample from: the first ones, which tokenizers give to the most common words."""
+"""Number of vocabulary entries to sample from: the first ones, which tokenizers give to the most common words."""
 _UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
-"""What BERT and Gemma call entries that no text has."""
+"""Names of the unused vocabulary entries of BERT and Gemma."""
 
 
 def uniform(size: int, dim: int) -> Tensor:
-    """[size, dim] in ±0.5, as Lester et al. 2021 draw their random prompts."""
+    """[size, dim] drawn uniformly from ±0.5, as the random prompts of Lester et al. 2021."""
     return torch.rand(size, dim) - 0.5
 
 
 def vocabulary_ids(backbone: Backbone, size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
-    """[size] distinct ids drawn from the most common vocabulary entries; repeated where there are too few.
+    """[size] distinct token ids drawn from the most common vocabulary entries; repeated where there are too few.
 
-    Only a tokenizer knows which entries are no words: special and unused ones are then left out.
+    With a tokenizer, special and unused entries are left out.
     """
     entries = range(backbone.embedding.num_embeddings)
     known = entries if tokenizer is None else _word_ids(tokenizer)
@@ -48,16 +48,16 @@ def vocabulary_ids(backbone: Backbone, size: int, tokenizer: PreTrainedTokenizer
 
 
 def _word_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the entries that can stand in a text, ascending."""
+    """Token ids of the entries that can occur in a text, ascending: neither special nor unused."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
     return sorted(i for token, i in tokenizer.get_vocab().items() if i not in special and not _UNUSED.fullmatch(token))
 
 
 def load_tokenizer(name: str | None, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer by folder or hub name.
+    """Load a tokenizer from a folder or the hub.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be loaded, or ``options`` have ``trust_remote_code``.
     """
     from transformers import AutoTokenizer
 
@@ -83,7 +83,7 @@ def text_ids(text: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
         ConfigError: a text has no tokens.
     """
     texts = [text] if isinstance(text, str) else list(text)
-    # Labels are words in a text; a text of its own comes with the tokenizer's special tokens, as in PEFT.
+    # Labels occur within a text. A standalone text gets the tokenizer's special tokens, as in PEFT.
     ids: list[list[int]] = [tokenizer(t, add_special_tokens=isinstance(text, str))["input_ids"] for t in texts]
     if not all(ids):
         raise ConfigError(
@@ -93,7 +93,7 @@ def text_ids(text: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def fill(ids: Sequence[int], size: int) -> Tensor:
-    """[size] ids: cut where there are more, repeated from the start where there are fewer."""
+    """[size] token ids: cut where there are more, repeated from the start where there are fewer."""
     return torch.tensor([ids[i % len(ids)] for i in range(size)], dtype=torch.long)
 
 
@@ -104,7 +104,7 @@ def word_vectors(backbone: Backbone, ids: Tensor) -> Tensor:
 
 
 def label_vectors(backbone: Backbone, labels: Sequence[str], size: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """[size, D]: the mean of each label's sub-tokens, then vocabulary samples for the rest.
+    """[size, D] mean embedding of each label's sub-tokens, then vocabulary samples for the rest.
 
     Raises:
         ConfigError: a label has no tokens.
@@ -116,7 +116,7 @@ def label_vectors(backbone: Backbone, labels: Sequence[str], size: int, tokenize
 
 
 def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
-    """The prompt of a saved adapter: its folder, hub name, or the safetensors file itself.
+    """Load the prompt of a saved adapter from its folder, hub name or safetensors file.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or its prompt has another shape.
@@ -140,12 +140,13 @@ def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
 def fit_last_layer(network: nn.Sequential, inputs: Tensor, target: Tensor) -> None:
     """Set the last linear layer of ``network`` so that it maps ``inputs`` [P, D] to ``target`` [P, W].
 
-    Least squares instead of Li & Liang's 500 Adam steps: exact where the hidden layer is at least P wide, and at once.
+    Solves a least squares problem instead of Li & Liang's 500 Adam steps: faster, and exact where the hidden layer is
+    at least P wide.
     """
     last = network[-1]
     assert isinstance(last, nn.Linear)
     with torch.no_grad():
-        hidden = network[:-1](inputs).cpu().double()  # the solver for deficient ranks is the CPU's
+        hidden = network[:-1](inputs).cpu().double()  # gelsd, the solver for deficient ranks, runs on the CPU only
         last.bias.copy_(target.mean(0))
         solution = torch.linalg.lstsq(hidden, (target - last.bias).cpu().double(), driver="gelsd").solution
         last.weight.copy_(solution.T)

@@ -1,7 +1,7 @@
 """P-tuning: Liu et al. 2021, "GPT Understands, Too", arXiv 2103.10385.
 
 Virtual tokens at the input, computed by an encoder so that they depend on one another; the encoder is dropped after
-training. A template may put them at any position (see ``softtune.data.templates``); without one they stand in front.
+training. A template may put them at any position (see ``softtune.data.templates``); by default they precede the text.
 Letters: P virtual tokens, D embedding size.
 """
 
@@ -21,14 +21,14 @@ from softtune.methods.prompt_tuning import settle_input
 
 
 class PromptEncoderReparameterizationType(str, Enum):
-    """The encoder behind the virtual tokens."""
+    """The encoder that computes the virtual tokens."""
 
     MLP = "MLP"
     LSTM = "LSTM"
 
 
 _OF_THE_LSTM = {"encoder_num_layers": 2, "encoder_dropout": 0.0}
-"""Fields that the MLP has no use for, and their defaults."""
+"""Fields of the LSTM, which the MLP does not use, and their defaults."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,7 +45,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_hidden_size: PositiveInt | None = None
     """Width of the encoder's hidden layers; by default the embedding size."""
     encoder_num_layers: PositiveInt = 2
-    """Layers of the LSTM; the MLP always has three."""
+    """Number of layers of the LSTM; the MLP always has three."""
     encoder_dropout: Probability = 0.0
     """Dropout between the LSTM's layers."""
 
@@ -65,7 +65,7 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """See ``PeftConfig.implied_by_peft``: the MLP is the same whatever is said of the LSTM."""
+        """See ``PeftConfig.implied_by_peft``: the MLP ignores the LSTM's fields."""
         return {} if values.get("encoder_reparameterization_type") == "LSTM" else _OF_THE_LSTM
 
 
@@ -111,5 +111,5 @@ class PromptEncoder(nn.Module):
         vectors = self()
         return Prompt(num_virtual_tokens=len(vectors), vectors=vectors)
 
-    def baked_state(self) -> dict[str, Tensor]:
+    def inference_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self().detach()}

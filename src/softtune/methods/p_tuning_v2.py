@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from softtune.backbone import AttentionLayer, Backbone, Site
 from softtune.methods import initialization as init
 from softtune.methods.base import OURS, PeftType, Probability, Prompt, PromptLearningConfig
-from softtune.methods.flat import Layers, choose_layers, flat_prefix, settle_prefix, split_prefix
+from softtune.methods.kv_layout import Layers, choose_layers, flat_prefix, settle_prefix, split_prefix
 
 
 @dataclass(kw_only=True, eq=False)
 class PTuningV2Config(PromptLearningConfig):
-    """Config of P-tuning v2. The prompt starts from the KV of common words."""
+    """Config of P-tuning v2. The prompt is initialized with the keys and values of common words."""
 
     peft_type: PeftType = PeftType.P_TUNING_V2
     prefix_dropout: Probability | None = field(default=None, metadata=OURS)
@@ -32,11 +32,15 @@ class PTuningV2Config(PromptLearningConfig):
 
     @property
     def trains_head(self) -> bool:
-        """Always, where the model has one."""
+        """Always true: a head is trained wherever the model has one."""
         return True
 
     def build(self, backbone: Backbone) -> DeepPrompt:
-        """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
+        """See ``PeftConfig.build``.
+
+        Raises:
+            UnsupportedModelError: the base model has no layer that can take a prefix.
+        """
         layers = choose_layers(backbone, self.layers, self.sites)
         settle_prefix(self, backbone)
         if self.prefix_dropout is None:
@@ -45,8 +49,8 @@ class PTuningV2Config(PromptLearningConfig):
 
     def initialize(self, module: DeepPrompt, backbone: Backbone) -> None:
         """See ``PeftConfig.initialize``."""
-        words = init.vocabulary_ids(backbone, self.num_virtual_tokens)
-        module.embedding.weight.data.copy_(flat_prefix(backbone, module.layers, words))
+        input_ids = init.vocabulary_ids(backbone, self.num_virtual_tokens)
+        module.embedding.weight.data.copy_(flat_prefix(backbone, module.layers, input_ids))
 
 
 class DeepPrompt(nn.Module):
@@ -55,7 +59,7 @@ class DeepPrompt(nn.Module):
     Args:
         num_virtual_tokens: P.
         layers: the attention layers that get a prefix.
-        dropout: the share of the prefix's numbers that is dropped in training.
+        dropout: dropout probability of the prefix's keys and values in training.
     """
 
     def __init__(self, num_virtual_tokens: int, layers: Sequence[AttentionLayer], dropout: float) -> None:
@@ -68,11 +72,11 @@ class DeepPrompt(nn.Module):
         flat = self.dropout(self.embedding.weight)
         return Prompt(num_virtual_tokens=len(flat), prefixes=split_prefix(flat, self.layers))
 
-    def baked_state(self) -> dict[str, Tensor]:
+    def inference_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self.embedding.weight.detach()}
 
 
 def hidden_dropout(backbone: Backbone) -> float:
-    """The probability that the base model drops hidden states with, under the name its family gives it."""
+    """The base model's dropout probability of hidden states, from whichever config field its family has for it."""
     names = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "dropout_rate", "dropout")
     return next((float(getattr(backbone.text_config, n)) for n in names if hasattr(backbone.text_config, n)), 0.0)

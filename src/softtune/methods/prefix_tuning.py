@@ -1,8 +1,8 @@
 """Prefix tuning: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190.
 
 Every attention layer gets P trained keys and values in front of its own. Letters: P virtual tokens, L layers, H
-key/value heads, K key size, D hidden size, W the numbers of one virtual token over all layers (L·2·H·K in an even
-model).
+key/value heads, K key size, D hidden size, W values of one virtual token over all layers (L·2·H·K where all layers
+have the same sizes).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from softtune.backbone import AttentionLayer, Backbone, Site
 from softtune.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
 from softtune.methods.base import OURS, PeftType, PositiveInt, Prompt, PromptLearningConfig
-from softtune.methods.flat import Layers, choose_layers, flat_prefix, is_even, settle_prefix, split_prefix
+from softtune.methods.kv_layout import Layers, choose_layers, flat_prefix, is_even, settle_prefix, split_prefix
 from softtune.methods.prompt_tuning import check_vectors
 
 
@@ -32,15 +32,15 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     peft_type: PeftType = PeftType.PREFIX_TUNING
     encoder_hidden_size: PositiveInt | None = None
-    """Width of the projection's hidden layer; by default as wide as a virtual token."""
+    """Width of the projection's hidden layer; by default ``token_dim``."""
     prefix_projection: bool = False
     """Train the prefix through an MLP (the paper's reparameterisation), dropped after training."""
     init_weights: Literal["random", "zero", "vocabulary", "text"] | None = None
-    """Start from N(0, 1), from zero, or from the KV of common words or of ``init_text``. By default: the text where
-    there is one, else common words; with a projection and no text, the projection's random output. PEFT's default is
-    random."""
+    """Initialize from N(0, 1), with zeros, or with the keys and values of common words or of ``init_text``. By default:
+    the text if given, else common words; with a projection and no text, the projection's random output. PEFT's default
+    is random."""
     init_text: str | None = field(default=None, metadata=OURS)
-    """The text whose KV the prefix starts from."""
+    """The text whose keys and values initialize the prefix."""
     tokenizer_name_or_path: str | None = field(default=None, metadata=OURS)
     """Tokenizer of ``init_text``; by default the base model's."""
     layers: Layers = field(default=None, metadata=OURS)
@@ -50,7 +50,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     placement: Literal["prefix", "infix"] = field(default="prefix", metadata=OURS)
     """Before the text, or between the text and the answer (the paper's infix; decoders only)."""
     embedding_only: bool = field(default=False, metadata=OURS)
-    """Train the input layer's vectors alone and let the layers propagate them (the paper's ablation)."""
+    """Train vectors at the input layer only and let the layers propagate them (the paper's ablation)."""
     shift_positions: bool = field(default=True, metadata=OURS)
     """Let the text start at position P, as in the paper and PEFT, instead of at 0."""
 
@@ -67,15 +67,20 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.embedding_only and not self.shift_positions:
             raise ConfigError("embedding_only has its virtual tokens among the words: drop shift_positions")
         if self.inference_mode:
-            return  # a saved config keeps what it was trained with, and PEFT's what it had no use for
+            return  # a saved config keeps its values, and one of PEFT's also those without effect
         if self.tokenizer_name_or_path is not None and self.init_text is None:
             raise ConfigError("tokenizer_name_or_path is for init_text: write one, or drop the tokenizer")
-        # PEFT fills in token_dim, with a projection and without.
+        # PEFT sets encoder_hidden_size to token_dim, with a projection and without.
         if not self.prefix_projection and self.encoder_hidden_size != self.token_dim:
             self._leave_out("for the projection, and left out: set prefix_projection=True", encoder_hidden_size=None)
 
     def build(self, backbone: Backbone) -> PrefixEncoder | EmbeddingPrefix:
-        """See ``PeftConfig.build``. Raises UnsupportedModelError where the base model has no layer to take a prefix."""
+        """See ``PeftConfig.build``.
+
+        Raises:
+            ConfigError: the base model has no such layer or site.
+            UnsupportedModelError: the base model cannot take a prefix, or not at this placement.
+        """
         layers = [] if self.embedding_only else choose_layers(backbone, self.layers, self.sites)
         if self.placement == "infix" and not backbone.is_decoder_only:
             raise UnsupportedModelError(
@@ -93,17 +98,21 @@ class PrefixTuningConfig(PromptLearningConfig):
         return PrefixEncoder(self, layers)
 
     def initialize(self, module: PrefixEncoder | EmbeddingPrefix, backbone: Backbone) -> None:
-        """See ``PeftConfig.initialize``. Raises ConfigError where ``init_text`` has no tokenizer."""
+        """See ``PeftConfig.initialize``.
+
+        Raises:
+            ConfigError: ``init_text`` has no tokens, or no tokenizer.
+        """
         start = self.init_weights or (
             "text" if self.init_text else "random" if self.prefix_projection else "vocabulary"
         )
         if start == "zero":
             module.start_from(torch.zeros_like(module().detach()))
         elif start != "random":
-            module.start_from(module.states_of_words(self._initial_words(backbone), backbone))
+            module.start_from(module.states_of_words(self._initial_ids(backbone), backbone))
 
-    def _initial_words(self, backbone: Backbone) -> Tensor:
-        """[P] token ids to start from: those of ``init_text``, or common words."""
+    def _initial_ids(self, backbone: Backbone) -> Tensor:
+        """[P] token ids to initialize from: those of ``init_text``, or of common words."""
         if self.init_text is None:
             return init.vocabulary_ids(backbone, self.num_virtual_tokens)
         tokenizer = init.load_tokenizer(self.tokenizer_name_or_path or backbone.model.name_or_path)
@@ -114,8 +123,10 @@ class PrefixTuningConfig(PromptLearningConfig):
         return plain and self.layers is None and not backbone.is_encoder_decoder and is_even(backbone)
 
     def from_peft(self, prompt: Tensor) -> Tensor:
-        """See ``PeftConfig.from_peft``: in an encoder-decoder, layer l of the decoder's own attention takes the columns
-        4l and 4l + 1 of twice the tensor, and no other site gets a prefix.
+        """See ``PeftConfig.from_peft``, which differs for an encoder-decoder.
+
+        PEFT repeats the tensor's 2·L parts once, and layer l of the decoder's self-attention reads the parts 4l and
+        4l + 1. No other site gets a prefix.
 
         Raises:
             AdapterMismatchError: the config has other sites.
@@ -133,14 +144,17 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """See ``PeftConfig.implied_by_peft``: in an encoder-decoder, only the decoder's own attention gets a prefix;
-        without a projection there is no hidden layer."""
+        """See ``PeftConfig.implied_by_peft``.
+
+        In an encoder-decoder, only the decoder's self-attention gets a prefix. Without a projection there is no hidden
+        layer.
+        """
         sites = {"sites": [Site.DECODER]} if values.get("num_transformer_submodules") == 2 else {}
         return sites if values.get("prefix_projection") else {**sites, "encoder_hidden_size": None}
 
 
 class PrefixEncoder(nn.Module):
-    """The trained prefix.
+    """The trained prefix, with or without a projection.
 
     Args:
         config: sizes (``num_virtual_tokens``, ``token_dim``, ``num_layers``, ``encoder_hidden_size``) and whether there
@@ -161,12 +175,12 @@ class PrefixEncoder(nn.Module):
         """Flat keys and values [..., W] of virtual tokens [...]; [P, W] of all of them by default."""
         return _project(self.embedding, self.transform, prefix)
 
-    def states_of_words(self, words: Tensor, backbone: Backbone) -> Tensor:
-        """[P, W] keys and values of token ids [P] in the frozen model."""
-        return flat_prefix(backbone, self.layers, words)
+    def states_of_words(self, input_ids: Tensor, backbone: Backbone) -> Tensor:
+        """[P, W] keys and values that the frozen base model computes for token ids [P]."""
+        return flat_prefix(backbone, self.layers, input_ids)
 
     def start_from(self, flat: Tensor) -> None:
-        """Make the prefix [P, W] what ``forward`` returns."""
+        """Initialize the parameters so that ``forward`` returns the prefix [P, W]."""
         _start_from(self.embedding, self.transform, flat)
 
     def prompt(self) -> Prompt:
@@ -178,7 +192,7 @@ class PrefixEncoder(nn.Module):
             shifts_positions=self.shifts_positions,
         )
 
-    def baked_state(self) -> dict[str, Tensor]:
+    def inference_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self().detach()}
 
 
@@ -199,24 +213,24 @@ class EmbeddingPrefix(nn.Module):
         """Virtual tokens [P, D]."""
         return _project(self.embedding, self.transform)
 
-    def states_of_words(self, words: Tensor, backbone: Backbone) -> Tensor:
+    def states_of_words(self, input_ids: Tensor, backbone: Backbone) -> Tensor:
         """[P, D] input embeddings of token ids [P]."""
-        return init.word_vectors(backbone, words)
+        return init.word_vectors(backbone, input_ids)
 
     def start_from(self, vectors: Tensor) -> None:
-        """Make the vectors [P, D] what ``forward`` returns."""
+        """Initialize the parameters so that ``forward`` returns the vectors [P, D]."""
         _start_from(self.embedding, self.transform, vectors)
 
     def prompt(self) -> Prompt:
         vectors = self()
         return Prompt(num_virtual_tokens=len(vectors), vectors=vectors, after_text=self.after_text)
 
-    def baked_state(self) -> dict[str, Tensor]:
+    def inference_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self().detach()}
 
 
 def _virtual_tokens(config: PrefixTuningConfig, dim: int, width: int) -> tuple[nn.Embedding, nn.Sequential | None]:
-    """P rows of ``width`` numbers, or P rows of ``dim`` and the MLP that widens them."""
+    """An embedding [P, width] alone, or an embedding [P, dim] and the MLP that maps it to [P, width]."""
     if not config.prefix_projection or config.inference_mode:
         return nn.Embedding(config.num_virtual_tokens, width), None
     hidden = config.encoder_hidden_size or dim

@@ -21,20 +21,20 @@ from softtune.methods.base import OURS, PeftType, Placement, Prompt, PromptLearn
 
 
 class PromptTuningInit(str, Enum):
-    """Where the virtual tokens start."""
+    """How the virtual tokens are initialized."""
 
     TEXT = "TEXT"
-    """The words of ``prompt_tuning_init_text``."""
+    """The token embeddings of ``prompt_tuning_init_text``."""
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
     """A sample of the 5000 most common vocabulary entries: the first ones. Special and unused entries among them, such
-    as BERT's first thousand, are left out where ``tokenizer_name_or_path`` names a tokenizer, which alone knows
+    as BERT's first thousand, are left out if ``tokenizer_name_or_path`` names a tokenizer, which is needed to tell
     them."""
     RANDOM = "RANDOM"
     """Uniform in ±0.5."""
     LABELS = "LABELS"
-    """The means of the class labels' sub-tokens, then a vocabulary sample."""
+    """The mean embedding of each class label's sub-tokens, then a vocabulary sample."""
     FILE = "FILE"
-    """The prompt of ``prompt_tuning_init_file``."""
+    """The prompt saved in ``prompt_tuning_init_file``."""
 
 
 _NEEDS = {
@@ -43,7 +43,7 @@ _NEEDS = {
     PromptTuningInit.FILE: "prompt_tuning_init_file",
 }
 _OURS = ("prompt_tuning_init_labels", "prompt_tuning_init_file")
-"""Those of them that PEFT does not know, and so does not ignore either."""
+"""Fields of ``_NEEDS`` that PEFT lacks. Setting an unused one is an error, whereas PEFT ignores its own."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -51,24 +51,25 @@ class PromptTuningConfig(PromptLearningConfig):
     """Config of prompt tuning.
 
     Raises:
-        ConfigError: a value is out of range, or the chosen start lacks its text, labels or file, or has no use for one.
+        ConfigError: a value is out of range, or the chosen initialization lacks its text, labels or file, or does not
+            use one that is given.
     """
 
     peft_type: PeftType = PeftType.PROMPT_TUNING
     prompt_tuning_init: PromptTuningInit = PromptTuningInit.SAMPLE_VOCAB
-    """Where the virtual tokens start. PEFT's default is RANDOM, which the paper shows to be worse on small models."""
+    """How the virtual tokens are initialized. PEFT's default is RANDOM, which the paper finds worse on small models."""
     prompt_tuning_init_text: str | None = None
-    """The text of TEXT: cut, or repeated, to the number of virtual tokens."""
+    """The text for TEXT; its tokens are cut or repeated to ``num_virtual_tokens``."""
     prompt_tuning_init_labels: list[str] | None = field(default=None, metadata=OURS)
-    """The class labels of LABELS, as words."""
+    """The class labels for LABELS, as text."""
     prompt_tuning_init_file: str | None = field(default=None, metadata=OURS)
-    """The adapter folder or safetensors file of FILE."""
+    """The adapter folder or safetensors file for FILE."""
     tokenizer_name_or_path: str | None = None
-    """Tokenizer of the text or labels, by default the base model's; of a vocabulary sample, by default none."""
+    """Tokenizer for the text or labels, by default the base model's; for a vocabulary sample, by default none."""
     tokenizer_kwargs: dict[str, Any] | None = None
     """Arguments for ``AutoTokenizer.from_pretrained``."""
     placement: Placement = field(default="prefix", metadata=OURS)
-    """Before the text, or behind it."""
+    """Whether the virtual tokens precede or follow the text."""
 
     ways: ClassVar[tuple[str, ...]] = ("placement",)
 
@@ -92,7 +93,12 @@ class PromptTuningConfig(PromptLearningConfig):
         return PromptEmbedding(self)
 
     def initialize(self, module: PromptEmbedding, backbone: Backbone) -> None:
-        """See ``PeftConfig.initialize``. Raises CheckpointError where FILE has a prompt of another shape."""
+        """See ``PeftConfig.initialize``.
+
+        Raises:
+            CheckpointError: the prompt of FILE is missing, damaged or of another shape.
+            ConfigError: the text or a label has no tokens, or no tokenizer.
+        """
         module.embedding.weight.data.copy_(self._start(backbone))
 
     def _start(self, backbone: Backbone) -> Tensor:
@@ -120,7 +126,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """See ``PeftConfig.implied_by_peft``: only TEXT reads the text."""
+        """See ``PeftConfig.implied_by_peft``: PEFT reads the text for TEXT only."""
         return {} if values.get("prompt_tuning_init") == "TEXT" else {"prompt_tuning_init_text": None}
 
 
@@ -129,7 +135,7 @@ class PromptEmbedding(nn.Module):
 
     Args:
         config: ``num_virtual_tokens``, ``token_dim`` and ``placement``.
-        word_embeddings: accepted for PEFT's signature; the start is chosen by ``PromptTuningConfig.initialize``.
+        word_embeddings: unused, for PEFT's signature; ``PromptTuningConfig.initialize`` sets the initial values.
     """
 
     def __init__(self, config: PromptTuningConfig, word_embeddings: nn.Module | None = None) -> None:
@@ -147,12 +153,16 @@ class PromptEmbedding(nn.Module):
         vectors = self()
         return Prompt(num_virtual_tokens=len(vectors), vectors=vectors, after_text=self.after_text)
 
-    def baked_state(self) -> dict[str, Tensor]:
+    def inference_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self.embedding.weight.detach()}
 
 
 def check_vectors(backbone: Backbone) -> None:
-    """Raise UnsupportedModelError where no vector can take a word's place."""
+    """Check that vectors can take the place of token embeddings.
+
+    Raises:
+        UnsupportedModelError: the base model reads more of its token ids than their embeddings.
+    """
     if not backbone.takes_vectors:
         raise UnsupportedModelError(
             f"{type(backbone.model).__name__} reads more off its words than their vectors: "
@@ -164,7 +174,7 @@ def settle_input(config: PromptLearningConfig, backbone: Backbone) -> None:
     """Fill in PEFT's size fields for virtual tokens at the input.
 
     Raises:
-        UnsupportedModelError: no vector can take a word's place.
+        UnsupportedModelError: vectors cannot take the place of token embeddings.
     """
     check_vectors(backbone)
     text = backbone.text_config

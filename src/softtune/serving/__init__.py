@@ -1,2 +1,2 @@
-"""Many tasks from one frozen model: a registry of adapters, an engine that answers requests of all of them at once, and
-OpenAI's HTTP API around both."""
+"""Serving many adapters on one frozen base model: a registry of adapters, engines that batch requests for all of them,
+and an OpenAI-compatible HTTP API."""

@@ -1,4 +1,4 @@
-"""The frozen base model, with a head for every kind of task that is served."""
+"""The frozen base model, with a head for each task type that is served."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from softtune.pretrained import load_base_model, locate_base_model
 
 
 class Bases:
-    """Models that share all tensors but their heads.
+    """Base models by task type, which share all tensors except their heads'.
 
     Args:
-        name: the base model's, see ``load_base_model``.
+        name: the base model's name, see ``load_base_model``.
     """
 
     def __init__(self, name: str) -> None:
@@ -25,7 +25,11 @@ class Bases:
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def model(self, task: TaskType, num_labels: int | None = None) -> PeftModel:
-        """The base model with a task's head. Raises ConfigError where it has no such task."""
+        """The base model with the head of a task type.
+
+        Raises:
+            ConfigError: the base model cannot be loaded for this task.
+        """
         key = (task, num_labels)
         if key not in self._models:
             base, self._tokenizer = load_base_model(self.name, task, num_labels=num_labels)
@@ -35,7 +39,7 @@ class Bases:
 
     @property
     def is_there(self) -> bool:
-        """Whether there is such a base model, for one task or another."""
+        """Whether the base model exists, whatever its tasks."""
         try:
             AutoConfig.from_pretrained(locate_base_model(self.name))
         except (OSError, ValueError):
@@ -44,12 +48,12 @@ class Bases:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's; there is one as soon as there is a model."""
+        """The base model's tokenizer, available once ``model`` has been called."""
         assert self._tokenizer is not None
         return self._tokenizer
 
     def _share(self, base: nn.Module) -> None:
-        """Let a new model use the tensors that others have already."""
+        """Replace a new model's parameters by equal ones that are loaded already."""
         for name, parameter in base.named_parameters():
             known = self._tensors.setdefault(name, parameter.data)
             if known.shape == parameter.shape and torch.equal(known, parameter):

@@ -1,4 +1,4 @@
-"""Folders of adapters, on this machine, in an object store or on the hub: which are there, and which have changed."""
+"""Folders of adapters on this machine, in an object store or on the hub: lists adapters, and finds changed ones."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from softtune.serving.registry import Registry, Version
 logger = logging.getLogger(__name__)
 
 Stamps = dict[str, Any]
-"""What tells whether a file has changed, by its path within the folder."""
+"""Metadata that differs once a file has changed, by the file's path within the folder."""
 
 
 class AdapterFolder:
-    """Adapters to serve, each in a folder of its name; an ensemble's members in folders within its own.
+    """Adapters to serve, each in a folder of its name; an ensemble's members in subfolders.
 
     Args:
-        paths: of folders with a folder for each adapter, or of an adapter's own; or addresses as fsspec knows them, of
-            an object store (``s3://bucket/adapters``) or the hub (``hf://user/adapter``), whose files are copied as
-            they change. Where several have an adapter of one name, the first one's is served.
+        paths: folders with a subfolder for each adapter, or an adapter's own folder; or fsspec URLs of an object store
+            (``s3://bucket/adapters``) or the hub (``hf://user/adapter``), whose files are copied whenever they change.
+            Where several contain an adapter of the same name, the first one's is served.
 
     Raises:
-        ConfigError: there is no such folder, or the store cannot be reached.
+        ConfigError: a folder does not exist, or the store cannot be reached.
     """
 
     def __init__(self, *paths: str) -> None:
         self._sources = [_Store(path) if "://" in path else _Local(path) for path in paths]
         self._listings: list[dict[str, Path]] = [{} for _ in self._sources]
-        """What was found in each place when it could be read."""
+        """The adapters of each source when it could last be read."""
         self._loaded: dict[str, Stamps] = {}
-        """What the files of each adapter were when it was tried."""
+        """Stamps of each adapter's files when it was last loaded, or could not be served."""
         self._hidden: set[Path] = set()
-        """Folders that were said to have the name of another."""
+        """Folders that were logged as not served, since another adapter has the name."""
         self._lock = RLock()
 
     @property
     def names(self) -> list[str]:
-        """What is there, as ``name``, or ``name/1`` and so on of an ensemble."""
+        """Names of all adapters: ``name``, or ``name/1`` and so on for the members of an ensemble."""
         with self._lock:
             return sorted(self._look())
 
     def load(self, name: str, registry: Registry) -> Version:
-        """Serve an adapter, in place of what had its name.
+        """Load an adapter, and serve it in place of the current version of that name.
 
         Raises:
-            AdapterError: there is none of that name.
-            SofttuneError: it cannot be served.
+            AdapterError: there is no adapter of that name.
+            SofttuneError: the adapter cannot be served.
         """
         with self._lock:
             listing = self._look()
@@ -63,8 +63,10 @@ class AdapterFolder:
             return self._serve(name, listing[name], registry)
 
     def follow(self, registry: Registry) -> None:
-        """Serve what is new or has changed, and no longer what is gone. What cannot be served is skipped, with a line
-        in the log; what had its name stays."""
+        """Serve new and changed adapters, and remove those that are gone.
+
+        An adapter that cannot be served is skipped with a warning in the log; the current version of its name stays.
+        """
         with self._lock:
             listing = self._look()
             for name in self._loaded.keys() - listing.keys():
@@ -76,12 +78,12 @@ class AdapterFolder:
                 try:
                     if self._loaded.get(name) != _stamps(listing[name]):
                         self._serve(name, listing[name], registry)
-                except Exception as error:  # whatever is wrong with it, the others are served
+                except Exception as error:  # whatever is wrong with one adapter, the others are served
                     is_served = name in {version.name for version in registry.versions}
                     logger.warning("%s %s: %s", "kept the old" if is_served else "skipped", name, error)
 
     def _serve(self, name: str, path: Path, registry: Registry) -> Version:
-        """Serve a folder as it is now; where that fails by the machine, which may pass, it counts as not tried."""
+        """Serve an adapter's folder. After an error of the machine, which may be temporary, ``follow`` tries again."""
         stamps = _stamps(path)
         try:
             version = registry.add(name, path)
@@ -92,30 +94,30 @@ class AdapterFolder:
         return version
 
     def close(self) -> None:
-        """Remove the copies of what is elsewhere."""
+        """Remove the local copies of remote folders."""
         with self._lock:
             for source in self._sources:
                 source.close()
 
     def _look(self) -> dict[str, Path]:
-        """The adapters' folders by their names; of a place that cannot be read, those of before."""
+        """The adapters' folders by name; for a source that cannot be read, those of its last listing."""
         for number, source in enumerate(self._sources):
             try:
                 source.fetch()
                 self._listings[number] = _adapters_in(source.path, source.name)
-            except Exception as error:  # a store's own types, and those of its network
+            except Exception as error:  # stores and their network libraries raise types of their own
                 logger.warning("%s cannot be read: %s", source.name, error)
-        found: dict[str, Path] = {}
+        folders: dict[str, Path] = {}
         for listing in self._listings:
             for name, path in listing.items():
-                if found.setdefault(name, path) != path and path not in self._hidden:
-                    logger.warning("%s is not served: there is another %s in %s", path, name, found[name].parent)
+                if folders.setdefault(name, path) != path and path not in self._hidden:
+                    logger.warning("%s is not served: there is another %s in %s", path, name, folders[name].parent)
                     self._hidden.add(path)
-        return found
+        return folders
 
 
 def _adapters_in(path: Path, name: str) -> dict[str, Path]:
-    """The folders of adapters in a folder, by their names; a folder that is an adapter itself, by the name given."""
+    """The adapters' folders within a folder, by name; a folder that is an adapter itself has the given name."""
     if (path / CONFIG_NAME).is_file():
         return {name: path}
     files = [*path.glob(f"*/{CONFIG_NAME}"), *path.glob(f"*/*/{CONFIG_NAME}")]
@@ -132,19 +134,23 @@ class _Local:
             raise ConfigError(f"there is no folder {path}: check the path")
 
     def fetch(self) -> None:
-        """Raise FileNotFoundError where it is there no more."""
+        """Check that the folder still exists.
+
+        Raises:
+            FileNotFoundError: it does not.
+        """
         if not self.path.is_dir():
             raise FileNotFoundError(f"there is no folder {self.path} any more")
 
     def close(self) -> None:
-        """Nothing was copied."""
+        """Do nothing, since nothing was copied."""
 
 
 class _Store:
-    """A copy of a folder in an object store.
+    """A local copy of a folder in an object store.
 
     Args:
-        address: as fsspec knows it.
+        address: the folder's fsspec URL.
     """
 
     def __init__(self, address: str) -> None:
@@ -154,7 +160,7 @@ class _Store:
         try:
             self._files, self._root = fsspec.core.url_to_fs(address)
             is_there = self._files.exists(self._root)
-        except Exception as error:  # a store's own types, and those of its network
+        except Exception as error:  # stores and their network libraries raise types of their own
             raise ConfigError(f"{address} cannot be read ({error}): check the address") from error
         if not is_there:
             raise ConfigError(f"there is nothing at {address}, or it cannot be reached: check the address")
@@ -164,26 +170,29 @@ class _Store:
         self._known: Stamps = {}
 
     def fetch(self) -> None:
-        """Copy what is new or has changed, and remove what is gone. Raises OSError where the store has no such folder
-        any more, as some say that cannot be reached."""
+        """Copy new and changed files, and remove those that are gone.
+
+        Raises:
+            OSError: the store no longer has the folder, which some stores also answer when they cannot be reached.
+        """
         files = self._files.find(self._root, detail=True, refresh=True)
         if not files and not self._files.exists(self._root):
             raise OSError(f"{self._address} cannot be read")
         names = {path: path.removeprefix(self._root).lstrip("/") for path in files}
-        found = {
+        stamps = {
             names[path]: {k: v for k, v in facts.items() if k != "name"}
             for path, facts in files.items()
-            if self.path in (self.path / names[path]).resolve().parents  # a key may have dots
+            if self.path in (self.path / names[path]).resolve().parents  # a key may contain ".."
         }
-        for name in self._known.keys() - found.keys():
+        for name in self._known.keys() - stamps.keys():
             (self.path / name).unlink(missing_ok=True)
-        for name, facts in found.items():
+        for name, facts in stamps.items():
             if self._known.get(name) != facts:
-                own = self.path / name
-                own.parent.mkdir(parents=True, exist_ok=True)
-                self._files.get_file(f"{self._root}/{name}", str(own) + ".new")
-                shutil.move(str(own) + ".new", own)
-        self._known = found
+                copy = self.path / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                self._files.get_file(f"{self._root}/{name}", str(copy) + ".new")
+                shutil.move(str(copy) + ".new", copy)
+        self._known = stamps
 
 
 def _stamps(folder: Path) -> Stamps:

@@ -1,20 +1,19 @@
-"""Adapters by name and version: checked and baked once, held in memory while they are asked for, else on disk.
+"""Adapters by name and version, each checked and exported once.
 
-A request holds on to the version that it began with; one that is replaced or removed is forgotten with its last
-request. Knows nothing about requests, and nothing about what adapters do.
+A request keeps the version that it started with; a version that is replaced or removed is deleted after its last
+request. Knows nothing about what requests compute, and nothing about what adapters do.
 """
 
 from __future__ import annotations
 
 import itertools
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import RLock
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 from softtune.data import Task
 from softtune.errors import AdapterError, ConfigError
@@ -22,18 +21,18 @@ from softtune.methods import PeftConfig
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What there is to know of an adapter."""
+class AdapterInfo:
+    """What the server knows about an adapter."""
 
     config: PeftConfig
     task: Task | None
-    """What it was trained for; None where nobody noted it."""
-    lane: Any
-    """Where its requests are worked on."""
+    """The task it was trained for; None where no recipe is saved with it."""
+    engine: Any
+    """The engine that runs its requests."""
     has_places_within: bool = False
     """Whether its template has virtual tokens within the text."""
     separator: str = ""
-    """The space at its template's end, which is the answer's."""
+    """The space at its template's end, which is tokenized with the answer."""
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -42,53 +41,37 @@ class Facts:
 
 @dataclass(eq=False)
 class Version:
-    """One state of an adapter."""
+    """One version of an adapter."""
 
     name: str
     number: int
-    facts: Facts
+    info: AdapterInfo
     folder: Path
-    """Its inference form."""
+    """The folder of its inference form."""
     leases: int = 0
-    """Requests that hold on to it."""
+    """Number of requests that use it."""
     is_retired: bool = False
-    """Whether new requests see another one, or none."""
-
-
-class Loaded(Protocol):
-    """An adapter in memory."""
-
-    @property
-    def bytes(self) -> int:
-        """What it takes there."""
-        ...
-
-    def release(self) -> None:
-        """Forget it."""
-        ...
-
-
-Kept = TypeVar("Kept", bound=Loaded)
+    """Whether it was replaced or removed, so that no new request uses it."""
 
 
 class Registry:
     """The adapters that are served.
 
     Args:
-        bake: checks the adapter in a folder and writes its inference form into another.
+        export: checks the adapter in one folder and writes its inference form into another.
         folder: where inference forms are kept.
-        forget: told of a version that nobody holds on to any more.
+        forget: called with a retired version that no request uses any more.
         taken: the base model's name, which no adapter can have.
     """
 
     def __init__(
         self,
-        bake: Callable[[Path, Path], Facts],
+        export: Callable[[Path, Path], AdapterInfo],
         folder: Path,
         forget: Callable[[Version], None],
         taken: str,
     ) -> None:
-        self._bake = bake
+        self._export = export
         self._folder = folder
         self._forget = forget
         self._taken = taken
@@ -98,35 +81,39 @@ class Registry:
 
     @property
     def versions(self) -> list[Version]:
-        """Those that new requests see, by name."""
+        """The current version of each adapter, sorted by name."""
         with self._lock:
             return [self._versions[name] for name in sorted(self._versions)]
 
     def add(self, name: str, folder: Path) -> Version:
-        """Serve the adapter in a folder by a name, from now on in place of what had it.
+        """Serve the adapter in a folder under a name, in place of the current version of that name.
 
         Raises:
             ConfigError: the name is the base model's.
-            SofttuneError: it cannot be served; what had the name is still there.
+            SofttuneError: the adapter cannot be served; the current version stays.
         """
         if name == self._taken:
             raise ConfigError(f"{name} is the base model's name: give the adapter's folder another one")
         number = next(self._numbers)
-        own = self._folder / str(number)
-        own.mkdir()
+        export_folder = self._folder / str(number)
+        export_folder.mkdir()
         try:
-            facts = self._bake(folder, own)
+            info = self._export(folder, export_folder)
         except BaseException:
-            shutil.rmtree(own, ignore_errors=True)
+            shutil.rmtree(export_folder, ignore_errors=True)
             raise
-        version = Version(name, number, facts, own)
+        version = Version(name, number, info, export_folder)
         with self._lock:
             before, self._versions[name] = self._versions.get(name), version
         self._retire(before)
         return version
 
     def remove(self, name: str) -> None:
-        """Serve an adapter no longer. Raises AdapterError where there is none of that name."""
+        """Stop serving an adapter.
+
+        Raises:
+            AdapterError: there is no adapter of that name.
+        """
         with self._lock:
             version = self._versions.pop(name, None)
         if version is None:
@@ -134,7 +121,11 @@ class Registry:
         self._retire(version)
 
     def lease(self, name: str) -> Version:
-        """The version that a request sees from its first token to its last. Raises AdapterError for an unknown name."""
+        """Lease the current version of an adapter, which a request uses from its first token to its last.
+
+        Raises:
+            AdapterError: there is no adapter of that name.
+        """
         with self._lock:
             if name not in self._versions:
                 raise self._unknown(name)
@@ -142,13 +133,13 @@ class Registry:
             return self._versions[name]
 
     def hold(self, version: Version) -> Callable[[], None]:
-        """Lease a version once more; what to call at the end of that."""
+        """Lease a version once more; returns the function that ends this lease."""
         with self._lock:
             version.leases += 1
         return partial(self.release, version)
 
     def release(self, version: Version) -> None:
-        """A request with this version has ended."""
+        """End a lease of a version."""
         with self._lock:
             version.leases -= 1
         self._forget_unused(version)
@@ -166,59 +157,3 @@ class Registry:
     def _unknown(self, name: str) -> AdapterError:
         some = ", ".join(sorted(self._versions)[:5]) or "none"
         return AdapterError(f"no adapter is named {name!r}: among those that are served are {some}")
-
-
-@dataclass
-class Hot(Generic[Kept]):
-    """The adapters in memory. Those in use stay there, others while there is room."""
-
-    load: Callable[[Version], Kept]
-    """Brings an adapter into memory."""
-    _held: OrderedDict[Version, Kept] = field(default_factory=OrderedDict)
-    _uses: dict[Version, int] = field(default_factory=dict)
-    bytes: int = 0
-    """Of all of them."""
-
-    def use(self, version: Version) -> Kept:
-        """An adapter in memory, which stays there until ``done``."""
-        held = self._held.get(version)
-        if held is None:
-            held = self._held[version] = self.load(version)
-            self.bytes += held.bytes
-        self._held.move_to_end(version)
-        self._uses[version] = self._uses.get(version, 0) + 1
-        return held
-
-    def __getitem__(self, version: Version) -> Kept:
-        """One that is in use."""
-        return self._held[version]
-
-    def done(self, version: Version) -> None:
-        """A use has ended."""
-        self._uses[version] -= 1
-        if not self._uses[version]:
-            del self._uses[version]
-
-    @property
-    def idle(self) -> list[Kept]:
-        """Those that nobody uses, asked for longest ago first."""
-        return [held for version, held in self._held.items() if version not in self._uses]
-
-    def shrink(self, bound: int) -> None:
-        """Forget what is retired, and what is beyond a bound."""
-        for version in [v for v in self._held if v.is_retired and v not in self._uses]:
-            self._release(version)
-        while self.bytes > bound and self.drop_one():
-            pass
-
-    def drop_one(self) -> bool:
-        """Forget what was asked for longest ago; False where all are in use."""
-        idle = next((version for version in self._held if version not in self._uses), None)
-        if idle is not None:
-            self._release(idle)
-        return idle is not None
-
-    def _release(self, version: Version) -> None:
-        held = self._held.pop(version)
-        self.bytes -= held.bytes
-        held.release()

@@ -1,7 +1,7 @@
-"""Several servers behind Ray Serve, on one machine or a cluster's, each with the base model and the adapters' folder.
+"""Several servers behind Ray Serve, on one machine or a cluster, each with the base model and the adapters' folder.
 
-Requests go to the replica that has the fewest. Replicas know nothing of each other: each follows the folder, so that
-what is put there, or taken away, is soon the same everywhere.
+A request goes to the replica with the fewest running requests. Replicas know nothing of each other: each follows the
+folder, so an adapter that is added or removed there is soon added or removed in all of them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import replace
 from typing import Any
 
 from softtune.errors import ConfigError
+from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
-from softtune.serving.limits import Limits
 from softtune.serving.service import Service
 
 FOLLOW = 5.0
-"""Seconds between two looks at the folder, where the settings name none."""
+"""Seconds between two scans of the folder, where the settings set no interval."""
 
 
 def run(
     model: str,
     adapters: Sequence[str],
-    limits: Limits,
+    config: EngineConfig,
     settings: Settings,
     *,
     replicas: int,
@@ -34,17 +34,17 @@ def run(
     """Start replicas and wait for Ctrl-C.
 
     Args:
-        model: the base model's name, which every machine finds.
-        adapters: their paths, see ``AdapterFolder``; every machine finds the same there.
-        limits: of each replica.
-        settings: of each replica, but that nobody may load adapters into one alone.
-        replicas: how many.
-        host: address to listen at.
-        port: port to listen at.
-        made: what else a ``Service`` is made with.
+        model: the base model's name, available on every machine.
+        adapters: their paths, see ``AdapterFolder``; the same on every machine.
+        config: engine limits of each replica.
+        settings: server settings of each replica, without admin keys.
+        replicas: number of replicas.
+        host: address to listen on.
+        port: port to listen on.
+        made: further arguments of ``Service``.
 
     Raises:
-        ConfigError: Ray Serve is not installed, or adapters are to be loaded by requests.
+        ConfigError: Ray Serve is not installed, or the settings have admin keys.
     """
     if settings.admin_keys:
         raise ConfigError(
@@ -57,39 +57,43 @@ def run(
             "replicas need the package of Ray Serve: pip install 'softtune[ray]', or serve one"
         ) from error
     serve.start(http_options={"host": host, "port": port})
-    app = application(model, adapters, limits, settings, replicas=replicas, **made)
+    app = application(model, adapters, config, settings, replicas=replicas, **made)
     serve.run(app, name="softtune", blocking=True)
 
 
 def application(
-    model: str, adapters: Sequence[str], limits: Limits, settings: Settings, *, replicas: int, **made: Any
+    model: str, adapters: Sequence[str], config: EngineConfig, settings: Settings, *, replicas: int, **made: Any
 ) -> Any:
-    """What Ray Serve runs; see ``run``."""
+    """The Ray Serve application; see ``run``."""
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
-    own = replace(settings, follow=settings.follow or FOLLOW)
+    replica_settings = replace(settings, follow=settings.follow or FOLLOW)
 
     @serve.deployment(
         name="softtune",
         num_replicas=replicas,
-        max_ongoing_requests=limits.rows + limits.waiting,
-        max_queued_requests=limits.waiting,
+        max_ongoing_requests=config.max_num_seqs + config.max_num_waiting,
+        max_queued_requests=config.max_num_waiting,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
     )
     @serve.ingress()
     class Replica:
-        """A server of its own."""
+        """One server."""
 
         def __init__(self) -> None:
-            self._service, self._folder = Service(model, limits, **made), AdapterFolder(*adapters)
+            self._service, self._folder = Service(model, config, **made), AdapterFolder(*adapters)
             self._folder.follow(self._service.registry)
 
         def __serve_build_asgi_app__(self) -> Any:
-            return create_app(self._service, self._folder, own)
+            return create_app(self._service, self._folder, replica_settings)
 
         def check_health(self) -> None:
-            """Raise RuntimeError where nothing works on requests any more: Ray starts another one."""
+            """Check that requests are still run; otherwise Ray replaces the replica.
+
+            Raises:
+                RuntimeError: the engine or its thread has stopped.
+            """
             if not self._service.is_alive:
                 raise RuntimeError("nothing works on requests")
 

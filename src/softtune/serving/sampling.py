@@ -1,4 +1,4 @@
-"""How a text's next token is chosen, and when the text is at its end. Knows nothing about models."""
+"""How the next token is sampled, and when generation ends. Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -12,119 +12,118 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 COLDEST = 1e-5
-"""A temperature below takes the likeliest token."""
+"""Temperatures below decode greedily."""
 FEW = 256
-"""Tokens among which the likeliest are looked for first."""
+"""Number of most likely tokens that top-p tries before it sorts the whole vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """What a request asks of the tokens that are written for it."""
+class SamplingParams:
+    """How a request's tokens are sampled, and when generation ends."""
 
     max_tokens: int = 16
-    """Tokens to write at most."""
+    """Maximum number of tokens to generate."""
     temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """0 decodes greedily."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that have so much of the probability together."""
+    """Sample from the most likely tokens that together have this much of the probability."""
     seed: int | None = None
-    """The same seed draws the same tokens; by default others every time."""
+    """The same seed samples the same tokens; None, the default, others every time."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, and are not part of it."""
+    """Strings that end generation, and are not part of the output."""
     logprobs: int | None = None
-    """How many of the likeliest tokens to tell the log-probabilities of, beside the chosen one's; None for neither."""
+    """Number of most likely tokens to return log-probabilities of, beside the sampled one's; None for neither."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One token that was written."""
+class SampledToken:
+    """One generated token."""
 
     token: int
     logprob: float | None = None
-    """Of the model alone, before temperature and top-p."""
+    """Log-probability under the model, before temperature and top-p."""
     likeliest: dict[int, float] = field(default_factory=dict)
-    """Log-probabilities of the likeliest tokens."""
+    """Log-probabilities of the most likely tokens, by token id."""
 
 
 class Sampler:
-    """Chooses one request's tokens, by random numbers that no other request draws from."""
+    """Samples one request's tokens, with a random generator of its own."""
 
-    def __init__(self, asked: Sampling) -> None:
-        self.asked = asked
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
         self._random = torch.Generator()
-        if asked.seed is None:
+        if params.seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed(asked.seed)
+            self._random.manual_seed(params.seed)
 
-    def choose(self, logits: Tensor) -> Choice:
-        """The next token by its logits [V]."""
-        greedy = self.asked.temperature < COLDEST
-        token = int(logits.argmax()) if greedy else self._drawn((logits.float() / self.asked.temperature).softmax(-1))
-        if self.asked.logprobs is None:
-            return Choice(token)
+    def sample(self, logits: Tensor) -> SampledToken:
+        """Sample the next token from its logits [V]."""
+        greedy = self.params.temperature < COLDEST
+        token = int(logits.argmax()) if greedy else self._drawn((logits.float() / self.params.temperature).softmax(-1))
+        if self.params.logprobs is None:
+            return SampledToken(token)
         logprobs = logits.float().log_softmax(-1)
-        top = logprobs.topk(self.asked.logprobs)
+        top = logprobs.topk(self.params.logprobs)
         likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return Choice(token, float(logprobs[token]), likeliest)
+        return SampledToken(token, float(logprobs[token]), likeliest)
 
     def _drawn(self, probabilities: Tensor) -> int:
-        """A token by its probability [V], one of the likeliest that have ``top_p`` together (Holtzman et al. 2020)."""
-        if self.asked.top_p == 1:
+        """Sample from probabilities [V], among the most likely that have ``top_p`` together (Holtzman et al. 2020)."""
+        if self.params.top_p == 1:
             return self._place(probabilities)
-        for count in (min(FEW, len(probabilities)), len(probabilities)):  # to sort all words takes long
+        for count in (min(FEW, len(probabilities)), len(probabilities)):  # sorting the whole vocabulary is slow
             likeliest = probabilities.topk(count)
             before = likeliest.values.cumsum(0) - likeliest.values
-            if float(before[-1]) >= self.asked.top_p:
+            if float(before[-1]) >= self.params.top_p:
                 break
-        weights = likeliest.values.masked_fill(before >= self.asked.top_p, 0.0)
+        weights = likeliest.values.masked_fill(before >= self.params.top_p, 0.0)
         return int(likeliest.indices[self._place(weights)])
 
     def _place(self, weights: Tensor) -> int:
-        """A place, as likely as its share of the weights [V]; torch.multinomial takes a random number for each of
-        them."""
+        """Sample an index in proportion to the weights [V]; torch.multinomial takes a random number for each weight."""
         sums = weights.cpu().double().cumsum(0)
         drawn = torch.rand((), dtype=sums.dtype, generator=self._random) * sums[-1]
         return int(torch.searchsorted(sums, drawn, right=True))
 
 
-class Writer:
-    """Turns tokens into text as they come, and finds the end.
+class IncrementalDetokenizer:
+    """Turns tokens into text as they are generated, and finds stop strings.
 
     Args:
-        tokenizer: the model's.
-        stop: texts that end the answer.
+        tokenizer: the model's tokenizer.
+        stop: strings that end generation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self._tokenizer: Any = tokenizer.backend_tokenizer
         self._tokens: list[int] = []
-        self._told = ""
+        self._decoded = ""
         """All text so far."""
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = stop
-        self._held = ""
-        """Text that may be the beginning of a stop."""
+        self._buffer = ""
+        """Text held back, since it may be the beginning of a stop string."""
 
-    def write(self, token: int) -> tuple[str, bool]:
-        """The text that a token adds for sure, and whether the answer ends there."""
+    def append(self, token: int) -> tuple[str, bool]:
+        """Add a token. Returns the text that is certain to be output, and whether a stop string ends it."""
         self._tokens.append(token)
         new = self._stream.step(self._tokenizer, token) or ""
-        self._told += new
-        self._held += new
-        places = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        self._decoded += new
+        self._buffer += new
+        places = [(at, stop) for stop in self._stop if (at := self._buffer.find(stop)) >= 0]
         if places:
-            return self._held[: min(places)[0]], True
-        kept = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        text, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+            return self._buffer[: min(places)[0]], True
+        overlap = max((_overlap(self._buffer, stop) for stop in self._stop), default=0)
+        text, self._buffer = self._buffer[: len(self._buffer) - overlap], self._buffer[len(self._buffer) - overlap :]
         return text, False
 
-    def rest(self) -> str:
-        """What is held back, where the answer ends without a stop: the bytes of half a character too."""
+    def flush(self) -> str:
+        """The text held back where generation ends without a stop string, with the bytes of a partial character."""
         whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        return self._held + (whole[len(self._told) :] if whole.startswith(self._told) else "")
+        return self._buffer + (whole[len(self._decoded) :] if whole.startswith(self._decoded) else "")
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the text's end that a stop begins with."""
+    """Number of characters at the end of ``text`` that are the beginning of ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
-"""Adapters of any kind on one base model, and what they answer. Knows no HTTP.
+"""Requests to adapters of any kind on one base model. Knows nothing about HTTP.
 
-Coroutines on one side, the working thread on the other. An answer holds on to its adapter's version from its beginning
-to its end, however it ends.
+Coroutines submit requests to the engine thread and await their results. A request keeps its adapter's version from its
+beginning to its end, however it ends.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, Template, Te
 from softtune.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 from softtune.evaluation.answers import fitted_beside
 from softtune.methods import PeftConfig, TaskType
-from softtune.serving import baking
+from softtune.serving import prompt_export
 from softtune.serving.bases import Bases
-from softtune.serving.engine import Engine
-from softtune.serving.heads import OUTPUTS, Heads
-from softtune.serving.jobs import Writing
-from softtune.serving.limits import Limits
-from softtune.serving.loop import Lane, Loop, TextLane
-from softtune.serving.registry import Facts, Registry, Version
-from softtune.serving.sampling import Choice, Sampling, Writer
-from softtune.serving.waiting import Ticket
+from softtune.serving.engine_config import EngineConfig
+from softtune.serving.engine_thread import Engine, EngineThread, TextEngine
+from softtune.serving.head_engine import OUTPUTS, HeadEngine
+from softtune.serving.registry import AdapterInfo, Registry, Version
+from softtune.serving.request_queue import RequestHandle
+from softtune.serving.requests import GenerationRequest
+from softtune.serving.sampling import IncrementalDetokenizer, SampledToken, SamplingParams
+from softtune.serving.transformers_engine import TransformersEngine
 from softtune.training.recipe import RECIPE_NAME, Recipe
 
 Result = TypeVar("Result")
@@ -48,169 +48,197 @@ ASKED: dict[type, str] = {
     TextTask: "texts",
     type(None): "texts",
 }
-"""What adapters for each kind of task are asked for."""
+"""What adapters for each kind of task return, as error messages call it."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """A piece of a text that is being written."""
+class TokenDelta:
+    """A generated token, with the text that it adds."""
 
-    choice: Choice
+    choice: SampledToken
     """The token."""
     text: str
-    """What is added for sure; a token's text may come later."""
+    """Text that is certain to be output; a token's text may come with a later one."""
     reason: str | None
-    """Why it was the last one, stop or length; None where more comes."""
+    """Finish reason of the last token, stop or length; None where more follow."""
 
 
 class Service:
-    """What is served.
+    """A base model with its registry of adapters and its engines.
 
     Args:
         model: the base model's name, see ``load_base_model``.
-        limits: how much is done at once.
-        engine: makes what writes and scores texts, of the base model, the limits and the folder of inference forms.
+        config: limits of each engine.
+        engine: creates the decoder's engine from the base model, the config and the folder of inference forms.
 
     Raises:
-        ConfigError: there is no such base model, or it does nothing that is served.
+        ConfigError: there is no such base model.
     """
 
     def __init__(
         self,
         model: str,
-        limits: Limits | None = None,
-        engine: Callable[[Backbone, Limits, Path], TextLane] = lambda backbone, limits, _: Engine(backbone, limits),
+        config: EngineConfig | None = None,
+        engine: Callable[[Backbone, EngineConfig, Path], TextEngine] = lambda backbone, config, _: TransformersEngine(
+            backbone, config
+        ),
     ) -> None:
         self.name = model
         self.bases = Bases(model)
-        self.limits = limits or Limits()
-        self.loop = Loop([])
+        self.config = config or EngineConfig()
+        self.thread = EngineThread([])
         self._folder = Path(tempfile.mkdtemp(prefix="softtune-"))
         self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self.registry = Registry(self._bake, self._folder, lambda version: self.loop.wake(), model)
-        self._heads: dict[tuple[TaskType, int | None], Heads] = {}
-        self._baking, self._encoding = Lock(), Lock()
+        self.registry = Registry(self._export, self._folder, lambda version: self.thread.wake(), model)
+        self._heads: dict[tuple[TaskType, int | None], HeadEngine] = {}
+        self._exporting, self._encoding = Lock(), Lock()
         self._engine = self._made(engine)
 
     def start(self) -> None:
-        """Begin to answer."""
-        self.loop.start()
+        """Start the engine thread."""
+        self.thread.start()
 
     def close(self, grace: float) -> None:
-        """Take no more requests, and wait for the end of those that there are; after some seconds, the rest fail."""
-        self.loop.close(grace)
+        """Refuse new requests, and wait for the others to end; after ``grace`` seconds the remaining ones fail."""
+        self.thread.close(grace)
         if not isinstance(self._engine, str):
             self._engine.close()
         self._remove_folder()
 
-    def _made(self, engine: Callable[[Backbone, Limits, Path], TextLane]) -> TextLane | str:
-        """The engine, or why there is none."""
+    def _made(self, engine: Callable[[Backbone, EngineConfig, Path], TextEngine]) -> TextEngine | str:
+        """The decoder's engine, or the reason why there is none."""
         try:
-            made = engine(self.bases.model(TaskType.CAUSAL_LM).backbone, self.limits, self._folder)
+            made = engine(self.bases.model(TaskType.CAUSAL_LM).backbone, self.config, self._folder)
         except UnsupportedModelError as error:
             return str(error)
         except ConfigError as error:
             if not self.bases.is_there:
                 raise
             return str(error)
-        self.loop.lanes.append(made)
+        self.thread.engines.append(made)
         return made
 
     @property
-    def engine(self) -> TextLane:
-        """Writes and scores texts. Raises UnsupportedModelError where the base model does not, or not several."""
+    def engine(self) -> TextEngine:
+        """The engine for generation and log-likelihoods.
+
+        Raises:
+            UnsupportedModelError: the base model generates no text, or cannot batch several sequences.
+        """
         if isinstance(self._engine, str):
             raise UnsupportedModelError(self._engine)
         return self._engine
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests are worked on."""
-        return self.loop.is_alive and (isinstance(self._engine, str) or self._engine.is_alive)
+        """Whether the thread and the engine can run requests."""
+        return self.thread.is_alive and (isinstance(self._engine, str) or self._engine.is_alive)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's."""
+        """The base model's tokenizer."""
         return self.bases.tokenizer
 
     @contextmanager
-    def using(self, name: str) -> Iterator[Version]:
-        """An adapter, which stays what it is for the length of the block. Raises AdapterError for an unknown name."""
+    def lease(self, name: str) -> Iterator[Version]:
+        """Lease the current version of an adapter for the length of the block.
+
+        Raises:
+            AdapterError: there is no adapter of that name.
+        """
         version = self.registry.lease(name)
         try:
             yield version
         finally:
             self.registry.release(version)
 
-    def encoded(self, encode: Callable[[PreTrainedTokenizerBase], Result]) -> Result:
-        """What a function makes of texts: one at a time, since the tokenizer keeps what the last one asked of it."""
+    def with_tokenizer(self, encode: Callable[[PreTrainedTokenizerBase], Result]) -> Result:
+        """Call a function with the tokenizer. Calls do not overlap, since a tokenizer keeps its truncation settings."""
         with self._encoding:
             return encode(self.tokenizer)
 
-    def tokenized(self, text: str) -> list[int]:
-        """A text's tokens."""
-        return self.encoded(lambda tokenizer: list(tokenizer(text, verbose=False)["input_ids"]))
+    def tokenize(self, text: str) -> list[int]:
+        """Tokenize a text."""
+        return self.with_tokenizer(lambda tokenizer: list(tokenizer(text, verbose=False)["input_ids"]))
 
-    def prompt(self, version: Version | None, text: str) -> list[int]:
-        """The tokens of a text to go on with. A space at its end that is the answer's, by the adapter's template, is
-        left to the answer."""
-        return self.tokenized(text if version is None else text.removesuffix(version.facts.separator))
+    def tokenize_prompt(self, version: Version | None, text: str) -> list[int]:
+        """Tokenize a text to continue.
 
-    def checked(self, tokens: list[int]) -> list[int]:
-        """Tokens that a request brings along. Raises RequestError where the base model has no such token."""
+        A space at its end that the adapter's template tokenizes with the answer is left out.
+        """
+        return self.tokenize(text if version is None else text.removesuffix(version.info.separator))
+
+    def check_token_ids(self, tokens: list[int]) -> list[int]:
+        """Return the token ids of a request, if the base model has all of them.
+
+        Raises:
+            RequestError: a token id is outside the base model's vocabulary.
+        """
         count = self.engine.backbone.embedding.num_embeddings
         if tokens and max(tokens) >= count:
             raise RequestError(f"{max(tokens)} is no token: they go from 0 to {count - 1}")
         return tokens
 
-    def conversation(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation's tokens. Raises RequestError where the base model has no template for it."""
+    def tokenize_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Tokenize a conversation with the base model's chat template.
+
+        Raises:
+            RequestError: the base model has no chat template, or the messages do not fit it.
+        """
         if not self.tokenizer.chat_template:
             raise RequestError(f"{self.name} knows no conversations: use /v1/completions")
         try:
-            found: Any = self.encoded(
+            encoding: Any = self.with_tokenizer(
                 lambda tokenizer: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             )
         except TemplateError as error:
             raise RequestError(f"the messages do not fit the model's template ({error}): change their order") from error
-        return list(found["input_ids"])
+        return list(encoding["input_ids"])
 
-    def room(self, version: Version | None, words: Sequence[int]) -> int:
-        """Tokens that can be written behind a text, one at least."""
-        virtual = 0 if version is None else version.facts.num_virtual_tokens
-        return max(1, self.engine.longest - virtual - len(words))
+    def max_new_tokens(self, version: Version | None, input_ids: Sequence[int]) -> int:
+        """Maximum number of tokens that can be generated after a text, at least 1."""
+        virtual = 0 if version is None else version.info.num_virtual_tokens
+        return max(1, self.engine.max_model_len - virtual - len(input_ids))
 
     def check_writes(self, version: Version | None) -> None:
-        """Raise RequestError where an adapter writes no texts, UnsupportedModelError where the base model does not."""
-        if version is not None and isinstance(version.facts.lane, Heads):
-            asked = ASKED[type(version.facts.task)]
+        """Check that an adapter generates text.
+
+        Raises:
+            RequestError: the adapter has a head, or virtual tokens within its text.
+            UnsupportedModelError: the base model generates no text, or cannot batch several sequences.
+        """
+        if version is not None and isinstance(version.info.engine, HeadEngine):
+            asked = ASKED[type(version.info.task)]
             raise RequestError(f"{version.name} has a head and writes no texts: ask it for {asked}")
-        if version is not None and version.facts.has_places_within:
+        if version is not None and version.info.has_places_within:
             raise RequestError(f"{version.name} has virtual tokens within its text: ask it for labels, by records")
         _ = self.engine
 
-    async def write(
-        self, version: Version | None, words: Sequence[int], asked: Sampling
-    ) -> AsyncGenerator[Written, None]:
-        """Go on with a text.
+    async def generate(
+        self, version: Version | None, input_ids: Sequence[int], params: SamplingParams
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """Generate a continuation of a text.
 
         Args:
-            version: whose adapter; None for the base model alone.
-            words: the text's tokens.
-            asked: how to go on.
+            version: the adapter's version; None for the base model alone.
+            input_ids: token ids of the text.
+            params: how tokens are sampled, and when generation ends.
 
         Raises:
-            TooLongError, FullError, ClosedError: see ``Lane.submit``.
-            RequestError: there is no text.
+            TooLongError, FullError, ClosedError: see ``Engine.submit``.
+            RequestError: the text is empty, the adapter generates no text, or a logit is NaN.
+            UnsupportedModelError: the base model generates no text, or cannot batch several sequences.
         """
-        if not words:
+        if not input_ids:
             raise RequestError("the text is empty: write some words")
         self.check_writes(version)
         answers: asyncio.Queue[Any] = asyncio.Queue()
         tell = _from_thread(answers.put_nowait)
-        writer = Writer(self.tokenizer, asked.stop)
-        job = Writing(words, asked, writer, self._ends(asked.stop), lambda *piece: tell(Written(*piece)))
-        with self._submitted(self.engine, version, job, tell):
+        detokenizer = IncrementalDetokenizer(self.tokenizer, params.stop)
+        request = GenerationRequest(
+            input_ids, params, detokenizer, self._ends(params.stop), lambda *piece: tell(TokenDelta(*piece))
+        )
+        with self._submitted(self.engine, version, request, tell):
             while True:
                 piece = await answers.get()
                 if isinstance(piece, Exception):
@@ -219,67 +247,67 @@ class Service:
                 if piece.reason:
                     return
 
-    async def told(self, lane: Any, version: Version, job: Callable[[Callable[[Any], None]], Any]) -> Any:
-        """What a job tells at its end."""
+    async def result_of(self, engine: Any, version: Version, request: Callable[[Callable[[Any], None]], Any]) -> Any:
+        """Submit the request that ``request`` makes of a callback, and await its result."""
         answers: asyncio.Queue[Any] = asyncio.Queue()
         tell = _from_thread(answers.put_nowait)
-        with self._submitted(lane, version, job(tell), tell):
+        with self._submitted(engine, version, request(tell), tell):
             if isinstance(answer := await answers.get(), Exception):
                 raise answer
             return answer
 
     @contextmanager
     def _submitted(
-        self, lane: Any, version: Version | None, job: Any, fail: Callable[[Exception], None]
+        self, engine: Any, version: Version | None, request: Any, fail: Callable[[Exception], None]
     ) -> Iterator[None]:
-        """Have a lane work on a job, which is given up on where the block ends before it."""
+        """Submit a request to an engine; it is cancelled where the block ends first."""
         end: Callable[[], None] = (lambda: None) if version is None else self.registry.hold(version)
-        ticket: Ticket[Any] = Ticket(version, job, fail, end)
+        handle: RequestHandle[Any] = RequestHandle(version, request, fail, end)
         try:
-            lane.submit(ticket)
+            engine.submit(handle)
         except BaseException:
             end()
             raise
-        self.loop.wake()
+        self.thread.wake()
         try:
             yield
         finally:
-            ticket.is_cancelled = True
-            self.loop.wake()
+            handle.is_cancelled = True
+            self.thread.wake()
 
     def _ends(self, stop: Sequence[str]) -> frozenset[int]:
-        """Tokens that end a text: the model's own, and special ones that a request names, which no text shows."""
+        """Token ids that end generation: the model's, and stop strings that are special tokens, which no text shows."""
         ends = self.engine.backbone.model.generation_config.eos_token_id
         named = [self._special[text] for text in stop if text in self._special]
         return frozenset([*([ends] if isinstance(ends, int) else ends or []), *named])
 
     @cached_property
     def _special(self) -> dict[str, int]:
-        """Special tokens by their texts."""
+        """Ids of the special tokens, by their text."""
         return {t.content: number for number, t in self.tokenizer.added_tokens_decoder.items() if t.special}
 
-    def _bake(self, folder: Path, own: Path) -> Facts:
+    def _export(self, folder: Path, export_folder: Path) -> AdapterInfo:
         """See ``Registry``."""
-        with self._baking:
+        with self._exporting:
             config = PeftConfig.from_pretrained(folder)
             recipe = Recipe.found_in(folder)
             kind = config.task_type or TaskType.CAUSAL_LM
-            lane = self._lane(kind, recipe)
-            adapter = baking.load(lane.backbone, folder)
+            engine = self._engine_for(kind, recipe)
+            adapter = prompt_export.load_adapter(engine.backbone, folder)
             virtual = getattr(config, "num_virtual_tokens", 0)
-            positions = lane.backbone.max_positions
+            positions = engine.backbone.max_positions
             task = None if recipe is None else fitted_beside(recipe.definition, positions, virtual)
             template = Template("" if recipe is None else recipe.template)
-            within = self.encoded(partial(has_places_within, template))
+            within = self.with_tokenizer(partial(has_places_within, template))
             if within and isinstance(task, TextTask):
                 raise UnsupportedModelError(
                     "its template has virtual tokens within the text, where a request's text has none: train it without"
                 )
-            lane.keep(adapter, own, ahead=not within)
-            return Facts(config, task, lane, within, template.separator)
+            engine.export_adapter(adapter, export_folder, as_kv=not within)
+            return AdapterInfo(config, task, engine, within, template.separator)
 
-    def _lane(self, kind: TaskType, recipe: Recipe | None) -> Lane:
-        """Where an adapter's requests are worked on."""
+    def _engine_for(self, kind: TaskType, recipe: Recipe | None) -> Engine:
+        """The engine that runs an adapter's requests; a head's is created for its first adapter."""
         if kind is TaskType.CAUSAL_LM:
             return self.engine
         if kind not in OUTPUTS:
@@ -291,17 +319,17 @@ class Service:
         key = (kind, recipe.num_labels)
         if key not in self._heads:
             backbone = self.bases.model(*key).backbone
-            self._heads[key] = Heads(backbone, kind, int(self.tokenizer.pad_token_id), self.limits)
-            self.loop.lanes.append(self._heads[key])
+            self._heads[key] = HeadEngine(backbone, kind, int(self.tokenizer.pad_token_id), self.config)
+            self.thread.engines.append(self._heads[key])
         return self._heads[key]
 
 
 def _from_thread(put: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A function that another thread may call, for one that the event loop must."""
+    """Wrap a function that must run in the event loop, so that another thread may call it."""
     loop = asyncio.get_running_loop()
 
     def call(item: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed, nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, so nobody awaits the result
             loop.call_soon_threadsafe(put, item)
 
     return call

@@ -1,1 +1,1 @@
-"""From a recipe to a trained adapter."""
+"""Training: from a recipe to a trained adapter."""

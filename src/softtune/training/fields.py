@@ -1,4 +1,4 @@
-"""Fields of recipes and sweeps: read from YAML, checked, and told of in one line where they are wrong."""
+"""Fields of recipes and sweeps: reads them from YAML, validates them, and reports an invalid one in one line."""
 
 from __future__ import annotations
 
@@ -14,58 +14,62 @@ from pydantic import BaseModel, ValidationError
 from yaml.resolver import Resolver
 
 from softtune.errors import ConfigError
-from softtune.wording import shortened
+from softtune.formatting import shortened
 
 Model = TypeVar("Model", bound=BaseModel)
 
 LONGEST = 200
-"""Characters of a wrong value to show."""
+"""Characters of an invalid value to show."""
 
 
 FLOAT = "tag:yaml.org,2002:float"
 NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-"""YAML 1.2's numbers with a fraction, 1e-3 among them, which PyYAML's YAML 1.1 takes for a text."""
+"""YAML 1.2's floats, among them 1e-3, which PyYAML, with YAML 1.1, reads as a string."""
 
 
 Yaml = TypeVar("Yaml", bound=Resolver)
 
 
-def _with_numbers(own: type[Yaml]) -> type[Yaml]:
-    """A loader or dumper that knows ``NUMBER``."""
-    own.yaml_implicit_resolvers = {
+def _with_numbers(resolver: type[Yaml]) -> type[Yaml]:
+    """Make a loader or dumper resolve ``NUMBER`` as a float."""
+    resolver.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in known if tag != FLOAT]
-        for first, known in own.yaml_implicit_resolvers.items()
+        for first, known in resolver.yaml_implicit_resolvers.items()
     }
-    own.add_implicit_resolver(FLOAT, re.compile(rf"(?:{NUMBER})$"), list("-+.0123456789"))
-    return own
+    resolver.add_implicit_resolver(FLOAT, re.compile(rf"(?:{NUMBER})$"), list("-+.0123456789"))
+    return resolver
 
 
 @_with_numbers
 class _Loader(yaml.SafeLoader):
-    """YAML's, but for its numbers."""
+    """PyYAML's safe loader with YAML 1.2's floats."""
 
 
 @_with_numbers
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around texts that the loader would take for numbers."""
+    """PyYAML's safe dumper, with quotes around strings that the loader would read as numbers."""
 
 
 def from_yaml(text: str) -> Any:
-    """What a text in YAML says. Raises yaml.YAMLError where it is none."""
+    """Parse a text as YAML.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
     return yaml.load(text, _Loader)
 
 
 def to_yaml(fields: Mapping[str, Any]) -> str:
-    """Fields in their order as YAML, which ``from_yaml`` reads as they were."""
+    """Format fields as YAML, in their order, so that ``from_yaml`` restores them."""
     return yaml.dump(dict(fields), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_fields(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """The fields in a YAML file.
+    """Read the fields in a YAML file.
 
     Args:
         path: of the file.
-        kind: what the file is called where there is none.
+        kind: name of this kind of file for the error message, such as "recipe".
 
     Raises:
         ConfigError: there is no such file, or it is no YAML mapping.
@@ -84,14 +88,14 @@ def read_fields(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
 
 def checked(model: type[Model], fields: Mapping[str, Any], kind: str, hints: Mapping[str, str]) -> Model:
-    """A model of these fields.
+    """Validate fields and build a pydantic model of them.
 
     Args:
-        model: pydantic's.
+        model: the pydantic model's class.
         fields: its fields.
-        kind: what an error calls it.
-        hints: what to write in fields of several types or parts, of which pydantic tells only its own names, and where
-            to put what is none of them.
+        kind: name of the model for the error message, such as "recipe".
+        hints: by name of a field, what to write in it, for union and nested types where pydantic's message names only
+            internal types; by name of an unknown field, what to do instead.
 
     Raises:
         ConfigError: a field is unknown, missing or out of range.
@@ -99,16 +103,16 @@ def checked(model: type[Model], fields: Mapping[str, Any], kind: str, hints: Map
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
-        found = error.errors()
-        unknown = [own for own in found if own["type"] == "extra_forbidden" and len(own["loc"]) == 1]
-        reason = _what_is_wrong([*unknown, *found][0], fields, [*model.model_fields], hints)
+        errors = error.errors()
+        unknown = [entry for entry in errors if entry["type"] == "extra_forbidden" and len(entry["loc"]) == 1]
+        reason = _what_is_wrong([*unknown, *errors][0], fields, [*model.model_fields], hints)
         raise ConfigError(f"{kind}: {reason}") from None
 
 
 def _what_is_wrong(
     error: Mapping[str, Any], fields: Mapping[str, Any], known: list[str], hints: Mapping[str, str]
 ) -> str:
-    """One of pydantic's findings in the file's words."""
+    """Format one of pydantic's errors in terms of the file's fields."""
     if not error["loc"]:
         return str(error["msg"]).removeprefix("Value error, ")
     name = str(error["loc"][0])
@@ -120,5 +124,5 @@ def _what_is_wrong(
         return f"{name} is missing: {hints.get(name, 'add it')}"
     shown = shortened(repr(fields[name]), LONGEST)
     says = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "it should", 1)
-    is_told = error["type"] == "value_error" and len(error["loc"]) > 1  # by a part that knows best
+    is_told = error["type"] == "value_error" and len(error["loc"]) > 1  # by a nested, more specific validator
     return f"{name} is {shown}: {says if is_told else hints.get(name, says)}"

@@ -1,4 +1,4 @@
-"""A run's folder: empty, with the checkpoints of an unfinished run, or with what was trained.
+"""A run's output folder: empty, with the checkpoints of an unfinished run, or with the trained adapter.
 
 Knows nothing about models but how to save one.
 """
@@ -17,22 +17,22 @@ from softtune.training.recipe import CHECKPOINTS, RECIPE_NAME, Recipe, holds_ada
 from softtune.training.trainer import last_checkpoint
 
 START_NAME = "start.json"
-"""What a run began with: the metrics of the base model alone, and fingerprints of the data."""
+"""File with what a run started from: the metrics of the base model alone, and fingerprints of the data."""
 
 
 ENTRIES_NAME = "entries"
-"""The folder in an experiment's where its entries are; a run's has none."""
+"""Folder of an experiment's entries; a run has none."""
 LOGS = "logs"
-"""The folder with TensorBoard's files."""
+"""Folder of TensorBoard's files."""
 HISTORY_NAME = "history.json"
-"""What the steps of each adapter of a finished run came to."""
+"""File with the losses by step of each adapter of a finished run."""
 
 
 class RunFolder:
-    """The output of a recipe.
+    """The output folder of a recipe.
 
     Args:
-        recipe: what is run.
+        recipe: the recipe.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -40,16 +40,16 @@ class RunFolder:
         self.path = Path(recipe.output)
 
     def checkpoints(self, name: str = "default") -> Path:
-        """Where an unfinished run keeps its state, or that of an ensemble's member."""
-        return self._own(self.path / CHECKPOINTS, name)
+        """Folder of an unfinished run's checkpoints, or of those of an ensemble's member."""
+        return self._adapter_folder(self.path / CHECKPOINTS, name)
 
     def logs(self, name: str) -> Path:
-        """Where TensorBoard's files of an adapter are."""
-        return self._own(self.path / LOGS, name)
+        """Folder of an adapter's TensorBoard files."""
+        return self._adapter_folder(self.path / LOGS, name)
 
     @property
     def starts(self) -> dict[str, str | None]:
-        """The checkpoint that each adapter goes on from, by its name; None where it begins."""
+        """The checkpoint that each adapter resumes from, by its name; None where there is none."""
         return {name: last_checkpoint(self.checkpoints(name)) for name in self.recipe.adapter_names}
 
     @property
@@ -62,18 +62,22 @@ class RunFolder:
 
     @property
     def before(self) -> dict[str, float]:
-        """The base model's metrics that an unfinished run began with."""
+        """The base model's metrics, as saved by an unfinished run."""
         metrics: dict[str, float] = self._start["before"]
         return metrics
 
     def begin(self, before: dict[str, float], fingerprints: dict[str, str]) -> None:
-        """Note what a run begins with: metrics of the base model alone, and what tells the data."""
+        """Save what a run starts from: its recipe, metrics of the base model alone, and fingerprints of the data."""
         with storage.staged(self.checkpoints()) as stage:
             self.recipe.save(stage / RECIPE_NAME)
             storage.write_json(stage / START_NAME, {"before": before, "data": fingerprints})
 
     def check_data(self, fingerprints: dict[str, str]) -> None:
-        """Raise DataError where an unfinished run began with other data."""
+        """Check that an unfinished run started with the same data.
+
+        Raises:
+            DataError: it started with other data.
+        """
         for name, fingerprint in fingerprints.items():
             if fingerprint != self._start["data"][name]:
                 raise DataError(
@@ -82,21 +86,26 @@ class RunFolder:
                 )
 
     def check_recipe(self) -> None:
-        """Raise ConfigError where what is there was made by another recipe."""
-        kept = self.path / RECIPE_NAME if self.is_finished else self.checkpoints() / RECIPE_NAME
-        for name, (now, then) in self.recipe.differences(Recipe.load(kept)).items():
+        """Check that the folder's run has the same recipe.
+
+        Raises:
+            ConfigError: it has another one.
+        """
+        recipe_file = self.path / RECIPE_NAME if self.is_finished else self.checkpoints() / RECIPE_NAME
+        for name, (now, then) in self.recipe.differences(Recipe.load(recipe_file)).items():
             raise ConfigError(
                 f"{name} is {now!r}, and {then!r} in the run in {self.path}: resume it with the recipe it was started "
                 "with"
             )
 
     def save(self, model: PeftModel, histories: Sequence[list[dict[str, float]]]) -> None:
-        """Write what was trained, an ensemble's members into folders of their own, and then its recipe, which tells
-        that all is there; remove what the unfinished run had kept.
+        """Save the trained adapter, or an ensemble's members in folders of their own, and remove the checkpoints.
+
+        The recipe is written last: a folder that has it is complete.
 
         Args:
-            model: with what was trained.
-            histories: what the steps of each adapter came to.
+            model: the base model with the trained adapters.
+            histories: losses by step of each adapter.
         """
         model.save_pretrained(self.path)
         with storage.staged(self.path) as stage:
@@ -110,11 +119,11 @@ class RunFolder:
 
     @property
     def kept(self) -> str:
-        """What there is of a run that was stopped at once."""
+        """What an aborted run has left in the folder, as a clause of a message."""
         if self.is_finished:
             return f"the adapter is saved in {self.path}"
-        found = next(filter(None, self.starts.values()), None)
-        return f"{found} is kept" if found else f"no checkpoint is kept in {self.path}"
+        checkpoint = next(filter(None, self.starts.values()), None)
+        return f"{checkpoint} is kept" if checkpoint else f"no checkpoint is kept in {self.path}"
 
     @property
     def _has_recipe(self) -> bool:
@@ -125,16 +134,16 @@ class RunFolder:
         return storage.read_json(self.checkpoints() / START_NAME)
 
     @staticmethod
-    def _own(folder: Path, name: str) -> Path:
+    def _adapter_folder(folder: Path, name: str) -> Path:
         return folder if name == "default" else folder / name
 
 
 def check_folders(folders: Sequence[RunFolder], *, resume: bool) -> None:
-    """Refuse to overwrite anything, and to resume nothing, or by another recipe.
+    """Check that runs can start, or resume, without overwriting anything.
 
     Raises:
-        ConfigError: a run is in the way, or there is none to resume, or it is another recipe's.
-        CheckpointError: a file is in the way, or the folder cannot be written.
+        ConfigError: a folder has a run or an experiment, or there is no run to resume, or it is another recipe's.
+        CheckpointError: an output is a file, or cannot be written.
     """
     for folder in folders:
         storage.check_writable(folder.path)
@@ -156,7 +165,7 @@ def check_folders(folders: Sequence[RunFolder], *, resume: bool) -> None:
 
 
 def what_is_kept(folders: Sequence[RunFolder]) -> str:
-    """What there is of runs that were stopped at once, and how to go on."""
+    """What aborted runs have left in their folders, and how to resume, as a message."""
     kept = "; ".join(folder.kept for folder in folders)
     if all(folder.is_finished for folder in folders):
         return f"stopped before the evaluation; {kept}"

@@ -1,9 +1,9 @@
-"""Looks for a learning rate by a range test: Smith, 2017, Cyclical Learning Rates for Training Neural Networks, §3.3.
+"""Learning rate range test: Smith, 2017, Cyclical Learning Rates for Training Neural Networks, §3.3.
 
 The rate grows by the same factor from step to step. Too low a rate changes the loss little, too high a one raises it.
-Training goes on all the while, so that the loss is lowest late, at a rate already too high for a run. What is suggested
-is one order of magnitude below it, a rule of thumb: Gugger, 2018, How Do You Find A Good Learning Rate. It is a rate to
-begin with, and not the best one.
+The adapter is trained all the while, so that the loss is lowest late, at a rate already too high for a run. The
+suggestion is one order of magnitude below it, a rule of thumb: Gugger, 2018, How Do You Find A Good Learning Rate. It
+is a rate to start from, not the best one.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from softtune.training.trainer import AdapterTrainer
 
 LOWEST, HIGHEST, STEPS = 1e-4, 1.0, 40
 SMOOTHING = 0.8
-"""Weight of the past in the mean of losses, which batches make uneven."""
+"""Weight of past losses in the running mean, which evens out differences between batches."""
 FALLEN = 0.9
-"""A loss that never is so small a part of the first one has not fallen."""
+"""The loss counts as fallen if it is ever below this share of the first one."""
 RISEN = 2.0
-"""The test ends where the loss is so many times its lowest."""
+"""The test ends when the loss is more than so many times its lowest."""
 SHARE = 0.1
-"""Of the rate at which the loss was lowest."""
+"""Share of the rate at which the loss was lowest that is suggested."""
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Losses of steps with ever higher learning rates."""
+    """Losses of steps with increasing learning rates."""
 
     rates: list[float] = field(default_factory=list)
-    """The highest that each loss was computed behind; 0 for the first one."""
+    """For each loss the learning rate of the last update before it; 0 for the first one, before any update."""
     losses: list[float] = field(default_factory=list)
-    """Running means, one a step."""
+    """Running mean of the loss, one per step."""
 
     @property
     def lowest(self) -> float:
@@ -45,12 +45,12 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float | None:
-        """A tenth of the rate at which the loss was lowest. None where it hardly fell."""
+        """A tenth of the rate at which the loss was lowest; None if it hardly fell."""
         return SHARE * self.lowest if min(self.losses) < FALLEN * self.losses[0] else None
 
     @property
     def end(self) -> str | None:
-        """Why there are fewer steps than asked for; None where there are all."""
+        """Why the test ended before its last step; None if it did not."""
         if len(self.losses) == STEPS:
             return None
         risen = self.losses[-1] > RISEN * min(self.losses)
@@ -60,10 +60,10 @@ class RangeTest:
 
 
 def range_test(trainer: AdapterTrainer) -> RangeTest:
-    """Train with a learning rate from 1e-4 to 1 in 40 steps, or until the loss rises; the adapter is spoiled by it.
+    """Train 40 steps with learning rates from 1e-4 to 1, or until the loss rises. The adapter is not usable afterwards.
 
     Raises:
-        TrainingError: the loss is no number from the beginning.
+        TrainingError: the loss is NaN or infinite from the beginning.
     """
     optimizer = trainer.create_optimizer()
     for group in optimizer.param_groups:
@@ -75,29 +75,29 @@ def range_test(trainer: AdapterTrainer) -> RangeTest:
     trainer.add_callback(watcher)
     try:
         trainer.train()
-    except TrainingError as error:  # at a rate where the loss is no number, the test is over
-        if not watcher.found.losses:
+    except TrainingError as error:  # a loss that is NaN or infinite ends the test
+        if not watcher.result.losses:
             raise TrainingError(
                 "the loss is no number before anything is trained: check the base model's weights, and bf16"
             ) from error
-    return watcher.found
+    return watcher.result
 
 
 class _Watcher(TrainerCallback):
-    """Notes rates and mean losses, and ends the training when these rise."""
+    """Records learning rates and mean losses, and ends the training when the loss rises."""
 
     def __init__(self) -> None:
-        self.found = RangeTest()
+        self.result = RangeTest()
         self._mean = 0.0
         self._rate = 0.0
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in (logs or {}):
             return
-        # A step's loss is that of the rates before it; the first one's is that of none.
+        # A step's loss is computed before its update: it shows the rate of the update before.
         rate, self._rate = self._rate, logs["learning_rate"]
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * logs["loss"]
-        loss = self._mean / (1 - SMOOTHING ** (len(self.found.losses) + 1))
-        self.found.rates.append(rate)
-        self.found.losses.append(loss)
-        control.should_training_stop |= not math.isfinite(loss) or loss > RISEN * min(self.found.losses)
+        loss = self._mean / (1 - SMOOTHING ** (len(self.result.losses) + 1))
+        self.result.rates.append(rate)
+        self.result.losses.append(loss)
+        control.should_training_stop |= not math.isfinite(loss) or loss > RISEN * min(self.result.losses)

@@ -1,5 +1,5 @@
-"""Where a training step's time goes, beside the two limits that nobody passes: its matrix products alone, in their own
-shapes, and reading the frozen weights from memory. All of it is measured on the spot.
+"""Profiles a training step, and compares it with two limits of the hardware: its matrix products alone, in their own
+shapes, and reading the frozen weights from memory. All of them are measured on the machine that trains.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ KINDS = {
     "attention": ("scaled_dot_product", "flash_attention", "softmax"),
     "copies": ("copy", "cat", "index", "gather", "stack", "clone", "contiguous", "fill", "zero"),
 }
-"""What the names of operations contain, by the kind that these count as."""
+"""Kinds of operations, by parts of their names; the first kind that matches counts."""
 COPIED = 256 * 2**20
-"""Bytes of the tensor whose copy shows the memory's bandwidth."""
+"""Bytes of the tensor that is copied to measure the memory's bandwidth."""
 WARM_UP = 2
-"""Steps before the first that is measured: the trunk cache has then met the batch."""
+"""Steps before the first that is measured, after which the trunk cache holds the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Medians over five steps on one batch as the recipe trains them, in seconds."""
+    """Times of a training step on one batch, in seconds: medians over five rounds."""
 
     tokens: int
-    """Of the batch, without padding and virtual tokens."""
+    """Tokens of the batch, without padding and virtual tokens."""
     seconds: float
-    """Of a step: forward, backward, clipping, the optimiser."""
+    """Time of a step: forward, backward, clipping, the optimiser."""
     shares: dict[str, float]
-    """Of that time by the kind of operation; "between operations" is the interpreter's."""
+    """Shares of that time by the kind of operation; "between operations" is the Python interpreter's."""
     products: float
-    """The step's matrix products alone, with their own arguments."""
+    """Time of the step's matrix products alone, with their own arguments."""
     weights: float
-    """Reading the frozen weights twice, once for each direction; those of layers too that a trunk cache leaves out."""
+    """Time of reading all frozen weights twice, for forward and backward, even of layers that a trunk cache skips."""
 
 
 def profile(trainer: AdapterTrainer) -> Profile:
-    """Measure steps of a Trainer's own loop on its first rows. They train the adapter, and write nothing."""
+    """Profile steps of a Trainer's own loop on its first batch. They change the adapter and write no checkpoint."""
     data: Any = trainer.train_dataset
     trainer.train_dataset = [data[i] for i in range(min(trainer.args.train_batch_size, len(data)))]
     timer, recorder = _Timer(trainer.args.device), ProductRecorder()
@@ -70,14 +70,14 @@ def profile(trainer: AdapterTrainer) -> Profile:
 
 
 def _run_steps(trainer: AdapterTrainer, contexts: Sequence[AbstractContextManager[Any]]) -> None:
-    """Train for as many steps as there are contexts, each step in its own."""
+    """Train for as many steps as there are contexts, each step within its own."""
     trainer.args.max_steps, trainer.args.save_strategy = len(contexts), "no"
     with ExitStack() as stack:
-        trainer.add_callback(_EachIn(contexts, stack))
+        trainer.add_callback(_StepContexts(contexts, stack))
         trainer.train()
 
 
-class _EachIn(TrainerCallback):
+class _StepContexts(TrainerCallback):
     """Enters a context at the beginning of each step, and leaves it at its end."""
 
     def __init__(self, contexts: Sequence[AbstractContextManager[Any]], stack: ExitStack) -> None:
@@ -91,7 +91,7 @@ class _EachIn(TrainerCallback):
 
 
 class _Timer:
-    """Notes how long each of its blocks takes."""
+    """Context manager that records the duration of each of its blocks."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: list[float] = []
@@ -107,7 +107,7 @@ class _Timer:
 
 
 class ProductRecorder(TorchDispatchMode):
-    """Keeps every matrix product that runs in its block, with its arguments, to run them again."""
+    """Records every matrix product that runs in its block, with its arguments, to replay it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -119,20 +119,21 @@ class ProductRecorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def replay(self) -> None:
-        """Run the products again, and nothing else."""
+        """Run the recorded products again, and nothing else."""
         with torch.no_grad():
             for function, args, kwargs in self._products:
                 function(*args, **kwargs)
 
 
 def _shares(profilers: Sequence[Profiler], seconds: float, *, on_device: bool) -> dict[str, float]:
-    """By kind, of the seconds that a step takes when nobody looks on; one profiler for each step."""
-    found: dict[str, float] = defaultdict(float)
+    """Shares of a step's time by kind of operation: ``seconds`` is that of a step without a profiler, and each of
+    ``profilers`` has recorded one step."""
+    shares: dict[str, float] = defaultdict(float)
     for operation in chain.from_iterable(profiler.key_averages() for profiler in profilers):
         if operation.key.startswith("aten::"):
             microseconds = operation.self_device_time_total if on_device else operation.self_cpu_time_total
-            found[_kind(operation.key.removeprefix("aten::"))] += microseconds / 1e6 / len(profilers) / seconds
-    return {**found, "between operations": max(0.0, 1.0 - sum(found.values()))}
+            shares[_kind(operation.key.removeprefix("aten::"))] += microseconds / 1e6 / len(profilers) / seconds
+    return {**shares, "between operations": max(0.0, 1.0 - sum(shares.values()))}
 
 
 def _kind(name: str) -> str:
@@ -142,7 +143,7 @@ def _kind(name: str) -> str:
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes a second that are read and written."""
+    """Bytes read and written per second by a copy on the device."""
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
     return 2 * COPIED / _median(lambda: target.copy_(source), device)

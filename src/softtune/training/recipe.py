@@ -1,6 +1,6 @@
-"""The recipe: everything that a training run needs to know, as YAML, with defaults. Every field is also a flag.
+"""The recipe: all settings of a training run, as YAML, with defaults. Every field is also a flag.
 
-The recipe is kept in the adapter's folder, so that prediction meets the same template and labels as training did.
+The recipe is saved in the adapter's folder, so that prediction uses the same template and labels as training.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from softtune.errors import CheckpointError, ConfigError
 from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, TaskType
 from softtune.methods.base import CONFIG_NAME
 from softtune.pretrained import MODEL_CLASSES, known_task
-from softtune.training.definition import check_task, task_of
 from softtune.training.fields import checked, read_fields, to_yaml
-from softtune.training.needs import check_needs
+from softtune.training.recipe_task import check_task, task_of
+from softtune.training.validators import check_dependent_fields
 
 RECIPE_NAME = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
-"""Folder in the adapter's where an unfinished run keeps its state."""
+"""Folder in the output where an unfinished run keeps its checkpoints."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -36,9 +36,9 @@ LEARNING_RATES = {
     PeftType.P_TUNING: 3e-4,
     PeftType.BITFIT: 3e-4,
 }
-"""Where ``learning_rate`` is left out."""
+"""Default of ``learning_rate``, by method."""
 BITFIT_HEAD_LEARNING_RATE = 1e-3
-"""BitFit's where a head is trained too."""
+"""BitFit's default where a head is trained too."""
 
 
 NOT_OPTIONS = {
@@ -48,7 +48,7 @@ NOT_OPTIONS = {
     "base_model_name_or_path": "set model instead",
     "revision": "drop it, and set model to a folder with that revision",
 }
-"""Fields of the method's config that are not for ``options``, and what to do instead."""
+"""Fields of the method's config that ``options`` may not have, and what to do instead."""
 
 HINTS = {
     "task": f"use one of {', '.join(task.value for task in MODEL_CLASSES)}",
@@ -59,14 +59,14 @@ HINTS = {
     "train": "name a file or a hub data set, or list several",
     "report_to": "list tensorboard, wandb or both, such as [tensorboard]",
 }
-"""What to write in fields of several types or parts, of which pydantic tells only its own names."""
+"""What to write in fields of union or nested types, where pydantic's message names only its internal types."""
 
 OPTIONS = {field.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in fields_of(config)}
 """Fields of the methods' configs."""
 
 
 class Recipe(BaseModel):
-    """A training run."""
+    """Settings of a training run."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -103,8 +103,8 @@ class Recipe(BaseModel):
     shots: Annotated[int, Field(ge=1)] | None = None
     """Train on a random sample of this many rows of each label."""
     template: str
-    """How a record reads: {column} fields, {prompt:N} virtual tokens. For TOKEN_CLS the column with the words, such as
-    {tokens}; for QUESTION_ANS those with the question and the text, such as {question} {context}."""
+    """How a record is formatted: {column} for a field, {prompt:N} for N virtual tokens. For TOKEN_CLS the column with
+    the words, such as {tokens}; for QUESTION_ANS those with the question and the text, such as {question} {context}."""
     label_column: str
     """The column with the label, the tags, the answers, the right choice, or one or several texts to write."""
     labels: list[str] | dict[str, str] | None = None
@@ -112,13 +112,13 @@ class Recipe(BaseModel):
     choices: str | None = None
     """The column with each record's own choices, a list; one of them is right."""
     calibrate: bool = False
-    """Divide each label's probability by that which it has for a record without content (Zhao et al. 2021)."""
+    """Divide each label's probability by its probability for a record without content (Zhao et al. 2021)."""
     stride: Annotated[int, Field(ge=0)] = 64
-    """For QUESTION_ANS, tokens that neighbouring parts of a text longer than max_length share."""
+    """For QUESTION_ANS, tokens of overlap between neighbouring parts of a text that is longer than max_length."""
     unanswerable: bool = False
     """For QUESTION_ANS, whether there are questions without an answer."""
     max_length: Annotated[int, Field(ge=4)] = 128
-    """Tokens of a record; longer fields are cut, template and label never."""
+    """Tokens of a record at most; fields are truncated to fit, template and label never."""
     method: PeftType = PeftType.PREFIX_TUNING
     """The method."""
     options: dict[str, Any] = {}
@@ -149,20 +149,21 @@ class Recipe(BaseModel):
     compile: bool = False
     """Compile each layer of a decoder or encoder: some seconds once, for faster steps of a long run."""
     ensemble: Annotated[int, Field(ge=1)] = 1
-    """Adapters to train for the task at once, from the seeds seed, seed + 1 and so on; they answer together."""
+    """Adapters to train for the task at once, from the seeds seed, seed + 1 and so on; their predictions are
+    combined."""
     trunk_cache: Annotated[float, Field(ge=0)] = 0
-    """Megabytes of memory to keep in what the layers below the prefix make of each text, so that later epochs begin
-    above them; needs options with layers, such as last:10. 0 for none."""
+    """Megabytes of memory to cache each text's states below the lowest layer with a prefix, so that later epochs start
+    from them; needs options with layers, such as last:10. 0 for none."""
     trunk_cache_disk: Annotated[float, Field(ge=0)] = 0
-    """Megabytes of a temporary file beside the checkpoints for the same, when memory is full."""
+    """Megabytes of a temporary file beside the checkpoints for the same, when that memory is full."""
     seed: Seed = 0
-    """Seed of the sample, the held-out rows, the start and the order."""
+    """Seed of the sample, the held-out rows, the adapter's initialization and the order of rows."""
     data_seed: Seed | None = None
     """Another seed for the sample and the held-out rows."""
     save_steps: Annotated[int, Field(ge=1)] = 50
     """Steps between checkpoints; an interrupt writes one too."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
-    """Where losses, learning rates and speeds go while training: TensorBoard's in the folder logs of the output, W&B's
+    """Trackers of losses, learning rates and speeds while training: TensorBoard in the folder logs of the output, W&B
     where its own settings say."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     """Tokens to write at most, where there are no labels."""
@@ -176,7 +177,7 @@ class Recipe(BaseModel):
             raise ValueError("evaluation names rows that are trained on: name others, or hold rows out by test_size")
         if twice := [label for label, count in Counter(list(self.labels or ())).items() if count > 1]:
             raise ValueError(f"labels has {twice[0]!r} more than once: list every label once")
-        check_needs(self)
+        check_dependent_fields(self)
         if self.shots and (self.examples or not isinstance(self.definition, LabelTask)):
             raise ValueError("shots samples rows of each label: drop examples, and list labels of whole records")
         places, tokens = Template(self.template).num_virtual_tokens, self.options.get("num_virtual_tokens")
@@ -198,25 +199,30 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
-        """Read a YAML file, some of its fields replaced.
+        """Load a recipe from a YAML file, with overrides for some of its fields.
 
         Raises:
-            ConfigError: there is no such file, it is no YAML mapping, or a field is unknown, missing or out of range.
+            ConfigError: there is no such file, it is no YAML mapping, it is a sweep, or a field is unknown, missing or
+                out of range.
         """
         fields = read_fields(path, "recipe")
         if "over" in fields:
             raise ConfigError(f"{path} is a sweep: run it with softtune sweep")
-        return cls.of({**fields, **(overrides or {})})
+        return cls.from_fields({**fields, **(overrides or {})})
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Recipe:
-        """A recipe of these fields. Raises ConfigError where one is unknown, missing or out of range."""
+    def from_fields(cls, fields: Mapping[str, Any]) -> Recipe:
+        """Make a recipe of these fields.
+
+        Raises:
+            ConfigError: a field is unknown, missing or out of range.
+        """
         misplaced = dict.fromkeys(OPTIONS - cls.model_fields.keys(), "put it into options")
         return checked(cls, fields, "recipe", {**misplaced, **NOT_OPTIONS, **HINTS})
 
     @classmethod
-    def of_adapter(cls, folder: str | os.PathLike[str]) -> Recipe:
-        """The recipe that an adapter was trained by.
+    def from_adapter(cls, folder: str | os.PathLike[str]) -> Recipe:
+        """Load the recipe that an adapter was trained with.
 
         Raises:
             CheckpointError: there is no such folder, its run is unfinished, or it has no recipe.
@@ -228,7 +234,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def found_in(cls, folder: str | os.PathLike[str]) -> Recipe | None:
-        """The recipe in an adapter's folder; None where something else trained it."""
+        """Load the recipe in an adapter's folder; None if it has none, since softtune did not train the adapter."""
         file = Path(folder) / RECIPE_NAME
         return cls.load(file) if file.is_file() else None
 
@@ -239,7 +245,7 @@ class Recipe(BaseModel):
 
     @property
     def sources(self) -> list[str]:
-        """The training data, one or several."""
+        """The training data's files or hub data sets, as a list."""
         return [self.train] if isinstance(self.train, str) else self.train
 
     @property
@@ -252,27 +258,31 @@ class Recipe(BaseModel):
         return self.seed if self.data_seed is None else self.data_seed
 
     def member(self, number: int, output: Path) -> Recipe:
-        """The recipe that makes an ensemble's member alone, counted from 0."""
+        """The recipe that trains one member of an ensemble alone; ``number`` counts from 0."""
         changes = {"ensemble": 1, "seed": self.seed + number, "data_seed": self.rows_seed, "output": str(output)}
         return self.model_copy(update=changes)
 
     @property
     def num_labels(self) -> int | None:
-        """Classes of a trained head; None where there is none."""
+        """Number of classes of the trained classification head; None where there is none."""
         return len(self.labels) if self.labels and self.task.has_head else None
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """The fields that differ, with this recipe's value and the other's."""
+        """The fields that differ between two recipes, with this one's value and the other's."""
         own, others = self.model_dump(mode="json"), other.model_dump(mode="json")
         return {name: (own[name], others[name]) for name in own if own[name] != others[name]}
 
     @property
     def adapter_names(self) -> list[str]:
-        """What the adapters are called: an ensemble's are numbered from 1, and are in folders of these names."""
+        """Names of the adapters. An ensemble's are "1", "2" and so on, and are saved in folders of these names."""
         return ["default"] if self.ensemble == 1 else [str(i + 1) for i in range(self.ensemble)]
 
     def config(self) -> PeftConfig:
-        """The method's config. Raises ConfigError where ``options`` has an unknown key or a value out of range."""
+        """Build the method's config.
+
+        Raises:
+            ConfigError: ``options`` has an unknown key or a value out of range.
+        """
         places = Template(self.template).num_virtual_tokens
         tokens = {"num_virtual_tokens": places} if places else {}
         return PeftConfig.from_dict({"peft_type": self.method, "task_type": self.task, **tokens, **self.options})
@@ -284,17 +294,21 @@ class Recipe(BaseModel):
 
     @property
     def definition(self) -> Task:
-        """What prediction needs to know of the recipe."""
+        """The task that the recipe describes, for training and prediction."""
         return task_of(self)
 
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Whether there is an adapter in a folder, or an ensemble."""
+    """Whether a folder has an adapter or an ensemble."""
     return any((Path(folder) / name).is_file() for name in (CONFIG_NAME, RECIPE_NAME))
 
 
 def check_finished(folder: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError where there is no such folder, or only an unfinished run in it."""
+    """Check that a folder has no unfinished run.
+
+    Raises:
+        CheckpointError: there is no such folder, or it has only an unfinished run.
+    """
     if not Path(folder).is_dir():
         raise CheckpointError(f"there is no folder {folder}: check the path")
     if (Path(folder) / CHECKPOINTS).is_dir() and not holds_adapter(folder):

@@ -1,4 +1,4 @@
-"""What a run came to."""
+"""Results of a training run."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ from softtune.training.folder import HISTORY_NAME, LOGS
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an adapter, or an ensemble of them, answers to the rows held out; empty without such rows."""
+    """Quality of an adapter, or of an ensemble, on the evaluation rows; empty without such rows."""
 
     quality: Quality | None = None
-    """An ensemble's is that of its members' mean probability, or of their vote where records share no labels."""
+    """Of an ensemble: that of its members' mean probability, or of their vote where records share no labels."""
     members: list[dict[str, float]] = field(default_factory=list)
-    """Those of each adapter of an ensemble; empty where there is only one."""
+    """Metrics of each adapter of an ensemble; empty for a single adapter."""
     vote: dict[str, float] = field(default_factory=dict)
-    """Those of the majority of an ensemble's members; empty where there is only one."""
+    """Metrics of the majority vote of an ensemble's members; empty for a single adapter."""
     truncated: int = 0
-    """Rows that were cut to fit."""
+    """Number of evaluation rows that were truncated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run came to."""
+    """Results of a training run."""
 
     finished: bool
-    """False after an interrupt: the checkpoint waits for ``resume``."""
+    """False after an interrupt: ``resume`` continues from the checkpoint."""
     steps: int
     before: dict[str, float]
     """Metrics of the base model alone on the evaluation rows; empty without such rows."""
     evaluation: Evaluation
-    """The same with what was trained; empty after an interrupt."""
+    """Quality with the trained adapter or ensemble; empty after an interrupt."""
     trained: int
-    """Numbers that are trained."""
+    """Number of trained parameters."""
     total: int
-    """All numbers, the base model's included."""
+    """Number of all parameters, the base model's included."""
     training_rows: int
     validation_rows: int
-    """Held out of the training rows, to tell when to stop."""
+    """Number of training rows held out for early stopping."""
     best_steps: list[int]
-    """The step at which their loss was lowest, whose numbers are kept, of each adapter; empty where nothing told."""
+    """For each adapter the step with the lowest validation loss, whose weights are kept; empty without validation."""
     evaluation_rows: int
     truncated: int
-    """Training rows that were cut to fit."""
+    """Number of training rows that were truncated."""
     folder: Path
     seconds: float
-    """Of training alone, with all that ran at once; since it went on, where it was resumed."""
+    """Duration of the training alone, of all recipes that ran at once. After a resume, the time since then."""
 
     @property
     def after(self) -> dict[str, float]:
-        """Metrics with what was trained."""
+        """Metrics with the trained adapter or ensemble."""
         return self.evaluation.quality.metrics if self.evaluation.quality else {}
 
     @property
     def size(self) -> int:
-        """Bytes of the adapter's folder, but for the history and logs of its training."""
+        """Bytes of the adapter's folder, without the history and logs of its training."""
         files = [path for path in self.folder.rglob("*") if path.is_file() and path.name != HISTORY_NAME]
         return sum(path.stat().st_size for path in files if LOGS not in path.relative_to(self.folder).parts)

@@ -1,4 +1,4 @@
-"""The rows that a recipe trains and evaluates on."""
+"""Loads, splits and samples the rows that a recipe trains and evaluates on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from softtune.training.recipe import Recipe
 
 
 def training_and_evaluation_rows(recipe: Recipe, task: Task) -> tuple[Dataset, Dataset | None]:
-    """Training rows and, where there are any, evaluation rows.
+    """Load the training rows and, if the recipe has any, the evaluation rows.
 
     Raises:
-        DataError: a file is missing, damaged or empty, a row does not fit the task, or there are too few.
+        DataError: a file is missing, damaged or empty, a row does not fit the task, or there are too few rows.
     """
     rows = _joined([_labelled(recipe, task, source, recipe.train_split) for source in recipe.sources], task)
     held_out = None
@@ -42,8 +42,10 @@ def training_and_evaluation_rows(recipe: Recipe, task: Task) -> tuple[Dataset, D
 
 
 def split_rows(rows: Dataset, task: Task, size: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Rows to train on and rows held out, so many or a share of them. Rows that read alike, with a text to write each,
-    count once and stay together."""
+    """Split rows into those to train on and those held out: a number of rows, or a share of them.
+
+    For text generation, rows with the same input count once and stay on the same side.
+    """
     if not isinstance(task, TextTask):
         return split_records(rows, test_size=size, seed=seed)
     groups = alike(rows, task.columns)
@@ -56,7 +58,11 @@ def split_rows(rows: Dataset, task: Task, size: float, seed: int) -> tuple[Datas
 
 
 def check_every_label(task: Task, rows: Dataset) -> None:
-    """Raise DataError where no row to train on has one of the labels."""
+    """Check that every label has a training row.
+
+    Raises:
+        DataError: a label has none.
+    """
     if not isinstance(task, LabelTask):
         return
     there = {str(label) for label in rows[task.label_column]}
@@ -65,17 +71,17 @@ def check_every_label(task: Task, rows: Dataset) -> None:
 
 
 def _labelled(recipe: Recipe, task: Task, source: str, split: str) -> Dataset:
-    """Records with texts and labels, checked while their rows still count as in the file."""
+    """Load and check the records of one source, while their row numbers are still those of the file."""
     rows = load_records(source, split=split, columns=recipe.columns)
     try:
-        each_row(rows, [*task.columns, task.label_column], task.right)
+        each_row(rows, [*task.columns, task.label_column], task.reference)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     return rows
 
 
 def _joined(parts: Sequence[Dataset], task: Task) -> Dataset:
-    """The rows of several sources, with those columns that the task reads."""
+    """Concatenate the rows of several sources, keeping the columns that the task reads."""
     if len(parts) == 1:
         return parts[0]
     columns = [*dict.fromkeys([*task.columns, task.label_column])]
@@ -83,7 +89,7 @@ def _joined(parts: Sequence[Dataset], task: Task) -> Dataset:
 
 
 def _evaluated(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
-    """Rows that read alike count once where texts are written; of all, or of a sample."""
+    """The evaluation rows, or a sample of them. For text generation, rows with the same input are merged first."""
     rows = with_all_references(rows, task) if isinstance(task, TextTask) else rows
     size = recipe.evaluation_examples
     if size is None:
@@ -94,7 +100,7 @@ def _evaluated(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
 
 
 def _few_shot(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
-    """As many rows of each label."""
+    """Sample the same number of rows of each label."""
     assert isinstance(task, LabelTask)
     assert recipe.shots is not None
     labels = task.verbalizer.labels
@@ -104,7 +110,7 @@ def _few_shot(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
 
 
 def fingerprints(task: Task, training: Dataset, held_out: Dataset | None) -> dict[str, str]:
-    """What tells whether rows are those of an earlier run, by "training" and "evaluation"."""
+    """Hashes of the rows, by "training" and "evaluation", to compare with those of an earlier run."""
     columns = [*task.columns, task.label_column]
     parts = {"training": training, "evaluation": held_out}
     return {name: fingerprint(rows, columns) for name, rows in parts.items() if rows is not None}

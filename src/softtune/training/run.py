@@ -1,4 +1,4 @@
-"""Runs recipes: training, evaluation before and after.
+"""Runs recipes: training, and evaluation before and after it.
 
 Recipes that share a base model run at once, and so do the members of an ensemble.
 """
@@ -14,33 +14,33 @@ from softtune.errors import AdapterError, TrainingError
 from softtune.evaluation.answers import Answers, judge
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
 from softtune.evaluation.metrics import Quality
-from softtune.injection.owners import BASE
-from softtune.training.company import check_company
+from softtune.injection.provenance import BASE
+from softtune.training.compatibility import check_compatible
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
+from softtune.training.multi_run import train_together
 from softtune.training.recipe import Recipe
 from softtune.training.report import Evaluation, Report
 from softtune.training.setup import BaseModels, Progress, Rows, Setup
-from softtune.training.together import train_together
 from softtune.training.trainer import AdapterTrainer, InterruptSaver
 
 Result = Report | TrainingError
-"""What a recipe came to, or why it failed while the others went on."""
+"""A recipe's report, or the error that ended its training while the other recipes went on."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *_: None) -> Report:
-    """Run a recipe.
+    """Train and evaluate an adapter, or an ensemble, by a recipe.
 
     Args:
-        recipe: what to do.
-        resume: go on from the last checkpoint of an interrupted run of the same recipe.
-        progress: told of every step.
+        recipe: the recipe.
+        resume: resume from the last checkpoint of an interrupted run of the same recipe.
+        progress: called after every step.
 
     Raises:
-        ConfigError: the recipe does not fit, an adapter or an unfinished run is in the way, or there is none to resume.
-        CheckpointError: a file is in the way.
+        ConfigError: the recipe is invalid, its output has an adapter or an unfinished run, or there is none to resume.
+        CheckpointError: the output is a file or cannot be written.
         DataError: the data does not fit.
-        TrainingError: the loss or the adapter is no number; the adapter is saved as it was before.
-        KeyboardInterrupt: Ctrl-C outside of training, or a second one; it says what is kept.
+        TrainingError: the loss or the adapter is NaN or infinite; the adapter is saved with its last good weights.
+        KeyboardInterrupt: Ctrl-C outside of training, or a second one; its message says what is kept.
     """
     [result] = train_all([recipe], resume=resume, progress=progress)
     if isinstance(result, TrainingError):
@@ -56,23 +56,24 @@ def train_all(
     before: bool = True,
     progress: Progress = lambda *_: None,
 ) -> list[Result | None]:
-    """Run recipes that share a base model at once; each comes out as it would alone.
+    """Run recipes that share a base model at once, with the same results as one after the other.
 
     Args:
-        recipes: what to do.
-        resume: go on from the last checkpoints of an interrupted run of the same recipes; those without one begin, and
-            those that are finished are left as they are.
+        recipes: the recipes.
+        resume: resume from the last checkpoints of an interrupted run of the same recipes. Recipes without one start
+            anew, and finished ones are left as they are.
         before: evaluate the base model alone, too.
-        progress: told of every step of each run.
+        progress: called after every step of each run.
 
     Returns:
-        For each recipe what it came to, or why it failed while the others went on; None where it was finished before.
+        For each recipe its report, or the error that ended its training while the others went on; None where it was
+        finished before.
 
     Raises:
-        ConfigError: as from ``train``, or two recipes differ in what they share, or have one output.
+        ConfigError: as from ``train``, or two recipes differ in a setting that they must share, or have one output.
         CheckpointError, DataError, KeyboardInterrupt: as from ``train``.
     """
-    check_company(recipes)
+    check_compatible(recipes)
     folders = [RunFolder(recipe) for recipe in recipes]
     check_folders(folders, resume=resume)
     left = [folder for folder in folders if not folder.is_finished]
@@ -84,15 +85,15 @@ def train_all(
 
 
 def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> list[Result]:
-    """Data first, since it is quick to be found wrong."""
-    rows = [Rows.of(folder.recipe) for folder in folders]
-    for folder, own in zip(folders, rows, strict=True):
+    """Load all data first, where errors show soonest; then train and evaluate."""
+    rows = [Rows.load(folder.recipe) for folder in folders]
+    for folder, recipe_rows in zip(folders, rows, strict=True):
         if folder.is_unfinished:
-            folder.check_data(own.fingerprints)
+            folder.check_data(recipe_rows.fingerprints)
     bases, several = BaseModels(), len(folders) > 1
     setups = [
-        Setup.of(folder, own, bases, _of_recipe(progress, folder.recipe) if several else progress)
-        for folder, own in zip(folders, rows, strict=True)
+        Setup.prepare(folder, recipe_rows, bases, _with_output_name(progress, folder.recipe) if several else progress)
+        for folder, recipe_rows in zip(folders, rows, strict=True)
     ]
     befores: list[dict[str, float]] = []
     for setup in setups:
@@ -105,13 +106,18 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
     return [_result(setup, before, fit) for setup, before, fit in zip(setups, befores, fits, strict=True)]
 
 
-def _of_recipe(progress: Progress, recipe: Recipe) -> Progress:
-    """One of several recipes' progress."""
+def _with_output_name(progress: Progress, recipe: Recipe) -> Progress:
+    """Prefix the phase with the output's name, to tell several recipes apart."""
     return lambda phase, *step: progress(f"{Path(recipe.output).name}: {phase}", *step)
 
 
 def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
-    """Metrics of the base model alone, unless they are known or not wanted; noted where a resumed run finds them."""
+    """Evaluate the base model alone, unless its metrics are known or a run is resumed, and save them in the folder.
+
+    Args:
+        setup: the recipe's.
+        known: metrics of the same evaluation, {} to skip it; None to run it.
+    """
     if setup.folder.is_unfinished:
         return setup.folder.before
     metrics = known or {}
@@ -128,21 +134,21 @@ class _Fit:
 
     steps: int
     finished: bool
-    """Whether nothing is left to do, not even by an adapter that did not fail beside one that did."""
+    """Whether training is complete: every adapter has either ended or failed."""
     error: TrainingError | None
-    """Why it failed."""
+    """The first error of one of its adapters."""
     seconds: float
     best_steps: list[int]
     """See ``Report``."""
     histories: list[list[dict[str, float]]]
-    """What each adapter's steps came to."""
+    """Losses by step, for each adapter."""
 
 
 def _fit(setups: Sequence[Setup]) -> list[_Fit]:
     """Train all adapters of all recipes."""
     interrupt = InterruptSaver()
-    own = [setup.trainers(interrupt) for setup in setups]
-    trainers = [trainer for each in own for trainer in each]
+    by_recipe = [setup.trainers(interrupt) for setup in setups]
+    trainers = [trainer for each in by_recipe for trainer in each]
     starts = [start for setup in setups for start in setup.folder.starts.values()]
     clock = time.perf_counter()
     with interrupt:
@@ -150,7 +156,7 @@ def _fit(setups: Sequence[Setup]) -> list[_Fit]:
     seconds = time.perf_counter() - clock
     failed = {trainer: error for trainer, error in zip(trainers, errors, strict=True) if error is not None}
     interrupted = interrupt.interrupted and not all(t in failed or t.has_ended for t in trainers)
-    return [_fit_of(each, failed, interrupted, seconds) for each in own]
+    return [_fit_of(each, failed, interrupted, seconds) for each in by_recipe]
 
 
 def _fit_of(
@@ -159,7 +165,7 @@ def _fit_of(
     interrupted: bool,
     seconds: float,
 ) -> _Fit:
-    """How the training of one recipe's adapters ended, of which some may have failed."""
+    """Summarize the training of one recipe's adapters, some of which may have failed."""
     error = next((failed[trainer] for trainer in trainers if trainer in failed), None)
     has_ended = error is not None and all(t in failed or t.has_ended for t in trainers)
     return _Fit(
@@ -183,7 +189,7 @@ def _errors(trainers: Sequence[AdapterTrainer], starts: Sequence[str | None]) ->
 
 
 def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
-    """Evaluate what was trained, unless it is still to go on."""
+    """Evaluate and report what was trained. An interrupted run is not evaluated; a failed one gives its error."""
     if fit.finished and fit.error is not None:
         return fit.error
     try:
@@ -209,7 +215,7 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
 
 
 def _evaluated(setup: Setup) -> Evaluation:
-    """Metrics of each adapter, and of an ensemble of them."""
+    """Evaluate each adapter, and an ensemble of them."""
     if not setup.rows.evaluation:
         return Evaluation()
     members = _answers(setup, "evaluating", setup.recipe.adapter_names)
@@ -218,12 +224,12 @@ def _evaluated(setup: Setup) -> Evaluation:
         return Evaluation(quality=_judged(setup, members[0]), truncated=truncated)
     vote = _judged(setup, by_vote(setup.task, members))
     quality = vote if members[0].scores is None else _judged(setup, by_mean(setup.task, members))
-    own = [_judged(setup, member).metrics for member in members]
-    return Evaluation(quality=quality, members=own, vote=vote.metrics, truncated=truncated)
+    member_metrics = [_judged(setup, member).metrics for member in members]
+    return Evaluation(quality=quality, members=member_metrics, vote=vote.metrics, truncated=truncated)
 
 
 def _answers(setup: Setup, phase: str, names: Sequence[str]) -> list[Answers]:
-    """What each of these adapters answers to the rows held out."""
+    """Predict the evaluation rows with each of these adapters."""
     rows = setup.rows.evaluation
     assert rows is not None
     total = len(names) * len(rows)

@@ -1,4 +1,4 @@
-"""What a recipe names, loaded: rows, base model, adapters, and a Trainer for each of these."""
+"""Loads what a recipe names: rows, base model and adapters; and makes a Trainer for each adapter."""
 
 from __future__ import annotations
 
@@ -24,26 +24,30 @@ from softtune.training.rows import check_every_label, fingerprints, split_rows, 
 from softtune.training.trainer import AdapterTrainer, InterruptSaver, ProgressReporter, trackers, training_arguments
 
 LABEL_NAMES = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
-"""What a batch calls its labels, where it is not ``labels``."""
+"""Keys of the labels in a batch, for tasks whose key is not ``labels``."""
 
 Progress = Callable[[str, int, int, str], None]
-"""Told what is being done, how much of it is done, out of how much, and how it goes."""
+"""Progress callback: takes the phase, steps or rows done, their total, and the latest loss and speed as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What a recipe trains and evaluates on."""
+    """The data sets of a recipe."""
 
     training: Dataset
     validation: Dataset
-    """Held out of the training rows, to tell when to stop; empty where nothing does."""
+    """Held out of the training rows for early stopping; empty without it."""
     evaluation: Dataset | None
     fingerprints: dict[str, str]
-    """What tells whether they are those of an earlier run."""
+    """Hashes of the training and evaluation rows, to compare with those of an earlier run."""
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Rows:
-        """Load them. Raises DataError where a file or a row does not fit."""
+    def load(cls, recipe: Recipe) -> Rows:
+        """Load the rows.
+
+        Raises:
+            DataError: a file or a row does not fit.
+        """
         training, evaluation = training_and_evaluation_rows(recipe, recipe.definition)
         prints = fingerprints(recipe.definition, training, evaluation)
         validation = training.select([])
@@ -55,35 +59,35 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a recipe names, loaded."""
+    """A recipe's loaded model, tokenizer and encoded rows."""
 
     folder: RunFolder
     task: Task
     model: PeftModel
-    """The base model with the recipe's adapters, all of them trained."""
+    """The base model with the recipe's adapters, all of them trainable."""
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
     examples: list[Example]
-    """The training rows, encoded: one or several of each."""
+    """The training rows, encoded: one or several examples per row."""
     truncated: int
-    """Training rows that were cut to fit."""
+    """Number of training rows that were truncated."""
     validation: list[Example]
-    """Rows that tell when to stop, encoded; none where nothing does."""
+    """The validation rows for early stopping, encoded; empty without it."""
     progress: Progress
 
     @classmethod
-    def of(cls, folder: RunFolder, rows: Rows, bases: Models, progress: Progress) -> Setup:
-        """Load the base model, make its adapters, and encode the rows.
+    def prepare(cls, folder: RunFolder, rows: Rows, bases: Models, progress: Progress) -> Setup:
+        """Load the base model, create its adapters, and encode the rows.
 
         Raises:
-            ConfigError, UnsupportedModelError: the base model cannot do what the recipe asks for.
-            DataError: a row does not fit the model, or its tokenizer does not tell two labels apart.
+            ConfigError, UnsupportedModelError: the base model does not support what the recipe sets.
+            DataError: a row does not fit the model, or its tokenizer gives two labels the same tokens.
         """
         recipe = folder.recipe
         model, tokenizer = bases.adapted(recipe)
         if recipe.compile:
             model.backbone.compile_layers()
-        if recipe.has_trunk_cache:  # refused before the base model is evaluated
+        if recipe.has_trunk_cache:  # raises before the base model is evaluated
             model.trunk_cache(recipe.trunk_cache, recipe.trunk_cache_disk)
         task = fitted(recipe.definition, model)
         columns = [*task.columns, task.label_column]
@@ -98,9 +102,9 @@ class Setup:
             model=model,
             tokenizer=tokenizer,
             rows=rows,
-            examples=[example for own in training for example in own],
-            truncated=sum(any(example.truncated for example in own) for own in training),
-            validation=[example for own in validation for example in own],
+            examples=[example for row_examples in training for example in row_examples],
+            truncated=sum(any(example.truncated for example in row_examples) for row_examples in training),
+            validation=[example for row_examples in validation for example in row_examples],
             progress=progress,
         )
 
@@ -109,24 +113,24 @@ class Setup:
         return self.folder.recipe
 
     def asks_as(self, other: Setup) -> bool:
-        """Whether the base model alone is asked the same as for another recipe."""
+        """Whether evaluating the base model alone has the same result for both recipes: same task and rows, no head."""
         own, others = self.rows.fingerprints.get("evaluation"), other.rows.fingerprints.get("evaluation")
         return self.task == other.task and own == others and not self.task.kind.has_head
 
     def trainers(self, interrupt: InterruptSaver) -> list[AdapterTrainer]:
-        """A Trainer for each adapter."""
+        """Make a Trainer for each adapter."""
         base, names = self.model.get_base_model(), self.recipe.adapter_names
-        models = [PeftModel.of(base, {name: self.model.adapter(name)}) for name in names]
+        models = [PeftModel.from_adapters(base, {name: self.model.adapter(name)}) for name in names]
         return [self.trainer(*each, interrupt) for each in zip(models, names, range(len(names)), strict=True)]
 
     def trainer(self, model: PeftModel, name: str, number: int, interrupt: InterruptSaver) -> AdapterTrainer:
-        """A Trainer for what is trained of a model.
+        """Make a Trainer for a model with one adapter.
 
         Args:
-            model: the model.
-            name: what is trained is called so.
-            number: of an ensemble's member, from 0.
-            interrupt: ends the training.
+            model: the base model with the adapter to train.
+            name: the adapter's name, also of its folders for checkpoints and logs.
+            number: index of the ensemble's member, from 0; added to the seed.
+            interrupt: callback that ends the training on Ctrl-C.
         """
         recipe = self.recipe
         phase = "training" if recipe.ensemble == 1 else f"training {name}"
@@ -148,21 +152,21 @@ class Setup:
 
 
 class Models(Protocol):
-    """Makes what recipes train."""
+    """Loads base models and creates their adapters."""
 
     def adapted(self, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-        """A recipe's base model with what is trained, and its tokenizer."""
+        """Return a recipe's base model with its adapters, and the tokenizer."""
         ...
 
 
 class BaseModels:
-    """The base model of recipes that run at once, loaded once."""
+    """Loads the shared base model of recipes that run at once, and keeps it for all of them."""
 
     def __init__(self) -> None:
         self._first: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def adapted(self, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-        """The base model with new adapters, each of which depends on nothing but its seed."""
+        """Return the base model with new adapters, each initialized from its own seed alone, and the tokenizer."""
         adapters: dict[str, Adapter] = {}
         for number, name in enumerate(recipe.adapter_names):
             set_seed(recipe.seed + number)
@@ -171,10 +175,10 @@ class BaseModels:
             adapters[name] = PeftModel(base, recipe.config(), name).adapter(name)
         assert self._first is not None
         base, tokenizer = self._first
-        return PeftModel.of(base, adapters), tokenizer
+        return PeftModel.from_adapters(base, adapters), tokenizer
 
     def _load(self, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The base model; a new one where a head is drawn with it, a copy of which the adapter keeps."""
+        """The base model and tokenizer; loaded anew where there is a head, so that each adapter has its own start."""
         if self._first is not None and recipe.num_labels is None:
             return self._first
         loaded = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
@@ -183,7 +187,11 @@ class BaseModels:
 
 
 def _check_labels(task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise DataError where two labels are the same tokens behind a record."""
+    """Check that each label has tokens of its own after a record.
+
+    Raises:
+        DataError: two labels have the same tokens.
+    """
     if not isinstance(task, LabelTask) or task.has_head:
         return
     labels: dict[tuple[int, ...], str] = {}
@@ -213,7 +221,7 @@ def _arguments(recipe: Recipe, folder: Path, seed: int) -> Any:
 
 
 def _stopping(recipe: Recipe) -> dict[str, Any]:
-    """Arguments of a Trainer that keeps the best checkpoint."""
+    """Trainer arguments for early stopping, which keeps the checkpoint with the lowest validation loss."""
     return {
         "eval_strategy": "steps",
         "eval_steps": recipe.save_steps,

@@ -1,5 +1,5 @@
-"""A thin Hugging Face Trainer for adapters: logits at the answers only, adapters in the checkpoints, and stops that
-keep what was reached (an interrupt, a loss that is not a number).
+"""A thin Hugging Face Trainer for adapters: computes logits at the answers only, saves only the adapter in checkpoints,
+and keeps the last good weights when training stops early (an interrupt, a loss that is NaN or infinite).
 
 Knows nothing about recipes, files or templates. Letters: B rows, T tokens.
 """
@@ -28,14 +28,14 @@ from transformers import (
 )
 
 from softtune import checkpoint, compat
-from softtune.acting import baked
+from softtune.adapter_context import prompts_cached
 from softtune.data import IGNORED, answer_width
 from softtune.errors import DataError, TrainingError
 from softtune.gradients import describe, without_gradient
 from softtune.model import PeftModel
 
 STATE_FILE = "trainer_state.json"
-"""Written last: a checkpoint without it was cut short."""
+"""Written last: a checkpoint without it is incomplete."""
 
 
 @compat.trainer_hooks
@@ -44,34 +44,35 @@ class AdapterTrainer(Trainer):
 
     Args:
         model: the base model with its adapter.
-        trunk_cache: megabytes of memory for what layers below the prefix make of each text, and
-        trunk_cache_disk: megabytes of a temporary file beside the checkpoints, when that is full; see
-            ``PeftModel.trunk_cache``. By default both are 0: every step runs all layers.
+        trunk_cache: megabytes of memory to cache each text's states below the lowest prefix; see
+            ``PeftModel.trunk_cache``. 0 by default, as is ``trunk_cache_disk``: every step runs all layers.
+        trunk_cache_disk: megabytes of a temporary file beside the checkpoints, for when that memory is full.
         kwargs: the Trainer's.
 
-    Raises, from ``train``:
-        ConfigError, UnsupportedModelError: there can be no such cache, of this size or with this model and adapter.
-        TrainingError: the loss or the adapter is no number; the adapter is then what it was at the last loss that was
-            one.
+    Raises:
+        ConfigError, UnsupportedModelError: from ``train``: no such cache is possible, with this size or with this model
+            and adapter.
+        TrainingError: from ``train``: the loss or the adapter is NaN or infinite. The adapter is then back at its best
+            checkpoint where there is one, or else as it was at the last finite loss.
     """
 
     def __init__(self, model: PeftModel, *, trunk_cache: float = 0, trunk_cache_disk: float = 0, **kwargs: Any) -> None:
         self.trunk_cache = (trunk_cache, trunk_cache_disk)
         self.gradients: Callable[[dict[str, Tensor]], Tensor] | None = None
-        """Computes a batch's loss and gradients in place of the Trainer; None where that does it."""
+        """Computes a batch's loss and gradients instead of the Trainer; None to let the Trainer do it."""
         super().__init__(model=model, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         for callback in compat.console_callbacks():
             self.remove_callback(callback)
         self._learns = False
-        """Whether the first step has given gradients to what is trained."""
+        """Whether the first step has given gradients to the trained parameters."""
         self._last_good: list[Tensor] = []
-        """What was trained when the loss was last a number."""
+        """Copies of the trained parameters at the last finite loss."""
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """``step`` and ``loss`` of each step, and ``validation_loss`` where there was one; those before an interrupt
-        too."""
+        """``step`` and ``loss`` of each step, ``step`` and ``validation_loss`` of each validation; also from before a
+        resume."""
         names = {"loss": "loss", "eval_loss": "validation_loss"}
         return [
             {"step": entry["step"], names[name]: entry[name]}
@@ -82,11 +83,11 @@ class AdapterTrainer(Trainer):
 
     @property
     def has_ended(self) -> bool:
-        """Whether a training has nothing more to do: all steps are done, or rows held out have said to stop."""
+        """Whether training is complete: all steps are done, or early stopping has ended it."""
         return self.state.global_step >= self.state.max_steps or _is_out_of_patience(self.state)
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:  # type: ignore[override]
-        """The Trainer's, with the trunk cache; nothing where rows held out had said to stop at the checkpoint."""
+        """Train with the trunk cache; only load the best checkpoint if early stopping had ended the resumed run."""
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE_FILE)))
             if _is_out_of_patience(state):
@@ -94,11 +95,12 @@ class AdapterTrainer(Trainer):
                 self.load_best()
                 return
         assert isinstance(self.model, PeftModel)
-        with self._trunk(), self.model.gradient_watch.suspended():  # an error comes instead of its warning
+        # training_step raises an error instead of the watch's warning
+        with self._frozen_layer_cache(), self.model.gradient_watch.suspended():
             super().train(resume_from_checkpoint=resume_from_checkpoint)
         self._check_numbers()
 
-    def _trunk(self) -> AbstractContextManager[Any]:
+    def _frozen_layer_cache(self) -> AbstractContextManager[Any]:
         if self.gradients is not None or not any(self.trunk_cache):
             return nullcontext()
         assert isinstance(self.model, PeftModel)
@@ -107,16 +109,16 @@ class AdapterTrainer(Trainer):
         return self.model.trunk_cache(*self.trunk_cache, folder)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss, from the logits of the rows' ends alone where the answers stand there."""
+        """Compute the loss, from the logits at the rows' ends alone where that is enough for the answers."""
         assert isinstance(self.model, PeftModel)
         return super().compute_loss(model, {**inputs, **kept_logits(self.model, inputs)}, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One step.
+        """Compute the loss and gradients of one batch.
 
         Raises:
             DataError: the batch has no label to learn from.
-            TrainingError: the loss is not a number, or what is trained got no gradient.
+            TrainingError: the loss is NaN or infinite, or trained parameters got no gradient in the first step.
         """
         if isinstance(labels := inputs.get("labels"), Tensor) and bool((labels == IGNORED).all()):
             raise DataError(f"no label in the batch of step {self.state.global_step + 1}: drop rows without an answer")
@@ -132,7 +134,11 @@ class AdapterTrainer(Trainer):
         return loss
 
     def _check_gradients(self) -> None:
-        """Raise TrainingError where the first step left what is trained without a gradient."""
+        """Check after the first step that the trained parameters have gradients.
+
+        Raises:
+            TrainingError: some have none, or zeros only.
+        """
         assert isinstance(self.model, PeftModel)
         for adapter in map(self.model.adapter, self.model.active_adapters):
             gradients = {name: parameter.grad for name, parameter in adapter.trained.items()}
@@ -141,23 +147,26 @@ class AdapterTrainer(Trainer):
         self._learns = True
 
     def _keep(self) -> None:
-        """Note what is trained as good; the update of the step comes later."""
+        """Copy the trained parameters, before the update of the step, as the last good ones."""
         self._last_good = self._last_good or [torch.empty_like(p) for p in self._trained()]
         for kept, parameter in zip(self._last_good, self._trained(), strict=True):
             kept.copy_(parameter.detach())
 
     def _check_numbers(self) -> None:
-        """Raise TrainingError where the last step left what is trained, or the prompt that it makes, with something
-        else than numbers."""
+        """Check that the trained parameters, and the prompt computed from them, are finite.
+
+        Raises:
+            TrainingError: one of them is NaN or infinite.
+        """
         assert isinstance(self.model, PeftModel)
-        prompts = [self.model.adapter(name).baked_state() for name in self.model.active_adapters]
+        prompts = [self.model.adapter(name).inference_state() for name in self.model.active_adapters]
         made = [x for prompt in prompts for x in prompt.values()]
         if not all(torch.isfinite(x).all() for x in (*self._trained(), *made)):
             raise self._blown_up(f"the adapter is no longer made of numbers after step {self.state.global_step}")
 
     def _blown_up(self, what: str) -> TrainingError:
-        """Put back the numbers of the best checkpoint, where there is one, or else of the last finite loss, and say
-        so."""
+        """Restore the weights of the best checkpoint, or else of the last finite loss, and return an error that says
+        which."""
         when = "the last finite loss"
         if self.state.best_model_checkpoint is not None:
             when = "its lowest validation loss"
@@ -168,19 +177,22 @@ class AdapterTrainer(Trainer):
         return TrainingError(f"{what}: lower the learning rate; the adapter is kept as it was at {when}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, with the prompt computed once."""
-        with baked():
+        """Run the Trainer's evaluation loop with the prompt computed once."""
+        with prompts_cached():
             return super().evaluation_loop(*args, **kwargs)
 
     def _trained(self) -> list[nn.Parameter]:
-        """What the adapters train; nothing of a base model that is trained itself."""
+        """The adapters' trained parameters, without those of a base model that is trained itself."""
         assert isinstance(self.model, PeftModel)
         adapters = [self.model.adapter(name) for name in self.model.active_adapters]
         return [parameter for adapter in adapters for parameter in adapter.trained.values()]
 
     def save_adapter(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the adapter alone: its folder holds all that training goes on from. Raises TrainingError where it is no
-        longer made of numbers."""
+        """Save the adapter alone, from whose folder training can resume.
+
+        Raises:
+            TrainingError: the adapter is NaN or infinite.
+        """
         self._check_numbers()
         assert isinstance(self.model, PeftModel)
         name = self.model.active_adapter
@@ -203,8 +215,8 @@ def _is_out_of_patience(state: TrainerState) -> bool:
 
 
 def kept_logits(model: PeftModel, batch: Mapping[str, Any]) -> dict[str, int]:
-    """How many logits at the rows' ends the loss of a batch needs, as an option of ``forward``; none where it needs all
-    of them."""
+    """How many logits at the rows' ends the loss of a batch needs, as the argument ``logits_to_keep`` of ``forward``;
+    empty where it needs all."""
     labels, text = batch.get("labels"), batch.get("input_ids")
     if not model.keeps_logits or labels is None or text is None or labels.shape != text.shape:
         return {}
@@ -212,14 +224,16 @@ def kept_logits(model: PeftModel, batch: Mapping[str, Any]) -> dict[str, int]:
 
 
 class InterruptSaver(TrainerCallback):
-    """Lets Ctrl-C within its block end trainings after the running step, with a checkpoint; those that take steps
-    together, all after the same one. A second one ends them at once."""
+    """Ends training with a checkpoint after the current step on Ctrl-C within its block.
+
+    Runs that step together all end after the same step. A second Ctrl-C interrupts at once.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
         self._previous: Any = None
         self._begun: dict[int, int] = {}
-        """Steps that each training has begun, by the ``id`` of its arguments."""
+        """Steps that each Trainer has begun, by the ``id`` of its arguments."""
 
     def __enter__(self) -> InterruptSaver:
         if threading.current_thread() is threading.main_thread():
@@ -243,7 +257,7 @@ class InterruptSaver(TrainerCallback):
 
 
 class ProgressReporter(TrainerCallback):
-    """Tells a function each step's number, the number of steps, and the latest loss and tokens a second in words."""
+    """Calls a function with each step's number, the number of steps, and the latest loss and tokens/s as text."""
 
     def __init__(self, report: Callable[[int, int, str], None]) -> None:
         self.report = report
@@ -261,30 +275,33 @@ class ProgressReporter(TrainerCallback):
 
 
 def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """The Trainer's callbacks for TensorBoard, which writes into a folder, and W&B."""
-    found: list[TrainerCallback] = []
+    """Make the Trainer's callbacks for TensorBoard, which writes into ``folder``, and W&B."""
+    callbacks: list[TrainerCallback] = []
     if "tensorboard" in names:
         from torch.utils.tensorboard import SummaryWriter
 
-        found.append(compat.tracking_callback("tensorboard")(SummaryWriter(folder)))
+        callbacks.append(compat.tracking_callback("tensorboard")(SummaryWriter(folder)))
     if "wandb" in names:
-        found.append(compat.tracking_callback("wandb")())
-    return found
+        callbacks.append(compat.tracking_callback("wandb")())
+    return callbacks
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest whole checkpoint in a folder."""
+    """The newest complete checkpoint in a folder; None if there is none."""
     whole = [p.parent for p in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
 
 def training_arguments(folder: str | os.PathLike[str], **settings: Any) -> TrainingArguments:
-    """The Trainer's arguments with what is fixed here: AdamW, a log line a step, only the newest checkpoint kept, and
-    the best one where that counts."""
+    """Build the Trainer's arguments from settings and fixed values.
+
+    The optimiser is AdamW, and every step is logged. Only the newest checkpoint is kept, and the best one if it is
+    loaded at the end.
+    """
     return TrainingArguments(
         output_dir=os.fspath(folder),
         logging_steps=1,
-        save_total_limit=2 if settings.get("load_best_model_at_end") else 1,  # of 1, the end leaves the best alone
+        save_total_limit=2 if settings.get("load_best_model_at_end") else 1,  # 1 would leave only the best in the end
         restore_callback_states_from_checkpoint=True,
         save_strategy="steps",
         report_to="none",

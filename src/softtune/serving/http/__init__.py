@@ -1,1 +1,1 @@
-"""OpenAI's HTTP API around what is served, and a page to try it."""
+"""An OpenAI-compatible HTTP API for the served adapters, and a page to try them."""

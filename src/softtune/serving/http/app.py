@@ -1,4 +1,4 @@
-"""The HTTP application: which endpoints there are, who may ask them, and what becomes of errors."""
+"""The FastAPI application: its endpoints, who may call them, and how errors become HTTP responses."""
 
 from __future__ import annotations
 
@@ -43,36 +43,36 @@ STATUS: dict[type[Exception], int] = {
     FullError: 429,
     ClosedError: 503,
 }
-"""What errors are over HTTP."""
+"""The HTTP status of each error class."""
 SAID: dict[int | str, dict[str, Any]] = {status: {"model": Failure} for status in (400, 401, 404, 429, "default")}
-"""What the API says of errors; all of them look alike."""
+"""The error responses of every endpoint, for the OpenAPI schema; all have the same body."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a server is to be used."""
+    """The settings of an HTTP server."""
 
     keys: tuple[str, ...] = ()
-    """Who may ask; anyone where there is none."""
+    """API keys, one of which a request needs; without any, everyone may send requests."""
     admin_keys: tuple[str, ...] = ()
-    """Who may load and unload adapters; nobody where there is none."""
+    """Keys that may load and unload adapters; without any, nobody may."""
     body_limit: int = 2**18
-    """Bytes of a request."""
+    """Maximum size of a request body in bytes."""
     seconds: float = 300.0
-    """From a request's beginning to its answer's end."""
+    """Time limit of a request in seconds, from its start to the end of its response."""
     follow: float | None = None
-    """Seconds between two looks at the adapters' folder; only the first one by default."""
+    """Seconds between two scans of the adapters' folder; by default it is scanned only at the start."""
     grace: float = 30.0
-    """Seconds that answers have to end when the server is shut down."""
+    """Seconds that running requests have to finish when the server shuts down."""
 
 
 def create_app(service: Service, folder: AdapterFolder, settings: Settings) -> FastAPI:
-    """The application.
+    """Build the FastAPI application.
 
     Args:
-        service: what is served; started and closed with the application.
-        folder: where further adapters are loaded from.
-        settings: how it is to be used.
+        service: the served base model and adapters; started and closed with the application.
+        folder: the folder from which further adapters are loaded.
+        settings: the server's settings.
     """
 
     @asynccontextmanager
@@ -89,7 +89,7 @@ def create_app(service: Service, folder: AdapterFolder, settings: Settings) -> F
     app.add_middleware(Bounded, limit=settings.body_limit, seconds=settings.seconds)
     app.add_middleware(Counting, metrics=metrics)
     for kind, status in STATUS.items():
-        app.add_exception_handler(kind, partial(_told, status))
+        app.add_exception_handler(kind, partial(_error_response, status))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _broken)
@@ -118,7 +118,7 @@ def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
 
 
 def _router(keys: Sequence[str], called: str) -> APIRouter:
-    """Takes endpoints for those who have one of the keys."""
+    """A router whose endpoints require one of the keys."""
     return APIRouter(route_class=keyed(keys, called), dependencies=[Depends(BEARER)], responses=SAID)
 
 
@@ -127,7 +127,7 @@ async def _follow(folder: AdapterFolder, service: Service, seconds: float | None
         await asyncio.sleep(seconds)
         try:
             await run_in_threadpool(folder.follow, service.registry)
-        except Exception:  # a store that cannot be reached, for a while
+        except Exception:  # such as a store that is unreachable for a while
             logger.exception("the adapters' folder could not be read")
 
 
@@ -136,7 +136,7 @@ class Counting:
 
     Args:
         app: the application.
-        metrics: told of each request.
+        metrics: records each request.
     """
 
     def __init__(self, app: Any, metrics: Metrics) -> None:
@@ -162,28 +162,31 @@ class Counting:
             self.metrics.ended(scope["state"].get("adapter", ""), path, status, time.perf_counter() - clock)
 
 
-async def _told(status: int, request: Request, error: Exception) -> JSONResponse:
+async def _error_response(status: int, request: Request, error: Exception) -> JSONResponse:
     code = "model_not_found" if status == 404 else None
     headers = {"Retry-After": "1"} if status in (429, 503) else None
     return JSONResponse(error_of(status, str(error), code), status, headers)
 
 
 async def _invalid(request: Request, error: Any) -> JSONResponse:
-    found = error.errors()
-    told = next((one for one in found if not one["type"].endswith("_type")), found[0])  # of the form that was meant
-    if told["loc"] == ("body",) and told["type"].endswith("_type"):
-        told = {**told, "msg": "send a JSON object, with Content-Type: application/json"}
-    place = "" if told["type"] == "json_invalid" else ".".join(str(x) for x in told["loc"][1:] if not _is_form(x))
-    return JSONResponse(error_of(400, f"{place or 'the body'}: {told['msg']}"), 400)
+    errors = error.errors()
+    # Of a union's errors, that of the member that was meant.
+    first = next((one for one in errors if not one["type"].endswith("_type")), errors[0])
+    if first["loc"] == ("body",) and first["type"].endswith("_type"):
+        first = {**first, "msg": "send a JSON object, with Content-Type: application/json"}
+    place = "" if first["type"] == "json_invalid" else ".".join(str(x) for x in first["loc"][1:] if not _is_form(x))
+    return JSONResponse(error_of(400, f"{place or 'the body'}: {first['msg']}"), 400)
 
 
 def _is_form(part: str | int) -> bool:
-    """Whether a part of a field's place is pydantic's name for one of the field's forms."""
+    """Whether a part of an error's location is pydantic's name for a member of a union type."""
     return isinstance(part, str) and (part in ("str", "constrained-str", "dict") or "[" in part)
 
 
 async def _refused(request: Request, error: Any) -> JSONResponse:
-    cause = error.__cause__ if isinstance(error.__cause__, HTTPException) else error  # FastAPI wraps those of the body
+    cause = (
+        error.__cause__ if isinstance(error.__cause__, HTTPException) else error
+    )  # FastAPI wraps errors from reading the body
     return JSONResponse(error_of(cause.status_code, str(cause.detail)), cause.status_code, cause.headers)
 
 

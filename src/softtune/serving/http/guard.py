@@ -1,4 +1,4 @@
-"""Who may ask, and how much: keys, the size of a request, and how long it may take."""
+"""Guards of the HTTP API: keys, the size limit of a request, and its deadline."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from softtune.serving.http.schemas import Failure, Problem
 Result = TypeVar("Result")
 
 BEARER = HTTPBearer(auto_error=False)
-"""How a key is sent."""
+"""Reads the key from the ``Authorization`` header."""
 LAST = 1.0
-"""Seconds in which a client has to take what it is told when the time is over."""
+"""Seconds that a client has to receive a message after the deadline."""
 
 
 def keyed(keys: Sequence[str], called: str) -> type[APIRoute]:
-    """Routes that refuse requests without one of the keys, which are called so, before they read their bodies."""
+    """A route class that rejects requests without a valid key before their bodies are read.
+
+    Args:
+        keys: the valid keys.
+        called: what the error message calls them.
+    """
 
     class Keyed(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -35,7 +40,7 @@ def keyed(keys: Sequence[str], called: str) -> type[APIRoute]:
             async def check(request: Request) -> Response:
                 sent = await BEARER(request)
                 given = b"" if sent is None else sent.credentials.encode()
-                # Compared with all of them, so that the time does not tell which one is close.
+                # Compared with all keys, so that the response time does not reveal which one is close.
                 if True not in [secrets.compare_digest(given, key.encode()) for key in keys]:
                     challenge = {"WWW-Authenticate": "Bearer"}
                     raise HTTPException(401, f"wrong or missing {called}: send 'Authorization: Bearer KEY'", challenge)
@@ -47,10 +52,10 @@ def keyed(keys: Sequence[str], called: str) -> type[APIRoute]:
 
 
 class Deadline:
-    """When a request has to be over.
+    """The deadline of a request.
 
     Args:
-        seconds: from now on.
+        seconds: the time limit, counted from now.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -59,22 +64,22 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds, none when it is over."""
+        """Seconds until the deadline, 0 after it."""
         return max(0.0, self._end - time.monotonic())
 
     @property
     def refusal(self) -> str:
-        """What is said when an answer is not there by then."""
+        """The error message for a response that misses the deadline."""
         return f"the answer takes longer than {self.seconds:g} seconds: ask for less"
 
 
 class Bounded:
-    """ASGI middleware that refuses clients that send too much, or too slowly, and leaves those that do not read.
+    """ASGI middleware that rejects requests that are too large or too slow, and drops clients that stop reading.
 
     Args:
-        app: the application, which finds a request's ``deadline`` in its state.
-        limit: bytes of a request.
-        seconds: until it has to be over.
+        app: the application; it finds the ``deadline`` in a request's state.
+        limit: maximum size of a request body in bytes.
+        seconds: time limit of a request.
     """
 
     def __init__(self, app: Any, limit: int, seconds: float) -> None:
@@ -94,12 +99,12 @@ class Bounded:
         await self.app(scope, self._reading(receive, deadline), _writing(send, deadline))
 
     def _reading(self, receive: Any, deadline: Deadline) -> Any:
-        """``receive``, which refuses a body that is too long, or is not there when the time is over."""
+        """Wrap ``receive`` to reject a body that is too long, or not complete by the deadline."""
         seen, is_whole = 0, False
 
         async def read() -> Any:
             nonlocal seen, is_whole
-            if is_whole:  # what comes then is that the client has gone
+            if is_whole:  # only the disconnect message comes after it
                 return await receive()
             try:
                 with fail_after(deadline.left):
@@ -121,7 +126,7 @@ class Bounded:
 
 
 def _writing(send: Any, deadline: Deadline) -> Any:
-    """``send``, which says no more to a client that has not read on when the time is over."""
+    """Wrap ``send`` to send nothing more once a client has not received a message by the deadline."""
     is_stalled = False
 
     async def write(message: Any) -> None:
@@ -136,10 +141,10 @@ def _writing(send: Any, deadline: Deadline) -> Any:
 
 
 async def while_asked(request: Request, work: Awaitable[Result]) -> Result:
-    """What some work comes to, unless whoever asked has gone, or the request's time is over.
+    """Await the result of some work, and cancel it when the client disconnects or the deadline passes.
 
     Raises:
-        HTTPException: one of the two.
+        HTTPException: the client has disconnected (499), or the deadline has passed (504).
     """
     deadline: Deadline = request.state.deadline
     task = asyncio.ensure_future(work)
@@ -164,7 +169,7 @@ async def _gone(request: Request) -> None:
 
 
 def error_of(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """The body of an error response in OpenAI's format."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return Failure(error=Problem(message=message, type=kind, code=code)).model_dump()

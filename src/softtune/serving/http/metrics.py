@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counts of one server.
+    """The metrics of one server.
 
     Args:
-        service: what is served.
+        service: the service whose queues, batches and adapters are measured.
     """
 
     def __init__(self, service: Service) -> None:
@@ -29,38 +29,47 @@ class Metrics:
             for name, text in (("request", "Until a request's end."), ("first_token", "Until a text's first token."))
         )
         gauges: dict[str, tuple[str, Callable[[], int]]] = {
-            "waiting": ("Requests that wait for a place.", lambda: sum(len(x.waiting) for x in service.loop.lanes)),
-            "running": ("Requests in the batch.", lambda: sum(len(x.running) for x in service.loop.lanes)),
+            "waiting": (
+                "Requests that wait for a place.",
+                lambda: sum(len(engine.queue) for engine in service.thread.engines),
+            ),
+            "running": (
+                "Requests in the batch.",
+                lambda: sum(len(engine.running) for engine in service.thread.engines),
+            ),
             "adapters": ("Adapters that are served.", lambda: len(service.registry.versions)),
-            "adapter_bytes": ("Bytes of adapters in memory.", lambda: sum(x.hot.bytes for x in service.loop.lanes)),
+            "adapter_bytes": (
+                "Bytes of adapters in memory.",
+                lambda: sum(engine.adapter_cache.bytes for engine in service.thread.engines),
+            ),
         }
         for name, (text, value) in gauges.items():
             Gauge(f"softtune_{name}", text, registry=all_).set_function(value)
 
     @property
     def text(self) -> bytes:
-        """All of them, as Prometheus reads them, but those of adapters that are gone."""
+        """All metrics in Prometheus' text format, without those of adapters that are no longer served."""
         served = {"", self._service.name, *(version.name for version in self._service.registry.versions)}
         for counts in (self._requests, self._tokens, self._seconds, self._first):
-            told = [sample.labels for family in counts.collect() for sample in family.samples]
-            gone = [labels for labels in told if labels["adapter"] not in served]
+            samples = [sample.labels for family in counts.collect() for sample in family.samples]
+            gone = [labels for labels in samples if labels["adapter"] not in served]
             for labels in {tuple(labels[name] for name in labels if name != "le") for labels in gone}:
                 counts.remove(*labels)
         return generate_latest(self._all)
 
     def ended(self, adapter: str, path: str, status: int, seconds: float) -> None:
-        """A request has ended with an HTTP status."""
+        """Record a finished request with its HTTP status and duration."""
         self._requests.labels(adapter, path, str(status)).inc()
         self._seconds.labels(adapter).observe(seconds)
 
     def read(self, adapter: str, tokens: int) -> None:
-        """So many tokens were read."""
+        """Count tokens that the model has read."""
         self._tokens.labels(adapter, "read").inc(tokens)
 
     def began_to_write(self, adapter: str, seconds: float) -> None:
-        """An answer's first token was written."""
+        """Record the time to the first generated token."""
         self._first.labels(adapter).observe(seconds)
 
     def wrote(self, adapter: str) -> None:
-        """One more token was written."""
+        """Count one generated token."""
         self._tokens.labels(adapter, "written").inc()

@@ -1,5 +1,8 @@
-"""What requests may say: OpenAI's fields, and those of labels, tags and answers. What has no effect is refused, but
-for ``user`` and ``name``. And what errors say."""
+"""Schemas of requests and errors: OpenAI's fields, and those of the endpoints for labels, tags and answers.
+
+Values that would have no effect are rejected, except for ``user`` and ``name``. The docstrings of request and error
+models and of their fields are the descriptions in the OpenAPI schema.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from softtune.serving.sampling import Sampling
+from softtune.serving.sampling import SamplingParams
 
 Id = Annotated[int, Field(strict=True, ge=0)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Record = StrictStr | dict[str, Any]
-"""A record's columns, or the text of the only one."""
+"""A record as a dict of its columns, or the text of the only column."""
 
 MOST = 32
-"""Texts or records of one request."""
+"""Maximum number of texts or records in one request."""
 
 
 class WithoutNulls(BaseModel):
-    """An object whose fields are left out where they are null, as OpenAI has it: clients send back what they got."""
+    """A model that drops null fields, as OpenAI's API does: clients send back what they received."""
 
     @model_validator(mode="before")
     @classmethod
@@ -30,7 +33,7 @@ class WithoutNulls(BaseModel):
 
 
 class Request(WithoutNulls):
-    """What all requests have."""
+    """The fields of all requests."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -42,7 +45,11 @@ class Request(WithoutNulls):
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, given: Any) -> Any:
-        """Refuse what no text can hold, and what cannot be read."""
+        """Reject text that cannot be encoded, and JSON that cannot be parsed.
+
+        Raises:
+            ValueError: there is half of a surrogate pair, or lists and objects are nested too deeply.
+        """
         if not isinstance(given, dict):
             return given
         try:
@@ -66,7 +73,7 @@ class StreamOptions(WithoutNulls):
 
 
 class Sampled(Request):
-    """What all requests for texts have."""
+    """The fields of all requests that generate text."""
 
     temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
     """0 takes the likeliest token."""
@@ -91,10 +98,10 @@ class Sampled(Request):
     store: Literal[False] = False
     """Not served."""
 
-    def sampling(self, number: int, max_tokens: int, logprobs: int | None) -> Sampling:
-        """How the answer of this number is written."""
+    def sampling(self, number: int, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """The sampling parameters of the generation of this number, which is added to the seed."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
-        return Sampling(
+        return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -121,7 +128,7 @@ class CompletionRequest(Sampled):
     """Not served."""
 
 
-class Part(WithoutNulls):
+class ContentPart(WithoutNulls):
     """A part of a message."""
 
     model_config = ConfigDict(extra="forbid")
@@ -136,7 +143,7 @@ class Message(WithoutNulls):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | Annotated[list[Part], Field(min_length=1)]
+    content: StrictStr | Annotated[list[ContentPart], Field(min_length=1)]
     name: StrictStr | None = None
     """Taken, and of no use here."""
     annotations: Annotated[list[Any], Field(max_length=0)] = []

@@ -1,7 +1,7 @@
-"""What the endpoints do.
+"""The handlers of the HTTP endpoints.
 
-What a request names is looked up among what is served, or in the listing of the adapters' folder: nothing of a request
-ever becomes a path.
+A name in a request is looked up among the served adapters or in the listing of the adapters' folder: no part of a
+request ever becomes a path. The docstrings of handlers are the endpoints' descriptions in the OpenAPI schema.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask
 from softtune.errors import RequestError, SofttuneError
 from softtune.serving.folder import AdapterFolder
-from softtune.serving.http.guard import Deadline, error_of, while_asked
-from softtune.serving.http.metrics import Metrics
-from softtune.serving.http.schemas import ChatRequest, CompletionRequest, LoadRequest, RecordsRequest
-from softtune.serving.http.texts import (
-    Asked,
-    ChatCompletions,
-    Completions,
-    Kind,
-    Texts,
+from softtune.serving.http.completions import (
+    ChatCompletionFormat,
+    CompletionFormat,
+    Generations,
+    PromptTokens,
+    ResponseFormat,
     asked_to_chat,
     asked_to_complete,
 )
-from softtune.serving.questions import Questions
+from softtune.serving.http.guard import Deadline, error_of, while_asked
+from softtune.serving.http.metrics import Metrics
+from softtune.serving.http.schemas import ChatRequest, CompletionRequest, LoadRequest, RecordsRequest
 from softtune.serving.registry import Version
 from softtune.serving.service import Service
+from softtune.serving.tasks import TaskRunner
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 ENDPOINTS = {LabelTask: "/v1/classify", ChoiceTask: "/v1/classify", TagTask: "/v1/tag", SpanTask: "/v1/answer"}
-"""Where adapters that write no texts are asked."""
+"""The endpoints of adapters that do not generate text."""
 
 
 class Server:
-    """The endpoints.
+    """The handlers of the endpoints.
 
     Args:
-        service: what is served.
-        folder: where further adapters are loaded from.
-        metrics: told of tokens.
+        service: the served base model and adapters.
+        folder: the folder from which further adapters are loaded.
+        metrics: counts the tokens.
     """
 
     def __init__(self, service: Service, folder: AdapterFolder, metrics: Metrics) -> None:
         self._service = service
-        self._questions = Questions(service, metrics.read)
+        self._tasks = TaskRunner(service, metrics.read)
         self._folder = folder
         self._metrics = metrics
         self._page = (files("softtune.serving.http") / "page.html").read_text(encoding="utf-8")
 
     async def page(self) -> HTMLResponse:
-        """A page to try what is served."""
+        """The HTML page to try the served adapters."""
         return HTMLResponse(self._page)
 
     async def health(self) -> dict[str, str]:
@@ -84,14 +84,14 @@ class Server:
         """The base model or an adapter."""
         if name == self._service.name:
             return self._base
-        with self._service.using(name) as version:
+        with self._service.lease(name) as version:
             return self._described(version)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Go on with texts."""
 
-        def ask(version: Version | None) -> tuple[list[Asked], Kind]:
-            kind = Completions(self._service.tokenizer, body.logprobs is not None)
+        def ask(version: Version | None) -> tuple[list[PromptTokens], ResponseFormat]:
+            kind = CompletionFormat(self._service.tokenizer, body.logprobs is not None)
             return asked_to_complete(body, self._service, version), kind
 
         return await self._write(request, body, ask)
@@ -99,8 +99,8 @@ class Server:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Go on with a conversation."""
 
-        def ask(version: Version | None) -> tuple[list[Asked], Kind]:
-            kind = ChatCompletions(self._service.tokenizer, body.logprobs)
+        def ask(version: Version | None) -> tuple[list[PromptTokens], ResponseFormat]:
+            kind = ChatCompletionFormat(self._service.tokenizer, body.logprobs)
             return asked_to_chat(body, self._service, version), kind
 
         return await self._write(request, body, ask)
@@ -109,7 +109,7 @@ class Server:
         """Tell the labels of records, with their probabilities."""
 
         async def label(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            scores, cut = await self._questions.label(version, record)
+            scores, cut = await self._tasks.label(version, record)
             return {"label": max(scores, key=scores.__getitem__), "scores": scores, "truncated": cut}
 
         return await self._each(body, request, label)
@@ -118,7 +118,7 @@ class Server:
         """Tell the tags of records' words."""
 
         async def tag(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            tags, cut = await self._questions.tag(version, record)
+            tags, cut = await self._tasks.tag(version, record)
             return {"tags": tags, "truncated": cut}
 
         return await self._each(body, request, tag)
@@ -127,7 +127,7 @@ class Server:
         """Tell which parts of records' texts answer their questions; an empty one where none does."""
 
         async def read(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            start, end, text = await self._questions.answer(version, record)
+            start, end, text = await self._tasks.answer(version, record)
             return {"answer": text, "start": start, "end": end}
 
         return await self._each(body, request, read)
@@ -152,20 +152,20 @@ class Server:
         self,
         request: Request,
         body: CompletionRequest | ChatRequest,
-        ask: Callable[[Version | None], tuple[list[Asked], Kind]],
+        ask: Callable[[Version | None], tuple[list[PromptTokens], ResponseFormat]],
     ) -> Response:
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream: set stream to true")
         with ExitStack() as stack:
             version = stack.enter_context(self._named(body.model, request))
             self._service.check_writes(version)
-            asked, kind = await run_in_threadpool(ask, version)
-            texts = Texts(self._service, self._metrics, version, body.model, asked, body.n, kind)
+            prompts, kind = await run_in_threadpool(ask, version)
+            texts = Generations(self._service, self._metrics, version, body.model, prompts, body.n, kind)
             if not body.stream:
                 whole = await while_asked(request, texts.whole())
                 return Response(json.dumps(whole, allow_nan=False), media_type="application/json")
             parts = texts.parts(with_usage=bool(body.stream_options and body.stream_options.include_usage))
-            first = await while_asked(request, anext(parts))  # errors before it have a status of their own
+            first = await while_asked(request, anext(parts))  # errors before it get their own HTTP status
             lease = stack.pop_all()
         events = _events(first, parts, lease, request.state.deadline)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -173,23 +173,23 @@ class Server:
     async def _each(
         self, body: RecordsRequest, request: Request, work: Callable[[Version, Mapping[str, Any]], Awaitable[Any]]
     ) -> dict[str, Any]:
-        """The results of all records, which are worked on together."""
+        """The response for all records of a request, which are processed concurrently."""
         with self._named(body.model, request) as version:
             if version is None:
                 raise RequestError(f"{body.model} is the base model: ask an adapter")
-            records = [self._questions.record(version, record) for record in body.records]
+            records = [self._tasks.record(version, record) for record in body.records]
             together = _together([work(version, record) for record in records])
             results = await while_asked(request, together)
         return {"object": "list", "model": body.model, "data": [{"index": i, **r} for i, r in enumerate(results)]}
 
     @contextmanager
     def _named(self, name: str, request: Request) -> Iterator[Version | None]:
-        """The adapter of a request; None for the base model."""
+        """Lease the adapter that a request names, for the length of the block; None for the base model."""
         if name == self._service.name:
             request.state.adapter = name
             yield None
             return
-        with self._service.using(name) as version:
+        with self._service.lease(name) as version:
             request.state.adapter = name
             yield version
 
@@ -198,8 +198,8 @@ class Server:
         return {"id": self._service.name, "object": "model", "created": 0, "owned_by": "softtune"}
 
     def _described(self, version: Version) -> dict[str, Any]:
-        """An adapter, as OpenAI's clients and people read it."""
-        task = version.facts.task
+        """An adapter's entry in ``/v1/models``: OpenAI's fields, and those that describe its task."""
+        task = version.info.task
         more: dict[str, Any] = {"endpoint": ENDPOINTS.get(type(task), "/v1/completions")}
         if task is not None:
             more["columns"] = list(task.columns)
@@ -209,7 +209,7 @@ class Server:
             more["labels"] = task.verbalizer.words
         if isinstance(task, ChoiceTask):
             more["choices"] = task.choices
-        method = version.facts.config.peft_type
+        method = version.info.config.peft_type
         return {
             **self._base,
             "id": version.name,
@@ -223,7 +223,7 @@ class Server:
 async def _events(
     first: dict[str, Any], parts: AsyncGenerator[dict[str, Any], None], lease: ExitStack, deadline: Deadline
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events; an error on the way is the last one."""
+    """The server-sent events of a streamed response; an error on the way becomes the last event."""
     with lease:
         try:
             yield _event(first)
@@ -245,7 +245,7 @@ async def _events(
 
 
 async def _together(works: Sequence[Awaitable[Result]]) -> list[Result]:
-    """What all come to; where one fails, the others are given up on."""
+    """Run awaitables concurrently and return their results; if one fails, the others are cancelled."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

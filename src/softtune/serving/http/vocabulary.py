@@ -1,4 +1,4 @@
-"""How single tokens read, which may be a part of a character."""
+"""The bytes and the text of single tokens, which may be only a part of a character."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-"""Bytes that byte-level vocabularies write as the character of their number, all others as one from 256 on."""
+"""Bytes that byte-level vocabularies write as the character with that code; others become characters from 256 on."""
 _BYTES = {chr(byte): byte for byte in _PRINTED} | {
     chr(256 + number): byte for number, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
 }
 _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
-"""How other vocabularies write a byte."""
+"""How SentencePiece vocabularies write a byte."""
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""How those write a space, which is not shown at a text's beginning."""
+"""How SentencePiece vocabularies write a space, which ``decode`` drops at the beginning of a text."""
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-"""How a part of a character is shown."""
+"""How ``decode`` shows a part of a character."""
 
 
 def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """A token's own bytes."""
+    """The bytes of a single token."""
     piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
     if _SPACE in piece and token not in _added(tokenizer):
         return piece.replace(_SPACE, " ").encode()
@@ -34,12 +34,12 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
 
 @lru_cache(maxsize=8)
 def _added(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that are texts as they stand, which the tokenizer gathers anew whenever it is asked."""
+    """Ids of the added tokens. Cached, since the tokenizer collects them anew at each access."""
     return frozenset(tokenizer.added_tokens_decoder)
 
 
 def shown(token: bytes) -> str:
-    """A token's text; where it has none of its own, its bytes, as OpenAI has it."""
+    """A token's text; if its bytes are not valid UTF-8, the bytes in OpenAI's notation."""
     try:
         return token.decode()
     except UnicodeDecodeError:

@@ -1,1 +1,1 @@
-"""The other engine for texts: vLLM, for GPUs and clusters."""
+"""vLLM as an engine for text generation, for GPUs and clusters."""

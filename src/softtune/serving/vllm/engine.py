@@ -1,7 +1,7 @@
-"""Requests of many adapters in vLLM's running batch, as ``serving.engine`` has them in its own.
+"""The vLLM engine: requests of many adapters in vLLM's running batch; the alternative to ``TransformersEngine``.
 
-Places go to those that wait by turns of their adapters; what a step reads is vLLM's choice. Leading virtual tokens come
-as keys and values by the connector, others as vectors among the words.
+Waiting requests are admitted round-robin by adapter; vLLM chooses the tokens of a step. Leading virtual tokens are
+loaded as keys and values by the connector, others are passed as vectors among the input embeddings.
 """
 
 from __future__ import annotations
@@ -25,34 +25,35 @@ from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError
 from softtune.methods.base import Prompt
-from softtune.serving import baking
-from softtune.serving.jobs import Scoring, Writing, check_length
-from softtune.serving.limits import Limits
-from softtune.serving.loop import drop_cancelled, fail
-from softtune.serving.registry import Hot, Version
-from softtune.serving.texts import VIRTUAL, Held, Text
+from softtune.serving import prompt_export
+from softtune.serving.adapter_cache import AdapterCache
+from softtune.serving.engine_config import EngineConfig
+from softtune.serving.engine_thread import abort_cancelled, abort_with
+from softtune.serving.registry import Version
+from softtune.serving.request_queue import RequestHandle, RequestQueue
+from softtune.serving.requests import GenerationRequest, LoglikelihoodRequest, check_length
+from softtune.serving.sequence import VIRTUAL, LoadedPrompt, TokenSequence
 from softtune.serving.vllm import connector
-from softtune.serving.vllm.asking import Part, may_begin, parts_of
-from softtune.serving.vllm.fitting import check
-from softtune.serving.waiting import Ticket, Waiting
+from softtune.serving.vllm.compatibility import check
+from softtune.serving.vllm.requests import VllmRequest, may_begin, vllm_requests
 
 BLOCK = 32
-"""Tokens of a block: what the kernels of CPUs want, and those of GPUs take."""
+"""Tokens of a KV cache block: the size that CPU kernels require and GPU kernels support."""
 PLACEHOLDER = 0
-"""Stands for a virtual token; nothing reads it."""
+"""Token id in place of a virtual token; its value has no effect."""
 
-Job = Writing | Scoring
+TextRequest = GenerationRequest | LoglikelihoodRequest
 
 
 class HeldVectors:
-    """What the engine itself has of an adapter: vectors that come among the words.
+    """The part of an adapter that the engine keeps itself: virtual tokens to pass as input embeddings.
 
     Args:
-        prompt: the baked prompt.
+        prompt: the exported prompt.
     """
 
     def __init__(self, prompt: Prompt) -> None:
-        self.held = Held(
+        self.prompt = LoadedPrompt(
             slots=torch.zeros(0, dtype=torch.long),
             places=frozenset(),
             shift=0,
@@ -63,30 +64,30 @@ class HeldVectors:
         self.bytes = 0 if prompt.vectors is None else prompt.vectors.nbytes
 
     def release(self) -> None:
-        """Nothing but this object holds them."""
+        """Do nothing: only this object refers to the vectors."""
 
 
 class VllmEngine:
-    """The running batch.
+    """An engine that runs requests in vLLM; see ``TextEngine``.
 
     Args:
         source: the folder or hub name of the base model.
-        backbone: the base model, a decoder, by which adapters are baked.
-        limits: how much is done at once.
-        folder: where inference forms of adapters are kept.
-        gpus: how many share each layer.
+        backbone: the base model, a decoder, with which adapters are exported.
+        config: the sizes of the batch and the caches.
+        folder: the folder of exported adapters.
+        gpus: the tensor parallel size.
 
     Raises:
-        ConfigError: vLLM does not run the model, or not with these limits.
+        ConfigError: vLLM does not run the model, or not with this config.
     """
 
-    def __init__(self, source: str, backbone: Backbone, limits: Limits, folder: Path, *, gpus: int = 1) -> None:
+    def __init__(self, source: str, backbone: Backbone, config: EngineConfig, folder: Path, *, gpus: int = 1) -> None:
         self.backbone = backbone
-        self.limits = limits
-        self.hot: Hot[HeldVectors] = Hot(self._load)
-        self.running: list[Ticket[Job]] = []
-        self.waiting: Waiting[Job] = Waiting(limits, self.running)
-        self._parts: dict[str, tuple[Ticket[Job], Part]] = {}
+        self.config = config
+        self.adapter_cache: AdapterCache[HeldVectors] = AdapterCache(self._load)
+        self.running: list[RequestHandle[TextRequest]] = []
+        self.queue: RequestQueue[TextRequest] = RequestQueue(config, self.running)
+        self._parts: dict[str, tuple[RequestHandle[TextRequest], VllmRequest]] = {}
         self._numbers = itertools.count()
         try:
             self._llm: Any = LLMEngine.from_engine_args(self._arguments(source, folder, gpus))
@@ -96,125 +97,125 @@ class VllmEngine:
         _watch(self._llm.engine_core)
 
     def _arguments(self, source: str, folder: Path, gpus: int) -> EngineArgs:
-        limits, own = self.limits, connector.PromptConnector
+        config, connector_class = self.config, connector.PromptConnector
         return EngineArgs(
             model=source,
             skip_tokenizer_init=True,
             dtype="float32" if current_platform.is_cpu() else "auto",
-            max_model_len=self.longest,
-            max_num_seqs=limits.rows,
-            max_num_batched_tokens=max(limits.tokens, limits.rows),
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
             tensor_parallel_size=gpus,
             block_size=BLOCK,
-            num_gpu_blocks_override=limits.slots // BLOCK + 1,  # vLLM keeps one for itself
-            kv_cache_memory_bytes=1,  # else vLLM measures the memory, although the number of blocks is given
+            num_gpu_blocks_override=config.num_kv_slots // BLOCK + 1,  # vLLM reserves one
+            kv_cache_memory_bytes=1,  # else vLLM profiles the memory, although the number of blocks is given
             enable_prompt_embeds=True,
             disable_log_stats=True,
             kv_transfer_config=KVTransferConfig(
-                kv_connector=own.__name__,
-                kv_connector_module_path=own.__module__,
+                kv_connector=connector_class.__name__,
+                kv_connector_module_path=connector_class.__module__,
                 kv_role="kv_both",
-                kv_connector_extra_config={"folder": str(folder), "hot": limits.hot},
+                kv_connector_extra_config={"folder": str(folder), "hot": config.adapter_cache_bytes},
             ),
         )
 
-    def keep(self, adapter: Adapter, folder: Path, *, ahead: bool) -> None:
-        """See ``Lane``."""
-        prompt = baking.bake(self.backbone, adapter, ahead=ahead)
+    def export_adapter(self, adapter: Adapter, folder: Path, *, as_kv: bool) -> None:
+        """See ``Engine``."""
+        prompt = prompt_export.export_prompt(self.backbone, adapter, as_kv=as_kv)
         check(prompt, self.backbone)
-        baking.save(prompt, self.backbone, folder)
+        prompt_export.save_prompt(prompt, self.backbone, folder)
 
     @property
-    def longest(self) -> int:
-        """Tokens that a text may have together with virtual ones."""
-        whole = self.limits.slots // BLOCK * BLOCK
+    def max_model_len(self) -> int:
+        """Maximum number of tokens of a sequence, virtual ones included."""
+        whole = self.config.num_kv_slots // BLOCK * BLOCK
         return min(self.backbone.max_positions or whole, whole)
 
-    def submit(self, ticket: Ticket[Job]) -> None:
-        """See ``Lane``."""
-        spare = isinstance(ticket.job, Scoring)  # vLLM wants room for a token behind each text
-        check_length(ticket.job, ticket.virtual, self.longest - spare)
-        self.waiting.add(ticket)
+    def submit(self, handle: RequestHandle[TextRequest]) -> None:
+        """See ``Engine``."""
+        spare = isinstance(handle.request, LoglikelihoodRequest)  # vLLM needs room for a token after each text
+        check_length(handle.request, handle.num_virtual_tokens, self.max_model_len - spare)
+        self.queue.add(handle)
 
     def step(self) -> None:
-        """Let vLLM do a step of all that run."""
-        drop_cancelled(self)
-        self.hot.shrink(self.limits.hot)
-        while len(self.running) < self.limits.rows and (first := self.waiting.first) is not None:
-            if not may_begin(first.job, self._asked):
-                break  # nor may others, which might keep it waiting for ever
-            self._begin(self.waiting.pop())
+        """Admit waiting requests and run one step of vLLM."""
+        abort_cancelled(self)
+        self.adapter_cache.shrink(self.config.adapter_cache_bytes)
+        while len(self.running) < self.config.max_num_seqs and (first := self.queue.first) is not None:
+            if not may_begin(first.request, self._active_requests):
+                break  # admit no others either: they might keep it waiting for ever
+            self._begin(self.queue.pop())
         if self.running:
             for output in self._llm.step():
                 self._take(output)
 
     @property
-    def _asked(self) -> list[Part]:
-        """All that vLLM is asked at present."""
+    def _active_requests(self) -> list[VllmRequest]:
+        """The requests to vLLM that are running."""
         return [part for _, part in self._parts.values()]
 
-    def _begin(self, ticket: Ticket[Job]) -> None:
-        """Ask vLLM for all that a request wants."""
+    def _begin(self, handle: RequestHandle[TextRequest]) -> None:
+        """Add the vLLM requests of an admitted request."""
         try:
-            held = None if ticket.version is None else self.hot.use(ticket.version).held
-            self.running.append(ticket)
-            adapter = None if ticket.version is None or _comes_as_vectors(held) else _name(ticket.version)
-            for part in parts_of(ticket.job, adapter, self._asked):
+            prompt = None if handle.version is None else self.adapter_cache.use(handle.version).prompt
+            self.running.append(handle)
+            adapter = None if handle.version is None or _comes_as_vectors(prompt) else _name(handle.version)
+            for part in vllm_requests(handle.request, adapter, self._active_requests):
                 number = str(next(self._numbers))
-                self._parts[number] = (ticket, part)
-                self._llm.add_request(number, _input(ticket, held, part), part.params)
+                self._parts[number] = (handle, part)
+                self._llm.add_request(number, _input(handle, prompt, part), part.params)
         except Exception as error:
-            fail(self, [ticket], error)
+            abort_with(self, [handle], error)
 
     def _take(self, output: Any) -> None:
-        """Hand on what vLLM has written."""
-        ticket, part = self._parts.get(output.request_id, (None, None))
-        if ticket is None or part is None:  # it was given up on
+        """Pass an output of vLLM on to its request."""
+        handle, part = self._parts.get(output.request_id, (None, None))
+        if handle is None or part is None:  # it was aborted
             return
         [written] = output.outputs
         if written.finish_reason not in (None, "stop", "length"):
-            fail(self, [ticket], RuntimeError(f"vLLM ended a request by itself: {written.finish_reason}"))
+            abort_with(self, [handle], RuntimeError(f"vLLM ended a request by itself: {written.finish_reason}"))
             return
         try:
             part.take(written)
-        except Exception as error:  # of this request alone
-            fail(self, [ticket], error)
+        except Exception as error:  # it concerns this request alone
+            abort_with(self, [handle], error)
             return
         if output.finished:
             del self._parts[output.request_id]
-        if ticket.job.is_done:
-            self.leave(ticket)
-            ticket.end()
+        if handle.request.is_done:
+            self.release(handle)
+            handle.end()
 
-    def leave(self, ticket: Ticket[Job]) -> None:
-        """See ``Lane``."""
-        self.running.remove(ticket)
-        left = [number for number, (other, _) in self._parts.items() if other is ticket]
+    def release(self, handle: RequestHandle[TextRequest]) -> None:
+        """See ``Engine``."""
+        self.running.remove(handle)
+        left = [number for number, (other, _) in self._parts.items() if other is handle]
         for number in left:
             del self._parts[number]
-        with suppress(EngineDeadError):  # who waits for the request hears of that all the same
+        with suppress(EngineDeadError):  # the request's client gets the error in any case
             self._llm.abort_request(left)
-        if ticket.version is not None:
-            self.hot.done(ticket.version)
+        if handle.version is not None:
+            self.adapter_cache.done(handle.version)
 
     @property
     def is_alive(self) -> bool:
-        """See ``TextLane``."""
+        """See ``TextEngine``."""
         resources = getattr(self._llm.engine_core, "resources", None)
-        return resources is None or not resources.engine_dead  # without, it runs in this process
+        return resources is None or not resources.engine_dead  # None where the engine core runs in this process
 
     def close(self) -> None:
-        """End vLLM's processes."""
+        """Shut down vLLM's processes."""
         self._llm.engine_core.shutdown(timeout=30.0)
 
     def _load(self, version: Version) -> HeldVectors:
-        return HeldVectors(baking.read(version.folder, self.backbone, with_prefix=False))
+        return HeldVectors(prompt_export.load_prompt(version.folder, self.backbone, with_prefix=False))
 
 
 def _watch(client: Any) -> None:
-    """Have the next step fail where vLLM's process is killed: by itself it would wait for an answer for ever."""
+    """Make the next step fail if vLLM's process is killed; otherwise it would wait for an output for ever."""
     manager = getattr(getattr(client, "resources", None), "engine_manager", None)
-    if manager is None:  # it runs in this process
+    if manager is None:  # the engine core runs in this process
         return
 
     def wait_for_end() -> None:
@@ -226,26 +227,28 @@ def _watch(client: Any) -> None:
 
 
 def _name(version: Version) -> str:
-    """What the connector calls a version: no other has it, before or after."""
+    """The connector's name for an adapter version; it is never reused for another."""
     return version.folder.name
 
 
-def _comes_as_vectors(held: Held | None) -> bool:
-    return held is not None and held.vectors is not None
+def _comes_as_vectors(prompt: LoadedPrompt | None) -> bool:
+    return prompt is not None and prompt.vectors is not None
 
 
-def _input(ticket: Ticket[Job], held: Held | None, part: Part) -> Any:
-    """A text as vLLM reads it, with the virtual tokens of its adapter."""
-    job = ticket.job
-    if ticket.version is None or held is None:
-        return tokens_input([*job.words, *part.tail])
-    name = _name(ticket.version)
-    if held.vectors is None:
-        return tokens_input([PLACEHOLDER] * ticket.virtual + [*job.words, *part.tail], cache_salt=name)
-    places = job.places if isinstance(job, Scoring) else None
-    tokens = torch.tensor([*Text.of(held, job.words, places).tokens, *part.tail])
-    is_word = tokens > VIRTUAL
-    vectors = torch.zeros(len(tokens), held.vectors.shape[1], dtype=held.vectors.dtype)
-    vectors[~is_word] = held.vectors.cpu()[VIRTUAL - tokens[~is_word]]
+def _input(handle: RequestHandle[TextRequest], prompt: LoadedPrompt | None, part: VllmRequest) -> Any:
+    """The vLLM input of a request, with the virtual tokens of its adapter."""
+    request = handle.request
+    if handle.version is None or prompt is None:
+        return tokens_input([*request.input_ids, *part.tail])
+    name = _name(handle.version)
+    if prompt.vectors is None:
+        return tokens_input(
+            [PLACEHOLDER] * handle.num_virtual_tokens + [*request.input_ids, *part.tail], cache_salt=name
+        )
+    places = request.places if isinstance(request, LoglikelihoodRequest) else None
+    tokens = torch.tensor([*TokenSequence.from_input_ids(prompt, request.input_ids, places).tokens, *part.tail])
+    is_text_token = tokens > VIRTUAL
+    vectors = torch.zeros(len(tokens), prompt.vectors.shape[1], dtype=prompt.vectors.dtype)
+    vectors[~is_text_token] = prompt.vectors.cpu()[VIRTUAL - tokens[~is_text_token]]
     ids = tokens.clamp(min=PLACEHOLDER).tolist()
-    return embeds_input(vectors, cache_salt=name, prompt_token_ids=ids, is_token_ids=is_word.tolist())
+    return embeds_input(vectors, cache_salt=name, prompt_token_ids=ids, is_token_ids=is_text_token.tolist())

@@ -1,4 +1,4 @@
-"""Baked prompts in a folder, as vLLM's processes read them: a file's facts, and its numbers in memory.
+"""Exported prompts in a folder, as vLLM's processes read them: their metadata from the file, their tensors cached.
 
 Letters: P virtual tokens, L layers, H key/value heads, K size of a key or value, W = L·2·H·K.
 """
@@ -16,14 +16,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from softtune.errors import CheckpointError
-from softtune.serving.baking import PROMPT_NAME
+from softtune.serving.prompt_export import PROMPT_NAME
 
 NAME = re.compile(r"[\w@-][\w@.-]{0,199}")
-"""What names a folder within a folder, and nothing else."""
+"""Valid names of an adapter's folder; none leads out of the folder that it is in."""
 
 
 class Prompts:
-    """The prompts of a folder, each in a folder of its name. What is in one never changes.
+    """The exported prompts of a folder, each in a subfolder with its name. A subfolder's contents never change.
 
     Args:
         folder: the folder.
@@ -41,8 +41,9 @@ class Prompts:
         """P of a prompt.
 
         Raises:
-            CheckpointError: it is none of keys and values in every layer, in front of a text that begins at position P.
-            OSError, SafetensorError, KeyError: there is no such file, or it is damaged.
+            CheckpointError: the name is invalid, or it is not a prefix in every layer of the model, in front of a text
+                that begins at position P.
+            OSError, SafetensorError, KeyError: the file is missing or damaged.
         """
         with safe_open(self._file(name), "pt") as opened:
             facts = json.loads(opened.metadata()["prompt"])
@@ -54,7 +55,11 @@ class Prompts:
         return int(shape[0])
 
     def read(self, name: str) -> Tensor:
-        """A prompt's keys and values [P, L, 2, H, K]. Raises what ``length`` does."""
+        """A prompt's keys and values [P, L, 2, H, K].
+
+        Raises:
+            CheckpointError, OSError, SafetensorError, KeyError: see ``_length``.
+        """
         self.length(name)
         with safe_open(self._file(name), "pt") as opened:
             prefix: Tensor = opened.get_tensor("prefix")
@@ -67,14 +72,14 @@ class Prompts:
 
 
 class HeldPrompts:
-    """Prompts in a worker's memory; those asked for longest ago are forgotten.
+    """An LRU cache of prompts in a worker's memory.
 
     Args:
         prompts: where they are read from.
-        heads: which of the H heads are the worker's own.
-        dtype: of its keys and values.
-        device: where it has them.
-        bound: bytes to keep.
+        heads: the worker's slice of the H heads.
+        dtype: dtype of its KV cache.
+        device: device of its KV cache.
+        bound: maximum size in bytes; the last used prompt is kept in any case.
     """
 
     def __init__(self, prompts: Prompts, heads: slice, dtype: torch.dtype, device: torch.device, bound: int) -> None:
@@ -83,14 +88,20 @@ class HeldPrompts:
         self._dtype = dtype
         self._device = device
         self._bound = bound
-        self._held: OrderedDict[str, Tensor] = OrderedDict()
+        self._cached: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(self, name: str) -> Tensor:
-        """A prompt's keys and values [P, L, 2, H, K] of the worker's heads. Raises what ``Prompts.length`` does."""
-        if name not in self._held:
-            self._held[name] = self._prompts.read(name)[..., self._heads, :].to(self._device, self._dtype).contiguous()
-        self._held.move_to_end(name)
-        prompt = self._held[name]
-        while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._bound:
-            self._held.popitem(last=False)
+        """A prompt's keys and values [P, L, 2, H, K] for the worker's H heads.
+
+        Raises:
+            CheckpointError, OSError, SafetensorError, KeyError: see ``Prompts._length``.
+        """
+        if name not in self._cached:
+            self._cached[name] = (
+                self._prompts.read(name)[..., self._heads, :].to(self._device, self._dtype).contiguous()
+            )
+        self._cached.move_to_end(name)
+        prompt = self._cached[name]
+        while len(self._cached) > 1 and sum(cached.nbytes for cached in self._cached.values()) > self._bound:
+            self._cached.popitem(last=False)
         return prompt

@@ -1,0 +1,252 @@
+"""Applies adapters to a base model for the duration of one call: prompts, biases and heads, per row.
+
+Letters: B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtune import compat
+from softtune.adapter import Adapter
+from softtune.backbone import Backbone, Site, cached_length, evaluating, model_session
+from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
+from softtune.injection import Injection
+from softtune.injection.frozen_layer_cache import FrozenLayerCache, untouched
+from softtune.injection.graphs import check_graph, is_exporting
+from softtune.injection.layout import row_ends, row_starts
+from softtune.injection.modules import ModuleChanges
+from softtune.injection.prompt_to_kv import prompt_to_kv
+from softtune.injection.provenance import BASE, AdapterNames, differ, joined_names, provenance_of, tag_provenance
+from softtune.inputs import Inputs
+from softtune.methods.base import Prompt
+
+_CACHED_PROMPTS: ContextVar[dict[nn.Module, Prompt] | None] = ContextVar("_CACHED_PROMPTS", default=None)
+"""Prompts by the adapter's module, within ``prompts_cached``."""
+
+
+@dataclass(frozen=True)
+class BatchAdapters:
+    """The adapters of a batch, and which of them each row has."""
+
+    adapters: dict[str, Adapter | None]
+    """The distinct adapters by name; None for the base model."""
+    rows: Tensor | None = None
+    """[B] index of each row's adapter in ``adapters``; None if all rows have the same."""
+
+    @classmethod
+    def from_names(cls, names: Sequence[str], adapter: Callable[[str], Adapter]) -> BatchAdapters:
+        """Look up adapters by one name for each row, or one name for all rows.
+
+        Raises:
+            AdapterError: a name is unknown, or the adapters are for several tasks.
+        """
+        adapters = {name: None if name == BASE else adapter(name) for name in names}
+        if len(tasks := {a.config.task_type for a in adapters.values() if a is not None}) > 1:
+            raise AdapterError(
+                f"adapter_names mixes tasks ({', '.join(sorted(str(t and t.value) for t in tasks))}): "
+                "one batch has one head, run them apart"
+            )
+        numbers = {name: number for number, name in enumerate(adapters)}
+        return cls(adapters, torch.tensor([numbers[name] for name in names]) if len(adapters) > 1 else None)
+
+    @property
+    def owners(self) -> AdapterNames:
+        """The name of each row's adapter, or one name for all rows."""
+        return self._each(list(self.adapters))
+
+    def _each(self, names: Sequence[str]) -> AdapterNames:
+        """For each row the element of ``names`` at its adapter's index, or the only element for all rows."""
+        return tuple(names) if self.rows is None else tuple(names[i] for i in self.rows.tolist())
+
+
+@contextmanager
+def apply_adapters(
+    backbone: Backbone, batch: BatchAdapters, inputs: Inputs, layer_cache: FrozenLayerCache | None = None
+) -> Iterator[Injection | None]:
+    """Apply a batch's adapters to a base model within the ``with`` block.
+
+    Calls from other threads wait until the block ends, and nested calls apply their own adapters. Layers that gradient
+    checkpointing recomputes in the backward pass use the adapters of their first run.
+
+    Args:
+        backbone: the base model.
+        batch: the adapters to apply.
+        inputs: the call's inputs.
+        layer_cache: caches the outputs of the layers below all prefixes; None if the call runs all layers.
+
+    Yields:
+        The injection, or None if no row has an adapter.
+
+    Raises:
+        AdapterError: the caller's ``encoder_outputs`` were computed with other adapters.
+        UnsupportedModelError: a prompt did not reach the layers, or ``torch`` makes a graph that cannot be right.
+    """
+    if any(batch.adapters.values()):
+        check_graph(backbone, inputs.text)
+    adapters, as_kv = list(batch.adapters.values()), inputs.columns is None and not is_exporting()
+    with model_session(backbone.model) as session:
+        prompts = [Prompt() if a is None else _prompt(backbone, a, as_kv=as_kv) for a in adapters]
+        changes = _changes(backbone, adapters, prompts, batch.rows)
+        injection = None
+        owners = _encoder_owners(backbone, batch, prompts)
+        if inputs.encoder_outputs is not None:
+            _check_encoder_outputs(inputs.encoder_outputs, owners, prompts)
+        if any(adapters):
+            changes_layers = changes.reach(backbone.stacks[0].module)
+            injection = Injection(
+                backbone,
+                prompts,
+                batch.rows,
+                columns=inputs.columns,
+                text_ends=_text_ends(backbone, prompts, inputs),
+                packs=batch.rows is None or not changes_layers,
+                layer_cache=None if changes_layers else layer_cache,
+                encoder_owners=owners,
+            )
+            session.attach(injection.attached)
+        session.attach(changes.acting)
+        yield injection
+        if injection is not None:
+            injection.check_arrival(has_encoded=inputs.encoder_outputs is not None)
+
+
+def _encoder_owners(backbone: Backbone, batch: BatchAdapters, prompts: Sequence[Prompt]) -> AdapterNames:
+    """The name of each row's adapter, or one name for all rows, in the encoder of an encoder-decoder.
+
+    Adapters that change nothing in the encoder count as the base model. Empty for models of other kinds.
+    """
+    if not backbone.is_encoder_decoder:
+        return ()
+    encoder = backbone.stacks[0].module
+
+    def acts(adapter: Adapter | None, prompt: Prompt) -> bool:
+        reads = prompt.vectors is not None or any(site is Site.ENCODER for site, _ in prompt.prefixes)
+        return reads or _changes(backbone, [adapter], [prompt]).reach(encoder)
+
+    pairs = zip(batch.adapters.items(), prompts, strict=True)
+    return batch._each([name if acts(adapter, prompt) else BASE for (name, adapter), prompt in pairs])
+
+
+def _check_encoder_outputs(outputs: Any, owners: AdapterNames, prompts: Sequence[Prompt]) -> None:
+    if any(prompt.vectors is not None for prompt in prompts):
+        raise AdapterError("encoder_outputs lack the virtual tokens: pass input_ids instead")
+    others = provenance_of(outputs[0])
+    if differ(others, owners):
+        raise AdapterError(
+            f"encoder_outputs were computed with {joined_names(others)}, not {joined_names(owners)}: "
+            "pass input_ids instead"
+        )
+
+
+@contextmanager
+def prompts_cached() -> Iterator[None]:
+    """Compute each adapter's prompt once within the ``with`` block, where adapters and base model must not change."""
+    token = _CACHED_PROMPTS.set({})
+    try:
+        yield
+    finally:
+        _CACHED_PROMPTS.reset(token)
+
+
+def _prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool) -> Prompt:
+    """An adapter's prompt, from the cache of ``prompts_cached`` if there is one.
+
+    With ``as_kv``, virtual tokens at the input become keys and values where possible, computed with the adapter's heads
+    in place of the base model's modules.
+    """
+    known, module = _CACHED_PROMPTS.get(), adapter.module
+    if known is None or not as_kv or module.training or torch.is_grad_enabled():
+        return computed_prompt(backbone, adapter, as_kv=as_kv)
+    if module not in known:
+        known[module] = computed_prompt(backbone, adapter, as_kv=as_kv)
+    return known[module]
+
+
+def computed_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool) -> Prompt:
+    prompt: Prompt = adapter.module.prompt()
+    if not as_kv:
+        return prompt
+    with ModuleChanges(backbone, [], [adapter.heads]).acting():
+        return prompt_to_kv(backbone, prompt)
+
+
+def _changes(
+    backbone: Backbone, adapters: Sequence[Adapter | None], prompts: Sequence[Prompt], rows: Tensor | None = None
+) -> ModuleChanges:
+    """The changes that adapters and their prompts make to the outputs of single modules."""
+    return ModuleChanges(backbone, [p.additions for p in prompts], [a.heads if a else {} for a in adapters], rows)
+
+
+def check_frozen_layer_cache(layer_cache: FrozenLayerCache, adapters: Sequence[Adapter]) -> None:
+    """Check that calls with these adapters can use a frozen layer cache.
+
+    Raises:
+        UnsupportedModelError: the base model cannot skip its first layers, or has dropout.
+        ConfigError: every adapter acts from the first layer on.
+    """
+    depths = {_depth(layer_cache.backbone, adapter) for adapter in adapters} - {0}
+    if layer_cache.backbone.packs and not depths:
+        raise ConfigError(
+            "the trunk cache keeps layers below a prefix, and every adapter here acts from the first layer on: "
+            "set layers, such as 'last:10', or leave it out"
+        )
+    for depth in depths or {0}:
+        layer_cache.check(depth)
+    if layer_cache.backbone.is_random_in_training:
+        raise UnsupportedModelError(
+            "the base model has dropout, with which a text's layers are never the same twice: "
+            "load it with dropout 0 or leave the trunk cache out"
+        )
+
+
+def _depth(backbone: Backbone, adapter: Adapter) -> int:
+    """Number of first layers that an adapter does not change. Computes its prompt without drawing random numbers."""
+    with evaluating(adapter.module):
+        prompt = adapter.module.prompt()
+    changes_layers = _changes(backbone, [adapter], [prompt]).reach(backbone.stacks[0].module)
+    return 0 if changes_layers else untouched([prompt])
+
+
+def _text_ends(backbone: Backbone, prompts: Sequence[Prompt], inputs: Inputs) -> Tensor | None:
+    """[B] column of each row's first label, or of the end of its text without labels.
+
+    None if no prompt follows the text, or if the answer is another sequence.
+    """
+    text, mask, labels = inputs.text, inputs.mask, inputs.labels
+    if text is None or not any(prompt.after_text for prompt in prompts) or not backbone.continues_text:
+        return None
+    ends = row_ends(mask, len(text), text.shape[1], text.device)
+    if labels is None:
+        return ends
+    supervised = labels != -100
+    first = supervised.int().argmax(dim=1).maximum(row_starts(mask, len(text), text.device))
+    return torch.where(supervised.any(dim=1), first, ends)
+
+
+def check_cache_provenance(options: Mapping[str, Any], batch: BatchAdapters) -> None:
+    """Check that a call's KV cache was begun with the same adapters, and tag it with their names.
+
+    Raises:
+        AdapterError: the cache among the options is not empty and was computed with other adapters.
+    """
+    cache, is_begun = compat.cache_of(options), cached_length(options)[1]
+    owners = provenance_of(cache)
+    if is_begun and differ(owners, batch.owners):
+        raise AdapterError(
+            f"the cache was computed with {joined_names(owners)}, not {joined_names(batch.owners)}: leave it out"
+        )
+    tag_cache(options, batch)
+
+
+def tag_cache(call: Any, batch: BatchAdapters) -> None:
+    """Tag the KV cache in a call's arguments or output with the names of the adapters that computed it."""
+    if (cache := compat.cache_of(call if isinstance(call, dict) else {})) is not None:
+        tag_provenance(cache, batch.owners)

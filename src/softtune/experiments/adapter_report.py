@@ -1,0 +1,136 @@
+"""The report page of a trained adapter: its learning curves, and a figure of its trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softtune import storage
+from softtune.backbone import Backbone, Site
+from softtune.evaluation.inspection import bias_changes_by_layer, nearest_words, prefix_norms
+from softtune.experiments.figures import filled
+from softtune.experiments.page import Page, Table
+from softtune.experiments.pictures import Picture, Point, curves, heat, places
+from softtune.formatting import in_words
+from softtune.methods.base import KeyValue
+from softtune.model import PeftModel
+from softtune.pretrained import load_base_model
+from softtune.training.folder import HISTORY_NAME
+from softtune.training.recipe import Recipe
+
+SMOOTH = 20
+"""Approximate number of points of a learning curve; each is the mean of several steps."""
+
+
+def adapter_page(folder: Path, title: str) -> Page:
+    """The report page of an adapter that softtune trained. For an ensemble, it only has the members' learning curves.
+
+    Args:
+        folder: the adapter's folder.
+        title: title of the page.
+
+    Raises:
+        CheckpointError: the folder has no adapter.
+        ConfigError: its base model is not found.
+    """
+    recipe = Recipe.from_adapter(folder)
+    facts = {"model": recipe.model, "method": recipe.method.value, "learning rate": f"{recipe.peak_learning_rate:g}"}
+    drawn = _learning(folder) + (_traits(folder, recipe) if recipe.ensemble == 1 else [])
+    table = Table(head=["", "value"], lines=[[name, value] for name, value in facts.items()])
+    return Page(title=title, tables=[table], pictures=drawn)
+
+
+def _learning(folder: Path) -> list[Picture]:
+    """Learning curves of the losses; none where the folder has no history."""
+    if not (folder / HISTORY_NAME).is_file():
+        return []
+    lines: dict[str, list[Point]] = {}
+    for name, steps in storage.read_json(folder / HISTORY_NAME).items():
+        for kind in ("loss", "validation_loss"):
+            points = [Point(step["step"], step[kind]) for step in steps if kind in step]
+            if points:
+                lines[in_words(kind) + ("" if name == "default" else f" of {name}")] = _smoothed(points)
+    return [curves("Loss while training", lines, across="step", up="loss")] if lines else []
+
+
+def _smoothed(points: list[Point]) -> list[Point]:
+    width = max(1, len(points) // SMOOTH)
+    parts = [points[i : i + width] for i in range(0, len(points), width)]
+    return [Point(part[-1].x, mean(point.y for point in part)) for part in parts]
+
+
+def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
+    model, tokenizer = _loaded(folder, recipe)
+    module = _module(model)
+    with torch.no_grad():
+        prompt = module.prompt()
+        if prompt.vectors is not None:
+            return [_words(model.backbone, prompt.vectors, tokenizer)]
+        if prompt.prefixes:
+            return [_norms(prompt.prefixes)]
+        changes = bias_changes_by_layer(module)
+    return [biases(_cells(changes))] if changes else []
+
+
+def _loaded(folder: Path, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+    return PeftModel.from_pretrained(base, folder), tokenizer
+
+
+def _module(model: PeftModel) -> Any:
+    return model.adapter(model.active_adapter).module
+
+
+def _words(backbone: Backbone, vectors: Tensor, tokenizer: PreTrainedTokenizerBase) -> Picture:
+    """Virtual tokens and their nearest words, projected on the first two principal components of their embeddings."""
+    ids, _ = nearest_words(backbone, vectors, 1)
+    embeddings = backbone.stacks[0].embed(ids[:, 0])
+    both = torch.cat([vectors.float(), embeddings.float()])
+    centered = both - both.mean(0)
+    plane = (centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T).tolist()
+    names = [str(i + 1) for i in range(len(vectors))], [repr(tokenizer.decode([i]))[1:-1] for i in ids[:, 0]]
+    virtual, nearest = (
+        [(name, *place) for name, place in zip(side, part, strict=True)]
+        for side, part in zip(names, (plane[: len(vectors)], plane[len(vectors) :]), strict=True)
+    )
+    return places(
+        "Virtual tokens and their nearest words",
+        {"virtual tokens": virtual, "nearest words": [*dict.fromkeys(nearest)]},
+        across="first principal component of the embeddings",
+        up="second",
+        says="Numbers are virtual tokens; words are the vocabulary entries nearest to them by cosine.",
+    )
+
+
+def _norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> Picture:
+    lines: dict[str, list[Point]] = {}
+    for (site, layer), (key, value) in prefix_norms(prefixes).items():
+        lines.setdefault(f"keys, {site.value}", []).append(Point(layer, key))
+        lines.setdefault(f"values, {site.value}", []).append(Point(layer, value))
+    return curves("Norms of the prefix by layer", lines, across="layer", up="mean norm over heads and tokens")
+
+
+def biases(cells: Mapping[str, Mapping[str, float]]) -> Picture:
+    """A heat map of the mean absolute change of the biases, by role and layer."""
+    return heat("Mean absolute change of the biases", filled(cells), across="layer", down="", form=".1e")
+
+
+def bias_cells(folder: Path) -> dict[str, dict[str, float]]:
+    """The mean absolute change of a BitFit adapter's biases, by role and layer.
+
+    Raises:
+        CheckpointError: the folder has no adapter.
+        ConfigError: its base model is not found.
+    """
+    model, _ = _loaded(folder, Recipe.from_adapter(folder))
+    return _cells(bias_changes_by_layer(_module(model)))
+
+
+def _cells(changes: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
+    return {in_words(role): {str(layer): by_layer[layer] for layer in by_layer} for role, by_layer in changes.items()}

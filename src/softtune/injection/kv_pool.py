@@ -1,0 +1,250 @@
+"""A pool for the keys and values of many sequences, and attention that continues any of them in one forward.
+
+A pool has slots: one slot holds a token's keys and values in all layers. A sequence is a list of slots, and so is a
+prefix, which all sequences of an adapter share. A step takes the next tokens of some sequences, such as one token of
+the first and a hundred of the second, and packs them into one row of the layers. Only attention sees each sequence's
+own keys. Nothing is padded, and nothing is moved when sequences come and go.
+
+Letters: N tokens of a step, G sequences of a group, Q of their queries, T of their tokens, P virtual tokens of a
+prefix, S = P + T keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtune.backbone import AttentionLayer, Backbone, Place
+from softtune.backbone.interface import WRAPPER, Attention, takes_any_mask
+from softtune.errors import UnsupportedModelError
+from softtune.injection.attention_wrapper import PrefixAttention
+from softtune.injection.pack import alike_long, order_of, take
+from softtune.methods.base import KeyValue
+
+SHORTEST_MASK = 64
+"""Smallest number of tokens that a mask is made for."""
+
+
+class KVPool:
+    """Preallocated keys and values of sequences and prefixes.
+
+    Args:
+        backbone: the base model, a decoder.
+        slots: number of tokens that the pool has room for.
+
+    Raises:
+        UnsupportedModelError: the model's layers do not take tokens of several sequences in one row.
+    """
+
+    def __init__(self, backbone: Backbone, slots: int) -> None:
+        stack = backbone.stacks[0]
+        if not backbone.packs or not takes_any_mask(stack.module.config):
+            raise UnsupportedModelError(
+                f"{type(backbone.model).__name__} cannot read several texts without padding: use a decoder whose every "
+                "layer attends, loaded with attn_implementation='sdpa' or 'eager'"
+            )
+        self.stack = stack
+        self.layers: dict[nn.Module, AttentionLayer] = {a.module: a for a in backbone.attention_layers if a.module}
+        dtype, device = stack.module.dtype, stack.device
+        # On a CPU, memory that has not been written to takes no space.
+        layers = self.layers.items()
+        where: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.keys = {module: torch.empty(slots, a.heads, a.key_size, **where) for module, a in layers}
+        self.values = {module: torch.empty(slots, a.heads, a.value_size, **where) for module, a in layers}
+        self._free = list(range(slots - 1, -1, -1))
+        self.device = device
+        self._masks: tuple[int, Any] = (0, None)
+
+    @property
+    def num_free(self) -> int:
+        """Number of free slots."""
+        return len(self._free)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one slot in all layers."""
+        return sum(t[0].nbytes for t in (*self.keys.values(), *self.values.values()))
+
+    def allocate(self, count: int) -> Tensor:
+        """[count] newly allocated slots. At least ``count`` must be free."""
+        assert count <= self.num_free
+        remaining = len(self._free) - count
+        taken, self._free = self._free[remaining:], self._free[:remaining]
+        return torch.tensor(taken[::-1], dtype=torch.long)
+
+    def free(self, slots: Tensor) -> None:
+        """Return slots to the pool."""
+        self._free += slots.flip(0).tolist()
+
+    def hold(self, prefixes: Mapping[Place, KeyValue], slots: Tensor) -> None:
+        """Write a prefix into slots [P]; layers without one get zeros, since masked keys and values must not be NaN."""
+        for module, layer in self.layers.items():
+            prefix = prefixes.get(layer.place)
+            for states, part in zip((self.keys, self.values), prefix or (None, None), strict=True):
+                states[module][slots] = 0 if part is None else part.transpose(0, 1).to(states[module])
+
+    def masks(self, length: int) -> Any:
+        """Masks of ``Stack.causal_masks`` for at least this length; made again for one longer than all before."""
+        if length > self._masks[0]:
+            longest = max(SHORTEST_MASK, 2 ** (length - 1).bit_length())
+            self._masks = longest, self.stack.causal_masks(longest)
+        return self._masks[1]
+
+    @contextmanager
+    def reading(self, pieces: Sequence[PooledSequence]) -> Iterator[None]:
+        """Let a forward of the pieces' tokens [1, N], concatenated, continue their sequences."""
+        wrapper, longest = PooledAttention(self, pieces), max(len(piece.slots) for piece in pieces)
+
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "attention_mask": self.masks(longest), "use_cache": False, WRAPPER: wrapper}
+
+        handle = self.stack.module.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledSequence:
+    """The next tokens of one sequence."""
+
+    slots: Tensor
+    """[T] slots of all tokens so far, the next ones at the end."""
+    count: int
+    """Number of next tokens."""
+    prefix: Tensor
+    """[P] slots of the sequence's prefix."""
+    places: frozenset[Place] = frozenset()
+    """The layers that have the prefix."""
+    seen_from: int = 0
+    """Index of the first token that sees the prefix."""
+
+
+class PooledAttention:
+    """An attention wrapper that writes a step's keys and values into the pool, and calls attention for each group of
+    sequences.
+
+    Args:
+        pool: the pool.
+        pieces: the next tokens of each sequence, in the step's order.
+    """
+
+    def __init__(self, pool: KVPool, pieces: Sequence[PooledSequence]) -> None:
+        self.pool = pool
+        self.written = torch.cat([piece.slots[-piece.count :] for piece in pieces]).to(pool.device)
+        ends = torch.tensor([piece.count for piece in pieces]).cumsum(0)
+        lengths, counts = (torch.tensor(x) for x in ([len(p.slots) for p in pieces], [p.count for p in pieces]))
+        self.groups = [
+            _Group(pool, [pieces[i] for i in rows.tolist()], (ends - counts)[rows])
+            for rows in alike_long(lengths, counts)
+        ]
+        self.order = order_of([(group.queries, group.is_query) for group in self.groups]).to(pool.device)
+        """[N] index of each of the step's tokens in the groups' concatenated queries."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types here
+    def __call__(
+        self,
+        attend: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        keys, values = self.pool.keys[module], self.pool.values[module]
+        keys[self.written] = key[0].transpose(0, 1)
+        values[self.written] = value[0].transpose(0, 1)
+        outputs = [group(attend, module, query, keys, values, attention_mask, **kwargs) for group in self.groups]
+        return torch.cat(outputs).index_select(0, self.order)[None], None
+
+
+class _Group:
+    """Sequences of similar length, whose attention runs as one batch. The padding of shorter ones is masked.
+
+    Args:
+        pool: their pool.
+        pieces: their next tokens.
+        starts: [G] index in the step of each sequence's first next token.
+    """
+
+    def __init__(self, pool: KVPool, pieces: Sequence[PooledSequence], starts: Tensor) -> None:
+        counts = torch.tensor([piece.count for piece in pieces])
+        lengths = torch.tensor([len(piece.slots) for piece in pieces])
+        offsets = torch.arange(int(counts.max()))
+        self.is_query = offsets < counts[:, None]
+        """[G, Q] which queries are not padding."""
+        self.queries = starts[:, None] + offsets.minimum(counts[:, None] - 1)
+        """[G, Q] index of each query in the step."""
+        self.numbers = (lengths - counts)[:, None] + offsets.minimum(counts[:, None] - 1)
+        """[G, Q] index of each query in its sequence."""
+        firsts = torch.stack([piece.slots[0] for piece in pieces])  # the padding must not be NaN
+        texts = _filled([piece.slots for piece in pieces], firsts, front=False)
+        prefix_slots = _filled([piece.prefix for piece in pieces], firsts, front=True)
+        self.slots = {False: texts.to(pool.device), True: torch.cat([prefix_slots, texts], dim=1).to(pool.device)}
+        """[G, S] slots of all keys, by whether a layer has a prefix."""
+        # The keys from the pool contain the prefixes already: only their length matters here.
+        nothing = KeyValue(*[torch.empty(1, 1, prefix_slots.shape[1], 0)] * 2)
+        having = {layer.place: [layer.place in piece.places for piece in pieces] for layer in pool.layers.values()}
+        prefixes = {module: nothing for module, layer in pool.layers.items() if any(having[layer.place])}
+        seen = self._seen(pieces, prefix_slots.shape[1]).to(pool.device)
+        visible = {}
+        for pattern in {tuple(having[pool.layers[module].place]) for module in prefixes}:
+            visible[pattern] = seen & torch.tensor(pattern, device=pool.device)[:, None, None]
+        self.wrapper = PrefixAttention(
+            prefixes,
+            visible={m: v for m in prefixes if not bool((v := visible[(*having[pool.layers[m].place],)]).all())},
+            biases={},
+            cached=prefixes,
+        )
+        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(
+        self,
+        attend: Attention,
+        module: nn.Module,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[G·Q, heads, V] the attention outputs of the group's queries."""
+        slots = self.slots[module in self.wrapper.prefixes]
+        states = (part.index_select(0, slots.flatten()).view(*slots.shape, *part.shape[1:]) for part in (keys, values))
+        key, value = (part.transpose(1, 2) for part in states)
+        queries = take(query, self.queries.to(query.device))
+        output, _ = self.wrapper(
+            attend, module, queries, key, value, self._mask(mask), **{**kwargs, "is_causal": False}
+        )
+        return output.flatten(0, 1)
+
+    def _seen(self, pieces: Sequence[PooledSequence], length: int) -> Tensor:
+        """[G, Q, P] which virtual tokens each query sees in layers that have a prefix."""
+        sizes = torch.tensor([len(piece.prefix) for piece in pieces])
+        starts = torch.tensor([piece.seen_from for piece in pieces])
+        is_real = torch.arange(length) >= length - sizes[:, None]
+        return is_real[:, None, :] & (self.numbers >= starts[:, None])[:, :, None]
+
+    def _mask(self, whole: Tensor) -> Tensor:
+        """[G, 1, Q, T] the queries' mask without prefixes, from a causal mask [1, 1, L, L] with L at least T; made once
+        for all layers that share it."""
+        if id(whole) not in self._masks:
+            self._masks[id(whole)] = (whole, whole[0, 0, self.numbers, : self.slots[False].shape[1]][:, None])
+        return self._masks[id(whole)][1]
+
+
+def _filled(parts: Sequence[Tensor], fillings: Tensor, *, front: bool) -> Tensor:
+    """[G, S] lists of slots, each padded to the longest with its filling out of [G]."""
+    width = max(len(part) for part in parts)
+    filled = fillings[:, None].repeat(1, width)
+    for row, part in zip(filled, parts, strict=True):
+        first = width - len(part) if front else 0
+        row[first : first + len(part)] = part
+    return filled

@@ -1,0 +1,109 @@
+"""The flat layout of a prefix: one row [W] for each virtual token, with the keys and values of all layers side by side.
+
+This is the layout of PEFT and its files: layer after layer, a layer's keys before its values, head after head. Letters:
+P virtual tokens, H key/value heads, K key size, V value size, W = the sum of H·(K + V) over the chosen layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from softtune.backbone import AttentionLayer, Backbone, Place, Site
+from softtune.errors import ConfigError, UnsupportedModelError
+from softtune.methods.base import KeyValue, PromptLearningConfig
+
+Layers = list[int] | str | None
+
+
+def choose_layers(backbone: Backbone, layers: Layers, sites: Sequence[Site] | None) -> list[AttentionLayer]:
+    """The attention layers that a config selects, at every chosen site.
+
+    Raises:
+        UnsupportedModelError: the base model cannot take a prefix.
+        ConfigError: the model has no such layer or site.
+    """
+    present = list(dict.fromkeys(a.site for a in backbone.attention_layers))
+    if not present:
+        raise UnsupportedModelError(
+            f"{type(backbone.model).__name__} has no attention layer that can take a prefix: "
+            "use PromptTuningConfig, PromptEncoderConfig or BitFitConfig"
+        )
+    if sites is not None and (not sites or not set(sites) <= set(present) or len(set(sites)) < len(sites)):
+        raise ConfigError(f"sites = {[s.value for s in sites]}: name different ones of {[s.value for s in present]}")
+    chosen = []
+    for site in sites or present:
+        at_site = [a for a in backbone.attention_layers if a.site is site]
+        chosen += [at_site[i] for i in _layer_numbers(layers, len(at_site))]
+    if not backbone.takes_wrapper and len(chosen) < len(backbone.attention_layers):
+        raise UnsupportedModelError(
+            f"{type(backbone.model).__name__} takes a prefix at every layer or none: drop layers"
+        )
+    return chosen
+
+
+def _layer_numbers(layers: Layers, count: int) -> list[int]:
+    every = list(range(count))
+    if layers is None:
+        return every
+    if isinstance(layers, str):
+        side, _, number = layers.partition(":")
+        if side not in ("first", "last") or not number.isdigit() or not 1 <= int(number) <= count:
+            raise ConfigError(f"layers = {layers!r}: write 'first:N' or 'last:N' with N from 1 to {count}")
+        return every[: int(number)] if side == "first" else every[-int(number) :]
+    if not layers or not set(layers) <= set(every) or len(set(layers)) != len(layers):
+        raise ConfigError(f"layers = {layers}: name different layers from 0 to {count - 1}")
+    return sorted(layers)
+
+
+def settle_prefix(config: PromptLearningConfig, backbone: Backbone) -> None:
+    """Fill in PEFT's size fields from the first layer of the last stack's self-attention."""
+    main = [a for a in backbone.attention_layers if a.site is backbone.stacks[-1].site] or backbone.attention_layers
+    config.settle(token_dim=main[0].heads * main[0].key_size, num_attention_heads=main[0].heads, num_layers=len(main))
+    config.num_transformer_submodules = config.num_transformer_submodules or len(backbone.stacks)
+
+
+def is_even(backbone: Backbone) -> bool:
+    """Whether all layers have keys and values of the same size in the model's KV cache, as PEFT assumes."""
+    layers = backbone.attention_layers
+    sizes = {(a.heads, size) for a in layers for size in (a.key_size, a.value_size)}
+    depth = backbone.depth
+    return len(sizes) == 1 and len(layers) == depth and all(a.is_cached for a in layers)
+
+
+def split_prefix(flat: Tensor, layers: Sequence[AttentionLayer]) -> dict[tuple[Site, int], KeyValue]:
+    """Split a flat prefix [P, W] into each layer's key [H, P, K] and value [H, P, V]."""
+    widths = [a.heads * size for a in layers for size in (a.key_size, a.value_size)]
+    parts: Iterator[Tensor] = iter(flat.split(widths, dim=1))
+
+    def heads(layer: AttentionLayer) -> Tensor:
+        return next(parts).view(len(flat), layer.heads, -1).transpose(0, 1)
+
+    return {(a.site, a.index): KeyValue(key=heads(a), value=heads(a)) for a in layers}
+
+
+def joined_prefix(prefixes: Mapping[Place, KeyValue], layers: Sequence[AttentionLayer]) -> Tensor:
+    """Join each layer's key [H, P, K] and value [H, P, V] into a flat prefix [P, W]."""
+    parts = [part for layer in layers for part in prefixes[layer.place]]
+    return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
+
+
+def flat_prefix(backbone: Backbone, layers: Sequence[AttentionLayer], input_ids: Tensor) -> Tensor:
+    """[P, W] in fp32: the keys and values that the frozen model computes for token ids [P].
+
+    The decoder of an encoder-decoder reads one token less; its first row is repeated at the end.
+
+    Raises:
+        UnsupportedModelError: a layer does not compute keys and values for every text.
+    """
+    computed = backbone.keys_and_values(input_ids)
+    rows = torch.arange(len(input_ids))
+    if missing := [a for a in layers if a.place not in computed]:
+        raise UnsupportedModelError(
+            f"layer {missing[0].index} of {type(backbone.model).__name__} attends to some texts alone: set layers to "
+            "others, or init_weights='random'"
+        )
+    parts = [part[:, rows % part.shape[1]] for a in layers for part in computed[a.site, a.index]]
+    return torch.cat([part.transpose(0, 1).reshape(len(input_ids), -1) for part in parts], dim=1).float()

@@ -1,0 +1,110 @@
+"""The inference form of an adapter: what requests need of it, in one file that loads in milliseconds.
+
+An MLP or LSTM is dropped, and virtual tokens in front of a decoder's text become their keys and values, which don't
+depend on what follows. Letters: P virtual tokens, D hidden size, W numbers of one virtual token in all layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from softtune import checkpoint, self_check
+from softtune.adapter import Adapter
+from softtune.adapter_context import computed_prompt
+from softtune.backbone import AttentionLayer, Backbone, model_session
+from softtune.errors import UnsupportedModelError
+from softtune.methods import PeftConfig
+from softtune.methods.base import Prompt
+from softtune.methods.kv_layout import joined_prefix, split_prefix
+from softtune.model import PeftModel
+
+PROMPT_NAME = "prompt.safetensors"
+
+
+def load_adapter(backbone: Backbone, folder: Path) -> Adapter:
+    """Load a saved adapter for inference.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or pickled.
+        AdapterMismatchError, UnsupportedModelError: it was trained on another base model.
+        ConfigError: its config has a key that softtune does not know.
+    """
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = True
+    checkpoint.check_base_model(folder, backbone)
+    self_check.ensure(backbone, config, PeftModel.with_adapter)
+    adapter = Adapter.new(config, backbone)
+    checkpoint.load(folder, adapter)
+    for part in (adapter.module, *adapter.heads.values()):
+        part.eval().requires_grad_(False)
+    return adapter
+
+
+@torch.no_grad()
+def export_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool = True) -> Prompt:
+    """Compute what an adapter contributes to a decoder's requests.
+
+    Args:
+        backbone: the base model.
+        adapter: the adapter.
+        as_kv: whether leading virtual tokens become keys and values; False where they stand within the text.
+
+    Raises:
+        UnsupportedModelError: it trains whole modules, which requests for other adapters share.
+    """
+    if adapter.heads:
+        raise UnsupportedModelError(
+            f"the adapter has a {next(iter(adapter.heads))} of its own, beside which no other adapter writes: "
+            "train it without modules_to_save"
+        )
+    with model_session(backbone.model):
+        return computed_prompt(backbone, adapter, as_kv=as_kv)
+
+
+def save_prompt(prompt: Prompt, backbone: Backbone, folder: Path) -> None:
+    """Write an exported prompt into a folder."""
+    layers = _layers(prompt, backbone)
+    tensors = {f"addition.{slot.name}": added for slot, added in prompt.additions}
+    if prompt.vectors is not None:
+        tensors["vectors"] = prompt.vectors
+    if layers:
+        tensors["prefix"] = joined_prefix(prompt.prefixes, layers)
+    facts = {
+        "num_virtual_tokens": prompt.num_virtual_tokens,
+        "layers": [backbone.attention_layers.index(layer) for layer in layers],
+        "after_text": prompt.after_text,
+        "shifts_positions": prompt.shifts_positions,
+    }
+    numbers = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(numbers, folder / PROMPT_NAME, {"prompt": json.dumps(facts)})
+
+
+def load_prompt(folder: Path, backbone: Backbone, *, with_prefix: bool = True) -> Prompt:
+    """Load an exported prompt from a folder; without its prefix where another component loads keys and values."""
+    with safe_open(folder / PROMPT_NAME, "pt", device=str(backbone.model.device)) as opened:
+        facts = json.loads(opened.metadata()["prompt"])
+        names = [name for name in opened.keys() if with_prefix or name != "prefix"]  # noqa: SIM118
+        tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
+    layers = [backbone.attention_layers[number] for number in facts["layers"]] if with_prefix else []
+    has_additions = any(name.startswith("addition.") for name in tensors)
+    slots = {f"addition.{slot.name}": slot for slot in backbone.bias_slots()} if has_additions else {}
+    return Prompt(
+        num_virtual_tokens=facts["num_virtual_tokens"],
+        vectors=tensors.get("vectors"),
+        prefixes=split_prefix(tensors["prefix"], layers) if layers else {},
+        additions=[(slots[name], added) for name, added in tensors.items() if name in slots],
+        after_text=facts["after_text"],
+        shifts_positions=facts["shifts_positions"],
+    )
+
+
+def _layers(prompt: Prompt, backbone: Backbone) -> Sequence[AttentionLayer]:
+    """The attention layers that have the prompt's prefix."""
+    return [layer for layer in backbone.attention_layers if layer.place in prompt.prefixes]

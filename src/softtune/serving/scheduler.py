@@ -1,0 +1,131 @@
+"""Continuous batching for a decoder: which requests are in the batch, and which of their tokens each step runs.
+
+A request joins the batch as soon as another leaves it; long texts are prefilled in chunks, beside the tokens that other
+requests generate. Where the KV pool is full, the youngest request is preempted: it frees its slots, and is prefilled
+again later. Runs no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from softtune.backbone import Backbone
+from softtune.injection.kv_pool import KVPool
+from softtune.methods.base import Prompt
+from softtune.serving import prompt_export
+from softtune.serving.adapter_cache import AdapterCache
+from softtune.serving.engine_config import EngineConfig
+from softtune.serving.registry import Version
+from softtune.serving.request_queue import RequestHandle, RequestQueue
+from softtune.serving.requests import EngineRequest
+from softtune.serving.sequence import LoadedPrompt, ScheduledChunk
+
+Plan = list[tuple[RequestHandle[EngineRequest], list[ScheduledChunk]]]
+"""The chunks of each request in one step."""
+
+
+class CachedPrompt:
+    """An adapter's prompt in memory, with its prefix in the KV pool.
+
+    Args:
+        pool: the pool, with room for the prefix.
+        prompt: the prompt.
+    """
+
+    def __init__(self, pool: KVPool, prompt: Prompt) -> None:
+        self._pool = pool
+        self.loaded = LoadedPrompt.from_prompt(pool, prompt)
+        tensors = [added for _, added in prompt.additions] + ([] if prompt.vectors is None else [prompt.vectors])
+        self.bytes = len(self.loaded.slots) * pool.token_bytes + sum(tensor.nbytes for tensor in tensors)
+
+    def release(self) -> None:
+        """Free the prefix's slots."""
+        self._pool.free(self.loaded.slots)
+
+
+class Scheduler:
+    """The running batch with its queue, KV pool and adapter cache.
+
+    Args:
+        backbone: the base model, a decoder in evaluation mode.
+        config: limits of the batch, the queue and memory.
+
+    Raises:
+        UnsupportedModelError: the model's layers do not take tokens of several sequences in one row.
+    """
+
+    def __init__(self, backbone: Backbone, config: EngineConfig) -> None:
+        self._backbone = backbone
+        self.config = config
+        self.pool = KVPool(backbone, config.num_kv_slots)
+        self.adapter_cache: AdapterCache[CachedPrompt] = AdapterCache(self._load)
+        self.running: list[RequestHandle[EngineRequest]] = []
+        self.queue: RequestQueue[EngineRequest] = RequestQueue(config, self.running)
+        self._no_prompt = LoadedPrompt.from_prompt(self.pool, Prompt())
+
+    def schedule(self) -> Plan:
+        """Plan the next step: first the requests that generate, then prefills in the order of their admission."""
+        self.adapter_cache.shrink(self.config.adapter_cache_bytes)
+        self._admit()
+        plan: Plan = []
+        left = self.config.max_num_batched_tokens
+        for handle in sorted(self.running, key=lambda handle: handle.request.num_pending_tokens > 1):
+            if handle not in self.running or not left:
+                continue  # preempted for a request that the plan already has
+            planned = sum(chunk.count for _, chunks in plan for chunk in chunks)
+            self._make_room(planned + 1, keep=[*(other for other, _ in plan), handle])
+            if (room := min(left, self.pool.num_free - planned)) < 1:
+                continue
+            chunks = handle.request.schedule(room)
+            left -= sum(chunk.count for chunk in chunks)
+            plan.append((handle, chunks))
+        return plan
+
+    def release(self, handle: RequestHandle[EngineRequest]) -> None:
+        """Take a running request out of the batch, and free its slots."""
+        self.running.remove(handle)
+        self.pool.free(handle.request.slots)
+        if handle.version is not None:
+            self.adapter_cache.done(handle.version)
+
+    def _preempt(self, handle: RequestHandle[EngineRequest]) -> None:
+        """Take a running request out of the batch, and queue it before all others."""
+        self.release(handle)
+        self.queue.add_first(handle)
+
+    def _admit(self) -> None:
+        """Start queued requests while the batch has places, and the KV pool room for their prefill."""
+        while len(self.running) < self.config.max_num_seqs and (first := self.queue.first) is not None:
+            needed = first.request.num_tokens + first.num_virtual_tokens
+            needed += sum(handle.request.num_pending_tokens for handle in self.running)
+            if self.running and needed > self.pool.num_free + self._num_idle_slots:
+                return
+            handle = self.queue.pop()
+            try:
+                prompt = self._no_prompt if handle.version is None else self.adapter_cache.use(handle.version).loaded
+            except Exception as error:
+                handle.fail(error)
+                handle.end()
+                continue
+            handle.request.start(prompt)
+            self.running.append(handle)
+
+    @property
+    def _num_idle_slots(self) -> int:
+        """KV slots of adapters that no request uses."""
+        return sum(len(prompt.loaded.slots) for prompt in self.adapter_cache.idle)
+
+    def _make_room(self, slots: int, keep: Sequence[RequestHandle[EngineRequest]]) -> None:
+        """Make ``slots`` KV slots free: drop idle adapters, then preempt the youngest requests not in ``keep``."""
+        while self.pool.num_free < slots and self.adapter_cache.drop_one():
+            pass
+        for handle in reversed(self.running):
+            if self.pool.num_free >= slots:
+                return
+            if handle not in keep:
+                self._preempt(handle)
+
+    def _load(self, version: Version) -> CachedPrompt:
+        prompt = prompt_export.load_prompt(version.folder, self._backbone)
+        self._make_room(prompt.num_virtual_tokens if prompt.prefixes else 0, keep=[])
+        return CachedPrompt(self.pool, prompt)

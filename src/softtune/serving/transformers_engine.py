@@ -1,0 +1,91 @@
+"""A decoder's engine on transformers: a step runs the scheduler's plan, many adapters' requests in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from softtune.adapter import Adapter
+from softtune.backbone import Backbone
+from softtune.errors import TooLongError
+from softtune.serving import prompt_export
+from softtune.serving.engine_config import EngineConfig
+from softtune.serving.engine_thread import abort_cancelled, abort_with
+from softtune.serving.request_queue import RequestHandle
+from softtune.serving.requests import EngineRequest, check_length
+from softtune.serving.scheduler import Scheduler
+from softtune.serving.sequence import run_chunks
+
+
+class TransformersEngine:
+    """Runs a decoder's requests with transformers, see ``TextEngine``.
+
+    Args:
+        backbone: the base model, a decoder in evaluation mode.
+        config: limits of the batch, the queue and memory.
+
+    Raises:
+        UnsupportedModelError: the model's layers do not take tokens of several sequences in one row.
+    """
+
+    def __init__(self, backbone: Backbone, config: EngineConfig) -> None:
+        self.backbone = backbone
+        self.config = config
+        self.scheduler = Scheduler(backbone, config)
+        self.queue, self.adapter_cache = self.scheduler.queue, self.scheduler.adapter_cache
+
+    @property
+    def running(self) -> Sequence[RequestHandle[EngineRequest]]:
+        """See ``Engine``."""
+        return self.scheduler.running
+
+    def export_adapter(self, adapter: Adapter, folder: Path, *, as_kv: bool) -> None:
+        """See ``Engine``."""
+        prompt = prompt_export.export_prompt(self.backbone, adapter, as_kv=as_kv)
+        prompt_export.save_prompt(prompt, self.backbone, folder)
+
+    @property
+    def max_model_len(self) -> int:
+        """See ``TextEngine``."""
+        return min(self.backbone.max_positions or self.config.num_kv_slots, self.config.num_kv_slots)
+
+    def submit(self, handle: RequestHandle[EngineRequest]) -> None:
+        """See ``Engine``."""
+        check_length(handle.request, handle.num_virtual_tokens, self.max_model_len)
+        if handle.num_virtual_tokens + handle.request.max_kv_tokens > self.config.num_kv_slots:
+            raise TooLongError(
+                f"the answers to choose from have {handle.request.max_kv_tokens} tokens with the text, more than the "
+                f"{self.config.num_kv_slots} that there is room for: ask for fewer"
+            )
+        self.queue.add(handle)
+
+    def step(self) -> None:
+        """See ``Engine``: run the scheduled chunks of all requests."""
+        abort_cancelled(self)
+        plan = self.scheduler.schedule()
+        if not plan:
+            return
+        scheduled = [chunk for _, chunks in plan for chunk in chunks]
+        logits = iter(run_chunks(self.backbone, self.scheduler.pool, scheduled))
+        for handle, chunks in plan:
+            chunk_logits = [next(logits) for _ in chunks]
+            try:
+                handle.request.process_logits(chunk_logits)
+            except Exception as error:  # an error in one request does not end the others
+                abort_with(self, [handle], error)
+                continue
+            if handle.request.is_done:
+                self.release(handle)
+                handle.end()
+
+    def release(self, handle: RequestHandle[EngineRequest]) -> None:
+        """See ``Engine``."""
+        self.scheduler.release(handle)
+
+    @property
+    def is_alive(self) -> bool:
+        """See ``TextEngine``: the engine has no process of its own that could end."""
+        return True
+
+    def close(self) -> None:
+        """See ``TextEngine``."""

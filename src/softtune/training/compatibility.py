@@ -1,0 +1,51 @@
+"""Checks that recipes can train at once: settings that they share, outputs of their own, trackers that allow it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from softtune.errors import ConfigError
+from softtune.training.multi_run import TASKS
+from softtune.training.recipe import Recipe
+
+
+def check_compatible(recipes: Sequence[Recipe]) -> None:
+    """Check before any work that recipes can run, and run at once.
+
+    Raises:
+        ConfigError: two recipes differ in a shared setting or have the same output, their task trains one adapter at a
+            time, a tracker is not installed, or several adapters are reported to W&B.
+    """
+    _check_trackers(recipes)
+    if recipes[0].task not in TASKS and sum(recipe.ensemble for recipe in recipes) > 1:
+        raise ConfigError(f"{recipes[0].task.value} trains one adapter at a time: run one recipe, without an ensemble")
+    outputs = Counter(str(Path(recipe.output).resolve()) for recipe in recipes)
+    if twice := [output for output, count in outputs.items() if count > 1]:
+        raise ConfigError(f"{twice[0]} is the output of {outputs[twice[0]]} recipes: give each one its own")
+    first = recipes[0]
+    for recipe in recipes:
+        for (name, own), other in zip(shared(recipe).items(), shared(first).values(), strict=True):
+            if own != other:
+                raise ConfigError(
+                    f"{name} is {other!r} for {first.output} and {own!r} for {recipe.output}: recipes that run at once "
+                    "share it, run these one after the other"
+                )
+
+
+def shared(recipe: Recipe) -> dict[str, Any]:
+    """Settings that recipes which run at once must share, since they hold for all rows of a step."""
+    names = ("model", "task", "num_labels", "bf16", "compile", "gradient_checkpointing")
+    values = {name: getattr(recipe, name) for name in names} | {"task": recipe.task.value}
+    return values | {"the use of a trunk cache": recipe.has_trunk_cache}
+
+
+def _check_trackers(recipes: Sequence[Recipe]) -> None:
+    trackers = {name for recipe in recipes for name in recipe.report_to}
+    if missing := sorted(name for name in trackers if find_spec(name) is None):
+        raise ConfigError(f"report_to needs the package {missing[0]}: pip install {missing[0]}")
+    if "wandb" in trackers and sum(recipe.ensemble for recipe in recipes) > 1:
+        raise ConfigError("wandb takes one run of a process: report several to tensorboard")

@@ -1,0 +1,53 @@
+"""Validates fields of a recipe that have an effect only together with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from softtune.methods import TaskType
+
+if TYPE_CHECKING:
+    from softtune.training.recipe import Recipe
+
+
+def _writes_texts(recipe: Recipe) -> bool:
+    return not (recipe.labels or recipe.choices or recipe.task.has_head)
+
+
+NEEDS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
+    "shares": (lambda r: r.examples is not None, "needs examples: say how many rows to sample"),
+    "test_size": (
+        lambda r: r.evaluation is None,
+        "holds rows out where there is no evaluation data: drop one of the two",
+    ),
+    "evaluation_split": (lambda r: r.evaluation is not None, "needs evaluation: name the data set there too"),
+    "evaluation_examples": (
+        lambda r: r.evaluation is not None or bool(r.test_size),
+        "needs rows to evaluate on: set evaluation or test_size",
+    ),
+    "validation_size": (
+        lambda r: "patience" in r.model_fields_set,  # null too: a run without patience drops no other field
+        "holds rows out for patience: set patience, or drop it",
+    ),
+    "calibrate": (
+        lambda r: bool(r.labels) and not r.task.has_head,
+        "is for labels that a language model writes: list labels, or drop it",
+    ),
+    "stride": (lambda r: r.task is TaskType.QUESTION_ANS, "is for QUESTION_ANS: drop it"),
+    "unanswerable": (lambda r: r.task is TaskType.QUESTION_ANS, "is for QUESTION_ANS: drop it"),
+    "max_new_tokens": (_writes_texts, "is for texts that a language model writes: drop it, or the labels or choices"),
+}
+"""For each of these fields whether a recipe uses it, and the message where it does not."""
+
+
+def check_dependent_fields(recipe: Recipe) -> None:
+    """Check that every field that is not at its default has an effect.
+
+    Raises:
+        ValueError: a field has no effect.
+    """
+    for name, (is_used, message) in NEEDS.items():
+        value = getattr(recipe, name)
+        if value and value != type(recipe).model_fields[name].default and not is_used(recipe):
+            raise ValueError(f"{name} {message}")
