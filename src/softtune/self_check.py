@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -164,9 +163,8 @@ def _refusal(backbone: Backbone, config: PeftConfig, adapt: Adapt, name: str, ou
 
 
 def _holds(backbone: Backbone, other: type[PeftConfig], config: PeftConfig, adapt: Adapt) -> bool:
-    options: dict[str, Any] = {"add_missing": True} if other is BitFitConfig else {}
     try:
-        found = check(backbone, other(task_type=config.task_type, **options), adapt)
+        found = check(backbone, other(task_type=config.task_type, **other.general_options), adapt)
     except SofttuneError:
         return False
     return not any(isinstance(outcome, Broken) for outcome in found.values())

@@ -9,10 +9,11 @@ from tests.tiny import LABELS, TEMPLATE, save_models, tokenizer
 from transformers import AutoModelForCausalLM
 
 from softtune import AdapterError, PeftModel, PrefixTuningConfig
-from softtune.data import LabelTask, Template, Verbalizer
+from softtune.data import Template, Verbalizer
 from softtune.evaluation.answers import answer
 from softtune.evaluation.ensemble import answer_each
 from softtune.methods import TaskType
+from softtune.tasks import LabelTask
 
 RECORDS = Dataset.from_dict({"words": ["red the sky", "blue"]})
 

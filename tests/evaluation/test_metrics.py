@@ -12,7 +12,7 @@ from seqeval.metrics import f1_score as entity_f1
 from seqeval.metrics import precision_score, recall_score
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
-from softtune.evaluation.metrics import Quality, label_quality, span_quality, tag_quality, text_quality
+from softtune.tasks.metrics import Quality, label_quality, span_quality, tag_quality, text_quality
 
 LABELS = ["a", "b", "c"]
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from softtune import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
-from softtune.data import LabelTask, Template, TextTask, Verbalizer
+from softtune.data import Template, Verbalizer
 from softtune.errors import AdapterError, ConfigError
 from softtune.evaluation.answers import answer, fitted
 from softtune.methods import PeftConfig, TaskType
 from softtune.methods.p_tuning import PromptEncoder
+from softtune.tasks import LabelTask, TextTask
 
 ADAPTERS: dict[str, PeftConfig] = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),

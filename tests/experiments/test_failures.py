@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from softtune import DataError
-from softtune.data import Template, TextTask
+from softtune.data import Template
 from softtune.evaluation.answers import Answers
 from softtune.experiments import answering, report
 from softtune.experiments import experiment as room
@@ -19,6 +19,7 @@ from softtune.experiments.compare import compare
 from softtune.experiments.outcomes import Entry, Outcome, entries_of, keep
 from softtune.experiments.prompting import END
 from softtune.methods import TaskType
+from softtune.tasks import TextTask
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Rows
 from tests.cli.test_cli import run, write_recipe

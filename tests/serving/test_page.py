@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
-from tests.serving.test_tasks import LABELLED, ROWS, trained
 from tests.serving.test_http import generated, serving
+from tests.serving.test_tasks import LABELLED, ROWS, trained
 from tests.training.test_recipe_task import recipe
 
 BROWSER = shutil.which("chromium")

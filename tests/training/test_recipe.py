@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from softtune import CheckpointError, ConfigError, PrefixTuningConfig
-from softtune.data import TextTask
-from softtune.training.recipe import LEARNING_RATES, Recipe
+from softtune.methods.base import config_class_of
+from softtune.tasks import TextTask
+from softtune.training.recipe import Recipe
 
 FIELDS: dict[str, Any] = {
     "model": "smollm2-135m",
@@ -23,7 +24,7 @@ FIELDS: dict[str, Any] = {
 
 def test_defaults() -> None:
     recipe = Recipe.from_fields(FIELDS)
-    assert recipe.peak_learning_rate == LEARNING_RATES[recipe.method]
+    assert recipe.peak_learning_rate == config_class_of(recipe.method).learning_rate
     assert recipe.config() == PrefixTuningConfig(task_type="CAUSAL_LM")
     assert isinstance(recipe.definition, TextTask)
     assert recipe.num_labels is None

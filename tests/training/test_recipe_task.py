@@ -13,16 +13,17 @@ import pytest
 import torch
 from datasets import Dataset
 from tests.cli.test_cli import run
-from tests.data.test_spans import pair_tokenizer
+from tests.tasks.test_spans import pair_tokenizer
 from tests.tiny import save_models, tokenizer
 from transformers import BertConfig, BertForQuestionAnswering
 
 from softtune import ConfigError, DataError, PeftModel, TrainingError
 from softtune.cli.loading import load_trained
-from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask, load_records
-from softtune.evaluation.answers import Answers, answer, judge, metric_names
+from softtune.data import load_records
+from softtune.evaluation.answers import Answers, answer, judge
 from softtune.methods import TaskType
 from softtune.pretrained import load_base_model
+from softtune.tasks import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 from softtune.training.setup import Rows
@@ -135,7 +136,7 @@ def test_perplexity_is_that_of_the_models_own_loss(
         counts.append(sum(x != -100 for x in example.labels))
     mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     assert quality.metrics["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
-    assert list(quality.metrics) == list(metric_names(trained.task))
+    assert list(quality.metrics) == list(trained.task.metrics)
     file = write(tmp_path / "again.jsonl", rows)
     capsys.readouterr()
     assert run("predict", str(tmp_path / "out"), file) == 0
@@ -272,5 +273,5 @@ def test_right_answers_are_perfect(tmp_path: Path, models: dict[str, str]) -> No
         texts = [tuple(r) if asked.task is TaskType.TOKEN_CLS else next((a.text for a in r), "") for r in right]
         quality = judge(asked.definition, records, Answers(texts, None, 0))
         assert set(quality.metrics.values()) == {1.0}
-        assert tuple(quality.metrics) == metric_names(asked.definition)
+        assert tuple(quality.metrics) == asked.definition.metrics
         assert quality.mistakes == []

@@ -13,10 +13,11 @@ from tests.tiny import save_models
 from tests.training.test_run import STOPPING, interrupt_at, no_work, tensors
 
 from softtune import CheckpointError, ConfigError, TaskType, TrainingError
-from softtune.data import LabelTask, Template, Verbalizer
+from softtune.data import Template, Verbalizer
 from softtune.evaluation.answers import Answers
 from softtune.evaluation.ensemble import by_mean, by_vote
 from softtune.injection.tensor_store import TensorStore
+from softtune.tasks import LabelTask
 from softtune.training.recipe import Recipe
 from softtune.training.run import Report, train, train_all
 from softtune.training.trainer import AdapterTrainer

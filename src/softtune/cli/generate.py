@@ -10,7 +10,7 @@ import typer
 
 from softtune.cli.console import counting, quiet
 from softtune.cli.loading import check_single, load_trained, read_records
-from softtune.data import LabelTask, TextTask, each_row
+from softtune.data import each_row
 from softtune.errors import ConfigError
 from softtune.evaluation.answers import fitted
 from softtune.evaluation.predict import write_texts
@@ -36,13 +36,12 @@ def command(
         raise ConfigError("--seed draws nothing without --temperature: give both, or neither")
     check_single(adapter)
     trained = load_trained(adapter, model)
-    if not isinstance(trained.task, (LabelTask, TextTask)) or trained.task.kind.has_head:
+    if not trained.task.writes:
         raise ConfigError("this adapter answers by a head or a choice and writes no text: use softtune predict")
     records = read_records(trained.recipe, data, text or [], split)
-    written = max_new_tokens or getattr(trained.task, "max_new_tokens", NEW_TOKENS)
+    written = max_new_tokens or trained.task.max_new_tokens or NEW_TOKENS
     task = fitted(trained.task, trained.model, written=written)
-    assert isinstance(task, (LabelTask, TextTask))
-    prompts = each_row(records, task.columns, lambda record: task.encode(record, trained.tokenizer))
+    prompts = each_row(records, task.columns, lambda record: task.prompt(record, trained.tokenizer))
     options: dict[str, Any] = {"num_beams": beams, "do_sample": temperature is not None, "max_new_tokens": written}
     if temperature is not None:
         from transformers import set_seed

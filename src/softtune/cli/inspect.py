@@ -41,14 +41,12 @@ def command(
     show_pairs("Config", [(k, str(v)) for k, v in config.to_dict().items() if v is not None])
     show_pairs("Tensors", [(name, " x ".join(map(str, tensor.shape))) for name, tensor in weights.items()])
     show_pairs(f"Files ({numbers:,} parameters)", [(path.name, in_units(path.stat().st_size)) for path in files])
-    module = loaded.adapter(loaded.active_adapter).module
-    prompt = module.prompt()
+    prompt = loaded.adapter(loaded.active_adapter).module.prompt()
     if prompt.vectors is not None:
         _show_words(loaded.backbone, prompt.vectors, tokenizer)
     elif prompt.prefixes:
         _show_norms(prompt.prefixes)
-    else:
-        changes = bias_changes(module)
+    elif changes := bias_changes(prompt.additions):
         show_pairs("Mean absolute change of the biases", [(role, f"{c:.2e}") for role, c in changes.items()])
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softtune.data import Task, load_records
+from softtune.data import load_records
 from softtune.data.formats import SELF_NAMED, quoted
 from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import fitted
 from softtune.methods import PeftConfig, TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model, name_here
+from softtune.tasks import Task
 from softtune.training.recipe import Recipe
 
 

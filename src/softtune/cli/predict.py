@@ -17,10 +17,11 @@ from softtune import storage
 from softtune.cli.console import console, counting, quiet
 from softtune.cli.loading import Trained, load_trained, read_records
 from softtune.cli.tables import in_cell, show_mistakes, show_quality
-from softtune.data import Task, TextTask, alike, each_row, with_all_references
+from softtune.data import each_row
 from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import Answers, judge
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
+from softtune.tasks import Task, alike, with_all_references
 from softtune.training.recipe import Recipe
 
 SHOWN = 20
@@ -117,12 +118,12 @@ def _checked(task: Task, records: Dataset) -> Dataset:
         each_row(records, [*task.columns, task.label_column], task.reference)
     except DataError as error:
         raise DataError(f"{error}; or leave out the column {task.label_column!r}, and nothing is measured") from error
-    return with_all_references(records, task) if isinstance(task, TextTask) else records
+    return with_all_references(records, task) if task.merges_references else records
 
 
 def _rows(task: Task, records: Dataset) -> Sequence[int]:
     """The row of each answer, from 0; for merged records that of the first one."""
-    return [rows[0] for rows in alike(records, task.columns)] if isinstance(task, TextTask) else range(len(records))
+    return [rows[0] for rows in alike(records, task.columns)] if task.merges_references else range(len(records))
 
 
 def _answers(trained: Trained, records: Dataset, *, vote: bool) -> Answers:

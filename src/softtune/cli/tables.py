@@ -10,11 +10,11 @@ from datasets import Dataset
 from rich.table import Table
 
 from softtune.cli.console import console, show_pairs
-from softtune.evaluation.metrics import PERPLEXITY, Quality
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.page import Table as Cells
 from softtune.experiments.report import failures, tables_of
 from softtune.formatting import in_units, in_words, shortened
+from softtune.tasks.metrics import METRICS, Quality
 from softtune.training.learning_rate import STEPS, RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
@@ -160,7 +160,7 @@ def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iter
 
 
 def _figure(metric: str, value: float) -> str:
-    return f"{value:.2f}" if metric == PERPLEXITY else f"{value:.1%}"
+    return format(value, METRICS[metric].format)
 
 
 def _between(metric: str, interval: tuple[float, float]) -> str:

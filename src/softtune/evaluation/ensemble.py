@@ -17,11 +17,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import LabelTask, Task
 from softtune.evaluation.answers import Answers, answer
 from softtune.evaluation.predict import Advance, unwatched
 from softtune.injection.provenance import BASE
 from softtune.model import PeftModel
+from softtune.tasks import Task
 
 
 def answer_each(
@@ -116,5 +116,4 @@ def _probabilities(members: Sequence[Answers]) -> Tensor:
 
 def _labelled(task: Task, ranks: Tensor, scores: Tensor, members: Sequence[Answers]) -> Answers:
     """Answers with each record's label of the highest rank; ranks and scores are [B, N]."""
-    assert isinstance(task, LabelTask)
-    return Answers([task.verbalizer.labels[i] for i in ranks.argmax(1)], scores, members[0].truncated)
+    return Answers([task.label_set[i] for i in ranks.argmax(1)], scores, members[0].truncated)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from softtune.backbone import Backbone, Site
+from softtune.injection.modules import Additions
 from softtune.methods.base import KeyValue
-from softtune.methods.bitfit import BiasChanges
 
 
 def nearest_words(backbone: Backbone, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -44,19 +44,19 @@ def prefix_norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> dict[tuple[Si
     }
 
 
-def bias_changes(changes: BiasChanges) -> dict[str, float]:
+def bias_changes(additions: Additions) -> dict[str, float]:
     """The mean absolute change of the biases of each role."""
     by_role: dict[str, list[Tensor]] = defaultdict(list)
-    for slot, change in changes.additions():
+    for slot, change in additions:
         by_role[slot.role or "other"].append(change.detach().abs())
     return {role: _mean(parts) for role, parts in by_role.items()}
 
 
-def bias_changes_by_layer(changes: BiasChanges) -> dict[str, dict[int, float]]:
+def bias_changes_by_layer(additions: Additions) -> dict[str, dict[int, float]]:
     """The mean absolute change of the biases by role and layer; biases outside of layers are left out (Ben Zaken et al.
     2022, figure 2)."""
     by_place: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    for slot, change in changes.additions():
+    for slot, change in additions:
         if number := re.search(r"\.(\d+)\.", f".{slot.module}."):
             by_place[slot.role or "other"][int(number[1])].append(change.detach().abs())
     return {

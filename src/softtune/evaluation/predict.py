@@ -116,20 +116,19 @@ def score_head(
 
 
 @prompts_cached()
-def tag_words(
+def score_tokens(
     model: PeftModel,
-    prompts: Sequence[tuple[Example, Sequence[int | None]]],
+    examples: Sequence[Example],
     pad_token_id: int,
     *,
     batch_size: int = 16,
     advance: Advance = unwatched,
-) -> list[list[int | None]]:
-    """The most likely class of every word of each sentence, by a token classification head; None for words without a
-    token.
+) -> list[Tensor]:
+    """A token classification head's logits [T, N] of each text.
 
     Args:
         model: a token classifier with its adapter.
-        prompts: sentences, each with the index of every word's first token.
+        examples: the texts.
         pad_token_id: the token id that pads shorter rows.
         batch_size: rows of one forward pass.
         advance: called after every batch with the number of rows done.
@@ -137,15 +136,12 @@ def tag_words(
     Raises:
         AdapterError: a logit is NaN.
     """
-    found: list[list[int | None]] = [[] for _ in prompts]
-    for batch in _batches([len(example.input_ids) for example, _ in prompts], batch_size, advance):
+    found: dict[int, Tensor] = {}
+    for batch in _batches([len(example.input_ids) for example in examples], batch_size, advance):
         with torch.no_grad():
-            logits = _forward(model, _collate([prompts[i][0] for i in batch], pad_token_id)).logits
-        classes = _check_nan(logits).argmax(-1).cpu()
-        for i, row in zip(batch, classes, strict=True):
-            unpadded = row[len(row) - len(prompts[i][0].input_ids) :].tolist()
-            found[i] = [None if first is None else unpadded[first] for first in prompts[i][1]]
-    return found
+            logits = _check_nan(_forward(model, _collate([examples[i] for i in batch], pad_token_id)).logits).cpu()
+        found |= {i: row[len(row) - len(examples[i].input_ids) :] for i, row in zip(batch, logits, strict=True)}
+    return [found[i] for i in range(len(examples))]
 
 
 @prompts_cached()

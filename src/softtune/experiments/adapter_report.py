@@ -67,14 +67,13 @@ def _smoothed(points: list[Point]) -> list[Point]:
 
 def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
     model, tokenizer = _loaded(folder, recipe)
-    module = _module(model)
     with torch.no_grad():
-        prompt = module.prompt()
+        prompt = _module(model).prompt()
         if prompt.vectors is not None:
             return [_words(model.backbone, prompt.vectors, tokenizer)]
         if prompt.prefixes:
             return [_norms(prompt.prefixes)]
-        changes = bias_changes_by_layer(module)
+        changes = bias_changes_by_layer(prompt.additions)
     return [biases(_cells(changes))] if changes else []
 
 
@@ -129,7 +128,7 @@ def bias_cells(folder: Path) -> dict[str, dict[str, float]]:
         ConfigError: its base model is not found.
     """
     model, _ = _loaded(folder, Recipe.from_adapter(folder))
-    return _cells(bias_changes_by_layer(_module(model)))
+    return _cells(bias_changes_by_layer(_module(model).prompt().additions))
 
 
 def _cells(changes: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import Task, TextTask
 from softtune.errors import AdapterError, TrainingError
 from softtune.evaluation.answers import answer, judge
 from softtune.model import PeftModel
+from softtune.tasks import Task
 from softtune.training.setup import Progress, Rows
 
 
@@ -38,6 +38,6 @@ def metrics_of(
         answers = answer(model, tokenizer, task, held_out, advance=advance)
     except AdapterError as error:
         raise TrainingError(str(error)) from error
-    if end is not None and isinstance(task, TextTask):
+    if end is not None and task.max_new_tokens:
         answers = replace(answers, texts=[text.partition(end)[0].strip() for text in answers.texts])
     return judge(task, held_out, answers).metrics

@@ -14,15 +14,15 @@ from softtune.errors import ConfigError
 from softtune.experiments import outcomes
 from softtune.experiments.baselines import BASELINES
 from softtune.experiments.outcomes import Entry
-from softtune.methods import PeftType
+from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING
 from softtune.training.recipe import Recipe
 
 METHODS: dict[str, dict[str, Any]] = {
-    "prefix-tuning": {"method": PeftType.PREFIX_TUNING},
-    "prompt-tuning": {"method": PeftType.PROMPT_TUNING},
-    "p-tuning": {"method": PeftType.P_TUNING},
-    "p-tuning-v2": {"method": PeftType.P_TUNING_V2},
-    "bitfit": {"method": PeftType.BITFIT, "options": {"add_missing": True}},
+    kind.value.lower().replace("_", "-"): {
+        "method": kind,
+        **({"options": config.general_options} if config.general_options else {}),
+    }
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
 }
 """Recipe fields that each method replaces. For the recipe's own method, the recipe's fields stay."""
 

@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from softtune.evaluation.metrics import direction
 from softtune.experiments.outcomes import Entry, said
 from softtune.experiments.pictures import Bar, Picture, Point, bars, curves, heat, scatter
 from softtune.formatting import in_words
+from softtune.tasks.metrics import direction
 
 FEWEST = 3
 """Least number of values on an axis for a curve."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import ChoiceTask, LabelTask, Task, Template, TextTask
+from softtune.data import Template
 from softtune.errors import ConfigError, DataError, UnsupportedModelError
 from softtune.evaluation.answers import fitted
 from softtune.experiments.answering import metrics_of
@@ -17,6 +15,7 @@ from softtune.experiments.cases import PROMPTS, Case
 from softtune.experiments.outcomes import Outcome
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
+from softtune.tasks import ChoiceTask, LabelTask, Task, TextTask
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress, Rows
 
@@ -76,17 +75,7 @@ def _with_shots(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBas
     assert isinstance(task, (LabelTask, TextTask, ChoiceTask))
     if not len(rows):
         return task
-    shots = "".join(f"{task.template.filled(row)}{_answer(task, row)}{END}" for row in rows)
+    shots = "".join(f"{task.template.filled(row)}{task.answer_text(row)}{END}" for row in rows)
     more = len(tokenizer(shots)["input_ids"])
     template = Template(shots.replace("{", "{{").replace("}", "}}") + task.template.text)
     return dataclasses.replace(task, template=template, max_length=task.max_length + more)
-
-
-def _answer(task: LabelTask | TextTask | ChoiceTask, row: Mapping[str, Any]) -> str:
-    match task:
-        case LabelTask():
-            return task.verbalizer.word(task.reference(row))
-        case TextTask():
-            return task.reference(row)[0]
-        case ChoiceTask():
-            return task.reference(row)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from softtune import storage
 from softtune.errors import CheckpointError
-from softtune.evaluation.metrics import direction
 from softtune.experiments import figures
 from softtune.experiments.adapter_report import adapter_page
 from softtune.experiments.figures import finished
@@ -16,6 +15,7 @@ from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
 from softtune.experiments.page import Page, Table, as_html, as_markdown, file_of
 from softtune.experiments.sweep import Sweep
 from softtune.formatting import in_units, in_words
+from softtune.tasks.metrics import direction
 from softtune.training.recipe import holds_adapter
 
 PAGE_NAME, MARKDOWN_NAME = "report.html", "report.md"

@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from softtune.errors import TrainingError
-from softtune.evaluation.metrics import direction
 from softtune.experiments.cases import PROMPTS, Case
 from softtune.experiments.isolated_run import clear, run_isolated, stored
 from softtune.experiments.outcomes import Entry, Outcome
 from softtune.experiments.prompting import answer_alone
 from softtune.formatting import shortened
+from softtune.tasks.metrics import direction
 from softtune.training.folder import RunFolder
 from softtune.training.multi_run import TASKS
 from softtune.training.recipe import Recipe

@@ -17,11 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softtune import storage
 from softtune.errors import ConfigError
-from softtune.evaluation.answers import metric_names
-from softtune.evaluation.metrics import direction
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_cases, run_here, with_rows
 from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of, forget_failures, said
+from softtune.tasks.metrics import direction
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
@@ -195,8 +194,8 @@ def sweep(
 
 
 def _check_metric(config: Sweep, cases: Sequence[Case]) -> None:
-    names = metric_names(cases[0].recipe.definition)
-    if other := next((case for case in cases if metric_names(case.recipe.definition) != names), None):
+    names = cases[0].recipe.definition.metrics
+    if other := next((case for case in cases if case.recipe.definition.metrics != names), None):
         raise ConfigError(f"{other.name} is not measured as {cases[0].name} is: sweep over one kind of answers")
     if config.metric is not None and config.metric not in names:
         raise ConfigError(f"metric {config.metric!r} does not fit the task: use one of {', '.join(names)}")

@@ -8,12 +8,13 @@ from softtune.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from softtune.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
+    PeftType.PREFIX_TUNING: PrefixTuningConfig,
     PeftType.PROMPT_TUNING: PromptTuningConfig,
     PeftType.P_TUNING: PromptEncoderConfig,
-    PeftType.PREFIX_TUNING: PrefixTuningConfig,
     PeftType.P_TUNING_V2: PTuningV2Config,
     PeftType.BITFIT: BitFitConfig,
 }
+"""The registry: every method's config class, which knows all else that depends on the method."""
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",

@@ -137,6 +137,14 @@ class PeftConfig(PushToHubMixin):
     modules_to_save: list[str] | None = None
     """Further modules of the base model to train and save; the head of a classification task is always included."""
 
+    learning_rate: ClassVar[float]
+    """Default peak learning rate of a recipe."""
+    learning_rate_beside_head: ClassVar[float | None] = None
+    """The same where a head is trained too; None where it is the same."""
+    general_options: ClassVar[dict[str, Any]] = {}
+    """Fields with which the method works on every base model that it can work on."""
+    takes_placed_tokens: ClassVar[bool] = False
+    """Whether a template may say where its virtual tokens stand."""
     is_prompt_learning: ClassVar[bool] = True
     is_adaption_prompt: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ()
@@ -226,6 +234,12 @@ class PeftConfig(PushToHubMixin):
         return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
+    def peak_learning_rate(cls, task: TaskType) -> float:
+        """Default peak learning rate for a task."""
+        beside_head = cls.learning_rate_beside_head if task.has_head else None
+        return beside_head or cls.learning_rate
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
         """Create a config of the class that ``values["peft_type"]`` names.
 
@@ -255,7 +269,7 @@ class PeftConfig(PushToHubMixin):
     @classmethod
     def _class_for(cls, values: Mapping[str, Any]) -> type[PeftConfig]:
         own_type: Any = cls.__dataclass_fields__["peft_type"].default
-        return _class_of(values.get("peft_type") or own_type)
+        return config_class_of(values.get("peft_type") or own_type)
 
     @classmethod
     def _known(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -372,7 +386,7 @@ def _blank(config_class: type[PeftConfig]) -> PeftConfig:
     return config_class.__new__(config_class)
 
 
-def _class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:
+def config_class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:
     classes = {c.__dataclass_fields__["peft_type"].default: c for c in _leaves(PeftConfig)}
     classes.pop(None, None)
     if peft_type not in classes:

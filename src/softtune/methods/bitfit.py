@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,9 @@ class BitFitConfig(PeftConfig):
     """Config of BitFit. Training starts from the base model's own biases."""
 
     peft_type: PeftType = PeftType.BITFIT
+    learning_rate: ClassVar[float] = 3e-4
+    learning_rate_beside_head: ClassVar[float | None] = 1e-3
+    general_options: ClassVar[dict[str, Any]] = {"add_missing": True}
     roles: Annotated[list[Role], Field(min_length=1)] | None = field(default=None, metadata=OURS)
     """Roles of the modules whose biases are trained; by default every bias below the head."""
     add_missing: bool = field(default=False, metadata=OURS)

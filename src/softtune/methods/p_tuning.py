@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -40,6 +40,8 @@ class PromptEncoderConfig(PromptLearningConfig):
     """
 
     peft_type: PeftType = PeftType.P_TUNING
+    learning_rate: ClassVar[float] = 3e-4
+    takes_placed_tokens: ClassVar[bool] = True
     encoder_reparameterization_type: PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
     """The encoder: three linear layers, or the paper's bidirectional LSTM and two linear layers."""
     encoder_hidden_size: PositiveInt | None = None

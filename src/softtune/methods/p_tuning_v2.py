@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ class PTuningV2Config(PromptLearningConfig):
     """Config of P-tuning v2. The prompt is initialized with the keys and values of common words."""
 
     peft_type: PeftType = PeftType.P_TUNING_V2
+    learning_rate: ClassVar[float] = 1e-2
     prefix_dropout: Probability | None = field(default=None, metadata=OURS)
     """Dropout on the prefix's keys and values in training; by default the model's own hidden dropout."""
     layers: Layers = field(default=None, metadata=OURS)

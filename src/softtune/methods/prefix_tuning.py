@@ -31,6 +31,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     peft_type: PeftType = PeftType.PREFIX_TUNING
+    learning_rate: ClassVar[float] = 1e-2
     encoder_hidden_size: PositiveInt | None = None
     """Width of the projection's hidden layer; by default ``token_dim``."""
     prefix_projection: bool = False

@@ -56,6 +56,8 @@ class PromptTuningConfig(PromptLearningConfig):
     """
 
     peft_type: PeftType = PeftType.PROMPT_TUNING
+    learning_rate: ClassVar[float] = 3e-2
+    takes_placed_tokens: ClassVar[bool] = True
     prompt_tuning_init: PromptTuningInit = PromptTuningInit.SAMPLE_VOCAB
     """How the virtual tokens are initialized. PEFT's default is RANDOM, which the paper finds worse on small models."""
     prompt_tuning_init_text: str | None = None

@@ -15,9 +15,9 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from softtune.data import Task
 from softtune.errors import AdapterError, ConfigError
 from softtune.methods import PeftConfig
+from softtune.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from softtune.backbone import Backbone
-from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, Template, TextTask, has_places_within
+from softtune.data import Template, has_places_within
 from softtune.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 from softtune.evaluation.answers import fitted_beside
 from softtune.methods import PeftConfig, TaskType
@@ -36,19 +36,15 @@ from softtune.serving.request_queue import RequestHandle
 from softtune.serving.requests import GenerationRequest
 from softtune.serving.sampling import IncrementalDetokenizer, SampledToken, SamplingParams
 from softtune.serving.transformers_engine import TransformersEngine
+from softtune.tasks import Task
 from softtune.training.recipe import RECIPE_NAME, Recipe
 
 Result = TypeVar("Result")
 
-ASKED: dict[type, str] = {
-    LabelTask: "labels",
-    ChoiceTask: "labels",
-    TagTask: "tags",
-    SpanTask: "answers",
-    TextTask: "texts",
-    type(None): "texts",
-}
-"""What adapters for each kind of task return, as error messages call it."""
+
+def asks_for(task: Task | None) -> str:
+    """What an adapter answers with, as error messages call it."""
+    return "texts" if task is None else task.asks_for
 
 
 @dataclass(frozen=True)
@@ -208,7 +204,7 @@ class Service:
             UnsupportedModelError: the base model generates no text, or cannot batch several sequences.
         """
         if version is not None and isinstance(version.info.engine, HeadEngine):
-            asked = ASKED[type(version.info.task)]
+            asked = asks_for(version.info.task)
             raise RequestError(f"{version.name} has a head and writes no texts: ask it for {asked}")
         if version is not None and version.info.has_places_within:
             raise RequestError(f"{version.name} has virtual tokens within its text: ask it for labels, by records")
@@ -299,7 +295,7 @@ class Service:
             task = None if recipe is None else fitted_beside(recipe.definition, positions, virtual)
             template = Template("" if recipe is None else recipe.template)
             within = self.with_tokenizer(partial(has_places_within, template))
-            if within and isinstance(task, TextTask):
+            if within and task is not None and task.endpoint is None:
                 raise UnsupportedModelError(
                     "its template has virtual tokens within the text, where a request's text has none: train it without"
                 )

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from softtune.data import LabelTask, Task, Template
+from softtune.data import Template
 from softtune.errors import CheckpointError, ConfigError
 from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, TaskType
-from softtune.methods.base import CONFIG_NAME
+from softtune.methods.base import CONFIG_NAME, config_class_of
 from softtune.pretrained import MODEL_CLASSES, known_task
+from softtune.tasks import Task
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe_task import check_task, task_of
 from softtune.training.validators import check_dependent_fields
@@ -28,18 +29,6 @@ CHECKPOINTS = "checkpoints"
 """Folder in the output where an unfinished run keeps its checkpoints."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-LEARNING_RATES = {
-    PeftType.PREFIX_TUNING: 1e-2,
-    PeftType.P_TUNING_V2: 1e-2,
-    PeftType.PROMPT_TUNING: 3e-2,
-    PeftType.P_TUNING: 3e-4,
-    PeftType.BITFIT: 3e-4,
-}
-"""Default of ``learning_rate``, by method."""
-BITFIT_HEAD_LEARNING_RATE = 1e-3
-"""BitFit's default where a head is trained too."""
-
 
 NOT_OPTIONS = {
     "peft_type": "set method instead",
@@ -178,7 +167,7 @@ class Recipe(BaseModel):
         if twice := [label for label, count in Counter(list(self.labels or ())).items() if count > 1]:
             raise ValueError(f"labels has {twice[0]!r} more than once: list every label once")
         check_dependent_fields(self)
-        if self.shots and (self.examples or not isinstance(self.definition, LabelTask)):
+        if self.shots and (self.examples or not self.definition.label_set):
             raise ValueError("shots samples rows of each label: drop examples, and list labels of whole records")
         places, tokens = Template(self.template).num_virtual_tokens, self.options.get("num_virtual_tokens")
         if places and tokens not in (None, places):
@@ -193,8 +182,9 @@ class Recipe(BaseModel):
             raise ValueError(f"seed is {self.seed}: leave {self.ensemble} seeds below 2**32 for the ensemble")
         self.config()
         _ = self.definition
-        if places and self.method not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
-            raise ValueError("only PROMPT_TUNING and P_TUNING have virtual tokens that a template can place")
+        if places and not config_class_of(self.method).takes_placed_tokens:
+            able = [kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if config.takes_placed_tokens]
+            raise ValueError(f"only {' and '.join(able)} have virtual tokens that a template can place")
         return self
 
     @classmethod
@@ -289,8 +279,7 @@ class Recipe(BaseModel):
 
     @property
     def peak_learning_rate(self) -> float:
-        is_higher = self.method is PeftType.BITFIT and self.task.has_head
-        return self.learning_rate or (BITFIT_HEAD_LEARNING_RATE if is_higher else LEARNING_RATES[self.method])
+        return self.learning_rate or config_class_of(self.method).peak_learning_rate(self.task)
 
     @property
     def definition(self) -> Task:

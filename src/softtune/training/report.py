@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from softtune.evaluation.metrics import Quality
+from softtune.tasks.metrics import Quality
 from softtune.training.folder import HISTORY_NAME, LOGS
 
 

@@ -6,19 +6,10 @@ from collections.abc import Sequence
 
 from datasets import Dataset, concatenate_datasets
 
-from softtune.data import (
-    LabelTask,
-    Task,
-    TextTask,
-    alike,
-    each_row,
-    load_records,
-    sample_balanced,
-    split_records,
-    with_all_references,
-)
+from softtune.data import each_row, load_records, sample_balanced, split_records
 from softtune.data.sources import fingerprint
 from softtune.errors import DataError
+from softtune.tasks import Task, alike, with_all_references
 from softtune.training.recipe import Recipe
 
 
@@ -46,7 +37,7 @@ def split_rows(rows: Dataset, task: Task, size: float, seed: int) -> tuple[Datas
 
     For text generation, rows with the same input count once and stay on the same side.
     """
-    if not isinstance(task, TextTask):
+    if not task.merges_references:
         return split_records(rows, test_size=size, seed=seed)
     groups = alike(rows, task.columns)
     numbers = Dataset.from_dict({"group": range(len(groups))})
@@ -63,10 +54,8 @@ def check_every_label(task: Task, rows: Dataset) -> None:
     Raises:
         DataError: a label has none.
     """
-    if not isinstance(task, LabelTask):
-        return
     there = {str(label) for label in rows[task.label_column]}
-    if absent := [label for label in task.verbalizer.labels if label not in there]:
+    if absent := [label for label in task.label_set if label not in there]:
         raise DataError(f"none of {len(rows)} training rows is labelled {absent[0]!r}: add rows, or drop the label")
 
 
@@ -90,7 +79,7 @@ def _joined(parts: Sequence[Dataset], task: Task) -> Dataset:
 
 def _evaluated(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
     """The evaluation rows, or a sample of them. For text generation, rows with the same input are merged first."""
-    rows = with_all_references(rows, task) if isinstance(task, TextTask) else rows
+    rows = with_all_references(rows, task) if task.merges_references else rows
     size = recipe.evaluation_examples
     if size is None:
         return rows
@@ -101,9 +90,8 @@ def _evaluated(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
 
 def _few_shot(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
     """Sample the same number of rows of each label."""
-    assert isinstance(task, LabelTask)
     assert recipe.shots is not None
-    labels = task.verbalizer.labels
+    labels = task.label_set
     shares = dict.fromkeys(labels, 1 / len(labels))
     size = recipe.shots * len(labels)
     return sample_balanced(rows, column=recipe.label_column, size=size, seed=recipe.rows_seed, shares=shares)

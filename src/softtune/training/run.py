@@ -13,8 +13,8 @@ from pathlib import Path
 from softtune.errors import AdapterError, TrainingError
 from softtune.evaluation.answers import Answers, judge
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
-from softtune.evaluation.metrics import Quality
 from softtune.injection.provenance import BASE
+from softtune.tasks.metrics import Quality
 from softtune.training.compatibility import check_compatible
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
 from softtune.training.multi_run import train_together

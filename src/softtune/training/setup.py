@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +12,12 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from softtune import compat
 from softtune.adapter import Adapter
-from softtune.data import IGNORED, Collator, Example, LabelTask, Task, each_row
-from softtune.errors import DataError
+from softtune.data import Collator, Example, each_row
 from softtune.evaluation.answers import fitted
 from softtune.methods import TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
+from softtune.tasks import Task
 from softtune.training.folder import RunFolder
 from softtune.training.recipe import Recipe
 from softtune.training.rows import check_every_label, fingerprints, split_rows, training_and_evaluation_rows
@@ -95,7 +95,7 @@ class Setup:
             each_row(part, columns, lambda row: task.examples(row, tokenizer))
             for part in (rows.training, rows.validation)
         )
-        _check_labels(task, rows.training[0], tokenizer)
+        task.check_tokens(rows.training[0], tokenizer)
         return cls(
             folder=folder,
             task=task,
@@ -184,21 +184,6 @@ class BaseModels:
         loaded = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
         self._first = self._first or loaded
         return loaded
-
-
-def _check_labels(task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that each label has tokens of its own after a record.
-
-    Raises:
-        DataError: two labels have the same tokens.
-    """
-    if not isinstance(task, LabelTask) or task.has_head:
-        return
-    labels: dict[tuple[int, ...], str] = {}
-    for label in task.verbalizer.labels:
-        answer = tuple(x for x in task.encode(record, tokenizer, label=label).labels if x != IGNORED)
-        if (other := labels.setdefault(answer, label)) != label:
-            raise DataError(f"labels {other!r} and {label!r} are the same tokens to the model: give them other words")
 
 
 def _arguments(recipe: Recipe, folder: Path, seed: int) -> Any:

@@ -32,6 +32,7 @@ from softtune.serving.http.metrics import Metrics
 from softtune.serving.http.schemas import Failure
 from softtune.serving.http.server import Server
 from softtune.serving.service import Service
+from softtune.tasks import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +108,10 @@ def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
     asking.get("/v1/models/{name:path}")(server.model)
     asking.post("/v1/completions")(server.complete)
     asking.post("/v1/chat/completions")(server.chat)
-    asking.post("/v1/classify")(server.classify)
-    asking.post("/v1/tag")(server.tag)
-    asking.post("/v1/answer")(server.answer)
+    for endpoint, summary in {
+        kind.endpoint: kind.endpoint_summary for kind in reversed(KINDS) if kind.endpoint
+    }.items():
+        asking.post(endpoint)(server.records(endpoint, summary))
     ruling.get("/v1/adapters")(server.adapters)
     ruling.post("/v1/adapters")(server.load)
     ruling.delete("/v1/adapters/{name:path}")(server.unload)

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -19,7 +20,6 @@ from fastapi import HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
-from softtune.data import ChoiceTask, LabelTask, SpanTask, TagTask, TextTask
 from softtune.errors import RequestError, SofttuneError
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.completions import (
@@ -40,9 +40,6 @@ from softtune.serving.tasks import TaskRunner
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
-ENDPOINTS = {LabelTask: "/v1/classify", ChoiceTask: "/v1/classify", TagTask: "/v1/tag", SpanTask: "/v1/answer"}
-"""The endpoints of adapters that do not generate text."""
 
 
 class Server:
@@ -105,32 +102,14 @@ class Server:
 
         return await self._write(request, body, ask)
 
-    async def classify(self, body: RecordsRequest, request: Request) -> dict[str, Any]:
-        """Tell the labels of records, with their probabilities."""
+    def records(self, endpoint: str, summary: str) -> Callable[..., Awaitable[dict[str, Any]]]:
+        """The handler of an endpoint that takes records, with its summary for the API's documentation."""
 
-        async def label(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            scores, cut = await self._tasks.label(version, record)
-            return {"label": max(scores, key=scores.__getitem__), "scores": scores, "truncated": cut}
+        async def handle(body: RecordsRequest, request: Request) -> dict[str, Any]:
+            return await self._each(body, request, partial(self._tasks.run, endpoint))
 
-        return await self._each(body, request, label)
-
-    async def tag(self, body: RecordsRequest, request: Request) -> dict[str, Any]:
-        """Tell the tags of records' words."""
-
-        async def tag(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            tags, cut = await self._tasks.tag(version, record)
-            return {"tags": tags, "truncated": cut}
-
-        return await self._each(body, request, tag)
-
-    async def answer(self, body: RecordsRequest, request: Request) -> dict[str, Any]:
-        """Tell which parts of records' texts answer their questions; an empty one where none does."""
-
-        async def read(version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
-            start, end, text = await self._tasks.answer(version, record)
-            return {"answer": text, "start": start, "end": end}
-
-        return await self._each(body, request, read)
+        handle.__name__, handle.__doc__ = endpoint.rpartition("/")[2], summary
+        return handle
 
     async def adapters(self) -> dict[str, Any]:
         """The adapters that are served, and those in the folder."""
@@ -200,15 +179,9 @@ class Server:
     def _described(self, version: Version) -> dict[str, Any]:
         """An adapter's entry in ``/v1/models``: OpenAI's fields, and those that describe its task."""
         task = version.info.task
-        more: dict[str, Any] = {"endpoint": ENDPOINTS.get(type(task), "/v1/completions")}
+        more: dict[str, Any] = {"endpoint": (task and task.endpoint) or "/v1/completions"}
         if task is not None:
-            more["columns"] = list(task.columns)
-        if isinstance(task, LabelTask | TextTask | ChoiceTask):
-            more["template"] = task.template.text
-        if isinstance(task, LabelTask):
-            more["labels"] = task.verbalizer.words
-        if isinstance(task, ChoiceTask):
-            more["choices"] = task.choices
+            more |= {"columns": list(task.columns), **task.describe()}
         method = version.info.config.peft_type
         return {
             **self._base,

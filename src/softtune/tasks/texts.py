@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from softtune.data.encoding import Example, encode, encode_apart
+from torch import Tensor
+
+from softtune.data.encoding import IGNORED, Example, encode, encode_apart
 from softtune.data.records import cell_text, each_row
 from softtune.data.templates import Template
 from softtune.errors import DataError
 from softtune.methods import TaskType
+from softtune.tasks.base import Prediction, Task
+from softtune.tasks.metrics import TEXT_METRICS, Quality, text_quality
+from softtune.tasks.requests import Generate, Loglikelihood
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTask:
+class TextTask(Task):
     """Generates a text for each record."""
 
     kind: TaskType
@@ -33,6 +38,34 @@ class TextTask:
     """Tokens to generate at most."""
     max_answer: int | None = None
     """Tokens of a reference at most, where it is encoded apart from the record; None for no limit."""
+
+    metrics = TEXT_METRICS
+
+    @classmethod
+    def fits(cls, recipe: Any) -> bool:
+        """See ``Task``."""
+        return recipe.labels is None
+
+    @classmethod
+    def from_recipe(cls, recipe: Any) -> TextTask:
+        """See ``Task``."""
+        return cls(
+            kind=recipe.task,
+            template=Template(recipe.template),
+            label_column=recipe.label_column,
+            max_length=recipe.max_length,
+            max_new_tokens=recipe.max_new_tokens,
+        )
+
+    @property
+    def writes(self) -> bool:
+        """See ``Task``."""
+        return True
+
+    @property
+    def merges_references(self) -> bool:
+        """See ``Task``."""
+        return True
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -74,8 +107,58 @@ class TextTask:
             self.template, record, tokenizer, answer=text, max_length=self.max_length, max_answer=self.max_answer
         )
 
+    def requests(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Generate]:
+        """See ``Task``."""
+        return [Generate(self.encode(record, tokenizer), self.max_new_tokens)]
 
-def with_all_references(records: Dataset, task: TextTask) -> Dataset:
+    def prompt(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+        """See ``Task``."""
+        return self.encode(record, tokenizer)
+
+    def process(
+        self,
+        record: Mapping[str, Any],
+        requests: Sequence[Any],
+        results: Sequence[Any],
+        baseline: Sequence[Any] | None = None,
+    ) -> Prediction:
+        """See ``Task``."""
+        return Prediction(answer=results[0], truncated=requests[0].example.truncated)
+
+    def measure(
+        self, references: Sequence[Sequence[str]], answers: Sequence[str], likelihoods: Tensor | None = None
+    ) -> Quality:
+        """See ``Task``."""
+        return text_quality(references, answers, likelihoods)
+
+    def reference_request(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Loglikelihood:
+        """See ``Task``. Of a reference count about as many tokens as may be generated, and its end where it is among
+        them."""
+        is_apart = self.kind is TaskType.SEQ_2_SEQ_LM
+        wide = self if is_apart else replace(self, max_length=self.max_length + self.max_new_tokens)
+        return Loglikelihood([wide._with_reference(record, self.reference(record)[0], tokenizer)])
+
+    def _with_reference(self, record: Mapping[str, Any], text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+        """A record with the first tokens of a reference."""
+        ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        count = self.max_new_tokens
+        if len(ends) < count:
+            return self.encode(record, tokenizer, text=text)
+        example = self.encode(record, tokenizer, text=text[: ends[max(count - 1, 1) - 1][1]])
+        labels: Any = example.labels
+        is_end = isinstance(labels, list) and labels[-1] == tokenizer.eos_token_id
+        return replace(example, labels=[*labels[:-1], IGNORED]) if is_end else example
+
+    def describe(self) -> dict[str, Any]:
+        """See ``Task``."""
+        return {"template": self.template.text}
+
+    def answer_text(self, record: Mapping[str, Any]) -> str:
+        """What a labelled record's text continues with."""
+        return self.reference(record)[0]
+
+
+def with_all_references(records: Dataset, task: Task) -> Dataset:
     """Merge labelled records with the same input into one with all their references; other columns are the first's."""
     from datasets import Dataset
 

@@ -6,14 +6,21 @@ of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from softtune.data.encoding import IGNORED, Example
 from softtune.data.records import cell_text
+from softtune.data.templates import Template
 from softtune.errors import DataError
 from softtune.methods import TaskType
+from softtune.tasks.base import Prediction, Task
+from softtune.tasks.metrics import SPAN_METRICS, Quality, span_quality
+from softtune.tasks.requests import LocateSpan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,17 +43,16 @@ class AnswerSpan(NamedTuple):
         return self.start + len(self.text)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stride:
-    """A question and one part of its context, encoded."""
+@dataclass(frozen=True, eq=False)
+class Stride(LocateSpan):
+    """A question and one part of its context."""
 
-    example: Example
     places: list[tuple[int, int] | None]
     """For each token of the context the start and end of its characters; None for other tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpanTask:
+class SpanTask(Task):
     """Answers questions with spans of their contexts."""
 
     question: str
@@ -66,6 +72,35 @@ class SpanTask:
     """Whether there are questions without an answer."""
 
     kind = TaskType.QUESTION_ANS
+    metrics = SPAN_METRICS
+    endpoint = "/v1/answer"
+    endpoint_summary = "Tell which parts of records' texts answer their questions; an empty one where none does."
+    asks_for = "answers"
+    bare_template = "{question} {context}"
+
+    @classmethod
+    def fits(cls, recipe: Any) -> bool:
+        """See ``Task``."""
+        return recipe.task is TaskType.QUESTION_ANS
+
+    @classmethod
+    def check_recipe(cls, recipe: Any) -> None:
+        """See ``Task``."""
+        if recipe.labels:
+            raise ValueError("QUESTION_ANS answers with parts of a text: drop labels")
+
+    @classmethod
+    def from_recipe(cls, recipe: Any) -> SpanTask:
+        """See ``Task``."""
+        question, context = Template(recipe.template).fields
+        return cls(
+            question=question,
+            context=context,
+            label_column=recipe.label_column,
+            max_length=recipe.max_length,
+            stride=recipe.stride,
+            may_be_unanswerable=recipe.unanswerable,
+        )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -104,11 +139,11 @@ class SpanTask:
                 token_type_ids=part.example.token_type_ids,
                 span=(0, 0) if answer is None else _tokens_of(answer, part.places),
             )
-            for part in self.prompts(record, tokenizer)
+            for part in self.requests(record, tokenizer)
         ]
 
-    def prompts(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Stride]:
-        """Encode a record for prediction: the question with each part of the context.
+    def requests(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Stride]:
+        """See ``Task``: the question with each part of the context.
 
         Raises:
             DataError: the question leaves no room for the context.
@@ -132,6 +167,30 @@ class SpanTask:
         )
         return [_stride(encoding, i) for i in range(len(encoding["input_ids"]))]
 
+    def process(
+        self,
+        record: Mapping[str, Any],
+        requests: Sequence[Any],
+        results: Sequence[Any],
+        baseline: Sequence[Any] | None = None,
+    ) -> Prediction:
+        """See ``Task``: the most likely span of all parts (Devlin et al. 2019, section 4.3)."""
+        parts = [(request, *result) for request, result in zip(requests, results, strict=True)]
+        start, end = best_span(self, parts)
+        return Prediction(answer=record[self.context][start:end], span=(start, end))
+
+    def measure(
+        self, references: Sequence[Sequence[AnswerSpan]], answers: Sequence[str], likelihoods: Tensor | None = None
+    ) -> Quality:
+        """See ``Task``."""
+        return span_quality([[one.text for one in several] for several in references], answers)
+
+    def as_json(self, prediction: Prediction) -> dict[str, Any]:
+        """See ``Task``."""
+        assert prediction.span is not None
+        start, end = prediction.span
+        return {"answer": prediction.answer, "start": start, "end": end}
+
 
 def _stride(encoding: Any, index: int) -> Stride:
     input_ids, types = encoding["input_ids"][index], encoding.get("token_type_ids")
@@ -144,6 +203,27 @@ def _stride(encoding: Any, index: int) -> Stride:
         ),
         places=[tuple(characters) if text == 1 else None for characters, text in pairs],
     )
+
+
+def best_span(task: SpanTask, parts: Sequence[tuple[Stride, Tensor, Tensor]]) -> tuple[int, int]:
+    """Start and end character of the most likely answer over all strides of a context. If the task has unanswerable
+    questions, (0, 0) where "no answer" scores higher in every stride (Devlin et al. 2019, section 4.3)."""
+    best, place = -torch.inf, (0, 0)
+    for part, first, last in parts:
+        inside = torch.tensor([covered is not None for covered in part.places])
+        pairs = torch.full((len(inside), len(inside)), -torch.inf).masked_fill(inside[:, None] & inside, 0)
+        pairs = (pairs + first[:, None] + last).triu().masked_fill(~_short(len(inside), task.max_answer), -torch.inf)
+        score, index = float(pairs.max()), int(pairs.argmax())
+        start, end = part.places[index // len(inside)], part.places[index % len(inside)]
+        if score > best and start is not None and end is not None:
+            best, place = score, (start[0], end[1])
+    nothing = min(float(first[0] + last[0]) for _, first, last in parts)
+    return (0, 0) if task.may_be_unanswerable and nothing > best else place
+
+
+def _short(length: int, longest: int) -> Tensor:
+    """[T, T] mask of the pairs of first and last token that are in order and span at most ``longest`` tokens."""
+    return torch.ones(length, length, dtype=torch.bool).triu().tril(longest - 1)
 
 
 def _tokens_of(answer: AnswerSpan, places: list[tuple[int, int] | None]) -> tuple[int, int]:

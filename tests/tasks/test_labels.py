@@ -3,9 +3,10 @@
 import datasets
 import pytest
 
-from softtune.data import LabelTask, Template, TextTask, Verbalizer, each_row
+from softtune.data import Template, Verbalizer, each_row
 from softtune.errors import DataError
 from softtune.methods import TaskType
+from softtune.tasks import LabelTask, TextTask
 from tests.data.test_templates import WORDS, answer_of, words_of
 
 RECORDS = datasets.Dataset.from_dict({"x": ["x0 x1 x2", "x0", ""], "label": [1, 0, 1]})

@@ -9,9 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from softtune.data.encoding import IGNORED, Example
+from softtune.data.templates import Template
 from softtune.errors import DataError
 from softtune.methods import TaskType
+from softtune.tasks.base import Prediction, Task
+from softtune.tasks.metrics import TAG_METRICS, Quality, tag_quality
+from softtune.tasks.requests import ClassifyTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,8 +26,16 @@ OUTSIDE = "O"
 """The BIO tag of a word outside of all entities."""
 
 
+@dataclass(frozen=True, eq=False)
+class WordTags(ClassifyTokens):
+    """Tags of a sentence's words."""
+
+    firsts: Sequence[int | None]
+    """The index of each word's first token; None for words that were cut, or have no token."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class TagTask:
+class TagTask(Task):
     """Tags the words of sentences."""
 
     words: str
@@ -34,6 +48,32 @@ class TagTask:
     """Tokens of a sentence at most."""
 
     kind = TaskType.TOKEN_CLS
+    metrics = TAG_METRICS
+    endpoint = "/v1/tag"
+    endpoint_summary = "Tell the tags of records' words."
+    asks_for = "tags"
+    bare_template = "{tokens}"
+
+    @classmethod
+    def fits(cls, recipe: Any) -> bool:
+        """See ``Task``."""
+        return recipe.task is TaskType.TOKEN_CLS
+
+    @classmethod
+    def check_recipe(cls, recipe: Any) -> None:
+        """See ``Task``."""
+        if isinstance(recipe.labels, dict):
+            raise ValueError("TOKEN_CLS has no words for its labels: list the tags")
+        if others := [tag for tag in recipe.labels or () if not is_bio(tag)]:
+            what = f"the label {others[0]!r} is no BIO tag"
+            raise ValueError(f"{what}: write O, and B- and I- before the kind of an entity")
+
+    @classmethod
+    def from_recipe(cls, recipe: Any) -> TagTask:
+        """See ``Task``."""
+        [words] = Template(recipe.template).fields
+        labels = tuple(recipe.labels or ())
+        return cls(words=words, label_column=recipe.label_column, labels=labels, max_length=recipe.max_length)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -65,15 +105,33 @@ class TagTask:
                 labels[first] = classes[word]
         return [Example(input_ids=input_ids, labels=labels, truncated=cut)]
 
-    def prompt(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Example, list[int | None]]:
-        """Encode a record for prediction.
+    def requests(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[WordTags]:
+        """See ``Task``."""
+        ids, firsts, truncated = self._encode(record, tokenizer)
+        return [WordTags(Example(input_ids=ids, labels=[IGNORED] * len(ids), truncated=truncated), firsts)]
 
-        Returns:
-            The example, and for each word the index of its first token; None for words that were truncated, or have no
-            token.
-        """
-        input_ids, firsts, cut = self._encode(record, tokenizer)
-        return Example(input_ids=input_ids, labels=[IGNORED] * len(input_ids), truncated=cut), firsts
+    def process(
+        self,
+        record: Mapping[str, Any],
+        requests: Sequence[Any],
+        results: Sequence[Any],
+        baseline: Sequence[Any] | None = None,
+    ) -> Prediction:
+        """See ``Task``."""
+        [request], [logits] = requests, results
+        classes = logits.argmax(-1).tolist()
+        tags = tuple(OUTSIDE if first is None else self.labels[classes[first]] for first in request.firsts)
+        return Prediction(answer=tags, truncated=request.example.truncated)
+
+    def measure(
+        self, references: Sequence[Sequence[str]], answers: Sequence[Sequence[str]], likelihoods: Tensor | None = None
+    ) -> Quality:
+        """See ``Task``."""
+        return tag_quality(references, answers)
+
+    def as_json(self, prediction: Prediction) -> dict[str, Any]:
+        """See ``Task``."""
+        return {"tags": list(prediction.answer), "truncated": prediction.truncated}
 
     def _words(self, record: Mapping[str, Any]) -> list[str]:
         words = _list(record, self.words)

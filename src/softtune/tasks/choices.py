@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from softtune.data.encoding import Example, encode
 from softtune.data.records import cell_text
 from softtune.data.templates import Template
 from softtune.errors import DataError
 from softtune.methods import TaskType
+from softtune.tasks.base import Prediction, Task
+from softtune.tasks.metrics import LABEL_METRICS, Quality, label_quality
+from softtune.tasks.requests import Loglikelihood
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceTask:
+class ChoiceTask(Task):
     """Picks one of a record's own choices, by a decoder's probability of each."""
 
     template: Template
@@ -31,6 +36,25 @@ class ChoiceTask:
     """Tokens of a record with a choice at most."""
 
     kind = TaskType.CAUSAL_LM
+    metrics = LABEL_METRICS
+    endpoint = "/v1/classify"
+    endpoint_summary = "Tell the labels of records, with their probabilities."
+    asks_for = "labels"
+
+    @classmethod
+    def fits(cls, recipe: Any) -> bool:
+        """See ``Task``."""
+        return recipe.choices is not None
+
+    @classmethod
+    def from_recipe(cls, recipe: Any) -> ChoiceTask:
+        """See ``Task``."""
+        return cls(
+            template=Template(recipe.template),
+            choices=recipe.choices,
+            label_column=recipe.label_column,
+            max_length=recipe.max_length,
+        )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -79,3 +103,36 @@ class ChoiceTask:
         return encode(
             self.template, record, tokenizer, answer=choice, max_length=self.max_length, room=room, add_eos=True
         )
+
+    def requests(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Loglikelihood]:
+        """See ``Task``."""
+        examples = [self.encode(record, tokenizer, choice) for choice in self.choices_in(record)]
+        return [Loglikelihood(examples)]
+
+    def num_choices(self, record: Mapping[str, Any]) -> int:
+        """See ``Task``."""
+        return len(self.choices_in(record))
+
+    def process(
+        self,
+        record: Mapping[str, Any],
+        requests: Sequence[Any],
+        results: Sequence[Any],
+        baseline: Sequence[Any] | None = None,
+    ) -> Prediction:
+        """See ``Task``."""
+        [scores], choices = results, self.choices_in(record)
+        truncated = requests[0].example.truncated
+        return Prediction(answer=choices[int(scores.argmax())], labels=choices, scores=scores, truncated=truncated)
+
+    def measure(self, references: Sequence[str], answers: Sequence[str], likelihoods: Tensor | None = None) -> Quality:
+        """See ``Task``."""
+        return label_quality(references, answers)
+
+    def describe(self) -> dict[str, Any]:
+        """See ``Task``."""
+        return {"template": self.template.text, "choices": self.choices}
+
+    def answer_text(self, record: Mapping[str, Any]) -> str:
+        """What a labelled record's text continues with."""
+        return self.reference(record)

@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from softtune.data import Collator
-from softtune.data.spans import AnswerSpan, SpanTask
 from softtune.errors import DataError
+from softtune.tasks.spans import AnswerSpan, SpanTask
 
 
 def pair_tokenizer() -> PreTrainedTokenizerFast:
@@ -62,7 +62,7 @@ def test_the_answer_is_in_every_part_that_has_all_of_it(seed: int) -> None:
     answer = words[first : first + draw.randint(1, 3)]
     context = " ".join(words)
     labelled = record(context, (" ".join(answer), len(" ".join([*words[:first], ""]))))
-    parts, examples = task().prompts(labelled, WORDS), task().examples(labelled, WORDS)
+    parts, examples = task().requests(labelled, WORDS), task().examples(labelled, WORDS)
     found = 0
     for part, example in zip(parts, examples, strict=True):
         assert example.span is not None

@@ -10,8 +10,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from softtune.data.encoding import IGNORED
-from softtune.data.tagging import TagTask, check_bio
 from softtune.errors import DataError
+from softtune.tasks.tags import TagTask, check_bio
 from tests.data.test_templates import WORDS
 
 LABELS = ("O", "B-PER", "I-PER", "B-LOC")
@@ -35,15 +35,16 @@ def test_a_words_first_token_has_its_tag() -> None:
 
 
 def test_words_that_are_cut_have_no_place() -> None:
-    example, firsts = task(max_length=3).prompt(SENTENCE, WORDS)
+    [request] = task(max_length=3).requests(SENTENCE, WORDS)
+    example, firsts = request.example, request.firsts
     assert firsts == [0, 2, None]
     assert example.truncated == 1
     assert task(max_length=3).examples(SENTENCE, WORDS)[0].labels == [1, IGNORED, 2]
 
 
 def test_an_empty_word_has_no_place() -> None:
-    _, firsts = task().prompt(record(["x0", "", "OK"], ["O", "O", "O"]), WORDS)
-    assert firsts == [0, None, 1]
+    [request] = task().requests(record(["x0", "", "OK"], ["O", "O", "O"]), WORDS)
+    assert request.firsts == [0, None, 1]
 
 
 def test_words_read_as_a_running_text() -> None:
@@ -52,7 +53,8 @@ def test_words_read_as_a_running_text() -> None:
     core = Tokenizer(BPE({token: i for i, token in enumerate([*letters, "Ġb"])}, [("Ġ", "b")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     own = PreTrainedTokenizerFast(tokenizer_object=core)
-    example, firsts = task().prompt(record(["a", "bc", "d", "b"], ["O"] * 4), own)
+    [request] = task().requests(record(["a", "bc", "d", "b"], ["O"] * 4), own)
+    example, firsts = request.example, request.firsts
     assert own.convert_ids_to_tokens(example.input_ids) == ["a", "Ġb", "c", "Ġ", "d", "Ġb"]
     assert firsts == [0, 1, 4, 5]
 

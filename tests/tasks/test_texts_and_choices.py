@@ -8,11 +8,11 @@ import pytest
 from datasets import Dataset
 
 from softtune.data import Template
-from softtune.data.choosing import ChoiceTask
 from softtune.data.records import cell_text
-from softtune.data.writing import TextTask, with_all_references
 from softtune.errors import DataError
 from softtune.methods import TaskType
+from softtune.tasks.choices import ChoiceTask
+from softtune.tasks.texts import TextTask, with_all_references
 from tests.data.test_templates import WORDS, words_of
 
 

@@ -20,6 +20,26 @@ from torch import Tensor
 
 RESAMPLES = 1000
 PERPLEXITY = "perplexity"
+LABEL_METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
+TAG_METRICS = ("f1", "precision", "recall", "accuracy")
+SPAN_METRICS = ("exact_match", "f1")
+TEXT_METRICS = ("bleu", "rouge_l", "chrf", "exact_match", PERPLEXITY)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is read."""
+
+    higher_is_better: bool = True
+    format: str = ".1%"
+    """Of its value in tables."""
+
+
+METRICS = {
+    **dict.fromkeys([*LABEL_METRICS, *TAG_METRICS, *SPAN_METRICS, *TEXT_METRICS], Metric()),
+    PERPLEXITY: Metric(higher_is_better=False, format=".2f"),
+}
+"""All metrics by name."""
 
 Rows = NDArray[np.intp]
 Statistic = Callable[[Rows], float]
@@ -49,7 +69,7 @@ class Quality:
 
 def direction(metric: str) -> int:
     """1 where higher is better, -1 where lower is."""
-    return -1 if metric == PERPLEXITY else 1
+    return 1 if METRICS.get(metric, Metric()).higher_is_better else -1
 
 
 def label_quality(right: Sequence[str], answers: Sequence[str]) -> Quality:
