@@ -112,7 +112,7 @@ def apply_adapters(
                 encoder_owners=owners,
             )
             session.attach(injection.attached)
-        session.attach(changes.acting)
+        session.attach(changes.applied)
         yield injection
         if injection is not None:
             injection.check_arrival(has_encoded=inputs.encoder_outputs is not None)
@@ -174,7 +174,7 @@ def computed_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool) -> Pro
     prompt: Prompt = adapter.module.prompt()
     if not as_kv:
         return prompt
-    with ModuleChanges(backbone, [], [adapter.heads]).acting():
+    with ModuleChanges(backbone, [], [adapter.heads]).applied():
         return prompt_to_kv(backbone, prompt)
 
 

@@ -577,3 +577,10 @@ def test_old_flags_of_serve_go_on_and_say_what_they_are_called_now(caplog: pytes
         "--hot is --adapter-cache-mb now, and will go: use that",
         "--tokens is --max-num-batched-tokens now, and will go: use that",
     ]
+
+
+@pytest.mark.parametrize("old", [("--rows", "0"), ("--slots", "63"), ("--hot", "-1")])
+def test_old_flags_of_serve_have_their_bounds(old: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "--model", "./nowhere", *old) == 2
+    assert "Invalid value" in (shown := capsys.readouterr().err)
+    assert old[0] in shown

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from datasets import Dataset
 
 from softtune.cli.loading import load_trained
@@ -37,8 +36,7 @@ class RatingTask(LabelTask):
 ROWS = [{"x": "red sky", "y": "3"}, {"x": "blue sky", "y": "1"}] * 6
 
 
-def test_a_new_kind_trains_is_evaluated_and_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softtune.tasks.KINDS", KINDS)
+def test_a_new_kind_trains_is_evaluated_and_is_served(tmp_path: Path) -> None:
     KINDS.insert(0, RatingTask)
     try:
         model = save_models(tmp_path / "models", attention_dropout=0.0)["llama"]

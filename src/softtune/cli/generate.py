@@ -39,7 +39,7 @@ def command(
     if not trained.task.writes:
         raise ConfigError("this adapter answers by a head or a choice and writes no text: use softtune predict")
     records = read_records(trained.recipe, data, text or [], split)
-    written = max_new_tokens or trained.task.max_new_tokens or NEW_TOKENS
+    written = max_new_tokens or trained.task.num_new_tokens or NEW_TOKENS
     task = fitted(trained.task, trained.model, written=written)
     prompts = each_row(records, task.columns, lambda record: task.prompt(record, trained.tokenizer))
     options: dict[str, Any] = {"num_beams": beams, "do_sample": temperature is not None, "max_new_tokens": written}

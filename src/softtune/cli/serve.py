@@ -26,7 +26,9 @@ from softtune.serving.service import Service
 KEYS, ADMIN_KEYS = "SOFTTUNE_API_KEYS", "SOFTTUNE_ADMIN_KEYS"
 """Environment variables with keys, separated by commas. No flags, since other users of a machine see command lines."""
 
-OldFlag = Annotated[int | None, typer.Option(hidden=True)]
+OldFlag = Annotated[int | None, typer.Option(hidden=True, min=1)]
+OldSlots = Annotated[int | None, typer.Option("--slots", hidden=True, min=64)]
+OldHot = Annotated[int | None, typer.Option("--hot", hidden=True, min=0)]
 NEW_FLAGS = {
     "rows": "max_num_seqs",
     "waiting": "max_num_waiting",
@@ -77,8 +79,8 @@ def command(
     rows: OldFlag = None,
     waiting: OldFlag = None,
     tokens: OldFlag = None,
-    slots: OldFlag = None,
-    hot: OldFlag = None,
+    slots: OldSlots = None,
+    hot: OldHot = None,
 ) -> None:
     """Serve adapters on one base model over HTTP: OpenAI's API, labels and tags, and a page to try them.
 

@@ -14,7 +14,7 @@ from softtune.experiments.outcomes import Entry
 from softtune.experiments.page import Table as Cells
 from softtune.experiments.report import failures, tables_of
 from softtune.formatting import in_units, in_words, shortened
-from softtune.tasks.metrics import METRICS, Quality
+from softtune.tasks.metrics import METRICS, Metric, Quality
 from softtune.training.learning_rate import STEPS, RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
@@ -160,7 +160,7 @@ def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iter
 
 
 def _figure(metric: str, value: float) -> str:
-    return format(value, METRICS[metric].format)
+    return format(value, METRICS.get(metric, Metric()).format)
 
 
 def _between(metric: str, interval: tuple[float, float]) -> str:

@@ -23,6 +23,7 @@ from softtune.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_TOKENS = "the text has no tokens; drop the row or add words to the template"
 IGNORED = -100
 """Label of a token that the loss ignores."""
 
@@ -118,7 +119,7 @@ def encode(
     kept = _cut(tokens, max_length, reserved=max(len(ending), room))
     prompt_ids = [token.id for token in kept if token.owner != _VIRTUAL]
     if not prompt_ids + ending:
-        raise DataError("the text has no tokens; drop the row or add words to the template")
+        raise DataError(NO_TOKENS)
     return Example(
         input_ids=prompt_ids + ending,
         labels=[IGNORED] * len(prompt_ids) + (target or [IGNORED] * len(ending)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softtune.data import IGNORED, each_row
-from softtune.errors import ConfigError
+from softtune.data.encoding import NO_TOKENS
+from softtune.errors import ConfigError, DataError
 from softtune.evaluation.predict import (
     Advance,
     score_head,
@@ -48,10 +49,11 @@ class Answers:
     def from_predictions(cls, predictions: Sequence[Prediction], task: Task, likelihoods: Tensor | None) -> Answers:
         """The predictions of every record, in order."""
         scores = [p.scores for p in predictions if p.scores is not None]
-        is_scored = bool(task.label_set and scores) and len(scores) == len(predictions)
+        is_scored = bool(task.label_set) and len(scores) == len(predictions)
+        none = torch.zeros(0, len(task.label_set))
         return cls(
             texts=[p.answer for p in predictions],
-            scores=torch.stack(scores) if is_scored else None,
+            scores=torch.cat([none, *(own[None] for own in scores)]) if is_scored else None,
             truncated=sum(p.truncated > 0 for p in predictions),
             likelihoods=likelihoods,
         )
@@ -83,7 +85,7 @@ def fitted_beside(task: Task, positions: int | None, virtual: int, *, written: i
     if task.kind is TaskType.SEQ_2_SEQ_LM:
         return _with_limits(task, positions - virtual, max_answer=positions - virtual)
     if written is None:
-        written = task.max_new_tokens
+        written = task.num_new_tokens
     if positions - virtual - written < 1:
         raise ConfigError(
             f"the model has {positions} positions, {virtual} virtual and {written} new tokens leave none for a text: "
@@ -119,15 +121,32 @@ def answer(
         AdapterError: the model's outputs contain NaN.
     """
     model.eval()
-    requests = each_row(records, task.columns, lambda record: task.requests(record, tokenizer))
+    requests = each_row(records, task.columns, lambda record: _requests(task, record, tokenizer))
     every = [*requests, *([] if (extra := task.baseline_record) is None else [task.requests(extra, tokenizer)])]
     flat = [request for own in every for request in own]
-    results = iter(execute(model, tokenizer, flat, advance=lambda done: advance(done * len(records) // len(flat))))
+    count = sum(map(len, requests))
+    results = iter(
+        execute(model, tokenizer, flat, advance=lambda done: advance(min(done, count) * len(records) // count))
+    )
     grouped = [[next(results) for _ in own] for own in every]
     baseline = None if extra is None else grouped.pop()
     rows = zip(records, requests, grouped, strict=True)
     predictions = [task.process(record, own, found, baseline) for record, own, found in rows]
     return Answers.from_predictions(predictions, task, _likelihoods(model, tokenizer, task, records))
+
+
+def _requests(task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Sequence[Request]:
+    """A record's requests.
+
+    Raises:
+        DataError: the record does not fit, or it has no tokens that an answer could follow.
+    """
+    requests = task.requests(record, tokenizer)
+    if task.kind is TaskType.CAUSAL_LM:
+        starts = [request.example.labels for request in requests if isinstance(request, Loglikelihood)]
+        if any(isinstance(labels, list) and labels[0] != IGNORED for labels in starts):
+            raise DataError(NO_TOKENS)
+    return requests
 
 
 def execute(
@@ -172,9 +191,13 @@ def _loglikelihoods(
 def _texts(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Any], advance: Advance
 ) -> list[str]:
-    [length] = {request.max_new_tokens for request in requests}
-    prompts = [request.example for request in requests]
-    return write_texts(model, tokenizer, prompts, advance=advance, do_sample=False, max_new_tokens=length)
+    texts: dict[int, str] = {}
+    for length in dict.fromkeys(request.max_new_tokens for request in requests):
+        numbers = [number for number, request in enumerate(requests) if request.max_new_tokens == length]
+        prompts, done = [requests[number].example for number in numbers], partial(_after, advance, len(texts))
+        found = write_texts(model, tokenizer, prompts, advance=done, do_sample=False, max_new_tokens=length)
+        texts |= zip(numbers, found, strict=True)
+    return [texts[number] for number in range(len(requests))]
 
 
 def _by_head(score: Callable[..., Iterable[Any]]) -> Executor:
@@ -211,11 +234,12 @@ def judge(task: Task, records: Dataset, answers: Answers) -> Quality:
 def _likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, records: Dataset) -> Tensor | None:
     """[B, 2] see ``Answers``."""
     column = task.label_column
-    if not task.merges_references or column not in records.column_names:
+    if column not in records.column_names or any(text in (None, "", []) for text in records[column]):
         return None
-    if any(text in (None, "", []) for text in records[column]):
+    requests = [task.reference_request(record, tokenizer) for record in records]
+    rows = [request.examples for request in requests if request is not None]
+    if not rows:
         return None
-    rows = [task.reference_request(record, tokenizer).examples for record in records]
     scores = score_words(model, rows, int(tokenizer.pad_token_id), batch_size=8)
     counts = torch.tensor([[float(sum(x != IGNORED for x in row[0].labels))] for row in rows])
     return torch.cat([scores, counts], dim=1)

@@ -140,7 +140,7 @@ def score_tokens(
     for batch in _batches([len(example.input_ids) for example in examples], batch_size, advance):
         with torch.no_grad():
             logits = _check_nan(_forward(model, _collate([examples[i] for i in batch], pad_token_id)).logits).cpu()
-        found |= {i: row[len(row) - len(examples[i].input_ids) :] for i, row in zip(batch, logits, strict=True)}
+        found |= {i: row[len(row) - len(examples[i].input_ids) :].clone() for i, row in zip(batch, logits, strict=True)}
     return [found[i] for i in range(len(examples))]
 
 

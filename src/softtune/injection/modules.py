@@ -41,7 +41,7 @@ class ModuleChanges:
     ) -> None:
         self._model = backbone.model
         self._hooks: dict[nn.Module, list[Any]] = {}
-        self._is_acting = False
+        self._is_applied = False
         for name, hook in [*_adders(backbone, biases, rows), *_answers(heads, rows)]:
             hook = hook if rows is None or name in backbone.row_modules else partial(_refuse, name)
             self._hooks.setdefault(self._model.get_submodule(name), []).append(hook)
@@ -51,7 +51,7 @@ class ModuleChanges:
         return any(module in self._hooks for module in part.modules())
 
     @contextmanager
-    def acting(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Change outputs for the length of the block, and whenever a layer checkpointed in it is recomputed."""
         with self._inside(self._model), around_runs(self._model, self._again):
             yield
@@ -59,7 +59,7 @@ class ModuleChanges:
     @contextmanager
     def _again(self, layer: nn.Module) -> Iterator[None]:
         """Change a recomputed layer's outputs in a model session, unless the whole model's are being changed."""
-        if self._is_acting:
+        if self._is_applied:
             yield
             return
         with model_session(self._model), self._inside(layer):
@@ -72,11 +72,11 @@ class ModuleChanges:
             for module in part.modules() if self._hooks else ():
                 for hook in self._hooks.get(module, ()):
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            self._is_acting = True
+            self._is_applied = True
             try:
                 yield
             finally:
-                self._is_acting = False
+                self._is_applied = False
 
 
 def _refuse(name: str, *_: Any) -> None:

@@ -145,7 +145,7 @@ def run_chunks(backbone: Backbone, pool: KVPool, chunks: Sequence[ScheduledChunk
     }
     with model_session(backbone.model) as session:
         session.attach(partial(pool.reading, pieces))
-        session.attach(_changes(backbone, prompts).acting)
+        session.attach(_changes(backbone, prompts).applied)
         logits = backbone.model(**call, use_cache=False).logits[0]
     return list(logits.split([chunk.keep for chunk in chunks]))
 

@@ -21,7 +21,7 @@ from softtune.serving.registry import Version
 from softtune.serving.requests import LoglikelihoodRequest
 from softtune.serving.service import Service, asks_for
 from softtune.tasks import Task
-from softtune.tasks.requests import Loglikelihood, Request
+from softtune.tasks.requests import Classify, ClassifyTokens, Generate, LocateSpan, Loglikelihood, Request
 
 MOST_CHOICES = 64
 """Maximum number of choices in one record."""
@@ -84,13 +84,16 @@ class TaskRunner:
         """A record's requests, and the result of each."""
         requests = await self._encoded(lambda tokenizer: task.requests(record, tokenizer))
         results: dict[Request, Any] = {}
+        by_head = [request for request in requests if isinstance(request, Classify | ClassifyTokens | LocateSpan)]
         for request in requests:
             if isinstance(request, Loglikelihood):
                 results[request] = await self._score(version, request)
-        by_head = [request for request in requests if not isinstance(request, Loglikelihood)]
+            elif isinstance(request, Generate):
+                raise RequestError(f"{version.name} generates texts: ask for them at /v1/completions")
         if by_head:
             outputs = await self._judge(version, [request.example for request in by_head])
-            results |= zip(by_head, (own[0] if len(own) == 1 else own for own in outputs), strict=True)
+            for request, output in zip(by_head, outputs, strict=True):
+                results[request] = output if isinstance(request, LocateSpan) else output[0]
         return requests, [results[request] for request in requests]
 
     async def _encoded(self, encode: Callable[[PreTrainedTokenizerBase], Result]) -> Result:

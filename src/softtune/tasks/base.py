@@ -53,8 +53,6 @@ class Task(ABC):
     """What the endpoint answers with, in a word."""
     kind: TaskType
     """The task type of the model that answers."""
-    max_new_tokens: int = 0
-    """Tokens to generate at most."""
     label_column: str
     """The column with the reference."""
     max_length: int
@@ -82,6 +80,11 @@ class Task(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """The columns that prediction needs."""
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens to generate at most, behind a record."""
+        return 0
 
     @property
     def label_set(self) -> tuple[str, ...]:
@@ -154,9 +157,9 @@ class Task(ABC):
         """A record's text to continue, of kinds that write."""
         raise NotImplementedError
 
-    def reference_request(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Loglikelihood:
-        """The log-likelihood of a record's first reference, of kinds that generate."""
-        raise NotImplementedError
+    def reference_request(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Loglikelihood | None:
+        """The log-likelihood of a record's first reference; None where the kind has no use for it."""
+        return None
 
     def answer_text(self, record: Mapping[str, Any]) -> str:
         """What a labelled record's text continues with, of kinds whose answer is text."""

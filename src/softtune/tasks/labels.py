@@ -89,7 +89,7 @@ class LabelTask(Task):
     @property
     def baseline_record(self) -> dict[str, str] | None:
         """See ``Task``."""
-        return dict.fromkeys(self.columns, CONTENT_FREE) if self.is_calibrated else None
+        return dict.fromkeys(self.columns, CONTENT_FREE) if self.is_calibrated and not self.has_head else None
 
     def reference(self, record: Mapping[str, Any]) -> str:
         """A record's label.

@@ -72,13 +72,13 @@ def direction(metric: str) -> int:
     return 1 if METRICS.get(metric, Metric()).higher_is_better else -1
 
 
-def label_quality(right: Sequence[str], answers: Sequence[str]) -> Quality:
+def label_quality(references: Sequence[str], answers: Sequence[str]) -> Quality:
     """``accuracy``, ``balanced_accuracy`` (the mean recall over labels) and ``macro_f1``."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    labels = sorted({*right, *answers})
+    labels = sorted({*references, *answers})
     numbers = {label: i for i, label in enumerate(labels)}
-    truth, found = (np.array([numbers[label] for label in side]) for side in (right, answers))
+    truth, found = (np.array([numbers[label] for label in side]) for side in (references, answers))
 
     def matrix(rows: Rows) -> NDArray[np.float64]:
         return np.asarray(confusion_matrix(truth[rows], found[rows], labels=range(len(labels))), dtype=np.float64)
@@ -99,22 +99,22 @@ def label_quality(right: Sequence[str], answers: Sequence[str]) -> Quality:
     )
 
 
-def tag_quality(right: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> Quality:
+def tag_quality(references: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> Quality:
     """``precision``, ``recall`` and ``f1`` of whole entities in BIO tags, and ``accuracy`` of tags."""
     from seqeval.metrics import classification_report
     from seqeval.metrics.sequence_labeling import get_entities
 
-    entities = [[set(get_entities(list(tags))) for tags in side] for side in (right, answers)]
+    entities = [[set(get_entities(list(tags))) for tags in side] for side in (references, answers)]
     hits = np.array([len(a & b) for a, b in zip(*entities, strict=True)], dtype=float)
     wanted, found = (np.array([len(spans) for spans in side], dtype=float) for side in entities)
-    same = np.array([sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(right, answers, strict=True)])
-    words = np.array([len(tags) for tags in right])
+    same = np.array([sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(references, answers, strict=True)])
+    words = np.array([len(tags) for tags in references])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Precision and F-score are ill-defined")
         warnings.filterwarnings("ignore", message="Recall and F-score are ill-defined")
         report: dict[str, Any] = {}
         if wanted.any() or found.any():
-            sides = ([list(tags) for tags in side] for side in (right, answers))
+            sides = ([list(tags) for tags in side] for side in (references, answers))
             report = classification_report(*sides, output_dict=True, zero_division=0)
     return _quality(
         {
@@ -137,12 +137,12 @@ def tag_quality(right: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]
     )
 
 
-def span_quality(right: Sequence[Sequence[str]], answers: Sequence[str]) -> Quality:
+def span_quality(references: Sequence[Sequence[str]], answers: Sequence[str]) -> Quality:
     """``exact_match`` and ``f1`` of words against the best-matching reference of each question (Rajpurkar et al. 2016).
     The reference of a question without an answer is ""."""
     pairs = [
         ([_squad_words(one) for one in several or [""]], _squad_words(answer))
-        for several, answer in zip(right, answers, strict=True)
+        for several, answer in zip(references, answers, strict=True)
     ]
     exact = np.array([max(float(one == found) for one in some) for some, found in pairs])
     f1 = np.array([max(_word_f1(one, found) for one in some) for some, found in pairs])
@@ -158,19 +158,21 @@ def _squad_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
-def _word_f1(right: Sequence[str], found: Sequence[str]) -> float:
+def _word_f1(references: Sequence[str], found: Sequence[str]) -> float:
     """F1 of two bags of words, the harmonic mean of precision and recall; 1.0 where both are empty."""
-    if not right or not found:
-        return float(right == found)
-    return 2 * (Counter(right) & Counter(found)).total() / (len(right) + len(found))
+    if not references or not found:
+        return float(references == found)
+    return 2 * (Counter(references) & Counter(found)).total() / (len(references) + len(found))
 
 
-def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str], likelihoods: Tensor | None = None) -> Quality:
+def text_quality(
+    references: Sequence[Sequence[str]], answers: Sequence[str], likelihoods: Tensor | None = None
+) -> Quality:
     """``bleu`` and ``chrf`` of sacreBLEU, ``rouge_l`` (F-measure with stemming, best-matching reference) and
     ``exact_match``, against all references of each text.
 
     Args:
-        right: the references of each text.
+        references: the references of each text.
         answers: the generated texts.
         likelihoods: [B, 2] log-probability and number of tokens of each text's first reference; if given, the result
             has ``perplexity``, in which every token has the same weight.
@@ -180,13 +182,13 @@ def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str], likelih
     from sacrebleu.metrics.chrf import CHRF
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = list(zip(right, answers, strict=True))
+    pairs = list(zip(references, answers, strict=True))
     rouge = np.array([scorer.score_multi(list(several), answer)["rougeL"].fmeasure for several, answer in pairs])
     exact = np.array([any(answer.strip() == one.strip() for one in several) for several, answer in pairs], dtype=float)
     statistics: dict[str, Statistic] = {
-        "bleu": _of_corpus(BLEU(), right, answers),
+        "bleu": _of_corpus(BLEU(), references, answers),
         "rouge_l": lambda rows: float(rouge[rows].mean()),
-        "chrf": _of_corpus(CHRF(), right, answers),
+        "chrf": _of_corpus(CHRF(), references, answers),
         "exact_match": lambda rows: float(exact[rows].mean()),
     }
     if likelihoods is not None:
@@ -195,10 +197,10 @@ def text_quality(right: Sequence[Sequence[str]], answers: Sequence[str], likelih
     return _quality(statistics, mistakes=exact < 1)
 
 
-def _of_corpus(metric: Any, right: Sequence[Sequence[str]], answers: Sequence[str]) -> Statistic:
+def _of_corpus(metric: Any, references: Sequence[Sequence[str]], answers: Sequence[str]) -> Statistic:
     """A sacreBLEU metric as a function of rows: it sums the statistics of the rows."""
-    most = max(len(several) for several in right)
-    streams = [[several[i] if i < len(several) else None for several in right] for i in range(most)]
+    most = max(len(several) for several in references)
+    streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
     counts = np.array(metric._extract_corpus_statistics(list(answers), streams))
     return lambda rows: float(metric._compute_score_from_stats(counts[rows].sum(axis=0).tolist()).score) / 100
 

@@ -58,6 +58,11 @@ class TextTask(Task):
         )
 
     @property
+    def num_new_tokens(self) -> int:
+        """See ``Task``."""
+        return self.max_new_tokens
+
+    @property
     def writes(self) -> bool:
         """See ``Task``."""
         return True

@@ -109,7 +109,7 @@ def _add_endpoints(app: FastAPI, server: Server, settings: Settings) -> None:
     asking.post("/v1/completions")(server.complete)
     asking.post("/v1/chat/completions")(server.chat)
     for endpoint, summary in {
-        kind.endpoint: kind.endpoint_summary for kind in reversed(KINDS) if kind.endpoint
+        kind.endpoint: kind.endpoint_summary for kind in [KINDS[-1], *KINDS] if kind.endpoint
     }.items():
         asking.post(endpoint)(server.records(endpoint, summary))
     ruling.get("/v1/adapters")(server.adapters)

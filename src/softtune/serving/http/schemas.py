@@ -128,7 +128,7 @@ class CompletionRequest(Sampled):
     """Not served."""
 
 
-class ContentPart(WithoutNulls):
+class Part(WithoutNulls):
     """A part of a message."""
 
     model_config = ConfigDict(extra="forbid")
@@ -143,7 +143,7 @@ class Message(WithoutNulls):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | Annotated[list[ContentPart], Field(min_length=1)]
+    content: StrictStr | Annotated[list[Part], Field(min_length=1)]
     name: StrictStr | None = None
     """Taken, and of no use here."""
     annotations: Annotated[list[Any], Field(max_length=0)] = []
