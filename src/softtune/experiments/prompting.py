@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -71,10 +72,11 @@ def answer_alone(case: Case, progress: Progress) -> list[Outcome]:
 
 def _with_shots(recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The recipe's task with labelled rows in front of the template."""
-    task: Any = recipe.definition
     if not len(rows):
-        return task
+        return recipe.definition
+    task: Any = recipe.definition
     shots = "".join(f"{task.template.filled(row)}{task.answer_text(row)}{END}" for row in rows)
     more = len(tokenizer(shots)["input_ids"])
     template = Template(shots.replace("{", "{{").replace("}", "}}") + task.template.text)
-    return dataclasses.replace(task, template=template, max_length=task.max_length + more)
+    shown: Task = dataclasses.replace(task, template=template, max_length=task.max_length + more)
+    return shown
