@@ -79,3 +79,11 @@ def test_texts_of_several_lengths(models: dict[str, str]) -> None:
 def test_a_text_task_needs_a_length() -> None:
     with pytest.raises(TypeError, match="max_new_tokens"):
         TextTask(kind=TaskType.CAUSAL_LM, template=TEMPLATE, label_column="y", max_length=24)  # type: ignore[call-arg]
+
+
+def test_no_records_of_a_calibrated_task(models: dict[str, str]) -> None:
+    done = list[int]()
+    task = labels(is_calibrated=True, template=Template("text : {x} label : "))
+    answers = answer(*writer(models["llama"]), task, Dataset.from_dict({"x": []}), advance=done.append)
+    assert answers.texts == []
+    assert set(done) <= {0}

@@ -20,11 +20,6 @@ from softtune.backbone.interface import Attention, AttentionWrapper, MaskForm
 from softtune.compat import is_disentangled
 
 
-def has_disentangled_attention(stack: nn.Module) -> bool:
-    """Whether a stack's attention is DeBERTa's."""
-    return any(map(is_disentangled, stack.modules()))
-
-
 @contextmanager
 def wrap_disentangled_attention(stack: nn.Module, wrapper: AttentionWrapper) -> Iterator[None]:
     """Make a stack's attention call ``wrapper`` for the length of the block, and whenever a checkpointed layer that was

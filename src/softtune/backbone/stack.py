@@ -105,6 +105,11 @@ class Stack:
         return compat.has_position_table(self.module) and not self.takes_position_ids and self.position_table is None
 
     @cached_property
+    def is_disentangled(self) -> bool:
+        """Whether its attention is DeBERTa's, which calls no interface."""
+        return any(map(compat.is_disentangled, self.module.modules()))
+
+    @cached_property
     def first_position(self) -> int:
         """The position of the first real token: in RoBERTa and its relatives the one after the padding's."""
         return compat.first_position(self.module)

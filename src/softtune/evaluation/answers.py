@@ -126,7 +126,7 @@ def answer(
     flat = [request for own in every for request in own]
     count = sum(map(len, requests))
     results = iter(
-        execute(model, tokenizer, flat, advance=lambda done: advance(min(done, count) * len(records) // count))
+        execute(model, tokenizer, flat, advance=lambda done: advance(min(done, count) * len(records) // max(count, 1)))
     )
     grouped = [[next(results) for _ in own] for own in every]
     baseline = None if extra is None else grouped.pop()
@@ -234,7 +234,9 @@ def judge(task: Task, records: Dataset, answers: Answers) -> Quality:
 def _likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, records: Dataset) -> Tensor | None:
     """[B, 2] see ``Answers``."""
     column = task.label_column
-    if column not in records.column_names or any(text in (None, "", []) for text in records[column]):
+    if not task.num_new_tokens or column not in records.column_names:
+        return None
+    if any(text in (None, "", []) for text in records[column]):
         return None
     requests = [task.reference_request(record, tokenizer) for record in records]
     rows = [request.examples for request in requests if request is not None]

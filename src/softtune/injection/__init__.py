@@ -107,7 +107,7 @@ class Injection:
                 stack.callback(handle.remove)
             for injection in self.stacks:
                 stack.callback(injection.stop_skipping)
-                if injection.is_disentangled:
+                if injection.stack.is_disentangled:
                     stack.enter_context(injection.attention())
             if backbone.is_decoder_only and self.num_among and backbone.model.can_generate():
                 stack.enter_context(counting_words(backbone.model, self.num_among))

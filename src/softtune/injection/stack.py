@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from softtune import compat
 from softtune.backbone import Backbone, Site, Stack, is_reentrant, skipped
-from softtune.backbone.disentangled import has_disentangled_attention, wrap_disentangled_attention
+from softtune.backbone.disentangled import wrap_disentangled_attention
 from softtune.backbone.interface import WRAPPER, Attention
 from softtune.errors import UnsupportedModelError
 from softtune.injection.attention_wrapper import PrefixAttention
@@ -59,7 +59,6 @@ class StackInjection:
         self.stack = stack
         self.adapter_prompts, self.layer_cache = prompts, layer_cache
         self.takes_wrapper = backbone.takes_wrapper
-        self.is_disentangled = has_disentangled_attention(stack.module)
         self.layers_attend = bool(backbone.attention_layers)
         self.rows = rows
         self.columns = Columns(columns, text_ends)
@@ -156,7 +155,7 @@ class StackInjection:
         elif (slots := self._open_slots(call, step, row_prompts)) is not None:
             call[WRAPPER] = PrefixAttention({}, visible={}, biases={}, cached=(), open_slots=slots)
         self.wrapper = call.get(WRAPPER)
-        if self.is_disentangled:
+        if self.stack.is_disentangled:
             call.pop(WRAPPER, None)
         return (), self.stack.keywords(call, kwargs)
 
