@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from softtune.data.encoding import Example, encode
 from softtune.data.records import cell_text
 from softtune.data.templates import Template
 from softtune.errors import DataError
 from softtune.methods import TaskType
-from softtune.tasks.base import Prediction, Task
-from softtune.tasks.metrics import LABEL_METRICS, Quality, label_quality
+from softtune.tasks.base import Prediction
+from softtune.tasks.labels import Classification
 from softtune.tasks.requests import Loglikelihood
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceTask(Task):
+class ChoiceTask(Classification):
     """Picks one of a record's own choices, by a decoder's probability of each."""
 
     template: Template
@@ -36,10 +34,6 @@ class ChoiceTask(Task):
     """Tokens of a record with a choice at most."""
 
     kind = TaskType.CAUSAL_LM
-    metrics = LABEL_METRICS
-    endpoint = "/v1/classify"
-    endpoint_summary = "Tell the labels of records, with their probabilities."
-    asks_for = "labels"
 
     @classmethod
     def fits(cls, recipe: Any) -> bool:
@@ -121,13 +115,7 @@ class ChoiceTask(Task):
         baseline: Sequence[Any] | None = None,
     ) -> Prediction:
         """See ``Task``."""
-        [scores], choices = results, self.choices_in(record)
-        truncated = requests[0].example.truncated
-        return Prediction(answer=choices[int(scores.argmax())], labels=choices, scores=scores, truncated=truncated)
-
-    def measure(self, references: Sequence[str], answers: Sequence[str], likelihoods: Tensor | None = None) -> Quality:
-        """See ``Task``."""
-        return label_quality(references, answers)
+        return self.predicted(self.choices_in(record), results[0], requests[0])
 
     def describe(self) -> dict[str, Any]:
         """See ``Task``."""

@@ -25,8 +25,26 @@ CONTENT_FREE = "N/A"
 """Text of every field of a record without content (Zhao et al. 2021, Calibrate Before Use)."""
 
 
+class Classification(Task):
+    """Answers with the likeliest of some texts."""
+
+    metrics = LABEL_METRICS
+    endpoint = "/v1/classify"
+    endpoint_summary = "Tell the labels of records, with their probabilities."
+    asks_for = "labels"
+
+    def measure(self, references: Sequence[str], answers: Sequence[str], likelihoods: Tensor | None = None) -> Quality:
+        """See ``Task``."""
+        return label_quality(references, answers)
+
+    def predicted(self, labels: Sequence[str], scores: Tensor, request: Any) -> Prediction:
+        """The likeliest of N labels, by their scores [N]."""
+        truncated = request.example.truncated
+        return Prediction(answer=labels[int(scores.argmax())], labels=labels, scores=scores, truncated=truncated)
+
+
 @dataclass(frozen=True, kw_only=True)
-class LabelTask(Task):
+class LabelTask(Classification):
     """Classifies records into labels."""
 
     kind: TaskType
@@ -43,11 +61,6 @@ class LabelTask(Task):
     """Tokens of a label at most, where it is encoded apart from the record; None for no limit."""
     is_calibrated: bool = False
     """Whether labels' probabilities are divided by those for a record without content."""
-
-    metrics = LABEL_METRICS
-    endpoint = "/v1/classify"
-    endpoint_summary = "Tell the labels of records, with their probabilities."
-    asks_for = "labels"
 
     @classmethod
     def fits(cls, recipe: Any) -> bool:
@@ -151,13 +164,7 @@ class LabelTask(Task):
         """See ``Task``."""
         [scores] = results
         scores = scores if baseline is None else scores - baseline[0]
-        label = self.label_set[int(scores.argmax())]
-        truncated = requests[0].example.truncated
-        return Prediction(answer=label, labels=self.label_set, scores=scores, truncated=truncated)
-
-    def measure(self, references: Sequence[str], answers: Sequence[str], likelihoods: Tensor | None = None) -> Quality:
-        """See ``Task``."""
-        return label_quality(references, answers)
+        return self.predicted(self.label_set, scores, requests[0])
 
     def describe(self) -> dict[str, Any]:
         """See ``Task``."""
