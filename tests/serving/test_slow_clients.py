@@ -21,7 +21,7 @@ from softtune.serving.sampling import SampledToken
 from softtune.serving.service import Service, TokenDelta
 
 HALF = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 99\r\n\r\nhalf of it"
-SLOW = 1.0
+BETWEEN_TOKENS = 0.5
 """Seconds between two tokens."""
 
 
@@ -35,8 +35,8 @@ def half_asked(client: httpx.Client) -> bytes:
 async def slowly(*_: Any) -> AsyncIterator[TokenDelta]:
     """A text that never ends."""
     while True:
-        await asyncio.sleep(SLOW)
         yield TokenDelta(SampledToken(3), "red ", None)
+        await asyncio.sleep(BETWEEN_TOKENS)
 
 
 def test_half_a_request_is_given_up_on(llama: str) -> None:
@@ -49,10 +49,10 @@ def test_half_a_request_is_given_up_on(llama: str) -> None:
 
 def test_a_stream_has_the_time_of_one_answer(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Service, "generate", slowly)
-    with serving(llama, None, seconds=1.5 * SLOW) as client:
-        events = complete(client, model=llama, stream=True).text.split("\n\n")
-    assert len(events) == 3  # a token, the error, and what is behind the last line
-    assert "the answer takes longer than 1.5 seconds" in json.loads(events[1][6:])["error"]["message"]
+    with serving(llama, None, seconds=6 * BETWEEN_TOKENS) as client:
+        *tokens, error, behind_the_last_line = complete(client, model=llama, stream=True).text.split("\n\n")
+    assert tokens and not behind_the_last_line
+    assert "the answer takes longer than 3 seconds" in json.loads(error[6:])["error"]["message"]
 
 
 def test_who_stops_reading_is_left(llama: str, adapters: Path) -> None:
