@@ -194,9 +194,28 @@ def create_masks(config: Any, vectors: Tensor) -> Any:
 # Attention
 
 
-def has_interface(model: Any) -> bool:
+def has_interface(model: nn.Module) -> bool:
     """Whether a model uses the attention interface, so that its attention function can be set."""
-    return bool(model._can_set_attn_implementation())
+    model_class: Any = type(model)
+    return isinstance(model, PreTrainedModel) and _has_interface(model_class)
+
+
+@cache
+def _has_interface(model_class: Any) -> bool:
+    return bool(model_class._can_set_attn_implementation())
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configs of a model's modules and the configs inside them: each names the attention function of its layers."""
+    found = {id(config): config for m in model.modules() if (config := vars(m).get("config")) is not None}
+    waiting = list(found.values())
+    while waiting:
+        config = waiting.pop()
+        inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+        new = {id(part): part for part in inside if part is not None and id(part) not in found}
+        found |= new
+        waiting += new.values()
+    return list(found.values())
 
 
 def attention_name(config: Any) -> str | None:
@@ -205,8 +224,9 @@ def attention_name(config: Any) -> str | None:
 
 
 def set_attention_name(config: Any, name: str) -> None:
-    """Set the attention function of a config."""
-    config._attn_implementation = name
+    """Set the attention function of a config, but not of the configs inside it."""
+    alone = "_attn_implementation_internal"
+    setattr(config, alone if alone in vars(config) else "_attn_implementation", name)
 
 
 def with_attention_name(name: str) -> dict[str, str]:
@@ -296,6 +316,12 @@ def first_position(stack: Any) -> int:
     table = getattr(getattr(stack, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return 0 if padding is None else int(padding) + 1
+
+
+def hidden_dropout(config: Any) -> float:
+    """A config's dropout probability of hidden states, from whichever field the model's family has for it."""
+    names = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "dropout_rate", "dropout")
+    return next((float(getattr(config, name)) for name in names if hasattr(config, name)), 0.0)
 
 
 def keeps_states(stack: Any) -> bool:

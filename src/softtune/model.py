@@ -31,7 +31,6 @@ from softtune.adapter_context import (
     tag_cache,
 )
 from softtune.backbone import Backbone
-from softtune.backbone.interface import install
 from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterError, ConfigError
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
@@ -55,9 +54,8 @@ class PeftModel(PushToHubMixin, PeftNames):
     """A frozen base model with adapters. Attributes that it lacks are looked up on the base model.
 
     Args:
-        model: the base model. Its parameters are frozen and its attention is routed through softtune, which without an
-            adapter leaves its outputs bit-identical. A model with PEFT's LoRA stays as it is, with the LoRA frozen or
-            trained along.
+        model: the base model, whose parameters are frozen. A model with PEFT's LoRA stays as it is, with the LoRA
+            frozen or trained along.
         peft_config: the first adapter's config; without one there is no adapter yet.
         adapter_name: the first adapter's name.
         options: PEFT's options that have no effect here.
@@ -84,7 +82,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         if isinstance(model, PeftModel):
             raise AdapterError("the model has adapters already: add another with add_adapter")
         base = _base_of(model)
-        backbone = Backbone(base)
+        backbone = Backbone.of(base)
         super().__init__(base if base is not model else base.requires_grad_(False), backbone)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
@@ -98,11 +96,6 @@ class PeftModel(PushToHubMixin, PeftNames):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (_without_base(type(self)), vars(type(self)).get("shown")), self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.backbone.takes_wrapper:
-            install(self.backbone.model)
 
     # Adapters: load and save
 

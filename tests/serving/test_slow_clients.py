@@ -51,7 +51,8 @@ def test_a_stream_has_the_time_of_one_answer(llama: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(Service, "generate", slowly)
     with serving(llama, None, seconds=6 * BETWEEN_TOKENS) as client:
         *tokens, error, behind_the_last_line = complete(client, model=llama, stream=True).text.split("\n\n")
-    assert tokens and not behind_the_last_line
+    assert tokens
+    assert not behind_the_last_line
     assert "the answer takes longer than 3 seconds" in json.loads(error[6:])["error"]["message"]
 
 

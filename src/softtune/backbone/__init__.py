@@ -7,8 +7,10 @@ adapters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from accelerate.utils import align_module_device
@@ -24,7 +26,6 @@ from softtune.backbone.checkpointing import (
     without_gradient_checkpointing,
 )
 from softtune.backbone.generation import counting_words
-from softtune.backbone.interface import install
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.observation import seen_attention, seen_outputs
 from softtune.backbone.outputs import Outputs, with_rows
@@ -60,6 +61,9 @@ __all__ = [
     "skipped",
 ]
 
+Modules = tuple[tuple[str, int], ...]
+"""The names of a model's modules, and their ``id``."""
+
 
 class Backbone:
     """Describes a base model: its stacks, attention layers, embeddings and heads.
@@ -74,17 +78,30 @@ class Backbone:
             tokens.
     """
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Backbone:
+        """The backbone of a base model that everyone who asks shares, so that each fact is observed once.
+
+        Another one is made where modules have been replaced or added since.
+
+        Raises:
+            UnsupportedModelError: see the class.
+        """
+        _check_transformer(model)
+        modules = tuple((name, id(module)) for name, module in model.named_modules())
+        known, backbone = _SHARED.get(model, ((), lambda: None))
+        shared = backbone() if known == modules else None
+        if shared is None:
+            shared = cls(model)
+            _SHARED[model] = (modules, ref(shared))
+        return shared
+
     def __init__(self, model: PreTrainedModel) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is no Hugging Face transformer: load the model by from_pretrained"
-            )
+        _check_transformer(model)
         self.model = model
         self.stacks = _stacks(model)
         self.embedding = self.stacks[0].embedding
         """The word embedding of the first stack, which reads ``input_ids``."""
-        if compat.has_interface(model):
-            install(model)
 
     @property
     def device(self) -> torch.device:
@@ -152,6 +169,11 @@ class Backbone:
     def max_positions(self) -> int | None:
         """``max_position_embeddings``, the longest sequence that the model is made for; None if it is not set."""
         return getattr(self.text_config, "max_position_embeddings", None)
+
+    @property
+    def hidden_dropout(self) -> float:
+        """The dropout probability of hidden states in training."""
+        return compat.hidden_dropout(self.text_config)
 
     @cached_property
     def attention_layers(self) -> list[AttentionLayer]:
@@ -304,6 +326,17 @@ class Backbone:
             picks = torch.linspace(0, numbers - 1, size + 2, dtype=torch.float64).long()[1:-1]
             picks = picks[picks < weights.numel()]
             return [round(float(x), 6) for x in weights[picks.to(weights.device)]]
+
+
+_SHARED: WeakKeyDictionary[PreTrainedModel, tuple[Modules, Callable[[], Backbone | None]]] = WeakKeyDictionary()
+"""The backbones in use, by base model: the modules that each describes, and a weak reference to it."""
+
+
+def _check_transformer(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no Hugging Face transformer: load the model by from_pretrained"
+        )
 
 
 def _stacks(model: PreTrainedModel) -> list[Stack]:

@@ -1,17 +1,20 @@
 """The one injection point: attention functions registered with transformers that can call a wrapper.
 
-A model's attention layers call the function named in their config. ``install`` renames ``sdpa`` to ``softtune_sdpa``
-(and so on for every implementation). The function of that name calls the stock one, or passes it to the wrapper in the
-forward's keyword arguments. Keyword arguments, not module state, because gradient checkpointing recomputes the layers
-in the backward pass. Knows nothing about prefixes.
+A model's attention layers call the function named in their config. While a call runs, ``routed`` renames ``sdpa`` to
+``softtune_sdpa`` (and so on for every implementation). The function of that name calls the stock one, or passes it to
+the wrapper in the forward's keyword arguments. Keyword arguments, not module state, because gradient checkpointing
+recomputes the layers in the backward pass. Knows nothing about prefixes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
+from threading import Lock
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -88,16 +91,41 @@ class AttentionWrapper(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-def install(model: nn.Module) -> None:
-    """Route the model's attention through softtune. Without a wrapper the outputs are bit-identical.
+@dataclass
+class _Route:
+    """The blocks that route one model's attention, and the names that its configs have outside of them."""
 
-    Encoder-decoders keep copies of the config for each stack, so every module's config is visited. Names that are not
-    registered in this process yet, such as those of an unpickled model, are registered.
+    blocks: int = 0
+    stock: list[tuple[Any, str]] = field(default_factory=list)
+
+
+_ROUTES: WeakKeyDictionary[nn.Module, _Route] = WeakKeyDictionary()
+_LOCK = Lock()
+
+
+@contextmanager
+def routed(model: nn.Module) -> Iterator[None]:
+    """Route the model's attention through softtune for the length of the block, which may overlap with others.
+
+    Without a wrapper the outputs are bit-identical. Encoder-decoders keep copies of the config for each stack, so the
+    config of every module is visited.
     """
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    for config in configs.values():
-        if name := compat.attention_name(config):
-            compat.set_attention_name(config, _register(name.removeprefix(_PREFIX)))
+    with _LOCK:
+        route = _ROUTES.setdefault(model, _Route())
+        route.blocks += 1
+        if route.blocks == 1 and compat.has_interface(model):
+            route.stock = [(c, name) for c in compat.configs_of(model) if (name := compat.attention_name(c))]
+            for config, name in route.stock:
+                compat.set_attention_name(config, _register(name.removeprefix(_PREFIX)))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            route.blocks -= 1
+            if not route.blocks:
+                for config, name in route.stock:
+                    compat.set_attention_name(config, name)
+                route.stock = []
 
 
 def _register(stock: str) -> str:
@@ -192,9 +220,8 @@ def takes_padding(config: Any) -> bool:
 
 
 def takes_any_mask(config: Any) -> bool:
-    """Whether attention calls a wrapper, and takes a dense mask of the keys that each query attends to."""
-    name = compat.attention_name(config) or ""
-    return name.startswith(_PREFIX) and _form(name.removeprefix(_PREFIX)) is MaskForm.DENSE
+    """Whether attention takes a dense mask of the keys that each query attends to."""
+    return _form(stock_name(config) or "eager") is MaskForm.DENSE
 
 
 def flash_refusal(reason: str) -> UnsupportedModelError:

@@ -2,7 +2,8 @@
 
 Hooks affect everything that runs through a module. So a call opens a session, a re-entrant lock on the base model:
 other threads wait until it ends, and its hooks are suspended during nested calls, such as those that a logits processor
-makes in ``generate``.
+makes in ``generate``. A model's attention is routed through softtune in sessions alone, so that between them nothing
+of it is changed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from softtune.backbone.interface import routed
 
 
 class ModelSession:
@@ -52,7 +55,7 @@ _SESSIONS: WeakKeyDictionary[nn.Module, _Sessions] = WeakKeyDictionary()
 def model_session(model: nn.Module) -> Iterator[ModelSession]:
     """Open a session with a base model for the length of the block. It begins with no hooks of outer sessions."""
     sessions = _SESSIONS.setdefault(model, _Sessions())
-    with sessions.lock:
+    with sessions.lock, routed(model):
         for outer in sessions.open[-1:]:
             outer.suspend()
         session = ModelSession()

@@ -46,7 +46,7 @@ class PTuningV2Config(PromptLearningConfig):
         layers = choose_layers(backbone, self.layers, self.sites)
         settle_prefix(self, backbone)
         if self.prefix_dropout is None:
-            self.prefix_dropout = hidden_dropout(backbone)
+            self.prefix_dropout = backbone.hidden_dropout
         return DeepPrompt(self.num_virtual_tokens, layers, self.prefix_dropout)
 
     def initialize(self, module: DeepPrompt, backbone: Backbone) -> None:
@@ -76,9 +76,3 @@ class DeepPrompt(nn.Module):
 
     def inference_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self.embedding.weight.detach()}
-
-
-def hidden_dropout(backbone: Backbone) -> float:
-    """The base model's dropout probability of hidden states, from whichever config field its family has for it."""
-    names = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "dropout_rate", "dropout")
-    return next((float(getattr(backbone.text_config, n)) for n in names if hasattr(backbone.text_config, n)), 0.0)
