@@ -270,12 +270,13 @@ def test_every_promise_can_fail(promise: str, spoil: str, monkeypatch: pytest.Mo
     import softtune.injection.cache
     import softtune.injection.step
     from softtune.injection.attention_wrapper import PrefixAttention
+    from softtune.injection.call_plan import CallPlanner
     from softtune.injection.stack import StackInjection
     from softtune.methods.prefix_tuning import PrefixEncoder
 
     model = PeftModel(llama())
     if spoil == "embedding":
-        monkeypatch.setattr(StackInjection, "_add_prefix", lambda *args: None)
+        monkeypatch.setattr(CallPlanner, "_prefix_attention", lambda *args: None)
     if spoil == "starts":
         monkeypatch.setattr(softtune.injection.step, "row_starts", lambda mask, rows, device: torch.zeros(rows).long())
     if spoil == "cached":
@@ -292,8 +293,13 @@ def test_every_promise_can_fail(promise: str, spoil: str, monkeypatch: pytest.Mo
         own = PrefixEncoder.forward
         monkeypatch.setattr(PrefixEncoder, "forward", lambda self: own(self).detach())
     if spoil == "hooks":
-        hooks = StackInjection.hooks
-        monkeypatch.setattr(StackInjection, "hooks", lambda self: hooks(self)[1:])
+        attached = StackInjection.attached
+
+        def leave_one(self: StackInjection) -> Any:
+            self.stack.module.register_forward_hook(lambda *_: None)
+            return attached(self)
+
+        monkeypatch.setattr(StackInjection, "attached", leave_one)
     found = self_check.check(model.backbone, PREFIX, PeftModel.with_adapter, thorough=True)
     assert isinstance(found[promise], Broken)
 

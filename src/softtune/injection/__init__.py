@@ -92,8 +92,8 @@ class Injection:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach the hooks that rewrite the base model's calls, for the length of the block."""
-        backbone, handles = self.backbone, [handle for stack in self.stacks for handle in stack.hooks()]
-        handles.append(backbone.model.register_forward_pre_hook(self._note_call, with_kwargs=True))
+        backbone = self.backbone
+        handles = [backbone.model.register_forward_pre_hook(self._note_call)]
         if backbone.is_encoder_decoder:
             encoder, decoder = (stack.module for stack in backbone.stacks)
             handles.append(encoder.register_forward_hook(self._tag_encoder))
@@ -103,12 +103,10 @@ class Injection:
         if (head := backbone.model.get_output_embeddings()) is not None:
             handles.append(head.register_forward_pre_hook(_lay_together))
         with ExitStack() as stack:
+            for injection in self.stacks:
+                stack.enter_context(injection.attached())
             for handle in handles:
                 stack.callback(handle.remove)
-            for injection in self.stacks:
-                stack.callback(injection.stop_skipping)
-                if injection.stack.is_disentangled:
-                    stack.enter_context(injection.attention())
             if backbone.is_decoder_only and self.num_among and backbone.model.can_generate():
                 stack.enter_context(counting_words(backbone.model, self.num_among))
             if any(prompt.prefixes for prompt in self.prompts) and not backbone.takes_wrapper:
@@ -128,19 +126,14 @@ class Injection:
             return  # generate ran a decoding loop of the caller's own
         for number, injection in enumerate(self.stacks):
             is_done = has_encoded and number == 0 and self.backbone.is_encoder_decoder
-            if injection.acts and not (injection.has_run or is_done):
+            if injection.planner.acts and not (injection.finished or is_done):
                 raise UnsupportedModelError(
                     f"{type(self.backbone.model).__name__} did not run its {type(injection.stack.module).__name__}, so "
                     "that no prompt arrived: pass text, or use a base model that docs/support.md names"
                 )
 
-    def _note_call(self, module: nn.Module, args: Any, kwargs: Call) -> None:
-        """Pass the caller's mask to the only stack, and whether the caller gave position ids. The model above the stack
-        may turn that mask into one that no longer says which tokens are padding."""
+    def _note_call(self, module: nn.Module, args: Any) -> None:
         self.has_called = True
-        if not self.backbone.is_encoder_decoder:
-            self.stacks[0].outer_mask = kwargs.get("attention_mask")
-            self.stacks[0].has_outer_positions = kwargs.get("position_ids") is not None
 
     def _tag_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
         tag_provenance(output.last_hidden_state, self.encoder_owners)
@@ -166,7 +159,8 @@ class Injection:
 
     def _align_encoder(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Remove the virtual tokens from the encoder's outputs that an encoder-decoder returns."""
-        layout, states = self.stacks[0].layout, getattr(output, "encoder_last_hidden_state", None)
+        encoded, states = self.stacks[0].finished, getattr(output, "encoder_last_hidden_state", None)
+        layout = None if encoded is None else encoded.arrangement.layout
         if layout is not None and states is not None and len(states) == len(layout.token_slots):  # not with beams
             align_outputs(output, layout, "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions")
             if getattr(output, "cross_attentions", None) is not None:

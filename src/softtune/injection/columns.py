@@ -5,6 +5,8 @@ Letters: B rows, N virtual tokens at the input, T columns.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -14,27 +16,30 @@ from softtune.injection.step import Step
 from softtune.injection.trim import Trim
 
 
+@dataclass(frozen=True)
 class Columns:
-    """The virtual tokens' columns in one batch, over all its calls.
+    """The virtual tokens' columns in a batch, which all its calls share."""
 
-    Args:
-        given: [B, N] the caller's ``prompt_positions``; by default they follow from the prompts.
-        text_ends: [B] where the texts end; by default behind the last token of the first call.
-    """
+    given: Tensor | None
+    """[B, N] the caller's ``prompt_positions``; None where the columns follow from the prompts."""
+    text_ends: Tensor | None
+    """[B] where the texts end; None until a call shows it."""
+    trim: Trim | None = None
+    """The columns that a call leaves out."""
 
-    def __init__(self, given: Tensor | None, text_ends: Tensor | None) -> None:
-        self.given = given
-        self.text_ends = text_ends
-        self.trim: Trim | None = None
-        """The columns that the present call leaves out."""
+    def in_call(self, step: Step, row_prompts: RowPrompts, trim: Trim | None) -> Columns:
+        """The columns in one call. Texts end behind the last token of the first, where nothing else is said: decoding
+        without a cache calls again with a longer text."""
+        ends = self.text_ends
+        if self.given is None and row_prompts.has_suffix and ends is None:
+            ends = step.ends + (trim.left if trim else 0)
+        return replace(self, text_ends=ends, trim=trim)
 
     def of_vectors(self, step: Step, row_prompts: RowPrompts) -> Tensor:
         """[B, N] the column before which each virtual token stands; [B, 1] for an infix without given columns."""
         cut = self.trim.left if self.trim else 0
         if self.given is not None:
             return (self._checked(step) - cut).clamp(0, step.length)
-        if row_prompts.has_suffix and self.text_ends is None:
-            self.text_ends = cut + step.ends  # kept, since decoding without a cache calls again with a longer text
         columns = step.starts
         if row_prompts.has_suffix and self.text_ends is not None:
             ends = multiplied(self.text_ends.to(step.device), step.rows) - cut

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from softtune.backbone import AttentionLayer, Backbone, Place
-from softtune.backbone.interface import WRAPPER, Attention, takes_any_mask
+from softtune.backbone.interface import WRAPPER, takes_any_mask
 from softtune.errors import UnsupportedModelError
 from softtune.injection.attention_wrapper import PrefixAttention
-from softtune.injection.pack import alike_long, order_of, take
+from softtune.injection.grouped_attention import GroupedAttention, RowGroup, alike_long
 from softtune.methods.base import KeyValue
 
 SHORTEST_MASK = 64
@@ -126,9 +126,8 @@ class PooledSequence:
     """Index of the first token that sees the prefix."""
 
 
-class PooledAttention:
-    """An attention wrapper that writes a step's keys and values into the pool, and calls attention for each group of
-    sequences.
+class PooledAttention(GroupedAttention):
+    """An attention wrapper that writes a step's keys and values into the pool, and reads each sequence's own from it.
 
     Args:
         pool: the pool.
@@ -140,104 +139,81 @@ class PooledAttention:
         self.written = torch.cat([piece.slots[-piece.count :] for piece in pieces]).to(pool.device)
         ends = torch.tensor([piece.count for piece in pieces]).cumsum(0)
         lengths, counts = (torch.tensor(x) for x in ([len(p.slots) for p in pieces], [p.count for p in pieces]))
-        self.groups = [
-            _Group(pool, [pieces[i] for i in rows.tolist()], (ends - counts)[rows])
+        self.pooled = [
+            PooledGroup.from_pieces(pool, [pieces[i] for i in rows.tolist()], (ends - counts)[rows])
             for rows in alike_long(lengths, counts)
         ]
-        self.order = order_of([(group.queries, group.is_query) for group in self.groups]).to(pool.device)
-        """[N] index of each of the step's tokens in the groups' concatenated queries."""
+        super().__init__([(group, group.wrapper) for group in self.pooled])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types here
-    def __call__(
-        self,
-        attend: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``GroupedAttention``; keys of prefixes stand in front of the tokens' own."""
         keys, values = self.pool.keys[module], self.pool.values[module]
         keys[self.written] = key[0].transpose(0, 1)
         values[self.written] = value[0].transpose(0, 1)
-        outputs = [group(attend, module, query, keys, values, attention_mask, **kwargs) for group in self.groups]
-        return torch.cat(outputs).index_select(0, self.order)[None], None
+        for group in self.pooled:
+            slots = group.slots[module in group.wrapper.prefixes]
+            yield _read(keys, slots), _read(values, slots)
 
 
-class _Group:
-    """Sequences of similar length, whose attention runs as one batch. The padding of shorter ones is masked.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PooledGroup(RowGroup):
+    """The next tokens of sequences of similar length."""
 
-    Args:
-        pool: their pool.
-        pieces: their next tokens.
-        starts: [G] index in the step of each sequence's first next token.
-    """
+    slots: dict[bool, Tensor]
+    """[G, S] slots of all keys, by whether a layer has a prefix: S = T, or P + T."""
+    wrapper: PrefixAttention
 
-    def __init__(self, pool: KVPool, pieces: Sequence[PooledSequence], starts: Tensor) -> None:
+    @classmethod
+    def from_pieces(cls, pool: KVPool, pieces: Sequence[PooledSequence], starts: Tensor) -> PooledGroup:
+        """Make a group of sequences.
+
+        Args:
+            pool: their pool.
+            pieces: their next tokens.
+            starts: [G] index in the step of each sequence's first next token.
+        """
         counts = torch.tensor([piece.count for piece in pieces])
         lengths = torch.tensor([len(piece.slots) for piece in pieces])
         offsets = torch.arange(int(counts.max()))
-        self.is_query = offsets < counts[:, None]
-        """[G, Q] which queries are not padding."""
-        self.queries = starts[:, None] + offsets.minimum(counts[:, None] - 1)
-        """[G, Q] index of each query in the step."""
-        self.numbers = (lengths - counts)[:, None] + offsets.minimum(counts[:, None] - 1)
-        """[G, Q] index of each query in its sequence."""
+        numbers = (lengths - counts)[:, None] + offsets.minimum(counts[:, None] - 1)
         firsts = torch.stack([piece.slots[0] for piece in pieces])  # the padding must not be NaN
         texts = _filled([piece.slots for piece in pieces], firsts, front=False)
-        prefix_slots = _filled([piece.prefix for piece in pieces], firsts, front=True)
-        self.slots = {False: texts.to(pool.device), True: torch.cat([prefix_slots, texts], dim=1).to(pool.device)}
-        """[G, S] slots of all keys, by whether a layer has a prefix."""
-        # The keys from the pool contain the prefixes already: only their length matters here.
-        nothing = KeyValue(*[torch.empty(1, 1, prefix_slots.shape[1], 0)] * 2)
-        having = {layer.place: [layer.place in piece.places for piece in pieces] for layer in pool.layers.values()}
-        prefixes = {module: nothing for module, layer in pool.layers.items() if any(having[layer.place])}
-        seen = self._seen(pieces, prefix_slots.shape[1]).to(pool.device)
-        visible = {}
-        for pattern in {tuple(having[pool.layers[module].place]) for module in prefixes}:
-            visible[pattern] = seen & torch.tensor(pattern, device=pool.device)[:, None, None]
-        self.wrapper = PrefixAttention(
-            prefixes,
-            visible={m: v for m in prefixes if not bool((v := visible[(*having[pool.layers[m].place],)]).all())},
-            biases={},
-            cached=prefixes,
+        prefixes = _filled([piece.prefix for piece in pieces], firsts, front=True)
+        return cls(
+            queries=starts[:, None] + offsets.minimum(counts[:, None] - 1),
+            numbers=numbers,
+            is_query=offsets < counts[:, None],
+            length=texts.shape[1],
+            slots={False: texts.to(pool.device), True: torch.cat([prefixes, texts], dim=1).to(pool.device)},
+            wrapper=_showing(pool, pieces, _seen(pieces, numbers, prefixes.shape[1]).to(pool.device)),
         )
-        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(
-        self,
-        attend: Attention,
-        module: nn.Module,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor,
-        **kwargs: Any,
-    ) -> Tensor:
-        """[G·Q, heads, V] the attention outputs of the group's queries."""
-        slots = self.slots[module in self.wrapper.prefixes]
-        states = (part.index_select(0, slots.flatten()).view(*slots.shape, *part.shape[1:]) for part in (keys, values))
-        key, value = (part.transpose(1, 2) for part in states)
-        queries = take(query, self.queries.to(query.device))
-        output, _ = self.wrapper(
-            attend, module, queries, key, value, self._mask(mask), **{**kwargs, "is_causal": False}
-        )
-        return output.flatten(0, 1)
 
-    def _seen(self, pieces: Sequence[PooledSequence], length: int) -> Tensor:
-        """[G, Q, P] which virtual tokens each query sees in layers that have a prefix."""
-        sizes = torch.tensor([len(piece.prefix) for piece in pieces])
-        starts = torch.tensor([piece.seen_from for piece in pieces])
-        is_real = torch.arange(length) >= length - sizes[:, None]
-        return is_real[:, None, :] & (self.numbers >= starts[:, None])[:, :, None]
+def _showing(pool: KVPool, pieces: Sequence[PooledSequence], seen: Tensor) -> PrefixAttention:
+    """The wrapper that shows prefixes to the queries that see them [G, Q, P], in the layers that have them."""
+    # The keys from the pool contain the prefixes already: only their length matters here.
+    nothing = KeyValue(*[torch.empty(1, 1, seen.shape[2], 0)] * 2)
+    having = {layer.place: tuple(layer.place in piece.places for piece in pieces) for layer in pool.layers.values()}
+    prefixes = {module: nothing for module, layer in pool.layers.items() if any(having[layer.place])}
+    visible = {
+        pattern: seen & torch.tensor(pattern, device=seen.device)[:, None, None]
+        for pattern in {having[pool.layers[module].place] for module in prefixes}
+    }
+    hidden = {m: v for m in prefixes if not bool((v := visible[having[pool.layers[m].place]]).all())}
+    return PrefixAttention(prefixes, visible=hidden, biases={}, cached=prefixes)
 
-    def _mask(self, whole: Tensor) -> Tensor:
-        """[G, 1, Q, T] the queries' mask without prefixes, from a causal mask [1, 1, L, L] with L at least T; made once
-        for all layers that share it."""
-        if id(whole) not in self._masks:
-            self._masks[id(whole)] = (whole, whole[0, 0, self.numbers, : self.slots[False].shape[1]][:, None])
-        return self._masks[id(whole)][1]
+
+def _seen(pieces: Sequence[PooledSequence], numbers: Tensor, length: int) -> Tensor:
+    """[G, Q, P] which virtual tokens queries with these numbers [G, Q] see in layers that have a prefix."""
+    sizes = torch.tensor([len(piece.prefix) for piece in pieces])
+    starts = torch.tensor([piece.seen_from for piece in pieces])
+    is_real = torch.arange(length) >= length - sizes[:, None]
+    return is_real[:, None, :] & (numbers >= starts[:, None])[:, :, None]
+
+
+def _read(states: Tensor, slots: Tensor) -> Tensor:
+    """[G, H, S, K] the states of slots [G, S]."""
+    return states.index_select(0, slots.flatten()).view(*slots.shape, *states.shape[1:]).transpose(1, 2)
 
 
 def _filled(parts: Sequence[Tensor], fillings: Tensor, *, front: bool) -> Tensor:

@@ -1,9 +1,8 @@
 """Packs a batch's tokens into one row of the layers, without padding, and with the first tokens that rows share once.
 
-Everything in a decoder layer but attention treats tokens one by one, so it takes them in any arrangement. Only
-attention sees rows: a wrapper gathers each row's queries and keys, and puts the outputs back. Rows that start alike (a
-template's first words; one text before several labels) share their first tokens, which do not depend on what follows.
-Outputs are those of the padded batch, and the gradients of shared tokens add up.
+Only attention sees rows, see ``GroupedAttention``. Rows that start alike (a template's first words; one text before
+several labels) share their first tokens, which do not depend on what follows. Outputs are those of the padded batch,
+and the gradients of shared tokens add up.
 
 Letters: B rows, T columns, L tokens of the longest row, N tokens of the pack, G rows of a group, Q of their queries, S
 of their keys.
@@ -11,16 +10,17 @@ of their keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softtune.backbone import Stack
-from softtune.backbone.interface import Attention, takes_any_mask
+from softtune.backbone.interface import takes_any_mask
 from softtune.injection.attention_wrapper import PrefixAttention
+from softtune.injection.grouped_attention import GroupedAttention, RowGroup, alike_long, take
 from softtune.injection.layout import is_contiguous
 from softtune.injection.rows import multiplied
 from softtune.injection.step import TEXT, Call, Step, features_of
@@ -40,25 +40,14 @@ def can_pack(stack: Stack, call: Call) -> bool:
     return is_free and is_whole and takes_any_mask(config)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Rows of similar length, whose attention runs as one batch. The padding of shorter rows is masked."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedGroup(RowGroup):
+    """Rows of a pack. Queries are the tokens that a row takes from no other row."""
 
     rows: Tensor
     """[G] indices of the rows in the batch."""
-    queries: Tensor
-    """[G, Q] indices in the pack of the tokens that each row takes from no other row."""
     keys: Tensor
     """[G, S] indices in the pack of all tokens of each row."""
-    numbers: Tensor
-    """[G, Q] index of each query in its row."""
-    is_query: Tensor
-    """[G, Q] which queries are not padding."""
-
-    def mask(self, whole: Tensor) -> Tensor:
-        """[G or 1, 1, Q, S] the queries' mask, from the mask [1, 1, L, L] of the longest row."""
-        numbers = self.numbers[:1] if bool((self.numbers == self.numbers[:1]).all()) else self.numbers
-        return whole[0, 0, numbers, : self.keys.shape[1]][:, None]
 
 
 class Pack:
@@ -110,22 +99,18 @@ class Pack:
         pack = cls(Step(call).full_mask(), ids)
         return pack if always or 0 < len(pack.rows) < pack.mask.numel() else None
 
-    @property
-    def order(self) -> Tensor:
-        """[N] index of each of the pack's tokens in the groups' concatenated queries."""
-        return order_of([(group.queries, group.is_query) for group in self.groups])
-
-    def _group(self, rows: Tensor, common: Tensor) -> Group:
+    def _group(self, rows: Tensor, common: Tensor) -> PackedGroup:
         lengths = self.lengths[rows, None]
         numbers = common[:, None] + torch.arange(int((lengths[:, 0] - common).max()), device=rows.device)
         every = torch.arange(int(lengths.max()), device=rows.device)
         places, last = self.places[rows], lengths - 1
-        return Group(
+        return PackedGroup(
             rows=rows,
             queries=places.gather(1, numbers.minimum(last)),
             keys=places.gather(1, every.minimum(last)),
             numbers=numbers.clamp(max=len(every) - 1),
             is_query=numbers < lengths,
+            length=len(every),
         )
 
     def fill(self, call: dict[str, Any]) -> None:
@@ -143,8 +128,8 @@ class Pack:
         return in_rows.masked_fill(~self.mask[..., None], 0.0)
 
 
-class PackedAttention:
-    """An attention wrapper that calls attention for each group of a pack.
+class PackedAttention(GroupedAttention):
+    """An attention wrapper that separates a pack into its rows.
 
     Args:
         pack: the places of the tokens.
@@ -152,57 +137,12 @@ class PackedAttention:
     """
 
     def __init__(self, pack: Pack, wrappers: Sequence[PrefixAttention | None]) -> None:
-        self.groups = list(zip(pack.groups, wrappers, strict=True))
-        self.order = pack.order
-        self._masks: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        super().__init__(list(zip(pack.groups, wrappers, strict=True)))
+        self.keys = [group.keys for group in pack.groups]
 
-    @property
-    def reached(self) -> set[Any]:
-        """The ``id`` of each module that has called the wrappers of all groups."""
-        reached = [wrapper.reached for _, wrapper in self.groups if wrapper is not None]
-        return set.intersection(*reached) if reached else set()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types here
-    def __call__(
-        self,
-        attend: Attention,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        assert attention_mask is not None
-        outputs = []
-        for (group, wrapper), mask in zip(self.groups, self._of_groups(attention_mask), strict=True):
-            rows = take(query, group.queries), take(key, group.keys), take(value, group.keys)
-            if wrapper is None:
-                output, _ = attend(module, *rows, mask, **{**kwargs, "is_causal": False})
-            else:
-                output, _ = wrapper(attend, module, *rows, mask, **kwargs)
-            outputs.append(output.flatten(0, 1))
-        return torch.cat(outputs).index_select(0, self.order)[None], None
-
-    def _of_groups(self, mask: Tensor) -> list[Tensor]:
-        """Each group's mask, from the layer's; made once for all layers that share a mask."""
-        if id(mask) not in self._masks:
-            self._masks[id(mask)] = (mask, [group.mask(mask) for group, _ in self.groups])
-        return self._masks[id(mask)][1]
-
-
-def order_of(groups: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """[N] index of each token in the groups' concatenated queries, given each group's places of the queries [G, Q] and
-    which of them are not padding [G, Q]."""
-    places = torch.cat([queries[is_query] for queries, is_query in groups])
-    is_token = torch.cat([is_query.flatten() for _, is_query in groups])
-    return is_token.nonzero().flatten()[places.argsort()]
-
-
-def take(states: Tensor, places: Tensor) -> Tensor:
-    """[G, H, Q, K] gathered from a pack's [1, H, N, K] by places [G, Q]."""
-    taken = states.transpose(1, 2)[0].index_select(0, places.flatten())
-    return taken.view(*places.shape, *taken.shape[1:]).transpose(1, 2)
+    def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``GroupedAttention``."""
+        return ((take(key, places), take(value, places)) for places in self.keys)
 
 
 def _common(numbers: Tensor, is_token: Tensor) -> list[tuple[int, int, int]]:
@@ -216,20 +156,3 @@ def _common(numbers: Tensor, is_token: Tensor) -> list[tuple[int, int, int]]:
     same = (texts[rows] == texts[before]) & is_token[rows]
     lengths = same.int().cumprod(dim=1).sum(dim=1)
     return [common for common in zip(rows.tolist(), before.tolist(), lengths.tolist(), strict=True) if common[2]]
-
-
-def alike_long(lengths: Tensor, queries: Tensor) -> list[Tensor]:
-    """Indices of the rows that have queries, in groups with similar numbers of queries and of tokens."""
-    with_queries = queries.nonzero().flatten().tolist()
-    groups = [g for some in _halved(with_queries, queries.tolist()) for g in _halved(some, lengths.tolist())]
-    return [torch.tensor(rows, device=lengths.device) for rows in groups]
-
-
-def _halved(rows: list[int], sizes: list[int]) -> list[list[int]]:
-    """Split rows into groups whose smallest is at least half as large as the largest."""
-    groups: list[list[int]] = []
-    for row in sorted(rows, key=sizes.__getitem__, reverse=True):
-        if not groups or 2 * sizes[row] < sizes[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(row)
-    return groups

@@ -6,47 +6,37 @@ Letters: B rows, T tokens of this call.
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from softtune import compat
 from softtune.backbone import Stack
 from softtune.backbone.interface import flash_refusal, takes_padding
+from softtune.backbone.positions import text_axis
 from softtune.errors import DataError, UnsupportedModelError
-from softtune.injection.columns import Columns
+from softtune.injection.arrangement import Arrangement
 from softtune.injection.graphs import holds, is_exporting
-from softtune.injection.layout import Layout
 from softtune.injection.masks import PACKED
 from softtune.injection.rows import RowPrompts
 from softtune.injection.step import Call, Step
 
 
+@dataclass(frozen=True)
 class Positions:
-    """The position ids of one stack's calls.
+    """The position ids of one stack's calls."""
 
-    Args:
-        stack: the stack.
-        columns: the columns of the virtual tokens.
-        has_prefix: whether any layer gets a prefix.
-    """
+    stack: Stack
+    has_prefix: bool
+    """Whether any layer gets a prefix."""
 
-    def __init__(self, stack: Stack, columns: Columns, *, has_prefix: bool) -> None:
-        self.stack = stack
-        self.columns = columns
-        self.has_prefix = has_prefix
-        self.shift = torch.zeros(0, dtype=torch.long)
-        """[B] number of positions that each row's prefix takes in the present call."""
-
-    def check(self, call: Call, step: Step, row_prompts: RowPrompts) -> None:
+    def check(self, call: Call, arrangement: Arrangement) -> None:
         """Check that no row needs more positions than the model has.
 
         Raises:
             DataError: a row needs more.
         """
-        limit = self.stack.table_size
+        limit, step, row_prompts = self.stack.table_size, arrangement.step, arrangement.prompts
         if limit is None:
             return
         if is_exporting():
@@ -69,7 +59,7 @@ class Positions:
                 "shorten the text"
             )
 
-    def count_text(self, call: Call, step: Step, row_prompts: RowPrompts) -> None:
+    def count_text(self, call: Call, arrangement: Arrangement) -> None:
         """Recount position ids from each row's first real token, without virtual tokens, where the model above the
         stack has counted the columns of its cache and text, as PaliGemma and Fuyu do.
 
@@ -84,12 +74,13 @@ class Positions:
         columns = given[:1, :1] + torch.arange(given.shape[1], device=given.device)
         if not bool((given == columns).all()):
             return
+        step, row_prompts = arrangement.step, arrangement.prompts
         if step.mask is not None:
             call["position_ids"] = step.positions() + int(given[0, 0]) - step.cached
         elif row_prompts.vectors is not None and step.is_continued:
             call["position_ids"] = given - row_prompts.is_vector.sum(dim=1, keepdim=True).to(given.device)
 
-    def place(self, call: Call, step: Step, row_prompts: RowPrompts, layout: Layout | None) -> None:
+    def place(self, call: Call, arrangement: Arrangement) -> None:
         """Set position ids that count from each row's first real token, past the virtual tokens in front of it.
 
         Raises:
@@ -97,20 +88,20 @@ class Positions:
         """
         if not self.stack.takes_position_ids:
             return
-        positions = call.get("position_ids")
-        if positions is None:
+        step, row_prompts, layout = arrangement.step, arrangement.prompts, arrangement.layout
+        axes = call.get("position_ids")
+        if axes is None:
             if self._counts_itself(step, row_prompts):
                 return
-            positions = step.positions() + self.stack.first_position
-        axes = positions  # [A, B, T] in Qwen-VL: text, time, height and width
-        positions = (axes[0] if axes.dim() == 3 else axes).expand(step.rows, -1)
+            axes = step.positions() + self.stack.first_position
+        positions = text_axis(axes).expand(step.rows, -1)
         if row_prompts.vectors is not None and step.has_restarts(positions):
             raise UnsupportedModelError(
                 "several texts packed into one row have no place for virtual tokens among the words: pad them instead"
             )
         if self.has_prefix and takes_padding(self.stack.module.config) and step.has_restarts(positions):
             raise flash_refusal(PACKED)
-        shift = self._shift(call, step, row_prompts, positions)
+        shift = self._shift(call, arrangement, positions)
         if layout is None:
             positions = axes + shift
         elif axes.dim() == 3:
@@ -124,32 +115,9 @@ class Positions:
             positions = positions.clamp(max=self.stack.first_position + limit - 1)
         call["position_ids"] = positions
 
-    def move_table(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
-        """Look up shifted positions in the position table of BART-like models, which count positions themselves.
-
-        Raises:
-            UnsupportedModelError: the table does not take the length of the cache.
-        """
-        signature, shift = inspect.signature(module.forward), self.shift[:, None].to(output.device)
-        length_name = compat.spelled("cache_length", signature.parameters)
-        if length_name not in signature.parameters:
-            raise UnsupportedModelError(
-                f"{type(self.stack.module).__name__} counts positions in a way of its own: set shift_positions=False"
-            )
-        call = signature.bind(*args, **kwargs).arguments
-        past, positions = call.get(length_name, 0), call.get("position_ids")
-        if not isinstance(module, nn.Embedding):  # M2M100's module, which gives padding no position
-            for length in self.shift.unique().tolist():
-                counted = {length_name: past + length}
-                moved = counted if positions is None else {"position_ids": positions + length}
-                output = output.where(shift[..., None] != length, module.forward(**call | moved))
-            return output
-        if positions is None:
-            positions = torch.arange(output.shape[-2], device=output.device) + past
-        return nn.functional.embedding(positions + shift + getattr(module, "offset", 0), module.weight)
-
-    def _shift(self, call: Call, step: Step, row_prompts: RowPrompts, positions: Tensor) -> Tensor:
+    def _shift(self, call: Call, arrangement: Arrangement, positions: Tensor) -> Tensor:
         """[B, T] or [B, 1] shift of the tokens' positions [B, T] by virtual tokens that have no slot in this call."""
+        step, row_prompts = arrangement.step, arrangement.prompts
         shift = row_prompts.shift[:, None].to(step.device)
         if row_prompts.vectors is not None and step.is_continued:
             return shift + row_prompts.is_vector.sum(dim=1, keepdim=True)
@@ -159,7 +127,7 @@ class Positions:
         if call.get("attention_mask") is None and holds(in_order, when_exporting=True):
             # Without a mask, transformers takes a jump in the positions for the start of another packed text.
             call["attention_mask"] = step.full_mask()
-        behind = step.is_from(self.columns.of_infix(step, row_prompts)) | ~row_prompts.after_text[:, None]
+        behind = step.is_from(arrangement.columns.of_infix(step, row_prompts)) | ~row_prompts.after_text[:, None]
         return shift * behind
 
     def _counts_itself(self, step: Step, row_prompts: RowPrompts) -> bool:

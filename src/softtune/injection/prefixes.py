@@ -6,6 +6,7 @@ Letters: B rows, T queries, P virtual tokens of a prefix.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,40 +15,35 @@ from torch import Tensor, nn
 from softtune import compat
 from softtune.backbone import AttentionLayer, Site, Stack
 from softtune.errors import UnsupportedModelError
+from softtune.injection.arrangement import Arrangement
 from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.cache import PrefixCache, own_cache
-from softtune.injection.columns import Columns
 from softtune.injection.graphs import holds
 from softtune.injection.layout import Layout, row_starts
 from softtune.injection.masks import widen
 from softtune.injection.pack import PackedAttention
 from softtune.injection.rows import Lengths, RowPrompts
-from softtune.injection.step import Call, Step
+from softtune.injection.step import Call
 
 
+@dataclass(frozen=True)
 class Prefixes:
-    """The prefixes of one stack's calls.
+    """The prefixes of one stack's calls."""
 
-    Args:
-        stack: the stack.
-        layers: its attention layers that get a prefix.
-        columns: the columns of the virtual tokens.
-    """
+    stack: Stack
+    layers: Sequence[AttentionLayer]
+    """The stack's attention layers that get a prefix."""
 
-    def __init__(self, stack: Stack, layers: Sequence[AttentionLayer], columns: Columns) -> None:
-        self.stack = stack
-        self.layers = layers
-        self.columns = columns
-
-    def attention(self, step: Step, row_prompts: RowPrompts, layout: Layout | None, **options: Any) -> PrefixAttention:
+    def attention(self, arrangement: Arrangement, **options: Any) -> PrefixAttention:
         """The attention wrapper that adds each row's prefixes."""
-        prefixes = {a.module: row_prompts.prefixes[a.place] for a in self.layers if a.module is not None}
-        visible, biases = self._visible(step, row_prompts, layout), self._biases(step, row_prompts, layout)
+        prefixes = {a.module: arrangement.prompts.prefixes[a.place] for a in self.layers if a.module is not None}
+        visible, biases = self._visible(arrangement), self._biases(arrangement)
         crossing = {a.module for a in self.layers if a.module is not None and a.site is Site.CROSS}
         return PrefixAttention(prefixes, visible=visible, biases=biases, crossing=crossing, **options)
 
-    def add_cache(self, call: Call, step: Step, row_prompts: RowPrompts) -> None:
+    def add_cache(self, call: Call, arrangement: Arrangement) -> None:
         """Pass the prefix as a cache, to layers that call no attention wrapper."""
+        step, row_prompts = arrangement.step, arrangement.prompts
         prefixes = [row_prompts.prefixes[a.place] for a in self.layers]
         self._check_rows(row_prompts)
         is_prefix = row_prompts.is_prefix.get(row_prompts.lengths[self.layers[0].place])
@@ -91,15 +87,18 @@ class Prefixes:
         expected = {id(a.module) for a in self.layers if a.site is not Site.CROSS or crossing}
         if expected - wrapper.reached and not self.stack.drops_layers:
             raise UnsupportedModelError(
-                "the prefix did not reach every layer: call set_attn_implementation before the adapter is added"
+                "the prefix did not reach every layer: add the adapter after all changes to the base model's modules"
             )
 
-    def _visible(self, step: Step, row_prompts: RowPrompts, layout: Layout | None) -> dict[nn.Module, Tensor]:
+    def _visible(self, arrangement: Arrangement) -> dict[nn.Module, Tensor]:
         """[B or 1, T or 1, P] which tokens see a module's prefix; no entry where all see all of it."""
+        step, row_prompts, layout = arrangement.step, arrangement.prompts, arrangement.layout
         queries = None
         if row_prompts.has_infix and not step.is_continued:
             # The token that the answer is predicted from is the first to see an infix.
-            queries = step.is_from(self.columns.of_infix(step, row_prompts) - 1) | ~row_prompts.after_text[:, None]
+            queries = (
+                step.is_from(arrangement.columns.of_infix(step, row_prompts) - 1) | ~row_prompts.after_text[:, None]
+            )
             queries = queries if layout is None else layout.merge(queries, row_prompts.is_vector)
         by_lengths: dict[Lengths, Tensor] = {}
         for lengths in {*row_prompts.lengths.values()}:
@@ -111,15 +110,15 @@ class Prefixes:
         pairs = [(a.module, by_lengths.get(row_prompts.lengths[a.place])) for a in self.layers]
         return {module: seen for module, seen in pairs if module is not None and seen is not None}
 
-    def _biases(self, step: Step, row_prompts: RowPrompts, layout: Layout | None) -> dict[nn.Module, Tensor]:
+    def _biases(self, arrangement: Arrangement) -> dict[nn.Module, Tensor]:
         """[B, heads, T, P] T5's position biases of the prefix, for each self-attention module."""
         self_attention = [a for a in self.layers if a.site is self.stack.site and a.module is not None]
         if not self_attention or self.stack.relative_bias is None:
             return {}
-        positions = step.positions()
-        positions = positions if layout is None else layout.merge_positions(positions)
+        positions = arrangement.step.positions()
+        positions = positions if arrangement.layout is None else arrangement.layout.merge_positions(positions)
         kinds = {
-            a.module: (self.stack.bias_owner(a.module), max(row_prompts.lengths[a.place]))
+            a.module: (self.stack.bias_owner(a.module), max(arrangement.prompts.lengths[a.place]))
             for a in self_attention
             if a.module
         }

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from softtune.backbone.positions import column_dimension
 from softtune.injection.layout import row_ends, row_starts
 from softtune.injection.step import TEXT, Call, features_of
 
@@ -33,7 +34,7 @@ class Trim:
         """Remove the columns from a call's arguments."""
         for name in (*TEXT, *features_of(call)):
             if call.get(name) is not None:
-                dim = -1 if name == "position_ids" else 1  # [A, B, T] in Qwen-VL
+                dim = column_dimension(name)
                 call[name] = call[name].narrow(dim, self.left, call[name].shape[dim] - self.left - self.right)
 
     def restore(self, output: Any) -> None:
