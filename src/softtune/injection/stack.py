@@ -99,7 +99,6 @@ class StackInjection:
     def _apply(self, plan: CallPlan) -> Call:
         """Let the stack run by a plan. Where texts end is known from the first call on."""
         self.running, self.columns = plan, replace(self.columns, text_ends=plan.arrangement.columns.text_ends)
-        self._skipping.close()  # of a call that ended in an error
         if (states := plan.states) is not None:
             self._skipping.enter_context(skipped(self.stack.layers[: plan.depth], lambda _: states))
         return plan.call
