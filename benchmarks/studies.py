@@ -24,8 +24,9 @@ from softtune.cli.console import progress_bars, quiet
 from softtune.experiments import report
 from softtune.experiments.adapter_report import bias_cells, biases
 from softtune.experiments.compare import compare
-from softtune.experiments.outcomes import Entry, entries_of, entry_of, stem_of
+from softtune.experiments.outcomes import Entry
 from softtune.experiments.page import Page
+from softtune.experiments.result_store import ResultStore
 from softtune.experiments.sweep import Sweep, sweep
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
@@ -91,18 +92,18 @@ def run(name: str) -> None:
         entries = (headline if name in HEADLINES else study)(name, progress)
     content = {"runs": stamps(RUNS / name), "entries": [dataclasses.asdict(entry) for entry in entries]}
     if name in LOOKED_INTO:
-        content["bias_changes"] = bias_cells(RUNS / name / f"{stem_of(LOOKED_INTO[name])}-1")
+        content["bias_changes"] = bias_cells(ResultStore(RUNS / name).run_folder(LOOKED_INTO[name], 0))
     timing.write(RESULTS / f"{name}.json", content)
 
 
 @contextmanager
 def stamping(folder: Path) -> Iterator[None]:
     """When the block ends, even by Ctrl-C, record hardware and commit of the entries that are new in the folder."""
-    clock, before, stamp = time.perf_counter(), entries_of(folder), timing.stamp()
+    clock, before, stamp = time.perf_counter(), ResultStore(folder).entries(), timing.stamp()
     try:
         yield
     finally:
-        new = [entry.name for entry in entries_of(folder) if entry not in before]
+        new = [entry.name for entry in ResultStore(folder).entries() if entry not in before]
         older = [{**run, "entries": [name for name in run["entries"] if name not in new]} for run in stamps(folder)]
         minutes = round((time.perf_counter() - clock) / 60, 1)
         runs = [run for run in (*older, {**stamp, "minutes": minutes, "entries": new}) if run["entries"]]
@@ -129,7 +130,7 @@ def headline(name: str, progress: Progress) -> list[Entry]:
 def write(name: str) -> None:
     """Write the page of a study to docs/results."""
     results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    entries = [entry_of(entry) for entry in results["entries"]]
+    entries = [Entry.from_dict(entry) for entry in results["entries"]]
     if name in HEADLINES:
         page = report.comparison_page(entries, HEADLINES[name][0])
     else:

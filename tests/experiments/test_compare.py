@@ -14,8 +14,9 @@ from softtune.experiments import experiment as room
 from softtune.experiments import report
 from softtune.experiments.cases import ENTRIES, PROMPTS
 from softtune.experiments.compare import compare
-from softtune.experiments.outcomes import Entry, Outcome, entries_of
+from softtune.experiments.outcomes import Entry, Outcome
 from softtune.experiments.page import Page, as_html
+from softtune.experiments.result_store import ResultStore
 from softtune.training.recipe import Recipe
 from tests.cli.test_cli import run, write_recipe
 from tests.tiny import save_models
@@ -36,7 +37,7 @@ def compared(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_every_entry_has_an_outcome_for_each_seed(compared: Path) -> None:
-    found = {entry.name: entry for entry in entries_of(compared / "out")}
+    found = {entry.name: entry for entry in ResultStore(compared / "out").entries()}
     assert [name for name, entry in found.items() if entry.failure] == ["head"]  # a decoder has none
     assert list(found) == list(ENTRIES)
     assert {name: len(entry.outcomes) for name, entry in found.items() if len(entry.outcomes) != 2} == {
@@ -56,7 +57,7 @@ def test_what_is_kept_is_not_run_again(compared: Path, monkeypatch: pytest.Monke
     recipe = Recipe.load(compared / "recipe.yaml", {"output": str(compared / "out")})
     monkeypatch.setattr(room, "run_bundle", fail)
     assert compare(recipe, ["lora", "few-shot"], seeds=2) == [
-        entry for entry in entries_of(compared / "out") if entry.name in ("lora", "few-shot")
+        entry for entry in ResultStore(compared / "out").entries() if entry.name in ("lora", "few-shot")
     ]
     with pytest.raises(ConfigError, match="differs in its seeds, 2 then and 3 now: name another output"):
         compare(recipe, ["lora"], seeds=3)

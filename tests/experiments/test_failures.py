@@ -16,8 +16,9 @@ from softtune.evaluation.answers import Answers
 from softtune.experiments import answering, report
 from softtune.experiments import experiment as room
 from softtune.experiments.compare import compare
-from softtune.experiments.outcomes import Entry, Outcome, entries_of, keep
+from softtune.experiments.outcomes import Entry, Outcome
 from softtune.experiments.prompting import END
+from softtune.experiments.result_store import ResultStore
 from softtune.methods import TaskType
 from softtune.tasks import TextTask
 from softtune.training.recipe import Recipe
@@ -48,7 +49,7 @@ def test_what_may_be_mended_runs_again(
     assert run(*command) == 0
     shown = capsys.readouterr().out
     assert "head: LlamaForCausalLM has no head to train" in shown
-    assert [(entry.name, bool(entry.outcomes)) for entry in entries_of(tmp_path / "out")] == [
+    assert [(entry.name, bool(entry.outcomes)) for entry in ResultStore(tmp_path / "out").entries()] == [
         ("head", False),
         ("lora", True),
         ("zero-shot", True),
@@ -142,8 +143,9 @@ def test_choices_take_rows_in_front(models: dict[str, str], tmp_path: Path) -> N
 def test_what_is_kept_has_its_metrics_and_axes_in_order(tmp_path: Path) -> None:
     numbers: dict[str, Any] = {"trained": 1, "total": 2, "stored": 4, "seconds": 1.0, "memory": 1, "steps": 3}
     outcome = Outcome(metrics={"f1": 0.5, "accuracy": 0.9}, training_rows=8, evaluation_rows=4, **numbers)
-    keep(tmp_path, "one", 0, {}, [Entry(name="one", at={"start": "text", "epochs": 1}, outcomes=[outcome])])
-    [found] = entries_of(tmp_path)
+    store = ResultStore(tmp_path)
+    store.save("one", 0, {}, [Entry(name="one", at={"start": "text", "epochs": 1}, outcomes=[outcome])])
+    [found] = store.entries()
     assert found.metrics == ["f1", "accuracy"]
     assert [*found.at] == ["start", "epochs"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from softtune.experiments import outcomes
 from softtune.experiments.cases import Case
 from softtune.experiments.outcomes import Entry, Outcome
 from softtune.experiments.page import Page
+from softtune.experiments.result_store import ResultStore
 from softtune.experiments.sweep import Sweep, _case
 from softtune.training.recipe import Recipe
 from tests.cli.test_cli import write_recipe
@@ -31,7 +31,7 @@ def studies(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def keep(folder: Path, name: str, accuracy: float) -> None:
     own = Outcome(metrics={"accuracy": accuracy}, training_rows=8, evaluation_rows=4, **NUMBERS)
-    outcomes.keep(folder, name, 0, {}, [Entry(name=name, outcomes=[own])])
+    ResultStore(folder).save(name, 0, {}, [Entry(name=name, outcomes=[own])])
 
 
 def test_only_what_ran_now_has_the_present_commit(

@@ -21,7 +21,8 @@ from softtune.experiments.cases import Case
 from softtune.experiments.compare import compare
 from softtune.experiments.experiment import bundles
 from softtune.experiments.on_ray import DONE, _found, _telling
-from softtune.experiments.outcomes import Entry, entries_of
+from softtune.experiments.outcomes import Entry
+from softtune.experiments.result_store import ResultStore
 from softtune.experiments.sweep import Range, Sweep, _case, sweep
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
@@ -131,7 +132,7 @@ def test_points_that_failed_can_be_replaced(models: dict[str, str], tmp_path: Pa
     found = sweep(*asked(file, models["llama"], over={axis: ["last:1", "last:2"]}))
     assert found[0] == first[0]
     assert not found[1].failure
-    assert entries_of(tmp_path / "out") == found
+    assert ResultStore(tmp_path / "out").entries() == found
 
 
 def test_the_folder_of_an_adapter_is_refused(models: dict[str, str], tmp_path: Path) -> None:
@@ -167,13 +168,13 @@ def test_what_is_finished_is_kept(models: dict[str, str], tmp_path: Path, monkey
     monkeypatch.setattr(room, "run_bundle", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         sweep(*own)
-    assert len(entries_of(tmp_path / "out")) == 1
+    assert len(ResultStore(tmp_path / "out").entries()) == 1
     assert "1 of 3 points are done." in report.page_of(tmp_path / "out", "").texts[0]
     ran.append("interrupted")
     entries = sweep(*own)
     assert "points are done" not in report.page_of(tmp_path / "out", "").texts[0]
     assert ran == ["learning_rate 0.01", "interrupted", "learning_rate 0.1", "learning_rate 0.2"]
-    assert entries == entries_of(tmp_path / "out")
+    assert entries == ResultStore(tmp_path / "out").entries()
 
 
 def test_a_run_that_was_stopped_before_its_evaluation_runs_again(models: dict[str, str], tmp_path: Path) -> None:
@@ -218,9 +219,9 @@ def test_the_sweep_in_the_output_runs_from_there(
     over = "{learning_rate: {low: 1e-3, high: 1e-1, log: true}}"
     flags = ["--over", over, "--trials", "2", "--output", "runs/out"]
     assert run("sweep", "own/recipe.yaml", *flags) == 0
-    before = entries_of(Path("runs/out"))
+    before = ResultStore(Path("runs/out")).entries()
     assert run("sweep", "runs/out/sweep.yaml", "--output", "runs/again") == 0
-    assert by_name(entries_of(Path("runs/again"))) == by_name(before)
+    assert by_name(ResultStore(Path("runs/again")).entries()) == by_name(before)
 
 
 @pytest.mark.parametrize("over", [{"learning_rate": [0.01, 0.1]}, {"entry": ["full", "lora"]}])
@@ -365,7 +366,7 @@ def test_what_ray_was_stopped_at_is_no_result(models: dict[str, str], tmp_path: 
     own = asked(tmp_path / "sweep.yaml", models["llama"], over={"epochs": [1, 2]})
     cases = [_case(*own, number, point) for number, point in enumerate(own[0].points)]
     failed = cases[0].failed(ConfigError("this may be mended"))
-    cases[0].keep(failed)
+    cases[0].store.save(cases[0].name, cases[0].number, cases[0].configuration, failed)
     ran = SimpleNamespace(error=None, metrics={DONE: 1, "config": {"bundle": 0}})
     stopped = SimpleNamespace(error=None, metrics=None)
     found = _found([cases[:1], cases[1:]], [ran, stopped])
@@ -419,5 +420,5 @@ def test_ray_gives_the_same(models: dict[str, str], tmp_path: Path) -> None:
     here = by_name(sweep(*own))
     command = [str(Path(sys.executable).with_name("softtune")), "sweep", "sweep.yaml", "--ray", "local"]
     subprocess.run([*command, "--output", "ray"], check=True, cwd=tmp_path)
-    assert by_name(entries_of(tmp_path / "ray")) == here
+    assert by_name(ResultStore(tmp_path / "ray").entries()) == here
     assert json.loads(next((tmp_path / "ray" / "entries").glob("*.json")).read_text())["number"] in (0, 1)

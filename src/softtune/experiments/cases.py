@@ -5,15 +5,15 @@ Knows nothing about how cases are run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from softtune.errors import ConfigError
-from softtune.experiments import outcomes
 from softtune.experiments.baselines import BASELINES
 from softtune.experiments.outcomes import Entry
+from softtune.experiments.result_store import ResultStore
 from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING
 from softtune.training.recipe import Recipe
 
@@ -79,14 +79,9 @@ class Case:
             raise ConfigError(f"{others['name']}: {error}") from error
 
     @property
-    def folder(self) -> Path:
+    def store(self) -> ResultStore:
         """The experiment's folder."""
-        return Path(self.recipe.output)
-
-    @property
-    def stem(self) -> str:
-        """Its name as a file name, without a suffix."""
-        return outcomes.stem_of(self.name)
+        return ResultStore(Path(self.recipe.output))
 
     @property
     def is_adapter(self) -> bool:
@@ -94,8 +89,8 @@ class Case:
         return self.entry not in BASELINES and self.entry not in PROMPTS
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """Its configuration, which distinguishes it from another case of the same name."""
+    def configuration(self) -> dict[str, Any]:
+        """What distinguishes it from another case of the same name."""
         recipe = self.recipe.model_dump(mode="json", exclude={"output"})
         return {"entry": self.entry, "seeds": self.seeds, "recipe": recipe, "rows": self.rows}
 
@@ -106,29 +101,11 @@ class Case:
             {
                 "seed": self.recipe.seed + number * self.recipe.ensemble,
                 "data_seed": self.recipe.rows_seed,
-                "output": str(self.folder / f"{self.stem}-{number + 1}"),
+                "output": str(self.store.run_folder(self.name, number)),
             }
             for number in range(self.seeds)
         ]
         return [self.recipe.model_copy(update=change) for change in changes]
-
-    @property
-    def kept(self) -> list[Entry] | None:
-        """Its saved results from an earlier run; None where there are none, or where it failed and may be run again.
-
-        Raises:
-            ConfigError: the results are of another experiment.
-        """
-        return outcomes.kept(self.folder, self.stem, self.asked)
-
-    @property
-    def came_to(self) -> list[Entry]:
-        """Its saved results once it has run, including failures."""
-        return outcomes.came_to(self.folder, self.stem)
-
-    def keep(self, entries: Sequence[Entry]) -> None:
-        """Save its results."""
-        outcomes.keep(self.folder, self.stem, self.number, self.asked, entries)
 
     def failed(self, error: Exception) -> list[Entry]:
         """Its results where it cannot be run."""

@@ -9,7 +9,8 @@ from typing import Any
 from softtune.errors import ConfigError
 from softtune.experiments.cases import ENTRIES, PROMPTS, REPLACED, Case
 from softtune.experiments.experiment import run_cases, with_rows
-from softtune.experiments.outcomes import SWEEP_NAME, Entry, asked_of, check_same
+from softtune.experiments.outcomes import Entry
+from softtune.experiments.result_store import ResultStore
 from softtune.training.recipe import Recipe
 from softtune.training.setup import Progress
 
@@ -38,7 +39,7 @@ def compare(
             other rows, steps or seeds.
         DataError: the data does not fit.
     """
-    if (Path(recipe.output) / SWEEP_NAME).is_file():
+    if ResultStore(Path(recipe.output)).has_sweep:
         raise ConfigError(f"{recipe.output} has another experiment: name another output, or delete it")
     if len({*names}) < len(names) or not all(names):
         raise ConfigError(f"entries are {', '.join(map(repr, names))}: name each once")
@@ -70,12 +71,12 @@ def _check_budget(case: Case) -> None:
     Raises:
         ConfigError: they have others.
     """
-    budget = _budget(case.asked)
-    for then in asked_of(case.folder):
-        check_same(case.folder, _budget(then), budget)
+    budget = _budget(case.configuration)
+    for other in case.store.configurations():
+        case.store.check_same(_budget(other), budget)
 
 
-def _budget(asked: Mapping[str, Any]) -> dict[str, Any]:
+def _budget(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a case's configuration that all entries of a comparison share."""
-    recipe = {name: value for name, value in asked["recipe"].items() if name not in REPLACED}
-    return {**recipe, "seeds": asked["seeds"], "rows": asked["rows"]}
+    recipe = {name: value for name, value in configuration["recipe"].items() if name not in REPLACED}
+    return {**recipe, "seeds": configuration["seeds"], "rows": configuration["rows"]}

@@ -41,8 +41,9 @@ def with_rows(cases: Sequence[Case], known: dict[str, dict[str, str]] | None = N
     """
     if any(case.recipe.evaluation is None and not case.recipe.test_size for case in cases):
         raise ConfigError("an experiment needs rows to evaluate on: set evaluation or test_size")
-    if holds_adapter(cases[0].folder):
-        raise ConfigError(f"{cases[0].folder} has an adapter: name another output")
+    folder = cases[0].store.folder
+    if holds_adapter(folder):
+        raise ConfigError(f"{folder} has an adapter: name another output")
     known = {} if known is None else known
     found = []
     for case in cases:
@@ -79,18 +80,19 @@ def run_cases(
         ConfigError: the folder has another experiment.
         DataError: the data does not fit.
     """
-    found = {case.stem: case.kept for case in cases}
-    left = list({case.stem: case for case in cases if found[case.stem] is None}.values())
+    store = cases[0].store
+    found = {case.name: store.final_results(case.name, case.configuration) for case in cases}
+    left = list({case.name: case for case in cases if found[case.name] is None}.values())
     _check_folders(left)
     progress("all", len(found) - len(left), len(found), "")
     try:
         for done, (case, entries) in enumerate(run(bundles(left, at_once), progress), start=1):
-            case.keep(entries)
-            found[case.stem] = entries
+            store.save(case.name, case.number, case.configuration, entries)
+            found[case.name] = entries
             progress("all", len(found) - len(left) + done, len(found), "")
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; go on with the same command") from None
-    return [found[case.stem] or [] for case in cases]
+    return [found[case.name] or [] for case in cases]
 
 
 def _check_folders(cases: Sequence[Case]) -> None:

@@ -58,7 +58,7 @@ def _run(bundles: Sequence[Sequence[Case]], progress: Progress) -> Iterator[tupl
         tune.with_resources(trial, resources),
         param_space={"bundle": tune.grid_search([*range(len(bundles))])},
         run_config=tune.RunConfig(
-            storage_path=str((bundles[0][0].folder / "ray").resolve()),
+            storage_path=str((bundles[0][0].store.folder / "ray").resolve()),
             verbose=0,
             callbacks=[_telling(progress, sum(map(len, bundles)))],
         ),
@@ -78,7 +78,8 @@ def _found(bundles: Sequence[Sequence[Case]], results: Sequence[Any]) -> Iterato
             raise getattr(result.error, "cause", result.error)  # as it was on the worker, without Ray's traceback
     reports = [result.metrics for result in results if DONE in (result.metrics or {})]
     for report in reports:
-        yield from ((case, case.came_to) for case in bundles[report["config"]["bundle"]][: report[DONE]])
+        done = bundles[report["config"]["bundle"]][: report[DONE]]
+        yield from ((case, case.store.results(case.name)) for case in done)
     if sum(report[DONE] for report in reports) < sum(map(len, bundles)):
         raise KeyboardInterrupt("stopped; go on with the same command")
 
@@ -109,5 +110,5 @@ def _trial(config: dict[str, Any], bundles: Sequence[Sequence[Case]], start: str
     os.chdir(start)
     torch.set_num_threads(1)
     for done, (case, entries) in enumerate(run_bundle(bundles[config["bundle"]], lambda *_: None)):
-        case.keep(entries)
+        case.store.save(case.name, case.number, case.configuration, entries)
         tune.report({DONE: done + 1})

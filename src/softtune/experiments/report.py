@@ -11,8 +11,9 @@ from softtune.errors import CheckpointError
 from softtune.experiments import figures
 from softtune.experiments.adapter_report import adapter_page
 from softtune.experiments.figures import finished
-from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of
+from softtune.experiments.outcomes import Entry
 from softtune.experiments.page import Page, Table, as_html, as_markdown, file_of
+from softtune.experiments.result_store import ResultStore
 from softtune.experiments.sweep import Sweep
 from softtune.formatting import in_units, in_words
 from softtune.tasks.metrics import direction
@@ -56,15 +57,16 @@ def page_of(folder: Path, title: str) -> Page:
     Raises:
         CheckpointError: the folder has neither an experiment nor an adapter.
     """
-    entries = entries_of(folder)
+    store = ResultStore(folder)
+    entries = store.entries()
     if not entries and holds_adapter(folder):
         return adapter_page(folder, title)
-    if not entries and (folder / SWEEP_NAME).is_file():
+    if not entries and store.has_sweep:
         raise CheckpointError(f"nothing of the sweep in {folder} is finished: go on with softtune sweep")
     if not entries:
         raise CheckpointError(f"{folder} has no experiment and no adapter: run softtune train, compare or sweep first")
-    if (folder / SWEEP_NAME).is_file():
-        return sweep_page(Sweep.load(folder / SWEEP_NAME), entries, title)
+    if store.has_sweep:
+        return sweep_page(Sweep.load(store.sweep_file), entries, title)
     return comparison_page(entries, title)
 
 

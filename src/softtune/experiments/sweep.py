@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from softtune import storage
 from softtune.errors import ConfigError
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_cases, run_here, with_rows
-from softtune.experiments.outcomes import SWEEP_NAME, Entry, entries_of, forget_failures, said
+from softtune.experiments.outcomes import Entry, said
+from softtune.experiments.result_store import ResultStore
 from softtune.tasks.metrics import direction
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe import Recipe
@@ -117,20 +117,19 @@ class Sweep(BaseModel):
         sweep = checked(cls, fields, "sweep", HINTS)
         return sweep.model_copy(update={"recipe": str(Path(path).parent / sweep.recipe)})
 
-    def save(self, folder: Path) -> None:
-        """Save the sweep in its folder, for its report page, and remove failures that may be run again.
+    def save(self, store: ResultStore) -> None:
+        """Save the sweep with its results, for its report page, and remove failures that may be run again.
 
         Raises:
             ConfigError: the folder has another experiment with results.
         """
-        saved = Sweep.load(folder / SWEEP_NAME) if (folder / SWEEP_NAME).is_file() else None
-        done = [entry for entry in entries_of(folder) if entry.is_final]
+        saved = Sweep.load(store.sweep_file) if store.has_sweep else None
+        done = [entry for entry in store.entries() if entry.is_final]
         if done and (saved is None or not self._goes_on_from(saved, done)):
-            raise ConfigError(f"{folder} has another experiment: name another output, or delete it")
-        forget_failures(folder)
+            raise ConfigError(f"{store.folder} has another experiment: name another output, or delete it")
+        store.drop_failures()
         fields = self.model_dump(mode="json", exclude_unset=True) | {"recipe": str(Path(self.recipe).resolve())}
-        with storage.staged(folder) as stage:
-            (stage / SWEEP_NAME).write_text(to_yaml(fields), encoding="utf-8")
+        store.save_sweep(to_yaml(fields))
 
     def _goes_on_from(self, other: Sweep, done: Sequence[Entry]) -> bool:
         """Whether this sweep can resume another: all finished points of the other are among its own."""
@@ -188,7 +187,7 @@ def sweep(
         return _search(config, recipe, run, progress)
     cases = with_rows([_case(config, recipe, number, point) for number, point in enumerate(config.points)])
     _check_metric(config, cases)
-    config.save(Path(recipe.output))
+    config.save(cases[0].store)
     found = run_cases(cases, at_once=config.at_once, run=run, progress=progress)
     return [entry for entries in found for entry in entries]
 
@@ -231,7 +230,7 @@ def _search(config: Sweep, recipe: Recipe, run: Runner, progress: Progress) -> l
         cases = with_rows([_case(config, recipe, trial.number, _point(config, trial)) for trial in trials], rows)
         _check_metric(config, cases)
         if not first:
-            config.save(Path(recipe.output))
+            config.save(cases[0].store)
         each = run_cases(cases, at_once=config.at_once, run=run, progress=progress)
         for trial, entries in zip(trials, each, strict=True):
             if entries[0].failure:
