@@ -28,8 +28,8 @@ from softtune.experiments.outcomes import Entry
 from softtune.experiments.page import Page
 from softtune.experiments.result_store import ResultStore
 from softtune.experiments.sweep import Sweep, sweep
+from softtune.training.progress import Progress
 from softtune.training.recipe import Recipe
-from softtune.training.setup import Progress
 
 ROOT = Path(__file__).parents[1]
 STUDIES, RESULTS, RUNS = ROOT / "recipes" / "studies", ROOT / "docs" / "results", ROOT / "runs" / "studies"

@@ -13,6 +13,7 @@ from tests.tiny import save_models
 
 from softtune import ConfigError
 from softtune.cli.console import console, progress_bars, show_pairs
+from softtune.training.progress import TRAINING, Phase
 
 
 def test_brackets_and_colons_are_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,18 +30,35 @@ def test_bars_without_a_task_leave_no_empty_line(capsys: pytest.CaptureFixture[s
         raise ConfigError("the recipe is wrong: mend it")
     assert capsys.readouterr().err == ""
     with progress_bars() as progress:
-        progress("training", 3, 3, "")
+        progress(TRAINING, 3, 3, "")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("training")
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ({}, "training"),
+        ({"member": "2"}, "training 2"),
+        ({"run": "a: b"}, "a: b: training"),
+        ({"run": "out", "member": "2"}, "out: training 2"),
+    ],
+)
+def test_a_bar_has_the_names_of_its_run_and_member(
+    capsys: pytest.CaptureFixture[str], names: dict[str, str], shown: str
+) -> None:
+    with progress_bars() as progress:
+        progress(Phase("training", **names), 3, 3, "")
+    assert capsys.readouterr().err.startswith(f"{shown:<26} ")
 
 
 def test_the_clock_of_a_bar_starts_anew_with_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = list[float]()
     monkeypatch.setattr(Progress, "stop", lambda bars: clocks.append(bars.tasks[0].elapsed))
     with progress_bars() as progress:
-        progress("training", 3, 3, "first")
+        progress(TRAINING, 3, 3, "first")
         time.sleep(0.2)
-        progress("training", 1, 3, "second")
+        progress(TRAINING, 1, 3, "second")
     assert clocks[0] < 0.2
 
 

@@ -24,6 +24,7 @@ from softtune.experiments.on_ray import DONE, _found, _telling
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.result_store import ResultStore
 from softtune.experiments.sweep import Range, Sweep, _case, sweep
+from softtune.training.progress import EVALUATING, TRAINING, Phase
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 from softtune.training.setup import Rows
@@ -354,12 +355,12 @@ def test_names_repeat_no_axis_whose_values_speak_for_themselves(models: dict[str
 def test_progress_has_a_line_for_each_phase_however_many_points(
     models: dict[str, str], tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    told = dict[str, list[tuple[int, int, str]]]()
+    told = dict[Phase, list[tuple[int, int, str]]]()
     own = asked(tmp_path / "sweep.yaml", models["llama"], fields, over={"learning_rate": [0.1, 0.2]}, at_once=1)
     sweep(*own, progress=lambda phase, *step: told.setdefault(phase, []).append(step))
-    assert list(told) == ["all", "training", "evaluating"]
-    assert told["all"] == [(0, 2, ""), (1, 2, ""), (2, 2, "")]
-    assert {notes.partition(",")[0] for _, _, notes in told["training"]} == {"learning_rate 0.1", "learning_rate 0.2"}
+    assert list(told) == [room.ALL_CASES, TRAINING, EVALUATING]
+    assert told[room.ALL_CASES] == [(0, 2, ""), (1, 2, ""), (2, 2, "")]
+    assert {notes.partition(",")[0] for _, _, notes in told[TRAINING]} == {"learning_rate 0.1", "learning_rate 0.2"}
 
 
 def test_what_ray_was_stopped_at_is_no_result(models: dict[str, str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from tests.training.test_run import interrupt_at, no_dropout, no_work, tensors
 
 from softtune import ConfigError, TrainingError
+from softtune.training.progress import EVALUATING, TRAINING, Phase, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.run import Report, train, train_all
-from softtune.training.setup import Progress
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def pair(fields: dict[str, Any], tmp_path: Path) -> Callable[..., list[Recipe]]:
 
 def of_first(progress: Progress) -> Progress:
     """A progress function that hears of the first of two recipes alone."""
-    return lambda phase, *step: progress(phase.removeprefix("a: "), *step) if phase.startswith("a: ") else None
+    return lambda phase, *step: progress(replace(phase, run=None), *step) if phase.run == "a" else None
 
 
 def assert_same(found: list[Recipe], expected: list[Recipe]) -> None:
@@ -97,8 +98,8 @@ def test_a_run_that_failed_before_an_interrupt_is_told_and_passed_over(pair: Cal
 
 
 def test_all_are_saved_before_one_is_evaluated(pair: Callable[..., list[Recipe]]) -> None:
-    def stop(phase: str, *step: Any) -> None:
-        if phase == "evaluating":
+    def stop(phase: Phase, *step: Any) -> None:
+        if phase == EVALUATING:
             os.kill(os.getpid(), signal.SIGINT)
 
     recipes = pair("out")
@@ -108,8 +109,8 @@ def test_all_are_saved_before_one_is_evaluated(pair: Callable[..., list[Recipe]]
 
 
 def test_runs_that_are_stopped_at_once_say_what_is_kept_of_each(pair: Callable[..., list[Recipe]]) -> None:
-    def stop(phase: str, done: int, *step: Any) -> None:
-        if (phase, done) == ("training", 6):
+    def stop(phase: Phase, done: int, *step: Any) -> None:
+        if (phase, done) == (TRAINING, 6):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from softtune import CheckpointError, ConfigError, DataError, PeftModel, TrainingError
 from softtune.backbone import Backbone
+from softtune.training.progress import EVALUATING, EVALUATING_BASE_MODEL, TRAINING, Phase
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 from softtune.training.trainer import AdapterTrainer
@@ -44,8 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def interrupt_at(step: int) -> Any:
     """A progress function that presses Ctrl-C during a step."""
 
-    def progress(phase: str, done: int, total: int, notes: str) -> None:
-        if phase == "training" and done == step - 1:
+    def progress(phase: Phase, done: int, total: int, notes: str) -> None:
+        if phase == TRAINING and done == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     return progress
@@ -197,7 +198,7 @@ def test_a_head_on_an_encoder(fields: dict[str, Any], models: dict[str, str], tm
 def test_an_encoder_decoder_writes_the_label(fields: dict[str, Any], models: dict[str, str]) -> None:
     losses: list[float] = []
 
-    def listen(phase: str, done: int, total: int, notes: str) -> None:
+    def listen(phase: Phase, done: int, total: int, notes: str) -> None:
         losses.extend(float(loss) for loss in re.findall(r"loss ([\d.]+), \d+ tokens/s", notes))
 
     changes = {"model": models["t5"], "task": "SEQ_2_SEQ_LM", "epochs": 20, "learning_rate": 0.1}
@@ -243,8 +244,8 @@ def test_long_texts_are_cut_and_counted(fields: dict[str, Any]) -> None:
 
 
 def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_mistake(fields: dict[str, Any]) -> None:
-    def die(phase: str, done: int, total: int, notes: str) -> None:
-        if phase == "training":
+    def die(phase: Phase, done: int, total: int, notes: str) -> None:
+        if phase == TRAINING:
             raise RuntimeError
 
     handler = signal.getsignal(signal.SIGINT)
@@ -306,27 +307,27 @@ def test_labels_are_checked_by_their_rows_in_the_file_before_any_work(
 @pytest.mark.parametrize(
     ("phase", "save_steps", "kept"),
     [
-        ("evaluating the base model", 4, "stopped at once; no checkpoint is kept"),
-        ("training", 50, "stopped at once; no checkpoint is kept"),
-        ("training", 4, "stopped at once; .*checkpoint-4 is kept: go on with --resume"),
-        ("evaluating", 4, "stopped before the evaluation; the adapter is saved in .*adapter"),
+        (EVALUATING_BASE_MODEL, 4, "stopped at once; no checkpoint is kept"),
+        (TRAINING, 50, "stopped at once; no checkpoint is kept"),
+        (TRAINING, 4, "stopped at once; .*checkpoint-4 is kept: go on with --resume"),
+        (EVALUATING, 4, "stopped before the evaluation; the adapter is saved in .*adapter"),
     ],
 )
 def test_a_run_that_is_stopped_at_once_says_what_is_kept(
-    fields: dict[str, Any], phase: str, save_steps: int, kept: str
+    fields: dict[str, Any], phase: Phase, save_steps: int, kept: str
 ) -> None:
-    def stop(now: str, done: int, total: int, notes: str) -> None:
-        if now == phase and (phase != "training" or done == 5):
+    def stop(now: Phase, done: int, total: int, notes: str) -> None:
+        if now == phase and (phase != TRAINING or done == 5):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
     recipe = Recipe.from_fields({**fields, "save_steps": save_steps})
     with pytest.raises(KeyboardInterrupt, match=kept):
         train(recipe, progress=stop)
-    if phase == "evaluating":
+    if phase == EVALUATING:
         assert Recipe.from_adapter(recipe.output) == recipe
         return
-    if phase == "training":
+    if phase == TRAINING:
         with pytest.raises(CheckpointError, match="is unfinished: go on with softtune train --resume, or train anew"):
             Recipe.from_adapter(recipe.output)
     assert train(recipe, resume="kept: go" in kept).finished

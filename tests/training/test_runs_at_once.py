@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from softtune.evaluation.answers import Answers
 from softtune.evaluation.ensemble import by_mean, by_vote
 from softtune.injection.tensor_store import TensorStore
 from softtune.tasks import LabelTask
+from softtune.training.progress import TRAINING, Phase
 from softtune.training.recipe import Recipe
 from softtune.training.run import Report, train, train_all
 from softtune.training.trainer import AdapterTrainer
@@ -96,8 +98,8 @@ def test_an_interrupt_keeps_all_and_none_is_lost(fields: dict[str, Any], tmp_pat
     whole, broken = (recipes(fields, tmp_path / name, *changes) for name in ("whole", "broken"))
     train_all(whole)
 
-    def progress(phase: str, *step: Any) -> None:
-        interrupt_at(5)(phase.removeprefix("0: "), *step)
+    def progress(phase: Phase, *step: Any) -> None:
+        interrupt_at(5)(replace(phase, run=None) if phase.run == "0" else phase, *step)
 
     first = train_all(broken, progress=progress)
     assert [report.finished for report in first if isinstance(report, Report)] == [False, False]
@@ -125,8 +127,8 @@ def test_a_run_that_has_stopped_by_itself_stays_so_when_another_is_interrupted(
     [expected, _] = train_all(whole)
     assert isinstance(expected, Report)
 
-    def progress(phase: str, *step: Any) -> None:
-        interrupt_at(expected.steps + 3)(phase.removeprefix("1: "), *step)
+    def progress(phase: Phase, *step: Any) -> None:
+        interrupt_at(expected.steps + 3)(replace(phase, run=None) if phase.run == "1" else phase, *step)
 
     train_all(broken, progress=progress)
     [found, _] = train_all(broken, resume=True)
@@ -146,8 +148,8 @@ def test_dropout_goes_on_as_it_would_have(fields: dict[str, Any], tmp_path: Path
     whole, broken = recipes(fields, tmp_path, own, own)
     train(whole)
 
-    def progress(phase: str, *step: Any) -> None:
-        interrupt_at(6)("training" if phase == "training 1" else phase, *step)
+    def progress(phase: Phase, *step: Any) -> None:
+        interrupt_at(6)(TRAINING if phase == replace(TRAINING, member="1") else phase, *step)
 
     train(broken, progress=progress)
     train(broken, resume=True)
@@ -180,8 +182,8 @@ def test_an_interrupt_keeps_an_ensemble_beside_its_failed_member(
     monkeypatch.setattr(AdapterTrainer, "_check_numbers", blow_up)
     [recipe] = recipes(fields, tmp_path, {"ensemble": 2, "epochs": 2})
 
-    def progress(phase: str, *step: Any) -> None:
-        interrupt_at(6)("training" if phase == "training 1" else phase, *step)
+    def progress(phase: Phase, *step: Any) -> None:
+        interrupt_at(6)(TRAINING if phase == replace(TRAINING, member="1") else phase, *step)
 
     assert not train(recipe, progress=progress).finished
     assert Path(recipe.output, "checkpoints", "1", "checkpoint-6").is_dir()
@@ -261,8 +263,8 @@ def test_an_ensemble_goes_on_after_an_interrupt(fields: dict[str, Any], tmp_path
     whole, broken = recipes(fields, tmp_path, {"ensemble": 2, "epochs": 2}, {"ensemble": 2, "epochs": 2})
     train(whole)
 
-    def progress(phase: str, *step: Any) -> None:
-        interrupt_at(6)("training" if phase == "training 1" else phase, *step)
+    def progress(phase: Phase, *step: Any) -> None:
+        interrupt_at(6)(TRAINING if phase == replace(TRAINING, member="1") else phase, *step)
 
     assert not train(broken, progress=progress).finished
     with pytest.raises(CheckpointError, match="is unfinished: go on with softtune train --resume"):

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from softtune.formatting import shortened
+from softtune.training.progress import Phase
 
 if TYPE_CHECKING:
-    from softtune.training.setup import Progress as Reporting
+    from softtune.training.progress import Progress as Reporting
 
 
 def _plain(*, stderr: bool = False) -> Console:
@@ -45,12 +46,12 @@ def progress_bars() -> Iterator[Reporting]:
         TextColumn("{task.fields[notes]}", markup=False),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    bars: dict[str, TaskID] = {}
+    bars: dict[Phase, TaskID] = {}
     progress = Progress(*columns, console=shown)
 
-    def report(phase: str, done: int, total: int, notes: str) -> None:
+    def report(phase: Phase, done: int, total: int, notes: str) -> None:
         if phase not in bars:
-            bars[phase] = progress.add_task(phase, total=total, notes="")
+            bars[phase] = progress.add_task(_description(phase), total=total, notes="")
             progress.start()
         if done < progress.tasks[bars[phase]].completed:  # the phase starts again: restart its time too
             progress.reset(bars[phase])
@@ -64,10 +65,17 @@ def progress_bars() -> Iterator[Reporting]:
 
 
 @contextmanager
-def counting(phase: str, total: int) -> Iterator[Callable[[int], None]]:
+def counting(activity: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that reports how many items are done, and show a bar for it."""
     with progress_bars() as report:
-        yield lambda done: report(phase, done, total, "")
+        yield lambda done: report(Phase(activity), done, total, "")
+
+
+def _description(phase: Phase) -> str:
+    """A phase in words, such as "sst2: training 1" for an ensemble's first member in the run sst2."""
+    run = "" if phase.run is None else f"{phase.run}: "
+    member = "" if phase.member is None else f" {phase.member}"
+    return f"{run}{phase.activity}{member}"
 
 
 def show_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:

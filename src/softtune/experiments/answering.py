@@ -10,7 +10,8 @@ from softtune.errors import AdapterError, TrainingError
 from softtune.evaluation.answers import answer, judge
 from softtune.model import PeftModel
 from softtune.tasks import Task
-from softtune.training.setup import Progress, Rows
+from softtune.training.progress import EVALUATING, Progress
+from softtune.training.setup import Rows
 
 
 def metrics_of(
@@ -32,7 +33,7 @@ def metrics_of(
     assert held_out is not None
 
     def advance(done: int) -> None:
-        progress("evaluating", done, len(held_out), "")
+        progress(EVALUATING, done, len(held_out), "")
 
     try:
         answers = answer(model, tokenizer, task, held_out, advance=advance)

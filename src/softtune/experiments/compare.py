@@ -11,8 +11,8 @@ from softtune.experiments.cases import ENTRIES, PROMPTS, REPLACED, Case
 from softtune.experiments.experiment import run_cases, with_rows
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.result_store import ResultStore
+from softtune.training.progress import Progress
 from softtune.training.recipe import Recipe
-from softtune.training.setup import Progress
 
 
 def compare(

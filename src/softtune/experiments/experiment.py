@@ -13,12 +13,15 @@ from softtune.experiments.outcomes import Entry
 from softtune.experiments.runs import run_at_once
 from softtune.training.compatibility import shared
 from softtune.training.folder import RunFolder
+from softtune.training.progress import Phase, Progress
 from softtune.training.recipe import holds_adapter
-from softtune.training.setup import Progress, Rows
+from softtune.training.setup import Rows
 
 Runner = Callable[[Sequence[Sequence[Case]], Progress], Iterator[tuple[Case, list[Entry]]]]
 """Runs bundles of cases, and yields each case with its results."""
 
+ALL_CASES = Phase("all")
+"""Phase of a whole experiment, whose cases are counted."""
 
 NOT_OF_ROWS = (
     *("method", "options", "learning_rate", "schedule", "warmup_steps", "epochs", "batch_size", "weight_decay"),
@@ -84,12 +87,12 @@ def run_cases(
     found = {case.name: store.final_results(case.name, case.configuration) for case in cases}
     left = list({case.name: case for case in cases if found[case.name] is None}.values())
     _check_folders(left)
-    progress("all", len(found) - len(left), len(found), "")
+    progress(ALL_CASES, len(found) - len(left), len(found), "")
     try:
         for done, (case, entries) in enumerate(run(bundles(left, at_once), progress), start=1):
             store.save(case.name, case.number, case.configuration, entries)
             found[case.name] = entries
-            progress("all", len(found) - len(left) + done, len(found), "")
+            progress(ALL_CASES, len(found) - len(left) + done, len(found), "")
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; go on with the same command") from None
     return [found[case.name] or [] for case in cases]

@@ -22,8 +22,9 @@ from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.compatibility import check_compatible
 from softtune.training.folder import RunFolder
+from softtune.training.progress import Progress
 from softtune.training.recipe import Recipe
-from softtune.training.setup import BaseModels, Progress, Rows, Setup
+from softtune.training.setup import BaseModels, Rows, Setup
 from softtune.training.trainer import AdapterTrainer, InterruptSaver
 
 

@@ -17,10 +17,12 @@ from softtune.errors import ConfigError
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_bundle
 from softtune.experiments.outcomes import Entry
-from softtune.training.setup import Progress
+from softtune.training.progress import Phase, Progress
 
 DONE = "cases"
 """Key of a worker's reports: how many cases of its bundle are saved."""
+ON_RAY = Phase("on Ray")
+"""Phase of all bundles on Ray, whose cases are counted."""
 
 
 def on_ray(address: str) -> Runner:
@@ -91,11 +93,11 @@ def _telling(progress: Progress, total: int) -> Any:
     class Telling(tune.Callback):
         def __init__(self) -> None:
             self.done: dict[str, int] = {}
-            progress("on Ray", 0, total, "")
+            progress(ON_RAY, 0, total, "")
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
             self.done[trial.trial_id] = result[DONE]
-            progress("on Ray", sum(self.done.values()), total, "")
+            progress(ON_RAY, sum(self.done.values()), total, "")
 
         def __reduce__(self) -> tuple[Any, ...]:  # Ray pickles its settings, and progress belongs to this process
             return (tune.Callback, ())

@@ -17,8 +17,9 @@ from softtune.experiments.outcomes import Outcome
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.tasks import Task
+from softtune.training.progress import Progress
 from softtune.training.recipe import Recipe
-from softtune.training.setup import Progress, Rows
+from softtune.training.setup import Rows
 
 END = "\n\n"
 """Separator after each row in front of a record, and so the end of generated text."""

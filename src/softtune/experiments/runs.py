@@ -14,10 +14,10 @@ from softtune.formatting import shortened
 from softtune.tasks.metrics import direction
 from softtune.training.folder import RunFolder
 from softtune.training.multi_run import TASKS
+from softtune.training.progress import Phase, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.report import Report
 from softtune.training.run import Result, train_all
-from softtune.training.setup import Progress
 
 LONGEST = 24
 """Characters of a case's name beside a progress bar."""
@@ -56,15 +56,15 @@ class _Sum:
     def __init__(self, progress: Progress, name: str) -> None:
         self._progress = progress
         self._name = name
-        self._counts: dict[str, dict[str, tuple[int, int]]] = {}
+        self._counts: dict[Phase, dict[Phase, tuple[int, int]]] = {}
 
-    def __call__(self, phase: str, done: int, total: int, notes: str) -> None:
-        what = phase.rpartition(": ")[2].partition(" ")[0]  # without the run's name, and a member's
-        counts = self._counts.setdefault(what, {})
+    def __call__(self, phase: Phase, done: int, total: int, notes: str) -> None:
+        of_all = Phase(phase.activity)
+        counts = self._counts.setdefault(of_all, {})
         counts[phase] = (done, total)
         all_done, all_there = (sum(side) for side in zip(*counts.values(), strict=True))
         own = notes if len(counts) == 1 else ""
-        self._progress(what, all_done, all_there, ", ".join(filter(None, (self._name, own))))
+        self._progress(of_all, all_done, all_there, ", ".join(filter(None, (self._name, own))))
 
 
 def _train_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:

@@ -22,8 +22,8 @@ from softtune.experiments.outcomes import Entry, said
 from softtune.experiments.result_store import ResultStore
 from softtune.tasks.metrics import direction
 from softtune.training.fields import checked, read_fields, to_yaml
+from softtune.training.progress import Progress
 from softtune.training.recipe import Recipe
-from softtune.training.setup import Progress
 
 HINTS = {"over": "for each field list values, or {low, high} to search in, or name fields by points"}
 """Hints in error messages, for fields of several types."""

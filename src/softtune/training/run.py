@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from softtune.errors import AdapterError, TrainingError
@@ -18,9 +18,10 @@ from softtune.tasks.metrics import Quality
 from softtune.training.compatibility import check_compatible
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
 from softtune.training.multi_run import train_together
+from softtune.training.progress import EVALUATING, EVALUATING_BASE_MODEL, Phase, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.report import Evaluation, Report
-from softtune.training.setup import BaseModels, Progress, Rows, Setup
+from softtune.training.setup import BaseModels, Rows, Setup
 from softtune.training.trainer import AdapterTrainer, InterruptSaver
 
 Result = Report | TrainingError
@@ -107,8 +108,8 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
 
 
 def _with_output_name(progress: Progress, recipe: Recipe) -> Progress:
-    """Prefix the phase with the output's name, to tell several recipes apart."""
-    return lambda phase, *step: progress(f"{Path(recipe.output).name}: {phase}", *step)
+    """Add the output's name to the phase, to tell several recipes apart."""
+    return lambda phase, *step: progress(replace(phase, run=Path(recipe.output).name), *step)
 
 
 def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
@@ -122,7 +123,7 @@ def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
         return setup.folder.before
     metrics = known or {}
     if setup.rows.evaluation and known is None:
-        [answers] = _answers(setup, "evaluating the base model", [BASE])
+        [answers] = _answers(setup, EVALUATING_BASE_MODEL, [BASE])
         metrics = _judged(setup, answers).metrics
     setup.folder.begin(metrics, setup.rows.fingerprints)
     return metrics
@@ -218,7 +219,7 @@ def _evaluated(setup: Setup) -> Evaluation:
     """Evaluate each adapter, and an ensemble of them."""
     if not setup.rows.evaluation:
         return Evaluation()
-    members = _answers(setup, "evaluating", setup.recipe.adapter_names)
+    members = _answers(setup, EVALUATING, setup.recipe.adapter_names)
     truncated = members[0].truncated
     if len(members) == 1:
         return Evaluation(quality=_judged(setup, members[0]), truncated=truncated)
@@ -228,7 +229,7 @@ def _evaluated(setup: Setup) -> Evaluation:
     return Evaluation(quality=quality, members=member_metrics, vote=vote.metrics, truncated=truncated)
 
 
-def _answers(setup: Setup, phase: str, names: Sequence[str]) -> list[Answers]:
+def _answers(setup: Setup, phase: Phase, names: Sequence[str]) -> list[Answers]:
     """Predict the evaluation rows with each of these adapters."""
     rows = setup.rows.evaluation
     assert rows is not None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,15 +18,13 @@ from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.tasks import Task
 from softtune.training.folder import RunFolder
+from softtune.training.progress import TRAINING, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.rows import check_every_label, fingerprints, split_rows, training_and_evaluation_rows
 from softtune.training.trainer import AdapterTrainer, InterruptSaver, ProgressReporter, trackers, training_arguments
 
 LABEL_NAMES = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
 """Keys of the labels in a batch, for tasks whose key is not ``labels``."""
-
-Progress = Callable[[str, int, int, str], None]
-"""Progress callback: takes the phase, steps or rows done, their total, and the latest loss and speed as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +130,7 @@ class Setup:
             interrupt: callback that ends the training on Ctrl-C.
         """
         recipe = self.recipe
-        phase = "training" if recipe.ensemble == 1 else f"training {name}"
+        phase = TRAINING if recipe.ensemble == 1 else replace(TRAINING, member=name)
         return AdapterTrainer(
             model,
             args=_arguments(recipe, self.folder.checkpoints(name), recipe.seed + number),

@@ -1,0 +1,27 @@
+"""What training and evaluation report of their progress: data, whose words are made where it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the work whose steps or rows are counted."""
+
+    activity: str
+    """What is done."""
+    _: KW_ONLY
+    run: str | None = None
+    """Name of the run's output, where several recipes run at once."""
+    member: str | None = None
+    """Name of the ensemble's member that is trained."""
+
+
+TRAINING = Phase("training")
+EVALUATING = Phase("evaluating")
+EVALUATING_BASE_MODEL = Phase("evaluating the base model")
+
+Progress = Callable[[Phase, int, int, str], None]
+"""Progress callback: takes the phase, steps or rows done, their total, and the latest loss and speed as text."""
