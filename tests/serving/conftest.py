@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.families import CAUSAL_LM, KINDS, METHODS, save_adapter
 from tests.tiny import save_models
 

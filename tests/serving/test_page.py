@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
+
 from tests.serving.test_http import generated, serving
 from tests.serving.test_tasks import LABELLED, ROWS, trained
 from tests.training.test_recipe_task import recipe

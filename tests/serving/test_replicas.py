@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.serving.processes import started, wait_for
-from tests.serving.test_http import complete, generated
 
 from softtune import ConfigError
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.http.app import Settings
 from softtune.serving.replicas import run
+from tests.serving.processes import started, wait_for
+from tests.serving.test_http import complete, generated
 
 FOLLOWING = 60
 """Seconds to wait."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.serving.stepping import Served
 
 from softtune.errors import ClosedError, FullError, TooLongError
 from softtune.serving import prompt_export
 from softtune.serving.requests import LoglikelihoodRequest
+from tests.serving.stepping import Served
 
 TEXTS = ["the sky is blue", "good text : bad", "red", "cold warm cold warm the green sky label : is", "is it"]
 

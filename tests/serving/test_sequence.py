@@ -6,14 +6,14 @@ import random
 
 import pytest
 import torch
-from tests.families import CAUSAL_LM, FAMILIES, KINDS, base_model, texts
-from tests.test_rows import mixed
 
 from softtune import PeftModel, UnsupportedModelError
 from softtune.injection.kv_pool import KVPool
 from softtune.methods.base import Prompt
 from softtune.serving.prompt_export import export_prompt
 from softtune.serving.sequence import LoadedPrompt, ScheduledChunk, TokenSequence, run_chunks
+from tests.families import CAUSAL_LM, FAMILIES, KINDS, base_model, texts
+from tests.test_rows import mixed
 
 DECODERS = [f for f, row in FAMILIES.items() if CAUSAL_LM in row.tasks]
 SLOTS = 400

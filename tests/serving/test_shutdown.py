@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+
+from softtune.cli.serve import _Server
 from tests.serving.processes import started
 from tests.serving.test_slow_clients import HALF
 from tests.tiny import save_models
-
-from softtune.cli.serve import _Server
 
 TOKENS = 1500
 """More than can be written while a signal is on its way."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.serving.test_http import complete, serving
 
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
 from softtune.serving.sampling import SampledToken
 from softtune.serving.service import Service, TokenDelta
+from tests.serving.test_http import complete, serving
 
 HALF = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 99\r\n\r\nhalf of it"
 BETWEEN_TOKENS = 0.5

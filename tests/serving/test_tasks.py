@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tests.serving.test_http import serving
-from tests.training.test_recipe_task import QUESTIONS, SENTENCES, models, reading, recipe, tagging  # noqa: F401
 
 from softtune.cli.loading import load_trained
 from softtune.evaluation.answers import Answers, answer
 from softtune.serving.service import Service
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
+from tests.serving.test_http import serving
+from tests.training.test_recipe_task import QUESTIONS, SENTENCES, models, reading, recipe, tagging  # noqa: F401
 
 METHODS: dict[str, dict[str, Any]] = {
     "deep": {"method": "P_TUNING_V2"},

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.families import P
 from transformers import AutoModelForCausalLM
 
 from softtune.backbone import Backbone
 from softtune.errors import CheckpointError, UnsupportedModelError
 from softtune.serving.vllm.compatibility import bake_folder
 from softtune.serving.vllm.prompts import Prompts
+from tests.families import P
 
 REFUSED = {
     "infix": "vLLM takes no adapter with a prefix behind the text: serve it by the engine transformers",
