@@ -61,7 +61,7 @@ class CachedAdapter:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         tensors = [*adapter.inference_state().values(), *adapter.head_state().values()]
-        self.bytes = sum(tensor.nbytes for tensor in tensors)
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
 
     def release(self) -> None:
         """Do nothing, since no other object refers to it."""

@@ -36,7 +36,7 @@ class CachedPrompt:
         self._pool = pool
         self.loaded = LoadedPrompt.from_prompt(pool, prompt)
         tensors = [added for _, added in prompt.additions] + ([] if prompt.vectors is None else [prompt.vectors])
-        self.bytes = len(self.loaded.slots) * pool.token_bytes + sum(tensor.nbytes for tensor in tensors)
+        self.nbytes = len(self.loaded.slots) * pool.token_bytes + sum(tensor.nbytes for tensor in tensors)
 
     def release(self) -> None:
         """Free the prefix's slots."""

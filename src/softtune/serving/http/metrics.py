@@ -40,7 +40,7 @@ class Metrics:
             "adapters": ("Adapters that are served.", lambda: len(service.registry.versions)),
             "adapter_bytes": (
                 "Bytes of adapters in memory.",
-                lambda: sum(engine.adapter_cache.bytes for engine in service.thread.engines),
+                lambda: sum(engine.adapter_cache.nbytes for engine in service.thread.engines),
             ),
         }
         for name, (text, value) in gauges.items():

@@ -61,7 +61,7 @@ class HeldVectors:
             after_text=prompt.after_text,
             additions=(),
         )
-        self.bytes = 0 if prompt.vectors is None else prompt.vectors.nbytes
+        self.nbytes = 0 if prompt.vectors is None else prompt.vectors.nbytes
 
     def release(self) -> None:
         """Do nothing: only this object refers to the vectors."""

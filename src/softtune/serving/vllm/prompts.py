@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from softtune.errors import CheckpointError
+from softtune.serving.lru import LRUCache
 from softtune.serving.prompt_export import PROMPT_NAME
 
 NAME = re.compile(r"[\w@-][\w@.-]{0,199}")
@@ -72,23 +72,23 @@ class Prompts:
 
 
 class HeldPrompts:
-    """An LRU cache of prompts in a worker's memory.
+    """The prompts in a worker's memory, least recently used ones evicted first.
 
     Args:
         prompts: where they are read from.
         heads: the worker's slice of the H heads.
         dtype: dtype of its KV cache.
         device: device of its KV cache.
-        bound: maximum size in bytes; the last used prompt is kept in any case.
+        max_bytes: maximum size in bytes; the last used prompt is kept in any case.
     """
 
-    def __init__(self, prompts: Prompts, heads: slice, dtype: torch.dtype, device: torch.device, bound: int) -> None:
-        self._prompts = prompts
-        self._heads = heads
-        self._dtype = dtype
-        self._device = device
-        self._bound = bound
-        self._cached: OrderedDict[str, Tensor] = OrderedDict()
+    def __init__(
+        self, prompts: Prompts, heads: slice, dtype: torch.dtype, device: torch.device, max_bytes: int
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._cache: LRUCache[str, Tensor] = LRUCache(
+            lambda name: prompts.read(name)[..., heads, :].to(device, dtype).contiguous()
+        )
 
     def get(self, name: str) -> Tensor:
         """A prompt's keys and values [P, L, 2, H, K] for the worker's H heads.
@@ -96,12 +96,6 @@ class HeldPrompts:
         Raises:
             CheckpointError, OSError, SafetensorError, KeyError: see ``Prompts._length``.
         """
-        if name not in self._cached:
-            self._cached[name] = (
-                self._prompts.read(name)[..., self._heads, :].to(self._device, self._dtype).contiguous()
-            )
-        self._cached.move_to_end(name)
-        prompt = self._cached[name]
-        while len(self._cached) > 1 and sum(cached.nbytes for cached in self._cached.values()) > self._bound:
-            self._cached.popitem(last=False)
+        prompt = self._cache.use(name)
+        self._cache.shrink(self._max_bytes, keep=[name])
         return prompt
