@@ -137,14 +137,14 @@ def milliseconds(service: Service, names: list[str | None]) -> float:
         )
         release = (lambda: None) if version is None else (lambda v=version: service.registry.release(v))
         engine.submit(RequestHandle(version, request, print, release))
-    while any(handle.request.pending != 1 for handle in engine.running) or len(engine.queue):
+    while any(handle.request.num_pending_tokens != 1 for handle in engine.batch.running) or len(engine.batch.queue):
         engine.step()
     seconds = []
     for _ in range(STEPS // 2):
         clock = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - clock)
-    while engine.running:
+    while engine.batch.running:
         engine.step()
     return round(1000 * statistics.median(seconds), 2)
 

@@ -216,11 +216,11 @@ def memory() -> dict[str, float]:
 
 def loaded(service: Service, name: str) -> float:
     """Seconds to load an adapter that is not in memory."""
-    service.engine.adapter_cache.shrink(0)
+    service.engine.batch.adapter_cache.shrink(0)
     version, clock = service.registry.lease(name), time.perf_counter()
-    service.engine.adapter_cache.use(version)
+    service.engine.batch.adapter_cache.use(version)
     seconds = time.perf_counter() - clock
-    service.engine.adapter_cache.done(version)
+    service.engine.batch.adapter_cache.done(version)
     service.registry.release(version)
     return seconds
 

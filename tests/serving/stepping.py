@@ -102,6 +102,6 @@ class Served:
 
     def finish(self) -> None:
         """Step until nothing is left to do, and nothing is left behind."""
-        while self.engine.running or len(self.engine.queue):
+        while not self.engine.batch.is_idle:
             self.engine.step()
         assert not any(version.leases for version in self.registry.versions)

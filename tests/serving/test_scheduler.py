@@ -21,7 +21,7 @@ class Pooled(Served):
 
     def finish(self) -> None:
         super().finish()
-        self.engine.adapter_cache.shrink(0)
+        self.engine.batch.adapter_cache.shrink(0)
         assert self.engine.scheduler.pool.num_free == self.engine.config.num_kv_slots
 
 
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused(served: Callable[..., Pooled]) -> None:
     with pytest.raises(FullError, match="2 requests are waiting: try again later"):
         s.write(None, TEXTS[0])
     s.finish()
-    s.engine.queue.is_closed = True
+    s.engine.batch.queue.is_closed = True
     with pytest.raises(ClosedError, match="shutting down"):
         s.write(None, TEXTS[0])
 

@@ -20,7 +20,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from softtune.errors import TooLongError, UnsupportedModelError
 from softtune.serving import prompt_export
 from softtune.serving.engine_config import EngineConfig
-from softtune.serving.engine_thread import abort_with
 from softtune.serving.request_queue import RequestHandle
 from softtune.serving.requests import GenerationRequest, LoglikelihoodRequest
 from softtune.serving.sampling import IncrementalDetokenizer, SamplingParams
@@ -321,7 +320,7 @@ def test_everyone_hears_of_processes_that_die(shared: InVllm) -> None:
     with pytest.raises(EngineDeadError) as death:
         shared.finish()
     assert not shared.engine.is_alive
-    abort_with(shared.engine, [*shared.engine.running], death.value)
+    shared.engine.batch.abort([*shared.engine.batch.running], death.value)
     assert all(job.is_done or failures == [death.value] for job, _, failures in asked)
     late = shared.write("prefix", TEXTS[0])
     shared.finish()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Protocol
@@ -12,8 +11,8 @@ from typing import Any, Protocol
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import ClosedError
-from softtune.serving.adapter_cache import AdapterCache
-from softtune.serving.request_queue import RequestHandle, RequestQueue
+from softtune.serving.request_queue import RequestHandle
+from softtune.serving.running_batch import RunningBatch
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +22,8 @@ class Engine(Protocol):
 
     backbone: Backbone
     """The base model."""
-    queue: RequestQueue[Any]
-    adapter_cache: AdapterCache[Any]
+    batch: RunningBatch[Any, Any]
+    """Its requests, waiting and running."""
 
     def export_adapter(self, adapter: Adapter, folder: Path, *, as_kv: bool) -> None:
         """Write an adapter's inference form into a folder; with ``as_kv``, leading virtual tokens as keys and values.
@@ -46,15 +45,6 @@ class Engine(Protocol):
 
     def step(self) -> None:
         """Run one step, and pass its results to the requests."""
-        ...
-
-    @property
-    def running(self) -> Sequence[RequestHandle[Any]]:
-        """Requests that have been started."""
-        ...
-
-    def release(self, handle: RequestHandle[Any]) -> None:
-        """Take a request out of the running ones, and free what it holds."""
         ...
 
 
@@ -105,7 +95,7 @@ class EngineThread:
     def end(self, grace: float) -> None:
         """Refuse new requests, and stop once all others are done; after ``grace`` seconds the remaining ones fail."""
         for engine in self.engines:
-            engine.queue.is_closed = True
+            engine.batch.queue.is_closed = True
         self._deadline = min(self._deadline, time.monotonic() + grace)
         self.wake()
 
@@ -117,7 +107,7 @@ class EngineThread:
 
     @property
     def is_idle(self) -> bool:
-        return not any(engine.running or len(engine.queue) for engine in self.engines)
+        return all(engine.batch.is_idle for engine in self.engines)
 
     def _run(self) -> None:
         while time.monotonic() < self._deadline and not (self.is_idle and self._deadline < float("inf")):
@@ -129,27 +119,7 @@ class EngineThread:
                     engine.step()
                 except Exception as error:
                     logger.exception("a step failed")
-                    abort_with(engine, [*engine.running], error)
+                    engine.batch.abort([*engine.batch.running], error)
         for engine in self.engines:
-            abort_with(
-                engine, [*engine.running, *engine.queue], ClosedError("the server is shutting down: try again later")
-            )
-
-
-def abort_with(engine: Engine, handles: Sequence[RequestHandle[Any]], error: Exception) -> None:
-    """End requests with an error."""
-    for handle in handles:
-        if handle in engine.running:
-            engine.release(handle)
-        handle.fail(error)
-        handle.end()
-
-
-def abort_cancelled(engine: Engine) -> None:
-    """End cancelled requests, queued or running."""
-    cancelled = engine.queue.remove_cancelled()
-    for handle in [handle for handle in engine.running if handle.is_cancelled]:
-        engine.release(handle)
-        cancelled.append(handle)
-    for handle in cancelled:
-        handle.end()
+            requests = [*engine.batch.running, *engine.batch.queue]
+            engine.batch.abort(requests, ClosedError("the server is shutting down: try again later"))

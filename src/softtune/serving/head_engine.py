@@ -7,7 +7,7 @@ T tokens of an example, N classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from softtune.errors import TooLongError
 from softtune.inputs import Inputs
 from softtune.methods import TaskType
 from softtune.serving import prompt_export
-from softtune.serving.adapter_cache import AdapterCache
 from softtune.serving.engine_config import EngineConfig
-from softtune.serving.engine_thread import abort_cancelled, abort_with
 from softtune.serving.registry import Version
-from softtune.serving.request_queue import RequestHandle, RequestQueue
+from softtune.serving.request_queue import RequestHandle
 from softtune.serving.requests import checked
+from softtune.serving.running_batch import RunningBatch
 
 OUTPUTS = {
     TaskType.SEQ_CLS: ("logits",),
@@ -42,13 +41,35 @@ MOST_BATCHES = 4
 """Maximum number of full batches that one request may take."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class HeadRequest:
     """Examples to run through a head, and the callback for its outputs."""
 
     examples: Sequence[Example]
     tell: Callable[[list[tuple[Tensor, ...]]], None]
     """Called with the head's outputs for each example: logits [N], or [T, N], or [T] of start and [T] of end tokens."""
+    outputs: list[tuple[Tensor, ...]] = field(default_factory=list, init=False)
+    """The head's outputs so far, for the first of the examples."""
+
+    @property
+    def pending(self) -> Sequence[Example]:
+        """The examples that have not been run."""
+        return self.examples[len(self.outputs) :]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all examples have been run."""
+        return not self.pending
+
+    def add(self, output: tuple[Tensor, ...]) -> None:
+        """Append the head's outputs for the next example; the last one's are reported with all others.
+
+        Raises:
+            RequestError: a logit is NaN.
+        """
+        self.outputs.append(output)
+        if self.is_done:
+            self.tell([tuple(checked(part) for part in row) for row in self.outputs])
 
 
 class CachedAdapter:
@@ -82,13 +103,9 @@ class HeadEngine:
         self.outputs = OUTPUTS[task]
         self.judges_tokens = task is not TaskType.SEQ_CLS
         self.config = config
-        self.running: list[RequestHandle[HeadRequest]] = []
-        self.queue: RequestQueue[HeadRequest] = RequestQueue(config, self.running)
-        self._results: dict[RequestHandle[HeadRequest], list[tuple[Tensor, ...]]] = {}
-        """The head's outputs so far, for the examples of each running request."""
         self._collate = Collator(pad_token_id, padding_side="left")
-        self.adapter_cache: AdapterCache[CachedAdapter] = AdapterCache(
-            lambda version: CachedAdapter(prompt_export.load_adapter(backbone, version.folder))
+        self.batch: RunningBatch[HeadRequest, CachedAdapter] = RunningBatch(
+            config, lambda version: CachedAdapter(prompt_export.load_adapter(backbone, version.folder))
         )
 
     def export_adapter(self, adapter: Adapter, folder: Path, *, as_kv: bool) -> None:
@@ -103,20 +120,17 @@ class HeadEngine:
         """
         if len(handle.request.examples) > MOST_BATCHES * self.config.max_num_seqs:
             raise TooLongError(f"the text has {len(handle.request.examples)} parts: shorten it")
-        self.queue.add(handle)
+        self.batch.queue.add(handle)
 
     def step(self) -> None:
         """Run one batch of the running requests' rows, and answer the requests that are complete with it."""
-        abort_cancelled(self)
-        while self.queue.first is not None and len(self._pending) < self.config.max_num_seqs:
-            self._begin(self.queue.pop())
+        self.batch.abort_cancelled()
+        self.batch.admit(lambda handle: len(self._pending) < self.config.max_num_seqs)
         if rows := self._next_rows():
             outputs = self._forward([example for _, example in rows], [_version(handle) for handle, _ in rows])
             for (handle, _), output in zip(rows, outputs, strict=True):
-                self._results[handle].append(output)
-            for handle in [t for t in self.running if len(self._results[t]) == len(t.request.examples)]:
-                self._answer(handle)
-        self.adapter_cache.shrink(self.config.adapter_cache_bytes)
+                self.batch.process(handle, handle.request.add, output)
+        self.batch.evict_idle_adapters()
 
     def _next_rows(self) -> list[tuple[RequestHandle[HeadRequest], Example]]:
         """Pending rows for one batch, all with as many places for virtual tokens as the first one."""
@@ -127,34 +141,14 @@ class HeadEngine:
     @property
     def _pending(self) -> list[tuple[RequestHandle[HeadRequest], Example]]:
         """Rows of running requests that have not been run."""
-        return [
-            (handle, row) for handle in self.running for row in handle.request.examples[len(self._results[handle]) :]
-        ]
-
-    def _begin(self, handle: RequestHandle[HeadRequest]) -> None:
-        try:
-            self.adapter_cache.use(_version(handle))
-        except Exception as error:
-            abort_with(self, [handle], error)
-            return
-        self._results[handle] = []
-        self.running.append(handle)
-
-    def _answer(self, handle: RequestHandle[HeadRequest]) -> None:
-        try:
-            handle.request.tell([tuple(checked(part) for part in row) for row in self._results[handle]])
-        except Exception as error:  # an error in one request does not end the others
-            abort_with(self, [handle], error)
-            return
-        self.release(handle)
-        handle.end()
+        return [(handle, example) for handle in self.batch.running for example in handle.request.pending]
 
     @torch.no_grad()
     def _forward(self, examples: Sequence[Example], versions: Sequence[Version]) -> list[tuple[Tensor, ...]]:
         """The head's outputs for each example."""
         call: dict[str, Any] = {name: x.to(self.backbone.model.device) for name, x in self._collate(examples).items()}
         inputs = Inputs.from_call(call, call.pop("prompt_positions", None), self.backbone)
-        adapters = {str(version.number): self.adapter_cache[version].adapter for version in versions}
+        adapters = {str(version.number): self.batch.adapter_cache[version].adapter for version in versions}
         batch = BatchAdapters.from_names([str(version.number) for version in versions], adapters.__getitem__)
         with prompts_cached(), apply_adapters(self.backbone, batch, inputs):
             output = self.backbone.model(**call, return_dict=True)
@@ -163,12 +157,6 @@ class HeadEngine:
             return list(rows)
         lengths = [len(example.input_ids) for example in examples]
         return [tuple(part[-length:] for part in row) for row, length in zip(rows, lengths, strict=True)]
-
-    def release(self, handle: RequestHandle[HeadRequest]) -> None:
-        """See ``Engine``."""
-        self.running.remove(handle)
-        del self._results[handle]
-        self.adapter_cache.done(_version(handle))
 
 
 def _num_places(example: Example) -> int:

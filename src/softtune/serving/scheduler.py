@@ -13,11 +13,11 @@ from softtune.backbone import Backbone
 from softtune.injection.kv_pool import KVPool
 from softtune.methods.base import Prompt
 from softtune.serving import prompt_export
-from softtune.serving.adapter_cache import AdapterCache
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.registry import Version
-from softtune.serving.request_queue import RequestHandle, RequestQueue
+from softtune.serving.request_queue import RequestHandle
 from softtune.serving.requests import EngineRequest
+from softtune.serving.running_batch import RunningBatch
 from softtune.serving.sequence import LoadedPrompt, ScheduledChunk
 
 Plan = list[tuple[RequestHandle[EngineRequest], list[ScheduledChunk]]]
@@ -44,7 +44,7 @@ class CachedPrompt:
 
 
 class Scheduler:
-    """The running batch with its queue, KV pool and adapter cache.
+    """The running batch with its KV pool.
 
     Args:
         backbone: the base model, a decoder in evaluation mode.
@@ -58,19 +58,19 @@ class Scheduler:
         self._backbone = backbone
         self.config = config
         self.pool = KVPool(backbone, config.num_kv_slots)
-        self.adapter_cache: AdapterCache[CachedPrompt] = AdapterCache(self._load)
-        self.running: list[RequestHandle[EngineRequest]] = []
-        self.queue: RequestQueue[EngineRequest] = RequestQueue(config, self.running)
+        self.batch: RunningBatch[EngineRequest, CachedPrompt] = RunningBatch(
+            config, self._load, self._start, self._free
+        )
         self._no_prompt = LoadedPrompt.from_prompt(self.pool, Prompt())
 
     def schedule(self) -> Plan:
         """Plan the next step: first the requests that generate, then prefills in the order of their admission."""
-        self.adapter_cache.shrink(self.config.adapter_cache_bytes)
-        self._admit()
+        self.batch.evict_idle_adapters()
+        self.batch.admit(self._has_room)
         plan: Plan = []
         left = self.config.max_num_batched_tokens
-        for handle in sorted(self.running, key=lambda handle: handle.request.num_pending_tokens > 1):
-            if handle not in self.running or not left:
+        for handle in sorted(self.batch.running, key=lambda handle: handle.request.num_pending_tokens > 1):
+            if handle not in self.batch.running or not left:
                 continue  # preempted for a request that the plan already has
             planned = sum(chunk.count for _, chunks in plan for chunk in chunks)
             self._make_room(planned + 1, keep=[*(other for other, _ in plan), handle])
@@ -81,49 +81,32 @@ class Scheduler:
             plan.append((handle, chunks))
         return plan
 
-    def release(self, handle: RequestHandle[EngineRequest]) -> None:
-        """Take a running request out of the batch, and free its slots."""
-        self.running.remove(handle)
+    def _has_room(self, handle: RequestHandle[EngineRequest]) -> bool:
+        """Whether the KV pool has room for a request's prefill, beside the pending tokens of the running requests."""
+        needed = handle.request.num_tokens + handle.num_virtual_tokens
+        needed += sum(other.request.num_pending_tokens for other in self.batch.running)
+        return not self.batch.running or needed <= self.pool.num_free + self._num_idle_slots
+
+    def _start(self, handle: RequestHandle[EngineRequest], adapter: CachedPrompt | None) -> None:
+        handle.request.start(self._no_prompt if adapter is None else adapter.loaded)
+
+    def _free(self, handle: RequestHandle[EngineRequest]) -> None:
         self.pool.free(handle.request.slots)
-        if handle.version is not None:
-            self.adapter_cache.done(handle.version)
-
-    def _preempt(self, handle: RequestHandle[EngineRequest]) -> None:
-        """Take a running request out of the batch, and queue it before all others."""
-        self.release(handle)
-        self.queue.add_first(handle)
-
-    def _admit(self) -> None:
-        """Start queued requests while the batch has places, and the KV pool room for their prefill."""
-        while len(self.running) < self.config.max_num_seqs and (first := self.queue.first) is not None:
-            needed = first.request.num_tokens + first.num_virtual_tokens
-            needed += sum(handle.request.num_pending_tokens for handle in self.running)
-            if self.running and needed > self.pool.num_free + self._num_idle_slots:
-                return
-            handle = self.queue.pop()
-            try:
-                prompt = self._no_prompt if handle.version is None else self.adapter_cache.use(handle.version).loaded
-            except Exception as error:
-                handle.fail(error)
-                handle.end()
-                continue
-            handle.request.start(prompt)
-            self.running.append(handle)
 
     @property
     def _num_idle_slots(self) -> int:
         """KV slots of adapters that no request uses."""
-        return sum(len(prompt.loaded.slots) for prompt in self.adapter_cache.idle)
+        return sum(len(prompt.loaded.slots) for prompt in self.batch.adapter_cache.idle)
 
     def _make_room(self, slots: int, keep: Sequence[RequestHandle[EngineRequest]]) -> None:
         """Make ``slots`` KV slots free: drop idle adapters, then preempt the youngest requests not in ``keep``."""
-        while self.pool.num_free < slots and self.adapter_cache.drop_one():
+        while self.pool.num_free < slots and self.batch.adapter_cache.drop_one():
             pass
-        for handle in reversed(self.running):
+        for handle in reversed(self.batch.running):
             if self.pool.num_free >= slots:
                 return
             if handle not in keep:
-                self._preempt(handle)
+                self.batch.preempt(handle)
 
     def _load(self, version: Version) -> CachedPrompt:
         prompt = prompt_export.load_prompt(version.folder, self._backbone)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from softtune.adapter import Adapter
@@ -10,7 +9,6 @@ from softtune.backbone import Backbone
 from softtune.errors import TooLongError
 from softtune.serving import prompt_export
 from softtune.serving.engine_config import EngineConfig
-from softtune.serving.engine_thread import abort_cancelled, abort_with
 from softtune.serving.request_queue import RequestHandle
 from softtune.serving.requests import EngineRequest, check_length
 from softtune.serving.scheduler import Scheduler
@@ -32,12 +30,7 @@ class TransformersEngine:
         self.backbone = backbone
         self.config = config
         self.scheduler = Scheduler(backbone, config)
-        self.queue, self.adapter_cache = self.scheduler.queue, self.scheduler.adapter_cache
-
-    @property
-    def running(self) -> Sequence[RequestHandle[EngineRequest]]:
-        """See ``Engine``."""
-        return self.scheduler.running
+        self.batch = self.scheduler.batch
 
     def export_adapter(self, adapter: Adapter, folder: Path, *, as_kv: bool) -> None:
         """See ``Engine``."""
@@ -57,30 +50,18 @@ class TransformersEngine:
                 f"the answers to choose from have {handle.request.max_kv_tokens} tokens with the text, more than the "
                 f"{self.config.num_kv_slots} that there is room for: ask for fewer"
             )
-        self.queue.add(handle)
+        self.batch.queue.add(handle)
 
     def step(self) -> None:
         """See ``Engine``: run the scheduled chunks of all requests."""
-        abort_cancelled(self)
+        self.batch.abort_cancelled()
         plan = self.scheduler.schedule()
         if not plan:
             return
         scheduled = [chunk for _, chunks in plan for chunk in chunks]
         logits = iter(run_chunks(self.backbone, self.scheduler.pool, scheduled))
         for handle, chunks in plan:
-            chunk_logits = [next(logits) for _ in chunks]
-            try:
-                handle.request.process_logits(chunk_logits)
-            except Exception as error:  # an error in one request does not end the others
-                abort_with(self, [handle], error)
-                continue
-            if handle.request.is_done:
-                self.release(handle)
-                handle.end()
-
-    def release(self, handle: RequestHandle[EngineRequest]) -> None:
-        """See ``Engine``."""
-        self.scheduler.release(handle)
+            self.batch.process(handle, handle.request.process_logits, [next(logits) for _ in chunks])
 
     @property
     def is_alive(self) -> bool:

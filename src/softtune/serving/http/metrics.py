@@ -31,16 +31,16 @@ class Metrics:
         gauges: dict[str, tuple[str, Callable[[], int]]] = {
             "waiting": (
                 "Requests that wait for a place.",
-                lambda: sum(len(engine.queue) for engine in service.thread.engines),
+                lambda: sum(len(engine.batch.queue) for engine in service.thread.engines),
             ),
             "running": (
                 "Requests in the batch.",
-                lambda: sum(len(engine.running) for engine in service.thread.engines),
+                lambda: sum(len(engine.batch.running) for engine in service.thread.engines),
             ),
             "adapters": ("Adapters that are served.", lambda: len(service.registry.versions)),
             "adapter_bytes": (
                 "Bytes of adapters in memory.",
-                lambda: sum(engine.adapter_cache.nbytes for engine in service.thread.engines),
+                lambda: sum(engine.batch.adapter_cache.nbytes for engine in service.thread.engines),
             ),
         }
         for name, (text, value) in gauges.items():

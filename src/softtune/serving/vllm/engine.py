@@ -26,12 +26,11 @@ from softtune.backbone import Backbone
 from softtune.errors import ConfigError
 from softtune.methods.base import Prompt
 from softtune.serving import prompt_export
-from softtune.serving.adapter_cache import AdapterCache
 from softtune.serving.engine_config import EngineConfig
-from softtune.serving.engine_thread import abort_cancelled, abort_with
 from softtune.serving.registry import Version
-from softtune.serving.request_queue import RequestHandle, RequestQueue
+from softtune.serving.request_queue import RequestHandle
 from softtune.serving.requests import GenerationRequest, LoglikelihoodRequest, check_length
+from softtune.serving.running_batch import RunningBatch
 from softtune.serving.sequence import VIRTUAL, LoadedPrompt, TokenSequence
 from softtune.serving.vllm import connector
 from softtune.serving.vllm.compatibility import check
@@ -84,9 +83,7 @@ class VllmEngine:
     def __init__(self, source: str, backbone: Backbone, config: EngineConfig, folder: Path, *, gpus: int = 1) -> None:
         self.backbone = backbone
         self.config = config
-        self.adapter_cache: AdapterCache[HeldVectors] = AdapterCache(self._load)
-        self.running: list[RequestHandle[TextRequest]] = []
-        self.queue: RequestQueue[TextRequest] = RequestQueue(config, self.running)
+        self.batch: RunningBatch[TextRequest, HeldVectors] = RunningBatch(config, self._load, self._start, self._free)
         self._parts: dict[str, tuple[RequestHandle[TextRequest], VllmRequest]] = {}
         self._numbers = itertools.count()
         try:
@@ -135,17 +132,14 @@ class VllmEngine:
         """See ``Engine``."""
         spare = isinstance(handle.request, LoglikelihoodRequest)  # vLLM needs room for a token after each text
         check_length(handle.request, handle.num_virtual_tokens, self.max_model_len - spare)
-        self.queue.add(handle)
+        self.batch.queue.add(handle)
 
     def step(self) -> None:
         """Admit waiting requests and run one step of vLLM."""
-        abort_cancelled(self)
-        self.adapter_cache.shrink(self.config.adapter_cache_bytes)
-        while len(self.running) < self.config.max_num_seqs and (first := self.queue.first) is not None:
-            if not may_begin(first.request, self._active_requests):
-                break  # admit no others either: they might keep it waiting for ever
-            self._begin(self.queue.pop())
-        if self.running:
+        self.batch.abort_cancelled()
+        self.batch.evict_idle_adapters()
+        self.batch.admit(lambda handle: may_begin(handle.request, self._active_requests))
+        if self.batch.running:
             for output in self._llm.step():
                 self._take(output)
 
@@ -154,18 +148,14 @@ class VllmEngine:
         """The requests to vLLM that are running."""
         return [part for _, part in self._parts.values()]
 
-    def _begin(self, handle: RequestHandle[TextRequest]) -> None:
+    def _start(self, handle: RequestHandle[TextRequest], adapter: HeldVectors | None) -> None:
         """Add the vLLM requests of an admitted request."""
-        try:
-            prompt = None if handle.version is None else self.adapter_cache.use(handle.version).prompt
-            self.running.append(handle)
-            adapter = None if handle.version is None or _comes_as_vectors(prompt) else _name(handle.version)
-            for part in vllm_requests(handle.request, adapter, self._active_requests):
-                number = str(next(self._numbers))
-                self._parts[number] = (handle, part)
-                self._llm.add_request(number, _input(handle, prompt, part), part.params)
-        except Exception as error:
-            abort_with(self, [handle], error)
+        prompt = None if adapter is None else adapter.prompt
+        name = None if handle.version is None or _comes_as_vectors(prompt) else _name(handle.version)
+        for part in vllm_requests(handle.request, name, self._active_requests):
+            number = str(next(self._numbers))
+            self._parts[number] = (handle, part)
+            self._llm.add_request(number, _input(handle, prompt, part), part.params)
 
     def _take(self, output: Any) -> None:
         """Pass an output of vLLM on to its request."""
@@ -174,29 +164,19 @@ class VllmEngine:
             return
         [written] = output.outputs
         if written.finish_reason not in (None, "stop", "length"):
-            abort_with(self, [handle], RuntimeError(f"vLLM ended a request by itself: {written.finish_reason}"))
-            return
-        try:
-            part.take(written)
-        except Exception as error:  # it concerns this request alone
-            abort_with(self, [handle], error)
+            self.batch.abort([handle], RuntimeError(f"vLLM ended a request by itself: {written.finish_reason}"))
             return
         if output.finished:
             del self._parts[output.request_id]
-        if handle.request.is_done:
-            self.release(handle)
-            handle.end()
+        self.batch.process(handle, part.take, written)
 
-    def release(self, handle: RequestHandle[TextRequest]) -> None:
-        """See ``Engine``."""
-        self.running.remove(handle)
+    def _free(self, handle: RequestHandle[TextRequest]) -> None:
+        """Abort the vLLM requests that are left of a request."""
         left = [number for number, (other, _) in self._parts.items() if other is handle]
         for number in left:
             del self._parts[number]
         with suppress(EngineDeadError):  # the request's client gets the error in any case
             self._llm.abort_request(left)
-        if handle.version is not None:
-            self.adapter_cache.done(handle.version)
 
     @property
     def is_alive(self) -> bool:
