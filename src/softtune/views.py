@@ -98,10 +98,7 @@ def shared_config_class(softtune_class: type) -> type:
     if peft_class is softtune_class:
         return softtune_class
     if (softtune_class, peft_class) not in _BOTH:
-        members = {
-            "__new__": lambda cls, *args, **fields: softtune_class(*args, **fields),
-            "stands_for": softtune_class,
-        }
+        members = {"__new__": lambda cls, *args, **fields: softtune_class(*args, **fields)}
         _BOTH[softtune_class, peft_class] = type(softtune_class.__name__, (softtune_class, peft_class), members)
     return _BOTH[softtune_class, peft_class]
 

@@ -204,3 +204,12 @@ def test_only_virtual_tokens_are_prompt_learning() -> None:
 def test_a_word_for_a_method_is_enough() -> None:
     for peft_type in PeftType:
         assert softtune.get_peft_config({"peft_type": peft_type.value}).peft_type is peft_type
+
+
+def test_a_config_class_of_ones_own_leaves_the_methods_alone() -> None:
+    @dataclasses.dataclass(kw_only=True, eq=False)
+    class OwnConfig(PrefixTuningConfig):
+        pass
+
+    assert type(PeftConfig.from_dict({"peft_type": PeftType.PREFIX_TUNING})) is PrefixTuningConfig
+    assert OwnConfig().peft_type is PeftType.PREFIX_TUNING

@@ -1,20 +1,21 @@
 """The methods, one file per paper."""
 
-from softtune.methods.base import PeftConfig, PeftType, PromptLearningConfig, TaskType
+from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
 from softtune.methods.bitfit import BitFitConfig
 from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from softtune.methods.p_tuning_v2 import PTuningV2Config
 from softtune.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from softtune.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
-    PeftType.PREFIX_TUNING: PrefixTuningConfig,
-    PeftType.PROMPT_TUNING: PromptTuningConfig,
-    PeftType.P_TUNING: PromptEncoderConfig,
-    PeftType.P_TUNING_V2: PTuningV2Config,
-    PeftType.BITFIT: BitFitConfig,
-}
-"""The registry: every method's config class, which knows all else that depends on the method."""
+PEFT_TYPE_TO_CONFIG_MAPPING.update(
+    {
+        PeftType.PREFIX_TUNING: PrefixTuningConfig,
+        PeftType.PROMPT_TUNING: PromptTuningConfig,
+        PeftType.P_TUNING: PromptEncoderConfig,
+        PeftType.P_TUNING_V2: PTuningV2Config,
+        PeftType.BITFIT: BitFitConfig,
+    }
+)
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",

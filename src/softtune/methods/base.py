@@ -386,15 +386,18 @@ def _blank(config_class: type[PeftConfig]) -> PeftConfig:
     return config_class.__new__(config_class)
 
 
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {}
+"""The registry, filled by ``softtune.methods``: every method's config class, which knows all else that depends on the
+method."""
+
+
 def config_class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:
-    classes = {c.__dataclass_fields__["peft_type"].default: c for c in _leaves(PeftConfig)}
-    classes.pop(None, None)
-    if peft_type not in classes:
-        known = ", ".join(sorted(t.value for t in classes))
+    """Look up a method's config class.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = ", ".join(sorted(known_type.value for known_type in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise ConfigError(f"peft_type {peft_type!r} is no method of softtune: use one of {known}")
-    return classes[PeftType(peft_type)]
-
-
-def _leaves(cls: type[PeftConfig]) -> list[type[PeftConfig]]:
-    subclasses = [sub for sub in cls.__subclasses__() if "stands_for" not in vars(sub)]
-    return [leaf for sub in subclasses for leaf in [sub, *_leaves(sub)]]
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
