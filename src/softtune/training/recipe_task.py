@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from softtune.data import Template
 from softtune.methods import TaskType
 from softtune.tasks import KINDS, Task
-
-if TYPE_CHECKING:
-    from softtune.training.recipe import Recipe
+from softtune.training.recipe_fields import RecipeFields
 
 
-def check_task(recipe: Recipe) -> None:
+def check_task(recipe: RecipeFields) -> None:
     """Check that the fields that describe the task fit it.
 
     Raises:
@@ -31,12 +27,12 @@ def check_task(recipe: Recipe) -> None:
         raise ValueError("the template names no column, so that all records read alike: write one, such as {text}")
 
 
-def task_of(recipe: Recipe) -> Task:
+def task_of(recipe: RecipeFields) -> Task:
     """Build the task that a recipe describes, for training and prediction."""
     return _kind_of(recipe).from_recipe(recipe)
 
 
-def _kind_of(recipe: Recipe) -> type[Task]:
+def _kind_of(recipe: RecipeFields) -> type[Task]:
     return next(kind for kind in KINDS if kind.fits(recipe))
 
 

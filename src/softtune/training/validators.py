@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from softtune.methods import TaskType
-
-if TYPE_CHECKING:
-    from softtune.training.recipe import Recipe
+from softtune.training.recipe_fields import RecipeFields
 
 
-def _writes_texts(recipe: Recipe) -> bool:
+def _writes_texts(recipe: RecipeFields) -> bool:
     return not (recipe.labels or recipe.choices or recipe.task.has_head)
 
 
-NEEDS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
+NEEDS: dict[str, tuple[Callable[[RecipeFields], bool], str]] = {
     "shares": (lambda r: r.examples is not None, "needs examples: say how many rows to sample"),
     "test_size": (
         lambda r: r.evaluation is None,
@@ -41,7 +38,7 @@ NEEDS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
 """For each of these fields whether a recipe uses it, and the message where it does not."""
 
 
-def check_dependent_fields(recipe: Recipe) -> None:
+def check_dependent_fields(recipe: RecipeFields) -> None:
     """Check that every field that is not at its default has an effect.
 
     Raises:
