@@ -8,16 +8,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "src").rglob("*.py")), ids=lambda file: file.stem)
-def test_every_file_has_a_place_in_the_design(file: Path) -> None:
-    rooms = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("```")[1]
-    name = file.parent.name if file.stem == "__init__" else file.stem
-    assert re.search(rf"\b{name}\b", rooms), f"docs/design.md does not name {file}"
+def listed() -> tuple[list[str], list[str]]:
+    """The paths of the rooms and files in docs/design.md. A line belongs to the room that it is indented below."""
+    rooms, files, around = list[str](), list[str](), list[tuple[int, str]]()
+    for line in (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("```")[1].splitlines():
+        indent = len(line) - len(line.lstrip())
+        around = [room for room in around if room[0] < indent]
+        if room := re.match(r" *([\w/]+)/(?: |$)", line):
+            around.append((indent, room[1]))
+            rooms.append("/".join(name for _, name in around))
+        files += ["/".join([*(name for _, name in around), name]) for name in re.findall(r"[\w/]+\.py\b", line)]
+    return rooms, files
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
+def test_every_file_has_a_place_in_the_design_and_no_other() -> None:
+    rooms, files = listed()
+    source = [file.relative_to(ROOT) for file in sorted((ROOT / "src").rglob("*.py"))]
+    assert sorted(files) == [str(file) for file in source if file.stem != "__init__"]
+    assert sorted(rooms) == [str(file.parent) for file in source if file.stem == "__init__"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    for name in re.findall(r"`([\w./-]+/\w+\.py)`", (ROOT / page).read_text(encoding="utf-8")):
+        assert any((ROOT / place / name).is_file() for place in (".", "src/softtune")), f"{page} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page} leads to {target}"
@@ -25,9 +45,9 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_make_has_the_targets_that_the_pages_name() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8")):
-            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name} names make {target}"
+    for page in PAGES:
+        for target in re.findall(r"`make ([a-z-]+)", (ROOT / page).read_text(encoding="utf-8")):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page} names make {target}"
 
 
 def test_the_places_of_changes_are_there() -> None:
