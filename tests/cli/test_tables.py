@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from softtune.cli.console import console
-from softtune.cli.tables import show_entries
+from softtune.cli.entries import show_entries
 from softtune.experiments.outcomes import Entry, Outcome
 
 NUMBERS: dict[str, Any] = {

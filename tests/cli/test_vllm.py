@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,6 @@ def test_places_within_a_text_are_refused(llama: str, tmp_path: Path, capsys: py
 def test_what_is_missing_is_said_in_a_line(
     llama: str, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("softtune.cli.serve.find_spec", lambda name: None)
+    monkeypatch.setattr("softtune.extras.find_spec", lambda name: None if name == "vllm" else find_spec(name))
     assert run("serve", "--model", llama, *arguments) == 2
     assert message in capsys.readouterr().err

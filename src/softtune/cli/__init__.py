@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from keyword import iskeyword
 from typing import Any
@@ -12,15 +12,25 @@ from typing import Any
 import typer
 
 from softtune.errors import SofttuneError
+from softtune.extras import require
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
+FAILED = 1
+"""Exit code if a part of an experiment, or a promise, failed."""
+NEEDS = {"compare": "experiments", "sweep": "experiments", "report": "experiments", "serve": "serve"}
+"""The extras that commands need beside ``cli``."""
 
 
 def load(name: str) -> Any:
     """Load a command by its name."""
+    with _errors_in_one_line():
+        require("cli")
+        if name in NEEDS:
+            require(NEEDS[name])
+        command = module_of(name).command
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command(name)(_in_one_line(module_of(name).command))
+    app.command(name)(_errors_in_one_line()(command))
     return typer.main.get_command(app)
 
 
@@ -29,22 +39,18 @@ def module_of(name: str) -> Any:
     return import_module(f"softtune.cli.{name}_" if iskeyword(name) else f"softtune.cli.{name}")
 
 
-def _in_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command to end with one line on stderr: at Ctrl-C, and with exit code 2 at an error that users can fix."""
-
-    @functools.wraps(command)
-    def run(**arguments: object) -> None:
-        try:
-            command(**arguments)
-        except KeyboardInterrupt as stop:
-            _end(str(stop) or "stopped", INTERRUPTED)
-        except SofttuneError as error:
-            _end(str(error), 2)
-        except OSError as error:  # a full disk, a folder that is not ours
-            place = f" ({error.filename})" if error.filename else ""
-            _end(f"{error.strerror or error}{place}: make room, or name another place", 2)
-
-    return run
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """End with one line on stderr: at Ctrl-C, and with exit code 2 at an error that users can fix."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        _end(str(stop) or "stopped", INTERRUPTED)
+    except SofttuneError as error:
+        _end(str(error), 2)
+    except OSError as error:  # a full disk, a folder that is not ours
+        place = f" ({error.filename})" if error.filename else ""
+        _end(f"{error.strerror or error}{place}: make room, or name another place", 2)
 
 
 def _end(why: str, code: int) -> None:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from softtune import checkpoint, self_check
 from softtune.backbone.interface import stock_name
+from softtune.cli import FAILED
 from softtune.cli.console import console, quiet
-from softtune.cli.tables import FAILED
 from softtune.compat import INSTALLED, is_tested
 from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.experiments.cases import METHODS

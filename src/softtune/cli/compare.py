@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from softtune.cli.console import console, progress_bars, quiet
+from softtune.cli.entries import exit_on_failures, show_entries
 from softtune.cli.flags import argument, option, overrides, read_mapping, with_flags
-from softtune.cli.tables import exit_on_failures, show_entries
 from softtune.experiments import report
 from softtune.experiments.cases import ENTRIES, entry_named
 from softtune.experiments.compare import compare

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from functools import partial
-from importlib.util import find_spec
 from math import ceil
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ import uvicorn
 from softtune.cli.console import console, quiet
 from softtune.cli.flags import flag
 from softtune.errors import ConfigError
+from softtune.extras import require
 from softtune.pretrained import locate_base_model
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
@@ -152,14 +152,14 @@ def _engine(name: str, model: str, gpus: int) -> dict[str, Any]:
     """The arguments that make a ``Service`` use another engine than its default.
 
     Raises:
-        ConfigError: the engine's package is missing, or it does not support several GPUs.
+        MissingExtraError: the engine's package is not installed.
+        ConfigError: the engine does not support several GPUs.
     """
     if name == "transformers" and gpus > 1:
         raise ConfigError("the engine transformers takes one GPU: add --engine vllm")
     if name == "transformers":
         return {}
-    if find_spec("vllm") is None:
-        raise ConfigError("the engine vllm comes with a package that is not installed: pip install 'softtune[vllm]'")
+    require("vllm")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # by default vLLM sends them without asking
     from softtune.serving.vllm.engine import VllmEngine

@@ -17,6 +17,7 @@ from softtune.errors import ConfigError
 from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_bundle
 from softtune.experiments.outcomes import Entry
+from softtune.extras import missing
 from softtune.training.progress import Phase, Progress
 
 DONE = "cases"
@@ -33,12 +34,13 @@ def on_ray(address: str) -> Runner:
             for a new one on this machine alone.
 
     Raises:
-        ConfigError: Ray is not installed, or there is no such cluster.
+        MissingExtraError: the extra ``ray`` is not installed.
+        ConfigError: there is no such cluster.
     """
     try:
         import ray.tune
     except ImportError as error:
-        raise ConfigError("experiments on Ray need its package: pip install 'ray[tune]', or leave --ray out") from error
+        raise missing("ray", "ray[tune]") from error
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)

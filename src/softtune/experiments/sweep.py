@@ -20,6 +20,7 @@ from softtune.experiments.cases import Case
 from softtune.experiments.experiment import Runner, run_cases, run_here, with_rows
 from softtune.experiments.outcomes import Entry, said
 from softtune.experiments.result_store import ResultStore
+from softtune.extras import require
 from softtune.tasks.metrics import direction
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.progress import Progress
@@ -180,7 +181,8 @@ def sweep(
 
     Raises:
         ConfigError: a point's fields are incompatible, the metric does not fit the task, the folder has another
-            experiment, Optuna is not installed, or the recipe has no evaluation rows.
+            experiment, or the recipe has no evaluation rows.
+        MissingExtraError: the sweep is a search, and the extra ``sweep`` is not installed.
         DataError: the data does not fit.
     """
     if config.trials is not None:
@@ -214,10 +216,9 @@ def _search(config: Sweep, recipe: Recipe, run: Runner, progress: Progress) -> l
     The sampler's choices depend on its seed and on the results that it was given. So an interrupted search begins again
     with the same points, whose results are saved.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise ConfigError("trials needs the package optuna: pip install optuna, or drop trials") from error
+    require("sweep")
+    import optuna
+
     assert config.trials is not None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=config.fields.get("seed", recipe.seed))

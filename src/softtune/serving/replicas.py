@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from softtune.errors import ConfigError
+from softtune.extras import missing
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
@@ -44,7 +45,8 @@ def run(
         made: further arguments of ``Service``.
 
     Raises:
-        ConfigError: Ray Serve is not installed, or the settings have admin keys.
+        MissingExtraError: the extra ``ray`` is not installed.
+        ConfigError: the settings have admin keys.
     """
     if settings.admin_keys:
         raise ConfigError(
@@ -53,9 +55,7 @@ def run(
     try:
         from ray import serve
     except ImportError as error:
-        raise ConfigError(
-            "replicas need the package of Ray Serve: pip install 'softtune[ray]', or serve one"
-        ) from error
+        raise missing("ray", "ray[serve]") from error
     serve.start(http_options={"host": host, "port": port})
     app = application(model, adapters, config, settings, replicas=replicas, **made)
     serve.run(app, name="softtune", blocking=True)

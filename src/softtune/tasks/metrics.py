@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softtune.extras import require
+
 RESAMPLES = 1000
 PERPLEXITY = "perplexity"
 LABEL_METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
@@ -73,7 +75,12 @@ def direction(metric: str) -> int:
 
 
 def label_quality(references: Sequence[str], answers: Sequence[str]) -> Quality:
-    """``accuracy``, ``balanced_accuracy`` (the mean recall over labels) and ``macro_f1``."""
+    """``accuracy``, ``balanced_accuracy`` (the mean recall over labels) and ``macro_f1``.
+
+    Raises:
+        MissingExtraError: the extra ``metrics`` is not installed.
+    """
+    require("metrics")
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     labels = sorted({*references, *answers})
@@ -100,7 +107,12 @@ def label_quality(references: Sequence[str], answers: Sequence[str]) -> Quality:
 
 
 def tag_quality(references: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> Quality:
-    """``precision``, ``recall`` and ``f1`` of whole entities in BIO tags, and ``accuracy`` of tags."""
+    """``precision``, ``recall`` and ``f1`` of whole entities in BIO tags, and ``accuracy`` of tags.
+
+    Raises:
+        MissingExtraError: the extra ``metrics`` is not installed.
+    """
+    require("metrics")
     from seqeval.metrics import classification_report
     from seqeval.metrics.sequence_labeling import get_entities
 
@@ -176,7 +188,11 @@ def text_quality(
         answers: the generated texts.
         likelihoods: [B, 2] log-probability and number of tokens of each text's first reference; if given, the result
             has ``perplexity``, in which every token has the same weight.
+
+    Raises:
+        MissingExtraError: the extra ``metrics`` is not installed.
     """
+    require("metrics")
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF

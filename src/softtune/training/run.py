@@ -13,6 +13,7 @@ from pathlib import Path
 from softtune.errors import AdapterError, TrainingError
 from softtune.evaluation.answers import Answers, judge
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
+from softtune.extras import require
 from softtune.injection.provenance import BASE
 from softtune.tasks.metrics import Quality
 from softtune.training.compatibility import check_compatible
@@ -40,6 +41,7 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *
         ConfigError: the recipe is invalid, its output has an adapter or an unfinished run, or there is none to resume.
         CheckpointError: the output is a file or cannot be written.
         DataError: the data does not fit.
+        MissingExtraError: there are rows to evaluate, and the extra ``metrics`` is not installed.
         TrainingError: the loss or the adapter is NaN or infinite; the adapter is saved with its last good weights.
         KeyboardInterrupt: Ctrl-C outside of training, or a second one; its message says what is kept.
     """
@@ -72,7 +74,7 @@ def train_all(
 
     Raises:
         ConfigError: as from ``train``, or two recipes differ in a setting that they must share, or have one output.
-        CheckpointError, DataError, KeyboardInterrupt: as from ``train``.
+        CheckpointError, DataError, MissingExtraError, KeyboardInterrupt: as from ``train``.
     """
     check_compatible(recipes)
     folders = [RunFolder(recipe) for recipe in recipes]
@@ -88,6 +90,8 @@ def train_all(
 def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> list[Result]:
     """Load all data first, where errors show soonest; then train and evaluate."""
     rows = [Rows.load(folder.recipe) for folder in folders]
+    if any(recipe_rows.evaluation for recipe_rows in rows):
+        require("metrics")
     for folder, recipe_rows in zip(folders, rows, strict=True):
         if folder.is_unfinished:
             folder.check_data(recipe_rows.fingerprints)
