@@ -51,7 +51,7 @@ def progress_bars() -> Iterator[Reporting]:
 
     def report(phase: Phase, done: int, total: int, notes: str) -> None:
         if phase not in bars:
-            bars[phase] = progress.add_task(_description(phase), total=total, notes="")
+            bars[phase] = progress.add_task(str(phase), total=total, notes="")
             progress.start()
         if done < progress.tasks[bars[phase]].completed:  # the phase starts again: restart its time too
             progress.reset(bars[phase])
@@ -69,13 +69,6 @@ def counting(activity: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that reports how many items are done, and show a bar for it."""
     with progress_bars() as report:
         yield lambda done: report(Phase(activity), done, total, "")
-
-
-def _description(phase: Phase) -> str:
-    """A phase in words, such as "sst2: training 1" for an ensemble's first member in the run sst2."""
-    run = "" if phase.run is None else f"{phase.run}: "
-    member = "" if phase.member is None else f" {phase.member}"
-    return f"{run}{phase.activity}{member}"
 
 
 def show_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""What training and evaluation report of their progress: data, whose words are made where it is shown."""
+"""What training and evaluation report of their progress."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ class Phase:
     """Name of the run's output, where several recipes run at once."""
     member: str | None = None
     """Name of the ensemble's member that is trained."""
+
+    def __str__(self) -> str:
+        """The phase in words, such as "sst2: training 1" for an ensemble's first member in the run sst2."""
+        run = "" if self.run is None else f"{self.run}: "
+        member = "" if self.member is None else f" {self.member}"
+        return f"{run}{self.activity}{member}"
 
 
 TRAINING = Phase("training")
