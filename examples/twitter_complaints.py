@@ -13,8 +13,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from softtune import SofttuneError
-from softtune.data import load_records
-from softtune.data.sources import check_columns
+from softtune.data import check_columns, load_records
 
 LENGTH = 64
 BATCH_SIZE = 8

@@ -2,6 +2,8 @@
 
 It stands beside the package, whose imports take seconds: the overview of the commands needs none of them, and a command
 is imported when it is called. Its annotations are no strings, since typer, which reads them, is imported in a function.
+
+Internal.
 """
 
 import sys

@@ -36,11 +36,13 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """
 LIBRARY = """
 import torch
-from softtune import PeftModel
-from softtune.errors import MissingExtraError
-from softtune.pretrained import load_base_model
-from softtune.training.recipe import Recipe
-from softtune.training.run import train
+from softtune import *
+from softtune.data import *
+from softtune.errors import *
+from softtune.evaluation import *
+from softtune.pretrained import *
+from softtune.tasks import *
+from softtune.training import *
 
 fields = {fields!r}
 recipe = Recipe.from_fields({{**fields, "test_size": 0}})
@@ -61,12 +63,23 @@ def told(what):
         print(error)
 
 
-def serving():
+def import_service():
+    from softtune.serving import Service
+
+
+def import_app():
     import softtune.serving.http.app
 
 
+def import_sweep():
+    from softtune.experiments import run_sweep
+
+
 told(lambda: train(Recipe.from_fields({{**fields, "output": "evaluated"}})))
-told(serving)
+told(lambda: TextTask.measure(None, ["red"], ["red"]))
+told(import_service)
+told(import_app)
+told(import_sweep)
 """
 
 
@@ -90,7 +103,10 @@ def test_the_library_trains_and_says_what_it_lacks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "measuring answers needs sklearn: pip install 'softtune[metrics]'",
+        "measuring answers needs sklearn: pip install 'softtune[metrics]'",
         "the server needs fastapi: pip install 'softtune[serve]'",
+        "the server needs fastapi: pip install 'softtune[serve]'",
+        "an experiment or report needs matplotlib: pip install 'softtune[experiments]'",
     ]
     assert not (tmp_path / "evaluated").exists()
 

@@ -1,6 +1,9 @@
 """Soft-prompt parameter-efficient tuning of frozen Hugging Face transformers.
 
 A script written for PEFT's prefix tuning, prompt tuning or P-tuning runs when it imports from here.
+
+docs/api.md lists what is public: the names here, and those of ``data``, ``tasks``, ``training``, ``evaluation``,
+``experiments``, ``serving``, ``pretrained`` and ``errors``. All other modules are internal.
 """
 
 from softtune import compat  # noqa: F401  # first, since it says in one line that transformers is too old

@@ -1,4 +1,7 @@
-"""One task's trained state: a config, the method's module and trained heads. Knows nothing about files and calls."""
+"""One task's trained state: a config, the method's module and trained heads. Knows nothing about files and calls.
+
+Internal.
+"""
 
 from __future__ import annotations
 

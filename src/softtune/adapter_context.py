@@ -1,6 +1,8 @@
 """Applies adapters to a base model for the duration of one call: prompts, biases and heads, per row.
 
 Letters: B rows.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""PEFT's ``AutoPeftModel`` classes, which load a saved adapter together with its base model."""
+"""PEFT's ``AutoPeftModel`` classes, which load a saved adapter together with its base model.
+
+Internal: import from ``softtune``.
+"""
 
 from __future__ import annotations
 

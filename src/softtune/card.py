@@ -1,4 +1,7 @@
-"""The model card in an adapter's folder: what the adapter is and how to load it, with metadata for the hub."""
+"""The model card in an adapter's folder: what the adapter is and how to load it, with metadata for the hub.
+
+Internal.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (what i
 ``softtune_config.json`` (fields that PEFT lacks, and a sample by which the base model is recognized),
 ``training_state.safetensors`` where training needs more tensors than inference, and a model card. Weights are
 safetensors only: a pickled file is refused unread, unless the caller passes ``allow_pickle=True``.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ fails silently, as a keyword argument that nothing reads. So the rest of softtun
 newest version in ``ARGUMENTS``, and this file translates it to the name in the installed version or in a model's file.
 
 Knows nothing about adapters.
+
+Internal.
 """
 
 from __future__ import annotations

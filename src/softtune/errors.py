@@ -18,6 +18,23 @@
 Each message is one line: what is wrong, then what to do. All derive from ``ValueError``, as PEFT's do.
 """
 
+__all__ = [
+    "AdapterError",
+    "AdapterMismatchError",
+    "CheckpointError",
+    "ClosedError",
+    "ConfigError",
+    "DataError",
+    "FullError",
+    "MissingExtraError",
+    "MissingPeftTypeError",
+    "RequestError",
+    "SofttuneError",
+    "TooLongError",
+    "TrainingError",
+    "UnsupportedModelError",
+]
+
 
 class SofttuneError(ValueError):
     """Base of every error that softtune raises for its users."""

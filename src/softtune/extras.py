@@ -1,6 +1,8 @@
 """The extras of the package, ``pip install 'softtune[serve]'`` and so on, and the error where one is not installed.
 
 pyproject.toml says which packages an extra brings; a test compares it with what stands here.
+
+Internal.
 """
 
 from __future__ import annotations

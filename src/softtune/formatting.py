@@ -1,4 +1,4 @@
-"""Formats values for messages and reports."""
+"""Formats values for messages and reports. Internal."""
 
 from __future__ import annotations
 

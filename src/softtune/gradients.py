@@ -2,6 +2,8 @@
 
 A quantised layer without a backward, a detached input or a renamed argument disconnects an adapter without an error,
 and its training then changes nothing. Knows nothing about methods.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The inputs of a model call, checked for consistency. Knows nothing about adapters.
 
 Letters: B rows, T tokens, D embedding size, P virtual tokens, W columns of the attention mask.
+
+Internal.
 """
 
 from __future__ import annotations

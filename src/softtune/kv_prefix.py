@@ -1,6 +1,8 @@
 """PEFT's functions that initialize a prefix from a text's KV cache.
 
 Letters: H key/value heads, T tokens, P virtual tokens, K size of a key, W values of one virtual token over all layers.
+
+Internal: import from ``softtune``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 One class serves every task, since a task is data and a head. The classes for single tasks are names by which pipelines
 and Trainers recognize the task. The base model stays as it was loaded: an adapter is applied only while a call of
 ``forward`` or ``generate`` runs, and in layers that gradient checkpointing recomputes for that call.
+
+Internal: import from ``softtune``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Keyword options of PEFT's calls: those with an effect, and those accepted because they change nothing here."""
+"""Keyword options of PEFT's calls: those with an effect, and those accepted because they change nothing here.
+
+Internal.
+"""
 
 from __future__ import annotations
 

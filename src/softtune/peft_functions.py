@@ -1,4 +1,4 @@
-"""PEFT's functions that accompany ``PeftModel``."""
+"""PEFT's functions that accompany ``PeftModel``. Internal: import from ``softtune``."""
 
 from __future__ import annotations
 

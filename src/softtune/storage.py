@@ -1,6 +1,8 @@
 """Finds files in a folder or on the hub, and writes a folder without ever leaving it half written.
 
 Knows nothing about adapters: the content of the files is ``checkpoint``'s business.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Trainers and pipelines inspect a model's class name, the parameters of its ``forward`` and the base model below it, each
 in a different way; ``docs/design.md`` lists which library inspects what.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softtune.data import Collator, Example, length_batches
+from softtune.data import Collator, Example
+from softtune.data.collate import length_batches
 from softtune.errors import DataError
 
 

@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from softtune.data import Template, Verbalizer, each_row
+from softtune.data import Template, Verbalizer
+from softtune.data.records import each_row
 from softtune.errors import DataError
 from softtune.methods import TaskType
 from softtune.tasks import LabelTask, TextTask

@@ -3,6 +3,8 @@
 Sizes are observed, not derived from configs: a forward of three tokens shows every attention layer's keys and values,
 so grouped-query attention, uneven layers and layers without attention need no special case. Knows nothing about
 adapters.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: one module for each command, imported when the command is called."""
+"""The command line: one module for each command, imported when the command is called. Internal."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ import typer
 
 from softtune.backbone import Backbone
 from softtune.cli.console import console, quiet
-from softtune.data import Template, has_places_within
+from softtune.data import Template
+from softtune.data.encoding import has_places_within
 from softtune.errors import ConfigError
 from softtune.pretrained import load_base_model
 from softtune.serving.vllm.compatibility import bake_folder

@@ -10,7 +10,7 @@ import typer
 
 from softtune.cli.console import counting, quiet
 from softtune.cli.loading import check_single, load_trained, read_records
-from softtune.data import each_row
+from softtune.data.records import each_row
 from softtune.errors import ConfigError
 from softtune.evaluation.answers import fitted
 from softtune.evaluation.predict import write_texts

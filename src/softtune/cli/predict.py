@@ -17,11 +17,12 @@ from softtune import storage
 from softtune.cli.console import console, counting, quiet
 from softtune.cli.loading import Trained, load_trained, read_records
 from softtune.cli.tables import in_cell, show_mistakes, show_quality
-from softtune.data import each_row
+from softtune.data.records import each_row
 from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import Answers, judge
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
-from softtune.tasks import Task, alike, with_all_references
+from softtune.tasks import Task
+from softtune.tasks.texts import alike, with_all_references
 from softtune.training.recipe import Recipe
 
 SHOWN = 20

@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import IGNORED, each_row
-from softtune.data.encoding import NO_TOKENS
+from softtune.data.encoding import IGNORED, NO_TOKENS
+from softtune.data.records import each_row
 from softtune.errors import ConfigError, DataError
 from softtune.evaluation.predict import (
     Advance,

@@ -15,7 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from softtune.adapter_context import prompts_cached
-from softtune.data import IGNORED, Collator, Example, answer_width, length_batches
+from softtune.data import Collator, Example
+from softtune.data.collate import answer_width, length_batches
+from softtune.data.encoding import IGNORED
 from softtune.errors import AdapterError
 from softtune.model import PeftModel
 

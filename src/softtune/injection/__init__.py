@@ -2,6 +2,8 @@
 
 Hooks rewrite the calls of the base model's stacks for the length of a ``with`` block, and leave nothing behind. Each
 call has an ``Injection`` of its own.
+
+Internal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The methods, one file per paper."""
+"""The methods, one file per paper. Internal: import from ``softtune``."""
 
 from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
 from softtune.methods.bitfit import BitFitConfig

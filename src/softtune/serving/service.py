@@ -22,7 +22,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from softtune.backbone import Backbone
-from softtune.data import Template, has_places_within
+from softtune.data import Template
+from softtune.data.encoding import has_places_within
 from softtune.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 from softtune.evaluation.answers import fitted_beside
 from softtune.methods import PeftConfig, TaskType

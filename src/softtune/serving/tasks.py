@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softtune.data import IGNORED, Example
+from softtune.data import Example
+from softtune.data.encoding import IGNORED
 from softtune.errors import RequestError
 from softtune.serving.head_engine import HeadRequest
 from softtune.serving.registry import Version

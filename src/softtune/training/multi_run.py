@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from softtune import compat
-from softtune.data import IGNORED
+from softtune.data.encoding import IGNORED
 from softtune.errors import ConfigError, DataError, TrainingError
 from softtune.methods import TaskType
 from softtune.model import PeftModel

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from datasets import Dataset, concatenate_datasets
 
-from softtune.data import each_row, load_records, sample_balanced, split_records
+from softtune.data import load_records, sample_balanced, split_records
+from softtune.data.records import each_row
 from softtune.data.sources import fingerprint
 from softtune.errors import DataError
-from softtune.tasks import Task, alike, with_all_references
+from softtune.tasks import Task
+from softtune.tasks.texts import alike, with_all_references
 from softtune.training.recipe import Recipe
 
 

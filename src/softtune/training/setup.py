@@ -11,7 +11,8 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from softtune import compat
 from softtune.adapter import Adapter
-from softtune.data import Collator, Example, each_row
+from softtune.data import Collator, Example
+from softtune.data.records import each_row
 from softtune.evaluation.answers import fitted
 from softtune.methods import TaskType
 from softtune.model import PeftModel

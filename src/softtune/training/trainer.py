@@ -29,7 +29,8 @@ from transformers import (
 
 from softtune import checkpoint, compat
 from softtune.adapter_context import prompts_cached
-from softtune.data import IGNORED, answer_width
+from softtune.data.collate import answer_width
+from softtune.data.encoding import IGNORED
 from softtune.errors import DataError, TrainingError
 from softtune.gradients import describe, without_gradient
 from softtune.model import PeftModel
