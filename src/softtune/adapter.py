@@ -59,9 +59,9 @@ class Adapter:
             ConfigError: the config is no ``PeftConfig``, or names modules that the base model lacks.
         """
         if isinstance(config, type):
-            raise ConfigError(f"{config.__name__} is a class: give a config of it, such as {config.__name__}(...)")
+            raise ConfigError(f"{config.__name__} is a class", f"give a config of it, such as {config.__name__}(...)")
         if not isinstance(config, PeftConfig):
-            raise ConfigError(f"{type(config).__name__} is no config of softtune's: import it from softtune")
+            raise ConfigError(f"{type(config).__name__} is no config of softtune's", "import it from softtune")
         model, config = backbone.model, copy.deepcopy(config)
         config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
         names = _head_names(config, backbone)
@@ -83,8 +83,8 @@ class Adapter:
             settled = own[name] is not None and other.get(name) is not None
             if name not in MAY_DIFFER and settled and own[name] != other[name]:
                 raise AdapterMismatchError(
-                    f"the saved adapter has {name} = {other[name]!r}, the loaded one {own[name]!r}: "
-                    "load it under a name of its own"
+                    f"the saved adapter has {name} = {other[name]!r}, the loaded one {own[name]!r}",
+                    "load it under a name of its own",
                 )
 
     @property
@@ -142,7 +142,7 @@ def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:
     for wanted in config.modules_to_save or ():
         found = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
         if not found and wanted not in PEFT_HEAD_NAMES:
-            raise ConfigError(f"modules_to_save: the base model has no module {wanted!r}: see named_modules()")
+            raise ConfigError(f"modules_to_save: the base model has no module {wanted!r}", "see named_modules()")
         names += [n for n in found if n not in names]
     return names
 

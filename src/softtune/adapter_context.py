@@ -53,8 +53,8 @@ class BatchAdapters:
         adapters = {name: None if name == BASE else adapter(name) for name in names}
         if len(tasks := {a.config.task_type for a in adapters.values() if a is not None}) > 1:
             raise AdapterError(
-                f"adapter_names mixes tasks ({', '.join(sorted(str(t and t.value) for t in tasks))}): "
-                "one batch has one head, run them apart"
+                f"adapter_names mixes tasks ({', '.join(sorted(str(t and t.value) for t in tasks))})",
+                "one batch has one head, run them apart",
             )
         numbers = {name: number for number, name in enumerate(adapters)}
         return cls(adapters, torch.tensor([numbers[name] for name in names]) if len(adapters) > 1 else None)
@@ -139,12 +139,12 @@ def _encoder_owners(backbone: Backbone, batch: BatchAdapters, prompts: Sequence[
 
 def _check_encoder_outputs(outputs: Any, owners: AdapterNames, prompts: Sequence[Prompt]) -> None:
     if any(prompt.vectors is not None for prompt in prompts):
-        raise AdapterError("encoder_outputs lack the virtual tokens: pass input_ids instead")
+        raise AdapterError("encoder_outputs lack the virtual tokens", "pass input_ids instead")
     others = provenance_of(outputs[0])
     if differ(others, owners):
         raise AdapterError(
-            f"encoder_outputs were computed with {joined_names(others)}, not {joined_names(owners)}: "
-            "pass input_ids instead"
+            f"encoder_outputs were computed with {joined_names(others)}, not {joined_names(owners)}",
+            "pass input_ids instead",
         )
 
 
@@ -197,15 +197,15 @@ def check_frozen_layer_cache(layer_cache: FrozenLayerCache, adapters: Sequence[A
     depths = {_depth(layer_cache.backbone, adapter) for adapter in adapters} - {0}
     if layer_cache.backbone.packs and not depths:
         raise ConfigError(
-            "the trunk cache keeps layers below a prefix, and every adapter here acts from the first layer on: "
-            "set layers, such as 'last:10', or leave it out"
+            "the trunk cache keeps layers below a prefix, and every adapter here acts from the first layer on",
+            "set layers, such as 'last:10', or leave it out",
         )
     for depth in depths or {0}:
         layer_cache.check(depth)
     if layer_cache.backbone.is_random_in_training:
         raise UnsupportedModelError(
-            "the base model has dropout, with which a text's layers are never the same twice: "
-            "load it with dropout 0 or leave the trunk cache out"
+            "the base model has dropout, with which a text's layers are never the same twice",
+            "load it with dropout 0 or leave the trunk cache out",
         )
 
 
@@ -243,7 +243,7 @@ def check_cache_provenance(options: Mapping[str, Any], batch: BatchAdapters) -> 
     owners = provenance_of(cache)
     if is_begun and differ(owners, batch.owners):
         raise AdapterError(
-            f"the cache was computed with {joined_names(owners)}, not {joined_names(batch.owners)}: leave it out"
+            f"the cache was computed with {joined_names(owners)}, not {joined_names(batch.owners)}", "leave it out"
         )
     tag_cache(options, batch)
 

@@ -75,12 +75,12 @@ class AutoPeftModel:
     def _load_base(cls, config: PeftConfig, **options: Any) -> PreTrainedModel:
         if config.task_type is not None and config.task_type is not cls.task:
             task = config.task_type.value
-            raise ConfigError(f"{cls.__name__} is not for adapters with task_type {task}: use the class of that task")
+            raise ConfigError(f"{cls.__name__} is not for adapters with task_type {task}", "use the class of that task")
         named = (config.auto_mapping or {}).get("base_model_class", "")
         base_class = BASE_CLASSES[cls.task] if cls.task else getattr(transformers, named, None)
         if config.base_model_name_or_path is None or base_class is None:
             missing = "base_model_name_or_path" if base_class is not None else "auto_mapping of transformers"
-            raise ConfigError(f"the adapter's config has no {missing}: load the base model, and use PeftModel")
+            raise ConfigError(f"the adapter's config has no {missing}", "load the base model, and use PeftModel")
         source = locate_base_model(name_here(config.base_model_name_or_path))
         model: PreTrainedModel = base_class.from_pretrained(source, revision=config.revision, **options)
         return model

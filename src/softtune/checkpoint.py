@@ -124,10 +124,11 @@ def weights(folder: str | os.PathLike[str], *, allow_pickle: bool = False, **hub
         return read_pickled(pickled)
     if pickled:
         raise CheckpointError(
-            f"{folder} has pickled weights ({PICKLED_NAME}), which can run code: if you trust who wrote them, "
-            "convert them by softtune import FOLDER NEW, or load them by allow_pickle=True, which reads tensors alone"
+            f"{folder} has pickled weights ({PICKLED_NAME}), which can run code",
+            "if you trust who wrote them, convert them by softtune import FOLDER NEW, or load them by "
+            "allow_pickle=True, which reads tensors alone",
         )
-    raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: copy the whole adapter folder")
+    raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}", "copy the whole adapter folder")
 
 
 def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[str, Tensor] | None = None) -> None:
@@ -158,7 +159,7 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
         _copy(adapter.module.state_dict(), training_state)
     else:
         raise CheckpointError(
-            "these weights hold the baked prompt but not the encoder behind it: load them with is_trainable=False"
+            "these weights hold the baked prompt but not the encoder behind it", "load them with is_trainable=False"
         )
     _copy(adapter.head_state(), heads)
 
@@ -181,7 +182,7 @@ def check_base_model(
     """
     path = storage.locate(folder, OWN_CONFIG_NAME, is_optional=True, **hub)
     if path is None and OWN_KEY in weights(folder, allow_pickle=allow_pickle, **hub):
-        raise CheckpointError(f"{folder} has no {OWN_CONFIG_NAME}, and its prompt needs it: copy the whole folder")
+        raise CheckpointError(f"{folder} has no {OWN_CONFIG_NAME}, and its prompt needs it", "copy the whole folder")
     notes = storage.read_json(path) if path else {}
     if (saved := notes.get(SAMPLE_KEY)) is None:
         return
@@ -206,7 +207,7 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}): restore it from a good copy") from error
+        raise CheckpointError(f"{path} is damaged or cut short ({error})", "restore it from a good copy") from error
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
@@ -219,9 +220,9 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = in_one_line(error)
-        raise CheckpointError(f"{path} is damaged or holds more than tensors ({reason}): leave it alone") from error
+        raise CheckpointError(f"{path} is damaged or holds more than tensors ({reason})", "leave it alone") from error
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise CheckpointError(f"{path} holds no tensors by name: use an adapter that PEFT saved")
+        raise CheckpointError(f"{path} holds no tensors by name", "use an adapter that PEFT saved")
     return state
 
 
@@ -235,17 +236,17 @@ def _check(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None
     if odd := sorted(targets.keys() ^ sources.keys()):
         missing = sorted(targets.keys() - sources.keys())
         odd, side = (missing, "lacks") if missing else (odd, "also has")
-        raise AdapterMismatchError(f"the adapter {side} {odd[0]!r}: load it on the base model that it was trained on")
+        raise AdapterMismatchError(f"the adapter {side} {odd[0]!r}", "load it on the base model that it was trained on")
     for name, tensor in sources.items():
         if tensor.shape[1:] == targets[name].shape[1:] and len(tensor) != len(targets[name]) and name == PROMPT_KEY:
             raise AdapterMismatchError(
-                f"{name} has the shape {list(tensor.shape)} and the config says {len(targets[name])} virtual tokens: "
-                "restore the folder from a good copy"
+                f"{name} has the shape {list(tensor.shape)} and the config says {len(targets[name])} virtual tokens",
+                "restore the folder from a good copy",
             )
         if tensor.shape != targets[name].shape:
             raise AdapterMismatchError(
-                f"{name} has the shape {list(tensor.shape)}, the base model needs {list(targets[name].shape)}: "
-                "load the adapter on the base model that it was trained on"
+                f"{name} has the shape {list(tensor.shape)}, the base model needs {list(targets[name].shape)}",
+                "load the adapter on the base model that it was trained on",
             )
 
 

@@ -152,7 +152,7 @@ def canonical(call: Mapping[str, Any]) -> dict[str, Any]:
     for given, value in call.items():
         name = _CANONICAL.get(given, given)
         if arguments.get(name) is not None and value is not None:
-            raise DataError(f"the call has {name} under two names, {given} too: give one")
+            raise DataError(f"the call has {name} under two names, {given} too", "give one")
         if arguments.get(name) is None:
             arguments[name] = value
     return arguments
@@ -375,8 +375,8 @@ def trainer_hooks(trainer: T) -> T:
     for public, private in _TRAINER_HOOKS.items():
         if not hasattr(trainer.__base__, private):
             raise UnsupportedModelError(
-                f"the Trainer of transformers {INSTALLED} has no {private}: install a version that softtune was tested "
-                "with, see docs/support.md"
+                f"the Trainer of transformers {INSTALLED} has no {private}",
+                "install a version that softtune was tested with, see docs/support.md",
             )
         setattr(trainer, private, vars(trainer)[public])
     return trainer

@@ -18,6 +18,8 @@
 Each message is one line: what is wrong, then what to do. All derive from ``ValueError``, as PEFT's do.
 """
 
+from __future__ import annotations
+
 __all__ = [
     "AdapterError",
     "AdapterMismatchError",
@@ -37,7 +39,21 @@ __all__ = [
 
 
 class SofttuneError(ValueError):
-    """Base of every error that softtune raises for its users."""
+    """Base of every error that softtune raises for its users.
+
+    Args:
+        what: what is wrong.
+        remedy: what to do about it; None where ``what`` says it.
+    """
+
+    def __init__(self, what: str, remedy: str | None = None) -> None:
+        super().__init__(what if remedy is None else f"{what}: {remedy}")
+        self.what = what
+        self.remedy = remedy
+
+    def at(self, place: str) -> SofttuneError:
+        """The same error, said to be at a place: a file, a row, a run."""
+        return type(self)(f"{place}: {self.what}", self.remedy)
 
 
 class ConfigError(SofttuneError):

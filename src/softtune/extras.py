@@ -54,4 +54,4 @@ def require(extra: str) -> None:
 
 def missing(extra: str, package: str) -> MissingExtraError:
     """The error where a package of an extra is not installed."""
-    return MissingExtraError(f"{EXTRAS[extra].user} needs {package}: pip install 'softtune[{extra}]'")
+    return MissingExtraError(f"{EXTRAS[extra].user} needs {package}", f"pip install 'softtune[{extra}]'")

@@ -66,13 +66,13 @@ class Inputs:
 def _check_text(text: Any) -> None:
     if not isinstance(text, Tensor):
         raise DataError(
-            f"the input is a {type(text).__name__} and no tensor: unpack what a tokenizer returns, as in "
-            "generate(**tokenizer(text, return_tensors='pt'))"
+            f"the input is a {type(text).__name__} and no tensor",
+            "unpack what a tokenizer returns, as in generate(**tokenizer(text, return_tensors='pt'))",
         )
     if text.dim() < (3 if text.is_floating_point() else 2):
-        raise DataError(f"the input {list(text.shape)} has no rows: give ids [B, T] or vectors [B, T, D]")
+        raise DataError(f"the input {list(text.shape)} has no rows", "give ids [B, T] or vectors [B, T, D]")
     if not text.numel():
-        raise DataError(f"the input {list(text.shape)} has no tokens: leave out empty batches")
+        raise DataError(f"the input {list(text.shape)} has no tokens", "leave out empty batches")
 
 
 def _check_mask(inputs: Inputs, text: Tensor) -> None:
@@ -81,8 +81,8 @@ def _check_mask(inputs: Inputs, text: Tensor) -> None:
     (rows, width), length = inputs.mask.shape, text.shape[1]
     if rows != len(text) or width < length or (width > length and not inputs.has_cache):
         raise DataError(
-            f"attention_mask {[rows, width]} does not fit the input {list(text.shape[:2])}: "
-            "give one number for each token, cached ones too"
+            f"attention_mask {[rows, width]} does not fit the input {list(text.shape[:2])}",
+            "give one number for each token, cached ones too",
         )
 
 
@@ -92,13 +92,13 @@ def _check_labels(labels: Tensor | None, text: Tensor, backbone: Backbone) -> No
     per_token = labels.dim() == 2 and not (backbone.labels_whole_texts or backbone.is_encoder_decoder)
     if per_token and labels.shape != text.shape[:2]:
         raise DataError(
-            f"labels {list(labels.shape)} do not fit the input {list(text.shape[:2])}: "
-            "give one for each token, virtual tokens need none"
+            f"labels {list(labels.shape)} do not fit the input {list(text.shape[:2])}",
+            "give one for each token, virtual tokens need none",
         )
     if len(labels) != len(text):
-        raise DataError(f"labels {list(labels.shape)} do not fit {len(text)} rows: give labels for each")
+        raise DataError(f"labels {list(labels.shape)} do not fit {len(text)} rows", "give labels for each")
 
 
 def _check_columns(columns: Tensor | None, text: Tensor) -> None:
     if columns is not None and columns.shape[:1] != text.shape[:1]:
-        raise DataError(f"prompt_positions {list(columns.shape)} do not fit {len(text)} rows: give one row for each")
+        raise DataError(f"prompt_positions {list(columns.shape)} do not fit {len(text)} rows", "give one row for each")

@@ -36,13 +36,15 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     parts = [part for pair in pairs for part in pair[:2]]
     counted = [layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")]
     if any(count != pair[0].shape[2] for count, pair in zip(counted, pairs, strict=False)):
-        raise DataError("past_key_values has lost its first tokens, or room for more: give a cache of as few tokens")
+        raise DataError("past_key_values has lost its first tokens, or room for more", "give a cache of as few tokens")
     if not parts or any(not isinstance(part, Tensor) or part.dim() != 4 for part in parts):
-        raise DataError("past_key_values holds no keys and values by layer: give what a forward with a cache returned")
+        raise DataError(
+            "past_key_values holds no keys and values by layer", "give what a forward with a cache returned"
+        )
     rows, tokens = {len(part) for part in parts}, min(part.shape[2] for part in parts)
     if rows != {1} or tokens < num_virtual_tokens:
         raise DataError(
-            f"past_key_values has {max(rows)} rows of {tokens} tokens: give one row of at least {num_virtual_tokens}"
+            f"past_key_values has {max(rows)} rows of {tokens} tokens", f"give one row of at least {num_virtual_tokens}"
         )
     return torch.cat([part[0, :, :num_virtual_tokens].transpose(0, 1).flatten(1) for part in parts], dim=1)
 
@@ -68,8 +70,8 @@ def initialize_kv_prefix_from_past_key_values(
     flat = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=size)
     if flat.shape != module.embedding.weight.shape:
         raise DataError(
-            f"past_key_values gives {list(flat.shape)} numbers, the prefix has {list(module.embedding.weight.shape)}: "
-            "take the base model's own cache, and as many tokens"
+            f"past_key_values gives {list(flat.shape)} numbers, the prefix has {list(module.embedding.weight.shape)}",
+            "take the base model's own cache, and as many tokens",
         )
     module.start_from(flat)
     return flat
@@ -124,5 +126,5 @@ def _prefix(model: PeftModel, adapter_name: str | None) -> PrefixEncoder:
     adapter = model.adapter(name)
     module = adapter.module
     if not isinstance(module, PrefixEncoder) or module.transform is not None:
-        raise AdapterError(f"{name!r} is no plain prefix: use PrefixTuningConfig without prefix_projection")
+        raise AdapterError(f"{name!r} is no plain prefix", "use PrefixTuningConfig without prefix_projection")
     return module

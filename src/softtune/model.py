@@ -82,7 +82,7 @@ class PeftModel(PushToHubMixin, PeftNames):
     ) -> None:
         check_options(options)
         if isinstance(model, PeftModel):
-            raise AdapterError("the model has adapters already: add another with add_adapter")
+            raise AdapterError("the model has adapters already", "add another with add_adapter")
         base = _base_of(model)
         backbone = Backbone.of(base)
         super().__init__(base if base is not model else base.requires_grad_(False), backbone)
@@ -137,7 +137,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             ConfigError: an option is unknown, or the adapter is passed in the model's place.
         """
         if isinstance(model, (str, os.PathLike)):
-            raise ConfigError("the base model comes first: PeftModel.from_pretrained(model, folder)")
+            raise ConfigError("the base model comes first", "PeftModel.from_pretrained(model, folder)")
         if config is None:
             hub = check_options(options, LOADING_OPTIONS)
             hub.pop("allow_pickle", None)
@@ -234,7 +234,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             return
         names = selected_adapters or list(self.peft_config)
         if not names:
-            raise AdapterError("there is no adapter to save: add one by add_adapter")
+            raise AdapterError("there is no adapter to save", "add one by add_adapter")
         with self.numbers_of(state_dict):
             for name in names:
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
@@ -401,7 +401,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             return BatchAdapters.from_names(self.active_adapters or [BASE], self.adapter)
         if inputs.text is not None and len(inputs.text) != len(adapter_names):
             raise AdapterError(
-                f"adapter_names has {len(adapter_names)} names, the batch {len(inputs.text)} rows: give one a row"
+                f"adapter_names has {len(adapter_names)} names, the batch {len(inputs.text)} rows", "give one a row"
             )
         return BatchAdapters.from_names(adapter_names, self.adapter)
 

@@ -49,6 +49,6 @@ def check_options(options: Mapping[str, Any], known: Sequence[str] = ()) -> dict
         if name in known or any(same is ANY or same == value for same in WITHOUT_EFFECT.get(name, ())):
             continue
         if name in WITHOUT_EFFECT:
-            raise ConfigError(f"{name}={value!r} is not for soft prompts: leave it out")
-        raise ConfigError(f"no option {name}={value!r}: use one of {', '.join([*known, *WITHOUT_EFFECT])}")
+            raise ConfigError(f"{name}={value!r} is not for soft prompts", "leave it out")
+        raise ConfigError(f"no option {name}={value!r}", f"use one of {', '.join([*known, *WITHOUT_EFFECT])}")
     return {name: value for name, value in options.items() if name in known}

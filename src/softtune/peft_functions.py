@@ -35,7 +35,7 @@ def get_peft_model(
         UnsupportedModelError: see ``PeftModel``.
     """
     if isinstance(model, PeftConfig):
-        raise ConfigError("the base model comes first: get_peft_model(model, config)")
+        raise ConfigError("the base model comes first", "get_peft_model(model, config)")
     if revision := check_options(options, ("revision",)).get("revision"):
         peft_config = copy.copy(peft_config)
         peft_config.revision = revision

@@ -68,13 +68,13 @@ class PeftNames(AdapterState):
         """
         name = next(iter(self.active_adapters), None)
         if name is None:
-            raise AdapterError("no adapter is active: set one by set_adapter")
+            raise AdapterError("no adapter is active", "set one by set_adapter")
         prompt = self.adapter(name).module.prompt()
         if prompt.vectors is not None:
             return prompt.vectors.expand(batch_size, -1, -1)
         layers = self.backbone.attention_layers
         if set(prompt.prefixes) != {layer.place for layer in layers} or self.backbone.is_encoder_decoder:
-            raise AdapterError(f"no cache holds the prompt of {name!r}: read get_prompt_embedding_to_save({name!r})")
+            raise AdapterError(f"no cache holds the prompt of {name!r}", f"read get_prompt_embedding_to_save({name!r})")
         cache = DynamicCache()
         for layer in layers:
             pair = prompt.prefixes[layer.place]
@@ -124,7 +124,7 @@ class PeftNames(AdapterState):
         """
         state = self.adapter(adapter_name).inference_state()
         if PROMPT_KEY not in state:
-            raise AdapterError(f"{adapter_name!r} has no virtual tokens: read get_peft_model_state_dict instead")
+            raise AdapterError(f"{adapter_name!r} has no virtual tokens", "read get_peft_model_state_dict instead")
         prompt: Tensor = state[PROMPT_KEY].cpu()
         return prompt
 

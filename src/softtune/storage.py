@@ -57,7 +57,7 @@ def locate(model_id: str | os.PathLike[str], filename: str, *, is_optional: bool
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     options = {name: value for name, value in hub.items() if value is not None}
-    unreachable = CheckpointError(f"{model_id} is no local folder and the hub cannot be reached: check the path")
+    unreachable = CheckpointError(f"{model_id} is no local folder and the hub cannot be reached", "check the path")
     try:
         if is_cached_or_reachable(str(model_id), filename, **options):
             return Path(hf_hub_download(str(model_id), filename, **options))
@@ -66,7 +66,7 @@ def locate(model_id: str | os.PathLike[str], filename: str, *, is_optional: bool
     except EntryNotFoundError:
         return None
     except HfHubHTTPError as error:
-        raise CheckpointError(f"{model_id} is no local folder and no readable hub repository: check it") from error
+        raise CheckpointError(f"{model_id} is no local folder and no readable hub repository", "check it") from error
     if not (is_optional and _has_cached(str(model_id), **options)):
         raise unreachable
     what = f"{filename} of {model_id} is not cached and the hub cannot be reached"
@@ -143,9 +143,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): restore the file from a good copy") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error})", "restore the file from a good copy") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object: restore the file from a good copy")
+        raise CheckpointError(f"{path} must hold a JSON object", "restore the file from a good copy")
     return content
 
 
@@ -161,7 +161,7 @@ def check_no_file(folder: str | os.PathLike[str]) -> None:
     """
     for path in (Path(folder), *Path(folder).parents):
         if path.is_file():
-            raise CheckpointError(f"{path} is a file: name a folder to save into")
+            raise CheckpointError(f"{path} is a file", "name a folder to save into")
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -175,7 +175,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     try:
         tempfile.TemporaryFile(dir=above).close()
     except OSError as error:
-        raise CheckpointError(f"{above} cannot be written ({error.strerror}): name another folder") from error
+        raise CheckpointError(f"{above} cannot be written ({error.strerror})", "name another folder") from error
 
 
 @contextmanager

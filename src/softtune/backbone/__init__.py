@@ -337,7 +337,7 @@ _SHARED: WeakKeyDictionary[PreTrainedModel, tuple[Modules, Callable[[], Backbone
 def _check_transformer(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no Hugging Face transformer: load the model by from_pretrained"
+            f"{type(model).__name__} is no Hugging Face transformer", "load the model by from_pretrained"
         )
 
 
@@ -352,7 +352,7 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
     stacks = [Stack(encoder, Site.ENCODER), Stack(decoder, Site.DECODER)]
     if stacks[1].sees_later_words:
         raise UnsupportedModelError(
-            f"{type(model).__name__}'s decoder sees later words in this transformers: install 5.18 or newer"
+            f"{type(model).__name__}'s decoder sees later words in this transformers", "install 5.18 or newer"
         )
     return stacks
 
@@ -368,7 +368,7 @@ def _below_head(stack: nn.Module) -> PreTrainedModel:
     """The stack below any head: the encoder and decoder of an ``EncoderDecoderModel`` have heads of their own."""
     if not isinstance(stack, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(stack).__name__} is no model of its own, so that no prompt reaches it: use another base model"
+            f"{type(stack).__name__} is no model of its own, so that no prompt reaches it", "use another base model"
         )
     base: nn.Module = stack.base_model
     if base is not stack:

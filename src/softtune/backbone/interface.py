@@ -150,8 +150,8 @@ def _wrapped(stock: str) -> Function:
             return attend(module, *args, **kwargs)
         if form is None:
             raise UnsupportedModelError(
-                f"no prefix goes with the attention implementation {stock}: load the model with "
-                "attn_implementation='sdpa'"
+                f"no prefix goes with the attention implementation {stock}",
+                "load the model with attn_implementation='sdpa'",
             )
         return wrapper(Attention(wrapped or attend, form), module, *args, **kwargs)
 
@@ -226,7 +226,9 @@ def takes_any_mask(config: Any) -> bool:
 
 def flash_refusal(reason: str) -> UnsupportedModelError:
     """The error for something that flash attention does not support."""
-    return UnsupportedModelError(f"flash attention {reason}: load the model with attn_implementation='sdpa' or 'eager'")
+    return UnsupportedModelError(
+        f"flash attention {reason}", "load the model with attn_implementation='sdpa' or 'eager'"
+    )
 
 
 class AttentionRecorder:

@@ -45,7 +45,7 @@ def look_up_shifted(
     length_name = compat.spelled("cache_length", signature.parameters)
     if length_name not in signature.parameters:
         raise UnsupportedModelError(
-            f"{type(table).__name__} counts positions in a way of its own: set shift_positions=False"
+            f"{type(table).__name__} counts positions in a way of its own", "set shift_positions=False"
         )
     call = signature.bind(*args, **kwargs).arguments
     past, positions = call.get(length_name, 0), call.get("position_ids")

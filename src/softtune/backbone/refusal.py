@@ -33,8 +33,8 @@ def reading_text(model: nn.Module, bare: Callable[[], Any] | None = None) -> Ite
         if bare and _runs(bare):
             raise
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not run on token ids alone ({in_one_line(error)}): use a base model that "
-            "reads text"
+            f"{type(model).__name__} does not run on token ids alone ({in_one_line(error)})",
+            "use a base model that reads text",
         ) from error
 
 

@@ -309,7 +309,8 @@ class Stack:
             if arguments.get(name) is not None and name not in parameters and given.get(name) is None:
                 raise UnsupportedModelError(
                     f"{type(self.module).__name__} of transformers {compat.INSTALLED} takes no {name}, by which a "
-                    "prompt reaches it: install a version that docs/support.md names"
+                    "prompt reaches it",
+                    "install a version that docs/support.md names",
                 )
         return arguments
 
@@ -379,7 +380,7 @@ def word_embedding(stack: PreTrainedModel) -> nn.Embedding:
         embedding = getattr(embedding, wrapped, embedding)
     if not isinstance(embedding, nn.Embedding):
         raise UnsupportedModelError(
-            f"{type(stack).__name__} has no one embedding of words: use a base model that reads text"
+            f"{type(stack).__name__} has no one embedding of words", "use a base model that reads text"
         )
     return embedding
 

@@ -30,13 +30,13 @@ def command(
     quiet()
     for adapter in adapters:
         if not NAME.fullmatch(adapter.name):
-            raise ConfigError(f"{adapter.name!r} cannot name it there: use letters, digits, '_', '-', '.' and '@'")
+            raise ConfigError(f"{adapter.name!r} cannot name it there", "use letters, digits, '_', '-', '.' and '@'")
         if (to / adapter.name).exists():
-            raise ConfigError(f"{to / adapter.name} is there already: give the adapter's folder another name")
+            raise ConfigError(f"{to / adapter.name} is there already", "give the adapter's folder another name")
     base, tokenizer = load_base_model(model)
     for adapter in adapters:
         recipe = Recipe.found_in(adapter)
         if recipe is not None and has_places_within(Template(recipe.template), tokenizer):
-            raise ConfigError(f"{adapter} has virtual tokens within its text: serve it by softtune serve")
+            raise ConfigError(f"{adapter} has virtual tokens within its text", "serve it by softtune serve")
         virtual = bake_folder(Backbone.of(base), adapter, to / adapter.name)
         console.print(f"{adapter.name}: texts begin with {virtual} placeholders", soft_wrap=True)

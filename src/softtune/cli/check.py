@@ -39,7 +39,7 @@ def command(
     """Check what softtune promises on a base model: padding and caches change nothing, all is trained."""
     quiet()
     if adapter is not None and (method or task):
-        raise ConfigError("an adapter has a method and a task of its own: drop --method and --task, or --adapter")
+        raise ConfigError("an adapter has a method and a task of its own", "drop --method and --task, or --adapter")
     saved = None if adapter is None else PeftConfig.from_pretrained(adapter)
     kind = known_task(task or (saved and saved.task_type) or TaskType.CAUSAL_LM)
     configs = [saved] if saved else [_config(name, kind) for name in method or METHODS]
@@ -62,7 +62,7 @@ def _config(name: str, task: TaskType) -> PeftConfig:
     try:
         method = PeftType(name)
     except ValueError as error:
-        raise ConfigError(f"--method {name!r} is no method: use one of {', '.join(METHODS)}") from error
+        raise ConfigError(f"--method {name!r} is no method", f"use one of {', '.join(METHODS)}") from error
     options = next(fields.get("options", {}) for fields in METHODS.values() if fields["method"] is method)
     return PeftConfig.from_dict({"peft_type": method, "task_type": task, **options})
 

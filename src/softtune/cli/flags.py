@@ -82,7 +82,7 @@ def read(name: str, text: str) -> Any:
     try:
         return from_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{flag(name)} {text!r} cannot be read: write it as in a YAML file") from error
+        raise ConfigError(f"{flag(name)} {text!r} cannot be read", "write it as in a YAML file") from error
 
 
 def read_mapping(name: str, text: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def read_mapping(name: str, text: str) -> dict[str, Any]:
     """
     value = read(name, text)
     if not isinstance(value, dict):
-        raise ConfigError(f"{flag(name)} {text!r} names no values: write it as in '{{name: value}}'")
+        raise ConfigError(f"{flag(name)} {text!r} names no values", "write it as in '{name: value}'")
     return value
 
 

@@ -33,11 +33,11 @@ def command(
     """Write the text that follows each record, one a line."""
     quiet()
     if seed is not None and temperature is None:
-        raise ConfigError("--seed draws nothing without --temperature: give both, or neither")
+        raise ConfigError("--seed draws nothing without --temperature", "give both, or neither")
     check_single(adapter)
     trained = load_trained(adapter, model)
     if not trained.task.writes:
-        raise ConfigError("this adapter answers by a head or a choice and writes no text: use softtune predict")
+        raise ConfigError("this adapter answers by a head or a choice and writes no text", "use softtune predict")
     records = read_records(trained.recipe, data, text or [], split)
     written = max_new_tokens or trained.task.num_new_tokens or NEW_TOKENS
     task = fitted(trained.task, trained.model, written=written)

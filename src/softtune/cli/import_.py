@@ -25,11 +25,11 @@ def command(
     weights = checkpoint.weights(source, allow_pickle=True)
     config = storage.locate(source, CONFIG_NAME)
     if config is None or config.parent.resolve() == target.resolve():
-        raise CheckpointError(f"{target} holds the adapter itself: name another folder")
+        raise CheckpointError(f"{target} holds the adapter itself", "name another folder")
     if storage.locate(source, WEIGHTS_NAME) or storage.locate(source, OWN_CONFIG_NAME):
-        raise CheckpointError(f"{source} has safetensors already: load it as it is")
+        raise CheckpointError(f"{source} has safetensors already", "load it as it is")
     if target.exists():
-        raise CheckpointError(f"{target} is there already: name another folder")
+        raise CheckpointError(f"{target} is there already", "name another folder")
     with storage.staged(target) as stage:
         storage.write_json(stage / CONFIG_NAME, PeftConfig.from_json_file(config))
         checkpoint.write(stage / WEIGHTS_NAME, weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def check_single(adapter: Path) -> None:
     recipe = Recipe.found_in(adapter)
     if recipe is not None and recipe.ensemble > 1:
         one = adapter / recipe.adapter_names[0]
-        raise ConfigError(f"{adapter} has {recipe.ensemble} adapters: name the folder of one, such as {one}")
+        raise ConfigError(f"{adapter} has {recipe.ensemble} adapters", f"name the folder of one, such as {one}")
 
 
 def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -66,7 +65,7 @@ def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[
     trained_on = name_here(saved) if saved else None
     name = model or trained_on
     if name is None:
-        raise ConfigError(f"{adapter} does not say its base model: name it with --model")
+        raise ConfigError(f"{adapter} does not say its base model", "name it with --model")
     base, tokenizer = _load_base(name, trained_on, config.task_type or TaskType.CAUSAL_LM)
     return PeftModel.from_pretrained(base, adapter), tokenizer
 
@@ -80,8 +79,8 @@ def _load_base(
     except ConfigError as error:
         if trained_on in (None, name):
             raise
-        what = re.split(": (?=use |check )", str(error))[0]  # without its remedy, which is meant for a recipe
-        raise ConfigError(f"{what}: name the adapter's own with --model, {trained_on}, or a copy of it") from error
+        # The remedy is meant for a recipe.
+        raise ConfigError(error.what, f"name the adapter's own with --model, {trained_on}, or a copy of it") from error
 
 
 def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str | None) -> Dataset:
@@ -94,7 +93,7 @@ def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str 
     if bool(data) == bool(texts):
         raise ConfigError("name a data file, or give --text; one of the two")
     if texts and split is not None:
-        raise ConfigError("--split names a part of a data set, --text has none: drop one of the two")
+        raise ConfigError("--split names a part of a data set, --text has none", "drop one of the two")
     fields = recipe.definition.columns
     if data:
         names = None if data.lower().endswith(SELF_NAMED) else recipe.columns
@@ -102,11 +101,12 @@ def read_records(recipe: Recipe, data: str | None, texts: list[str], split: str 
         if missing := [name for name in fields if name not in records.column_names]:
             raise DataError(
                 f"the adapter reads the column {quoted(missing)}, which {data} lacks; it has "
-                f"{quoted(records.column_names)}: rename one of them"
+                f"{quoted(records.column_names)}",
+                "rename one of them",
             )
         return records
     if recipe.task is TaskType.TOKEN_CLS:
-        raise ConfigError(f"--text is no list of words, which {recipe.output} tags: give a data file")
+        raise ConfigError(f"--text is no list of words, which {recipe.output} tags", "give a data file")
     if len(fields) != 1:
-        raise ConfigError(f"--text fills one field, the template has {', '.join(fields)}: give a data file")
+        raise ConfigError(f"--text fills one field, the template has {', '.join(fields)}", "give a data file")
     return Dataset.from_dict({fields[0]: texts})

@@ -53,7 +53,7 @@ def command(
         records = _checked(recipe.definition, given)
         trained = load_trained(adapter, model)
         if vote and len(trained.names) == 1:
-            raise ConfigError(f"{adapter} has one adapter, which has no one to vote with: leave out --vote")
+            raise ConfigError(f"{adapter} has one adapter, which has no one to vote with", "leave out --vote")
         answers = _answers(trained, records, vote=vote)
         answered = _with_answers(records, answers)
         write(answered)
@@ -81,9 +81,9 @@ def _written(output: Path | None) -> Iterator[Callable[[Dataset], None]]:
         yield lambda answered: None
         return
     if output.is_dir():
-        raise ConfigError(f"{output} is a folder: name a CSV or JSONL file to write the answers to")
+        raise ConfigError(f"{output} is a folder", "name a CSV or JSONL file to write the answers to")
     if output.suffix.lower() not in ENDINGS:
-        raise ConfigError(f"{output} is neither CSV nor JSONL: let its name end in {' or '.join(ENDINGS)}")
+        raise ConfigError(f"{output} is neither CSV nor JSONL", f"let its name end in {' or '.join(ENDINGS)}")
     with storage.staged(output.parent) as stage:
         yield lambda answered: _write(answered, stage / output.name)
 
@@ -112,7 +112,7 @@ def _checked(task: Task, records: Dataset) -> Dataset:
         DataError: the data has a column ``answer`` or ``probability``, or a label that cannot be evaluated.
     """
     if taken := {"answer", "probability"} & set(records.column_names):
-        raise DataError(f"the data has a column {min(taken)!r}, where the answers go: rename it")
+        raise DataError(f"the data has a column {min(taken)!r}, where the answers go", "rename it")
     if task.label_column not in records.column_names:
         return records
     try:

@@ -156,7 +156,7 @@ def _engine(name: str, model: str, gpus: int) -> dict[str, Any]:
         ConfigError: the engine does not support several GPUs.
     """
     if name == "transformers" and gpus > 1:
-        raise ConfigError("the engine transformers takes one GPU: add --engine vllm")
+        raise ConfigError("the engine transformers takes one GPU", "add --engine vllm")
     if name == "transformers":
         return {}
     require("vllm")
@@ -179,7 +179,9 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"nobody can listen at {host}:{port} ({error.strerror}): name another --port") from error
+            raise ConfigError(
+                f"nobody can listen at {host}:{port} ({error.strerror})", "name another --port"
+            ) from error
 
 
 def _keys(variable: str) -> tuple[str, ...]:

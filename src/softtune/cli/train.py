@@ -55,9 +55,9 @@ def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate:
 def _measure(recipes: Sequence[Recipe], resume: bool, profile: bool, find_learning_rate: bool) -> None:
     """Profile the steps of a recipe, or run its learning rate range test, and print the results."""
     if len(recipes) > 1:
-        raise ConfigError("one recipe is measured at a time: name one")
+        raise ConfigError("one recipe is measured at a time", "name one")
     if resume:
-        raise ConfigError("--resume goes on with a run, and to measure begins none: leave out one of the two")
+        raise ConfigError("--resume goes on with a run, and to measure begins none", "leave out one of the two")
     os.environ.setdefault("KINETO_LOG_LEVEL", str(SILENT))
     with console.status("measuring"):
         profiled = diagnostics.profile_recipe(recipes[0]) if profile else None

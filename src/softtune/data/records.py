@@ -29,7 +29,7 @@ def each_row(
         try:
             results.append(function(record))
         except DataError as error:
-            raise DataError(f"row {row}: {error}") from error
+            raise error.at(f"row {row}") from error
     return results
 
 

@@ -62,7 +62,7 @@ def split_records(dataset: Dataset, *, test_size: float, seed: int) -> tuple[Dat
         parts = dataset.train_test_split(test_size=test_size, seed=seed)
     except ValueError as error:
         raise DataError(
-            f"cannot hold out {test_size} of {len(dataset)} rows: hold out 1 or more, and leave some to train on"
+            f"cannot hold out {test_size} of {len(dataset)} rows", "hold out 1 or more, and leave some to train on"
         ) from error
     return parts["train"], parts["test"]
 
@@ -133,7 +133,7 @@ def _load_file(source: str, split: str, columns: Sequence[str] | None) -> Datase
     try:
         cells = parse(content, Path(name).suffix, split=split, names=columns)
     except DataError as error:
-        raise DataError(f"{source}: {error}") from error
+        raise error.at(source) from error
     try:
         return datasets.Dataset.from_dict(cells)
     except (pa.ArrowException, OverflowError, UnicodeError) as error:

@@ -88,8 +88,8 @@ def fitted_beside(task: Task, positions: int | None, virtual: int, *, written: i
         written = task.num_new_tokens
     if positions - virtual - written < 1:
         raise ConfigError(
-            f"the model has {positions} positions, {virtual} virtual and {written} new tokens leave none for a text: "
-            "lower num_virtual_tokens or max_new_tokens"
+            f"the model has {positions} positions, {virtual} virtual and {written} new tokens leave none for a text",
+            "lower num_virtual_tokens or max_new_tokens",
         )
     return _with_limits(task, positions - virtual - written)
 

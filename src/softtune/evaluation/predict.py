@@ -227,7 +227,7 @@ def _check_nan(scores: Tensor) -> Tensor:
         AdapterError: a score is NaN.
     """
     if bool(scores.isnan().any()):
-        raise AdapterError("the scores are no numbers, as after a training that blew up: train anew at a lower rate")
+        raise AdapterError("the scores are no numbers, as after a training that blew up", "train anew at a lower rate")
     return scores
 
 

@@ -78,7 +78,7 @@ def train_head(model: PreTrainedModel) -> None:
     """
     backbone = Backbone.of(model)
     if not backbone.head_names:
-        raise UnsupportedModelError(f"{type(model).__name__} has no head to train: leave this baseline out")
+        raise UnsupportedModelError(f"{type(model).__name__} has no head to train", "leave this baseline out")
     _train_heads(backbone)
 
 
@@ -93,7 +93,7 @@ def add_bottlenecks(model: PreTrainedModel) -> None:
     places = [slot for slot in slots if slot.role in (ATTENTION_OUTPUT, OUTPUT)]
     if not places:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no layers that bottlenecks are known to fit into: leave this baseline out"
+            f"{type(model).__name__} has no layers that bottlenecks are known to fit into", "leave this baseline out"
         )
     for slot in places:
         module = model.get_submodule(slot.module)
@@ -115,7 +115,9 @@ def add_lora(model: PreTrainedModel) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError("the baseline lora comes with the package peft: pip install peft, or leave it out") from error
+        raise ConfigError(
+            "the baseline lora comes with the package peft", "pip install peft, or leave it out"
+        ) from error
     heads = Backbone.of(model).head_names
     peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", modules_to_save=heads or None))
 

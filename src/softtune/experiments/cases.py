@@ -76,7 +76,7 @@ class Case:
         try:
             return cls(entry=entry, recipe=_recipe(fields, entry, changes), **others)
         except ConfigError as error:
-            raise ConfigError(f"{others['name']}: {error}") from error
+            raise error.at(str(others["name"])) from error
 
     @property
     def store(self) -> ResultStore:
@@ -120,7 +120,7 @@ def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -
         ConfigError: the entry is unknown, or fields are incompatible.
     """
     if entry and entry not in ENTRIES:
-        raise ConfigError(f"no entry {entry!r}: use some of {', '.join(ENTRIES)}")
+        raise ConfigError(f"no entry {entry!r}", f"use some of {', '.join(ENTRIES)}")
     method, no_trunk = METHODS.get(entry, {}), {"trunk_cache": 0, "trunk_cache_disk": 0}
     if method and method["method"] != Recipe.from_fields(fields).method:
         fields = {**fields, "options": {}, "learning_rate": None, **no_trunk, **method}
@@ -128,11 +128,15 @@ def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -
         fields = {**fields, "learning_rate": BASELINES[entry].learning_rate, **no_trunk}
     recipe = Recipe.from_fields(with_changes(fields, changes))
     if method and recipe.method is not method["method"]:
-        raise ConfigError(f"the entry is {entry} and the field method {recipe.method.value}: leave one of the two out")
+        raise ConfigError(
+            f"the entry is {entry} and the field method {recipe.method.value}", "leave one of the two out"
+        )
     if entry in BASELINES and recipe.patience is not None:  # the best step would be a copy of a whole model
-        raise ConfigError(f"patience stops adapters, and not {entry}: leave one of the two out")
+        raise ConfigError(f"patience stops adapters, and not {entry}", "leave one of the two out")
     if entry not in METHODS and entry and recipe.ensemble > 1:
-        raise ConfigError(f"an ensemble is of adapters, and not of {entry}: set ensemble to 1, or leave the entry out")
+        raise ConfigError(
+            f"an ensemble is of adapters, and not of {entry}", "set ensemble to 1, or leave the entry out"
+        )
     return recipe
 
 

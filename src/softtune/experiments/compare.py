@@ -40,13 +40,13 @@ def compare(
         DataError: the data does not fit.
     """
     if ResultStore(Path(recipe.output)).has_sweep:
-        raise ConfigError(f"{recipe.output} has another experiment: name another output, or delete it")
+        raise ConfigError(f"{recipe.output} has another experiment", "name another output, or delete it")
     if len({*names}) < len(names) or not all(names):
-        raise ConfigError(f"entries are {', '.join(map(repr, names))}: name each once")
+        raise ConfigError(f"entries are {', '.join(map(repr, names))}", "name each once")
     if recipe.ensemble > 1:
-        raise ConfigError("a comparison is of single adapters: set ensemble to 1, or sweep over it")
+        raise ConfigError("a comparison is of single adapters", "set ensemble to 1, or sweep over it")
     if idle := [name for name in learning_rates if name not in names or name in PROMPTS]:
-        raise ConfigError(f"a learning rate for {idle[0]!r}, which is not trained: compare it, or drop its rate")
+        raise ConfigError(f"a learning rate for {idle[0]!r}, which is not trained", "compare it, or drop its rate")
     fields = recipe.model_dump(exclude_unset=True)
     cases = [
         Case.from_fields(

@@ -43,10 +43,10 @@ def with_rows(cases: Sequence[Case], known: dict[str, dict[str, str]] | None = N
         DataError: the data does not fit.
     """
     if any(case.recipe.evaluation is None and not case.recipe.test_size for case in cases):
-        raise ConfigError("an experiment needs rows to evaluate on: set evaluation or test_size")
+        raise ConfigError("an experiment needs rows to evaluate on", "set evaluation or test_size")
     folder = cases[0].store.folder
     if holds_adapter(folder):
-        raise ConfigError(f"{folder} has an adapter: name another output")
+        raise ConfigError(f"{folder} has an adapter", "name another output")
     known = {} if known is None else known
     found = []
     for case in cases:
@@ -54,7 +54,7 @@ def with_rows(cases: Sequence[Case], known: dict[str, dict[str, str]] | None = N
         try:
             known[key] = known.get(key) or Rows.load(case.recipe).fingerprints
         except DataError as error:
-            raise DataError(f"{case.name}: {error}") from error
+            raise error.at(case.name) from error
         found.append(dataclasses.replace(case, rows=known[key]))
     return found
 
@@ -130,7 +130,7 @@ def run_bundle(cases: Sequence[Case], progress: Progress) -> Iterator[tuple[Case
         yield from zip(cases, run_at_once(cases, progress), strict=True)
     except (SofttuneError, torch.OutOfMemoryError) as error:
         if len(cases) == 1 and isinstance(error, DataError):
-            raise DataError(f"{cases[0].name}: {error}") from error
+            raise error.at(cases[0].name) from error
         if len(cases) == 1:
             yield cases[0], cases[0].failed(error)
             return

@@ -46,7 +46,7 @@ def on_ray(address: str) -> Runner:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         except (ConnectionError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"no Ray cluster at {address!r} ({reason}): use --ray local, or start one") from error
+            raise ConfigError(f"no Ray cluster at {address!r} ({reason})", "use --ray local, or start one") from error
     return _run
 
 

@@ -36,12 +36,12 @@ def answer_alone(case: Case, progress: Progress) -> list[Outcome]:
     """
     shots, recipe = PROMPTS[case.entry], case.recipe
     if recipe.task.has_head:
-        raise UnsupportedModelError("a head that is not trained answers nothing: leave this entry out")
+        raise UnsupportedModelError("a head that is not trained answers nothing", "leave this entry out")
     base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
     model, rows = PeftModel(base), Rows.load(recipe)
     if shots > len(rows.training):
         raise ConfigError(
-            f"{shots} rows stand in front of a record, there are {len(rows.training)}: leave this entry out"
+            f"{shots} rows stand in front of a record, there are {len(rows.training)}", "leave this entry out"
         )
     total = sum(p.numel() for p in base.parameters())
     found = []

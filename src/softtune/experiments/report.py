@@ -62,9 +62,11 @@ def page_of(folder: Path, title: str) -> Page:
     if not entries and holds_adapter(folder):
         return adapter_page(folder, title)
     if not entries and store.has_sweep:
-        raise CheckpointError(f"nothing of the sweep in {folder} is finished: go on with softtune sweep")
+        raise CheckpointError(f"nothing of the sweep in {folder} is finished", "go on with softtune sweep")
     if not entries:
-        raise CheckpointError(f"{folder} has no experiment and no adapter: run softtune train, compare or sweep first")
+        raise CheckpointError(
+            f"{folder} has no experiment and no adapter", "run softtune train, compare or sweep first"
+        )
     if store.has_sweep:
         return sweep_page(Sweep.load(store.sweep_file), entries, title)
     return comparison_page(entries, title)

@@ -129,13 +129,13 @@ class ResultStore:
         """
         other = [name for name in now if then.get(name) != now[name]]
         if other == ["rows"]:
-            raise ConfigError(f"the data is not what {self.folder} came of: restore it, or name another output")
+            raise ConfigError(f"the data is not what {self.folder} came of", "restore it, or name another output")
         if other and isinstance(now[other[0]], Mapping):
             self.check_same(then.get(other[0]) or {}, now[other[0]])
         if other:
             was, is_now = (shortened(repr(config.get(other[0])), LONGEST_VALUE) for config in (then, now))
             says = f"differs in its {other[0]}, {was} then and {is_now} now"
-            raise ConfigError(f"the experiment in {self.folder} {says}: name another output, or delete it")
+            raise ConfigError(f"the experiment in {self.folder} {says}", "name another output, or delete it")
 
     def _files(self) -> list[Path]:
         return [*(self.folder / ENTRIES_NAME).glob("*.json")]

@@ -127,7 +127,7 @@ class Sweep(BaseModel):
         saved = Sweep.load(store.sweep_file) if store.has_sweep else None
         done = [entry for entry in store.entries() if entry.is_final]
         if done and (saved is None or not self._goes_on_from(saved, done)):
-            raise ConfigError(f"{store.folder} has another experiment: name another output, or delete it")
+            raise ConfigError(f"{store.folder} has another experiment", "name another output, or delete it")
         store.drop_failures()
         fields = self.model_dump(mode="json", exclude_unset=True) | {"recipe": str(Path(self.recipe).resolve())}
         store.save_sweep(to_yaml(fields))
@@ -197,9 +197,9 @@ def sweep(
 def _check_metric(config: Sweep, cases: Sequence[Case]) -> None:
     names = cases[0].recipe.definition.metrics
     if other := next((case for case in cases if case.recipe.definition.metrics != names), None):
-        raise ConfigError(f"{other.name} is not measured as {cases[0].name} is: sweep over one kind of answers")
+        raise ConfigError(f"{other.name} is not measured as {cases[0].name} is", "sweep over one kind of answers")
     if config.metric is not None and config.metric not in names:
-        raise ConfigError(f"metric {config.metric!r} does not fit the task: use one of {', '.join(names)}")
+        raise ConfigError(f"metric {config.metric!r} does not fit the task", f"use one of {', '.join(names)}")
 
 
 def _case(config: Sweep, recipe: Recipe, number: int, point: dict[str, Any]) -> Case:

@@ -87,8 +87,8 @@ class Injection:
         in_parts = options.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
         if in_parts and not self.is_prefix:
             raise UnsupportedModelError(
-                "prefill_chunk_size is for decoders that take virtual tokens as a prefix in front of the text: "
-                "leave it out"
+                "prefill_chunk_size is for decoders that take virtual tokens as a prefix in front of the text",
+                "leave it out",
             )
 
     @contextmanager
@@ -130,8 +130,9 @@ class Injection:
             is_done = has_encoded and number == 0 and self.backbone.is_encoder_decoder
             if injection.planner.acts and not (injection.finished or is_done):
                 raise UnsupportedModelError(
-                    f"{type(self.backbone.model).__name__} did not run its {type(injection.stack.module).__name__}, so "
-                    "that no prompt arrived: pass text, or use a base model that docs/support.md names"
+                    f"{type(self.backbone.model).__name__} did not run its "
+                    f"{type(injection.stack.module).__name__}, so that no prompt arrived",
+                    "pass text, or use a base model that docs/support.md names",
                 )
 
     def _note_call(self, module: nn.Module, args: Any) -> None:
@@ -181,6 +182,6 @@ def _lay_together(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _check_columns(columns: Tensor, prompts: Sequence[Prompt]) -> None:
     sizes = {p.num_virtual_tokens for p in prompts if p.vectors is not None or p.after_text}
     if not sizes:
-        raise DataError("prompt_positions is for virtual tokens among the words, this adapter has none: leave it out")
+        raise DataError("prompt_positions is for virtual tokens among the words, this adapter has none", "leave it out")
     if sizes != {columns.shape[-1]} or columns.dim() != 2:
-        raise DataError(f"prompt_positions {list(columns.shape)} do not fit: give {max(sizes)} for each row")
+        raise DataError(f"prompt_positions {list(columns.shape)} do not fit", f"give {max(sizes)} for each row")

@@ -139,7 +139,7 @@ def begin_with(prefixes: Mapping[Any, KeyValue], cache: Any, step: Step, dtype: 
     cached = {m: layer for m in prefixes if layers and isinstance(layer := layers.get(m.layer_idx), PrefixLayer)}
     for module, layer in list(cached.items())[:1]:  # one is enough: comparing all of them would cost too much
         if not layer.holds(prefixes[module]):
-            raise AdapterError("the cache was computed with another adapter: leave it out")
+            raise AdapterError("the cache was computed with another adapter", "leave it out")
     return set(cached)
 
 
@@ -160,8 +160,8 @@ def make_room(cache: Any, is_virtual: Tensor) -> None:
         elif type(layer) in (StaticLayer, StaticSlidingWindowLayer):
             if not sizes:
                 raise UnsupportedModelError(
-                    "virtual tokens among the words outlive a window, for which a static cache has no place: leave out "
-                    "cache_implementation"
+                    "virtual tokens among the words outlive a window, for which a static cache has no place",
+                    "leave out cache_implementation",
                 )
             cache.layers[number] = StaticLayer(max(sizes) + int(is_virtual.sum(dim=1).max()))
     cache.softtune_virtual = is_virtual

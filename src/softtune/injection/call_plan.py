@@ -111,14 +111,15 @@ class CallPlanner:
         """Check what the stack takes, by forwards of it that are over before the layers run for a call."""
         if self.prompts.vectors is not None and self.stack.word_scale is None:
             raise UnsupportedModelError(
-                f"{type(self.stack.module).__name__} takes no inputs_embeds, for virtual tokens among the words: use "
-                "PrefixTuningConfig"
+                f"{type(self.stack.module).__name__} takes no inputs_embeds, for virtual tokens among the words",
+                "use PrefixTuningConfig",
             )
         is_padded = self.prompts.is_ragged or (self.prompts.is_prefix and not self.takes_wrapper)
         if is_padded and not (compat.is_tested(backbone.model) or self.stack.ignores_padding):
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} does not ignore padding, which rows with different numbers of "
-                "virtual tokens need: run them in batches of their own"
+                "virtual tokens need",
+                "run them in batches of their own",
             )
 
     @property
@@ -197,7 +198,8 @@ class CallPlanner:
         if self.acts and self.stack.keeps_states and call.get("cache") is not None:
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} keeps states beside its cache, which know nothing of virtual "
-                "tokens: pass use_cache=False"
+                "tokens",
+                "pass use_cache=False",
             )
 
     # Padding
@@ -252,7 +254,7 @@ class CallPlanner:
         """
         if self.shares_keys:
             raise UnsupportedModelError(
-                "layers share keys, whose gradients reentrant checkpointing loses: enable it with use_reentrant=False"
+                "layers share keys, whose gradients reentrant checkpointing loses", "enable it with use_reentrant=False"
             )
         anchor = Anchor(dict(row_prompts.prefixes))
         if call.get("inputs_embeds") is not None:
@@ -281,13 +283,14 @@ class CallPlanner:
         if step.has_ready_mask:
             raise UnsupportedModelError(
                 "virtual tokens among the words need the 2-D attention mask [B, W], not a ready one, yours or the "
-                "model's: pass that, or use PrefixTuningConfig"
+                "model's",
+                "pass that, or use PrefixTuningConfig",
             )
         if not step.is_continued:
             if masks := masks_of(call):
                 raise UnsupportedModelError(
-                    f"{masks[0]} says what each token sees, and nothing of virtual tokens among the words: use "
-                    "PrefixTuningConfig"
+                    f"{masks[0]} says what each token sees, and nothing of virtual tokens among the words",
+                    "use PrefixTuningConfig",
                 )
             layout = self._lay_out(call, arrangement)
             self._make_room(call, layout, row_prompts)

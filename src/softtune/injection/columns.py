@@ -52,11 +52,11 @@ class Columns:
         length = step.length + (self.trim.left + self.trim.right if self.trim else 0)
         if not 0 <= int(columns.min()) <= int(columns.max()) <= length:
             raise DataError(
-                f"prompt_positions from {int(columns.min())} to {int(columns.max())} do not fit: "
-                f"give columns from 0 to {length}"
+                f"prompt_positions from {int(columns.min())} to {int(columns.max())} do not fit",
+                f"give columns from 0 to {length}",
             )
         if bool((columns.diff(dim=1) < 0).any()):
-            raise DataError("prompt_positions do not ascend: give each row's columns in ascending order")
+            raise DataError("prompt_positions do not ascend", "give each row's columns in ascending order")
         return columns
 
     def of_infix(self, step: Step, row_prompts: RowPrompts) -> Tensor:
@@ -67,5 +67,5 @@ class Columns:
         """
         columns = self.of_vectors(step, row_prompts)
         if bool((columns != columns[:, :1]).any(dim=1).logical_and(row_prompts.after_text).any()):
-            raise DataError("an infix stands at one place of a text: write its virtual tokens next to one another")
+            raise DataError("an infix stands at one place of a text", "write its virtual tokens next to one another")
         return columns[:, :1]

@@ -77,14 +77,16 @@ class FrozenLayerCache:
         stack = self.backbone.stacks[0]
         if depth not in self._depths and not self.backbone.starts_at(depth):
             raise UnsupportedModelError(
-                f"{type(self.backbone.model).__name__} has no trunk to cache: that takes a decoder whose layers attend "
-                "through the attention interface and pass on nothing but hidden states"
+                f"{type(self.backbone.model).__name__} has no trunk to cache",
+                "that takes a decoder whose layers attend through the attention interface and pass on nothing but "
+                "hidden states",
             )
         self._depths.add(depth)
         modules = [stack.module.get_input_embeddings(), *stack.layers[:depth]]
         if any(p.requires_grad for module in modules for p in module.parameters()):
             raise UnsupportedModelError(
-                "layers below the prefix are trained, so that their outputs change: freeze them or drop the trunk cache"
+                "layers below the prefix are trained, so that their outputs change",
+                "freeze them or drop the trunk cache",
             )
 
     def states(self, call: Call, pack: Pack, depth: int) -> Tensor:

@@ -39,8 +39,8 @@ def check_graph(backbone: Backbone, text: Tensor | None) -> None:
         UnsupportedModelError: ``torch.jit.trace`` is used, the model has not run yet, or a shape is dynamic.
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        raise UnsupportedModelError("torch.jit.trace keeps the shapes of one batch: use torch.export")
+        raise UnsupportedModelError("torch.jit.trace keeps the shapes of one batch", "use torch.export")
     if is_exporting() and not backbone.is_known:
-        raise UnsupportedModelError("the model has not run yet: call it once, with any text, before torch.export")
+        raise UnsupportedModelError("the model has not run yet", "call it once, with any text, before torch.export")
     if is_exporting() and text is not None and not all(type(size) is int for size in text.shape[:2]):
-        raise UnsupportedModelError("a graph is for one shape: leave out dynamic_shapes, and make one for each")
+        raise UnsupportedModelError("a graph is for one shape", "leave out dynamic_shapes, and make one for each")

@@ -45,8 +45,8 @@ class KVPool:
         stack = backbone.stacks[0]
         if not backbone.packs or not takes_any_mask(stack.module.config):
             raise UnsupportedModelError(
-                f"{type(backbone.model).__name__} cannot read several texts without padding: use a decoder whose every "
-                "layer attends, loaded with attn_implementation='sdpa' or 'eager'"
+                f"{type(backbone.model).__name__} cannot read several texts without padding",
+                "use a decoder whose every layer attends, loaded with attn_implementation='sdpa' or 'eager'",
             )
         self.stack = stack
         self.layers: dict[nn.Module, AttentionLayer] = {a.module: a for a in backbone.attention_layers if a.module}

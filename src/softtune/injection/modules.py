@@ -81,7 +81,7 @@ class ModuleChanges:
 
 def _refuse(name: str, *_: Any) -> None:
     raise UnsupportedModelError(
-        f"{name} does not compute row by row: run rows of adapters that change it in batches of their own"
+        f"{name} does not compute row by row", "run rows of adapters that change it in batches of their own"
     )
 
 

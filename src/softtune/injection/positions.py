@@ -45,7 +45,7 @@ class Positions:
             )
             if step.width + shift + row_prompts.is_vector.shape[1] > limit:
                 raise DataError(
-                    f"a graph of {step.width} tokens exceeds the model's {limit} positions: make a shorter one"
+                    f"a graph of {step.width} tokens exceeds the model's {limit} positions", "make a shorter one"
                 )
             return
         tokens, virtual = (
@@ -55,8 +55,8 @@ class Positions:
         row = int((tokens + virtual).argmax())
         if int(tokens[row] + virtual[row]) > limit:
             raise DataError(
-                f"{int(tokens[row])} tokens and {int(virtual[row])} virtual ones exceed the model's {limit} positions: "
-                "shorten the text"
+                f"{int(tokens[row])} tokens and {int(virtual[row])} virtual ones exceed the model's {limit} positions",
+                "shorten the text",
             )
 
     def count_text(self, call: Call, arrangement: Arrangement) -> None:
@@ -70,7 +70,7 @@ class Positions:
         if given is None or given.dim() != 2:
             return
         if is_exporting():
-            raise UnsupportedModelError("the model counts positions above its layers: export it with position_ids")
+            raise UnsupportedModelError("the model counts positions above its layers", "export it with position_ids")
         columns = given[:1, :1] + torch.arange(given.shape[1], device=given.device)
         if not bool((given == columns).all()):
             return
@@ -97,7 +97,7 @@ class Positions:
         positions = text_axis(axes).expand(step.rows, -1)
         if row_prompts.vectors is not None and step.has_restarts(positions):
             raise UnsupportedModelError(
-                "several texts packed into one row have no place for virtual tokens among the words: pad them instead"
+                "several texts packed into one row have no place for virtual tokens among the words", "pad them instead"
             )
         if self.has_prefix and takes_padding(self.stack.module.config) and step.has_restarts(positions):
             raise flash_refusal(PACKED)
@@ -106,7 +106,7 @@ class Positions:
             positions = axes + shift
         elif axes.dim() == 3:
             raise UnsupportedModelError(
-                "virtual tokens among the words have no place among the positions of pictures: use PrefixTuningConfig"
+                "virtual tokens among the words have no place among the positions of pictures", "use PrefixTuningConfig"
             )
         else:
             in_slots = layout.merge(shift.expand_as(positions), torch.zeros_like(row_prompts.is_vector))

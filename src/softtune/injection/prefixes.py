@@ -73,8 +73,8 @@ class Prefixes:
         others = (row_prompts.shift != max(row_prompts.lengths[self.layers[0].place])).any()
         if goes_by_length and holds(others, when_exporting=False):
             raise UnsupportedModelError(
-                f"{type(self.stack.module).__name__} goes by the length of its cache: run rows with other prefixes in "
-                "batches of their own, and leave out shift_positions"
+                f"{type(self.stack.module).__name__} goes by the length of its cache",
+                "run rows with other prefixes in batches of their own, and leave out shift_positions",
             )
 
     def check_reached(self, wrapper: PrefixAttention | PackedAttention, call: Call) -> None:
@@ -87,7 +87,7 @@ class Prefixes:
         expected = {id(a.module) for a in self.layers if a.site is not Site.CROSS or crossing}
         if expected - wrapper.reached and not self.stack.drops_layers:
             raise UnsupportedModelError(
-                "the prefix did not reach every layer: add the adapter after all changes to the base model's modules"
+                "the prefix did not reach every layer", "add the adapter after all changes to the base model's modules"
             )
 
     def _visible(self, arrangement: Arrangement) -> dict[nn.Module, Tensor]:

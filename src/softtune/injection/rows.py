@@ -144,5 +144,7 @@ def multiplied(per_row: Tensor, rows: int) -> Tensor:
         DataError: ``rows`` is no multiple of the rows given.
     """
     if rows % len(per_row):
-        raise DataError(f"the batch has {rows} rows, adapter_names or prompt_positions {len(per_row)}: give one a row")
+        raise DataError(
+            f"the batch has {rows} rows, adapter_names or prompt_positions {len(per_row)}", "give one a row"
+        )
     return per_row.repeat_interleave(rows // len(per_row), dim=0)

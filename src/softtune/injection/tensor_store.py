@@ -46,10 +46,10 @@ class TensorStore:
     def __init__(self, memory: float, disk: float, folder: str | os.PathLike[str] | None = None) -> None:
         if not (memory >= 0 and disk >= 0 and memory + disk > 0):
             raise ConfigError(
-                f"the trunk cache is given {memory} MB of memory and {disk} of disk: use 0 or more, and one above 0"
+                f"the trunk cache is given {memory} MB of memory and {disk} of disk", "use 0 or more, and one above 0"
             )
         if folder is not None and not Path(folder).is_dir():
-            raise ConfigError(f"there is no folder {os.fspath(folder)!r} for the trunk cache: make it first")
+            raise ConfigError(f"there is no folder {os.fspath(folder)!r} for the trunk cache", "make it first")
         self._memory = memory * MEGABYTE
         self._disk = disk * MEGABYTE
         self._folder = folder

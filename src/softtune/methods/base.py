@@ -163,9 +163,9 @@ class PeftConfig(PushToHubMixin):
                 setattr(self, name, TypeAdapter(hints[name]).validate_python(getattr(self, name)))
             except ValidationError as error:
                 reason = error.errors()[0]["msg"]
-                raise ConfigError(f"{type(self).__name__}.{name} = {getattr(self, name)!r}: {reason}") from None
+                raise ConfigError(f"{type(self).__name__}.{name} = {getattr(self, name)!r}", reason) from None
         if own_type is not None and self.peft_type is not own_type:
-            raise ConfigError(f"{type(self).__name__} is for {own_type.value}, not {self.peft_type}: drop peft_type")
+            raise ConfigError(f"{type(self).__name__} is for {own_type.value}, not {self.peft_type}", "drop peft_type")
 
     def _leave_out(self, reason: str, **defaults: Any) -> None:
         """Warn about fields that have no effect and reset them to their defaults; PEFT accepts and ignores them."""
@@ -190,7 +190,7 @@ class PeftConfig(PushToHubMixin):
 
     def build(self, backbone: Backbone) -> nn.Module:
         """Build the module for this base model, not yet initialized; see ``Method``."""
-        raise ConfigError(f"{type(self).__name__} names no method: use one of its subclasses")
+        raise ConfigError(f"{type(self).__name__} names no method", "use one of its subclasses")
 
     def initialize(self, module: Any, backbone: Backbone) -> None:
         """Initialize a new module's parameters as the config specifies."""
@@ -251,7 +251,7 @@ class PeftConfig(PushToHubMixin):
             known = [f.name for f in dataclasses.fields(config_class)]
             close = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"its keys are {', '.join(known)}"
-            raise ConfigError(f"{config_class.__name__} has no key {key!r}: {hint}")
+            raise ConfigError(f"{config_class.__name__} has no key {key!r}", hint)
         return config_class(**values)
 
     @classmethod
@@ -317,13 +317,13 @@ class PeftConfig(PushToHubMixin):
         hub["subfolder"] = subfolder
         path = storage.locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
         if path is None:
-            raise CheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: is it an adapter's folder?")
+            raise CheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}", "is it an adapter's folder?")
         own_path = storage.locate(pretrained_model_name_or_path, OWN_CONFIG_NAME, is_optional=True, **hub)
         values = cls.from_json_file(path)
         if "peft_type" not in values:
             raise MissingPeftTypeError(
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. Is "
-                f"{path} an adapter's?"
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                f"Is {path} an adapter's?"
             )
         config_class = cls._class_for(values)
         extra = storage.read_json(own_path).get("config", {}) if own_path else config_class.implied_by_peft(values)
@@ -372,8 +372,8 @@ class PromptLearningConfig(PeftConfig):
         for name, size in sizes.items():
             if getattr(self, name) not in (None, size):
                 raise AdapterMismatchError(
-                    f"the adapter has {name} = {getattr(self, name)}, the base model {size}: "
-                    f"load it on the model that it was trained on ({self.base_model_name_or_path or 'unnamed'})"
+                    f"the adapter has {name} = {getattr(self, name)}, the base model {size}",
+                    f"load it on the model that it was trained on ({self.base_model_name_or_path or 'unnamed'})",
                 )
             setattr(self, name, size)
 
@@ -399,5 +399,5 @@ def config_class_of(peft_type: PeftType | str | None) -> type[PeftConfig]:
     """
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(known_type.value for known_type in PEFT_TYPE_TO_CONFIG_MAPPING))
-        raise ConfigError(f"peft_type {peft_type!r} is no method of softtune: use one of {known}")
+        raise ConfigError(f"peft_type {peft_type!r} is no method of softtune", f"use one of {known}")
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]

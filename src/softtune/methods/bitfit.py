@@ -56,7 +56,7 @@ class BitFitConfig(PeftConfig):
         if not slots:
             kinds = f"{', '.join(self.roles)} biases" if self.roles else "biases"
             raise UnsupportedModelError(
-                f"{type(backbone.model).__name__} has no {kinds}: set add_missing=True to add them at zero"
+                f"{type(backbone.model).__name__} has no {kinds}", "set add_missing=True to add them at zero"
             )
         return BiasChanges(slots)
 

@@ -64,15 +64,15 @@ def load_tokenizer(name: str | None, options: dict[str, Any] | None = None) -> P
     options = options or {}
     if options.get("trust_remote_code"):
         raise ConfigError(
-            "tokenizer_kwargs has trust_remote_code, which would let a downloaded config run code: leave it out"
+            "tokenizer_kwargs has trust_remote_code, which would let a downloaded config run code", "leave it out"
         )
     if name and not (storage.is_path(name) or storage.is_cached_or_reachable(name, "tokenizer_config.json")):
-        raise ConfigError(f"no tokenizer at {name!r}, and the hub cannot be reached: set tokenizer_name_or_path")
+        raise ConfigError(f"no tokenizer at {name!r}, and the hub cannot be reached", "set tokenizer_name_or_path")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name or "", **options)
     except (OSError, ValueError) as error:
         where = f"at {name!r}" if name else "named by the base model"
-        raise ConfigError(f"no tokenizer {where}: set tokenizer_name_or_path to a folder or hub name") from error
+        raise ConfigError(f"no tokenizer {where}", "set tokenizer_name_or_path to a folder or hub name") from error
     return tokenizer
 
 
@@ -87,7 +87,7 @@ def text_ids(text: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
     ids: list[list[int]] = [tokenizer(t, add_special_tokens=isinstance(text, str))["input_ids"] for t in texts]
     if not all(ids):
         raise ConfigError(
-            f"the initial text {texts[[bool(i) for i in ids].index(False)]!r} has no tokens: write some words"
+            f"the initial text {texts[[bool(i) for i in ids].index(False)]!r} has no tokens", "write some words"
         )
     return ids
 
@@ -126,13 +126,13 @@ def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
         tensors = load_file(file) if file else {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"no prompt can be read from {path}: name an adapter's folder or safetensors file"
+            f"no prompt can be read from {path}", "name an adapter's folder or safetensors file"
         ) from error
     prompt = tensors.get(PROMPT_KEY, tensors.get(OWN_KEY))
     if prompt is None or tuple(prompt.shape) != shape:
         found = "no prompt" if prompt is None else f"the shape {tuple(prompt.shape)}"
         raise CheckpointError(
-            f"{path} holds {found}, the config asks for {shape}: change num_virtual_tokens or the file"
+            f"{path} holds {found}, the config asks for {shape}", "change num_virtual_tokens or the file"
         )
     return prompt.float()
 

@@ -28,18 +28,18 @@ def choose_layers(backbone: Backbone, layers: Layers, sites: Sequence[Site] | No
     present = list(dict.fromkeys(a.site for a in backbone.attention_layers))
     if not present:
         raise UnsupportedModelError(
-            f"{type(backbone.model).__name__} has no attention layer that can take a prefix: "
-            "use PromptTuningConfig, PromptEncoderConfig or BitFitConfig"
+            f"{type(backbone.model).__name__} has no attention layer that can take a prefix",
+            "use PromptTuningConfig, PromptEncoderConfig or BitFitConfig",
         )
     if sites is not None and (not sites or not set(sites) <= set(present) or len(set(sites)) < len(sites)):
-        raise ConfigError(f"sites = {[s.value for s in sites]}: name different ones of {[s.value for s in present]}")
+        raise ConfigError(f"sites = {[s.value for s in sites]}", f"name different ones of {[s.value for s in present]}")
     chosen = []
     for site in sites or present:
         at_site = [a for a in backbone.attention_layers if a.site is site]
         chosen += [at_site[i] for i in _layer_numbers(layers, len(at_site))]
     if not backbone.takes_wrapper and len(chosen) < len(backbone.attention_layers):
         raise UnsupportedModelError(
-            f"{type(backbone.model).__name__} takes a prefix at every layer or none: drop layers"
+            f"{type(backbone.model).__name__} takes a prefix at every layer or none", "drop layers"
         )
     return chosen
 
@@ -51,10 +51,10 @@ def _layer_numbers(layers: Layers, count: int) -> list[int]:
     if isinstance(layers, str):
         side, _, number = layers.partition(":")
         if side not in ("first", "last") or not number.isdigit() or not 1 <= int(number) <= count:
-            raise ConfigError(f"layers = {layers!r}: write 'first:N' or 'last:N' with N from 1 to {count}")
+            raise ConfigError(f"layers = {layers!r}", f"write 'first:N' or 'last:N' with N from 1 to {count}")
         return every[: int(number)] if side == "first" else every[-int(number) :]
     if not layers or not set(layers) <= set(every) or len(set(layers)) != len(layers):
-        raise ConfigError(f"layers = {layers}: name different layers from 0 to {count - 1}")
+        raise ConfigError(f"layers = {layers}", f"name different layers from 0 to {count - 1}")
     return sorted(layers)
 
 
@@ -102,8 +102,8 @@ def flat_prefix(backbone: Backbone, layers: Sequence[AttentionLayer], input_ids:
     rows = torch.arange(len(input_ids))
     if missing := [a for a in layers if a.place not in computed]:
         raise UnsupportedModelError(
-            f"layer {missing[0].index} of {type(backbone.model).__name__} attends to some texts alone: set layers to "
-            "others, or init_weights='random'"
+            f"layer {missing[0].index} of {type(backbone.model).__name__} attends to some texts alone",
+            "set layers to others, or init_weights='random'",
         )
     parts = [part[:, rows % part.shape[1]] for a in layers for part in computed[a.site, a.index]]
     return torch.cat([part.transpose(0, 1).reshape(len(input_ids), -1) for part in parts], dim=1).float()

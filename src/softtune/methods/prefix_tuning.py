@@ -60,17 +60,17 @@ class PrefixTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init_weights == "text" and self.init_text is None:
-            raise ConfigError("init_weights = 'text' needs init_text: write the words to start from")
+            raise ConfigError("init_weights = 'text' needs init_text", "write the words to start from")
         if self.init_text is not None and self.init_weights not in (None, "text"):
-            raise ConfigError(f"init_weights = {self.init_weights!r} has no use for init_text: drop one of them")
+            raise ConfigError(f"init_weights = {self.init_weights!r} has no use for init_text", "drop one of them")
         if self.embedding_only and (self.layers or self.sites):
-            raise ConfigError("embedding_only trains no layer: drop layers and sites")
+            raise ConfigError("embedding_only trains no layer", "drop layers and sites")
         if self.embedding_only and not self.shift_positions:
-            raise ConfigError("embedding_only has its virtual tokens among the words: drop shift_positions")
+            raise ConfigError("embedding_only has its virtual tokens among the words", "drop shift_positions")
         if self.inference_mode:
             return  # a saved config keeps its values, and one of PEFT's also those without effect
         if self.tokenizer_name_or_path is not None and self.init_text is None:
-            raise ConfigError("tokenizer_name_or_path is for init_text: write one, or drop the tokenizer")
+            raise ConfigError("tokenizer_name_or_path is for init_text", "write one, or drop the tokenizer")
         # PEFT sets encoder_hidden_size to token_dim, with a projection and without.
         if not self.prefix_projection and self.encoder_hidden_size != self.token_dim:
             self._leave_out("for the projection, and left out: set prefix_projection=True", encoder_hidden_size=None)
@@ -85,11 +85,11 @@ class PrefixTuningConfig(PromptLearningConfig):
         layers = [] if self.embedding_only else choose_layers(backbone, self.layers, self.sites)
         if self.placement == "infix" and not backbone.is_decoder_only:
             raise UnsupportedModelError(
-                "an infix stands between text and answer of a decoder: use placement='prefix' here"
+                "an infix stands between text and answer of a decoder", "use placement='prefix' here"
             )
         if self.placement == "infix" and not backbone.takes_wrapper and not self.embedding_only:
             raise UnsupportedModelError(
-                f"{type(backbone.model).__name__} takes a prefix alone: use placement='prefix' here"
+                f"{type(backbone.model).__name__} takes a prefix alone", "use placement='prefix' here"
             )
         if self.embedding_only:
             check_vectors(backbone)
@@ -136,7 +136,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             return prompt
         if self.sites != [Site.DECODER]:
             raise AdapterMismatchError(
-                "PEFT's prefix is for the decoder's own attention: set sites=['decoder'] in the config"
+                "PEFT's prefix is for the decoder's own attention", "set sites=['decoder'] in the config"
             )
         assert self.num_layers
         parts = prompt.view(len(prompt), 2 * self.num_layers, -1).repeat(1, 2, 1)

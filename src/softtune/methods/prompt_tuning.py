@@ -79,7 +79,7 @@ class PromptTuningConfig(PromptLearningConfig):
         super().__post_init__()
         start, needed = self.prompt_tuning_init, _NEEDS.get(self.prompt_tuning_init)
         if needed and not getattr(self, needed):
-            raise ConfigError(f"prompt_tuning_init = {start.value} needs {needed}: set it")
+            raise ConfigError(f"prompt_tuning_init = {start.value} needs {needed}", "set it")
         if start is not PromptTuningInit.TEXT and not self.inference_mode:
             reason = f"for prompt_tuning_init = TEXT, and left out: {start.value} has no use for it"
             self._leave_out(reason, prompt_tuning_init_text=None)
@@ -87,7 +87,7 @@ class PromptTuningConfig(PromptLearningConfig):
         if self.tokenizer_kwargs and start not in (PromptTuningInit.TEXT, PromptTuningInit.LABELS):
             unused.append("tokenizer_kwargs")
         if unused:
-            raise ConfigError(f"prompt_tuning_init = {start.value} has no use for {unused[0]}: drop one of them")
+            raise ConfigError(f"prompt_tuning_init = {start.value} has no use for {unused[0]}", "drop one of them")
 
     def build(self, backbone: Backbone) -> PromptEmbedding:
         """See ``PeftConfig.build``."""
@@ -167,8 +167,8 @@ def check_vectors(backbone: Backbone) -> None:
     """
     if not backbone.takes_vectors:
         raise UnsupportedModelError(
-            f"{type(backbone.model).__name__} reads more off its words than their vectors: "
-            "use PrefixTuningConfig, PTuningV2Config or BitFitConfig"
+            f"{type(backbone.model).__name__} reads more off its words than their vectors",
+            "use PrefixTuningConfig, PTuningV2Config or BitFitConfig",
         )
 
 

@@ -122,4 +122,4 @@ class EngineThread:
                     engine.batch.abort([*engine.batch.running], error)
         for engine in self.engines:
             requests = [*engine.batch.running, *engine.batch.queue]
-            engine.batch.abort(requests, ClosedError("the server is shutting down: try again later"))
+            engine.batch.abort(requests, ClosedError("the server is shutting down", "try again later"))

@@ -59,7 +59,7 @@ class AdapterFolder:
             listing = self._look()
             if name not in listing:
                 some = ", ".join(sorted(listing)[:5]) or "none"
-                raise AdapterError(f"the folder has no adapter {name!r}: among those that are there are {some}")
+                raise AdapterError(f"the folder has no adapter {name!r}", f"among those that are there are {some}")
             return self._serve(name, listing[name], registry)
 
     def follow(self, registry: Registry) -> None:
@@ -131,7 +131,7 @@ class _Local:
         self.path = Path(path)
         self.name = self.path.resolve().name
         if not self.path.is_dir():
-            raise ConfigError(f"there is no folder {path}: check the path")
+            raise ConfigError(f"there is no folder {path}", "check the path")
 
     def fetch(self) -> None:
         """Check that the folder still exists.
@@ -161,9 +161,9 @@ class _Store:
             self._files, self._root = fsspec.core.url_to_fs(address)
             is_there = self._files.exists(self._root)
         except Exception as error:  # stores and their network libraries raise types of their own
-            raise ConfigError(f"{address} cannot be read ({error}): check the address") from error
+            raise ConfigError(f"{address} cannot be read ({error})", "check the address") from error
         if not is_there:
-            raise ConfigError(f"there is nothing at {address}, or it cannot be reached: check the address")
+            raise ConfigError(f"there is nothing at {address}, or it cannot be reached", "check the address")
         self.path = Path(tempfile.mkdtemp(prefix="softtune-adapters-")).resolve()
         self.name = Path(self._root).name
         self.close = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)

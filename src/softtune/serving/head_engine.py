@@ -119,7 +119,7 @@ class HeadEngine:
             TooLongError: the request has more rows than ``MOST_BATCHES`` full batches.
         """
         if len(handle.request.examples) > MOST_BATCHES * self.config.max_num_seqs:
-            raise TooLongError(f"the text has {len(handle.request.examples)} parts: shorten it")
+            raise TooLongError(f"the text has {len(handle.request.examples)} parts", "shorten it")
         self.batch.queue.add(handle)
 
     def step(self) -> None:

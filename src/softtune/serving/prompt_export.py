@@ -61,8 +61,8 @@ def export_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool = True) -
     """
     if adapter.heads:
         raise UnsupportedModelError(
-            f"the adapter has a {next(iter(adapter.heads))} of its own, beside which no other adapter writes: "
-            "train it without modules_to_save"
+            f"the adapter has a {next(iter(adapter.heads))} of its own, beside which no other adapter writes",
+            "train it without modules_to_save",
         )
     with model_session(backbone.model):
         return computed_prompt(backbone, adapter, as_kv=as_kv)

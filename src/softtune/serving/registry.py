@@ -93,7 +93,7 @@ class Registry:
             SofttuneError: the adapter cannot be served; the current version stays.
         """
         if name == self._taken:
-            raise ConfigError(f"{name} is the base model's name: give the adapter's folder another one")
+            raise ConfigError(f"{name} is the base model's name", "give the adapter's folder another one")
         number = next(self._numbers)
         export_folder = self._folder / str(number)
         export_folder.mkdir()
@@ -156,4 +156,4 @@ class Registry:
 
     def _unknown(self, name: str) -> AdapterError:
         some = ", ".join(sorted(self._versions)[:5]) or "none"
-        return AdapterError(f"no adapter is named {name!r}: among those that are served are {some}")
+        return AdapterError(f"no adapter is named {name!r}", f"among those that are served are {some}")

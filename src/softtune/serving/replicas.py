@@ -50,7 +50,7 @@ def run(
     """
     if settings.admin_keys:
         raise ConfigError(
-            "a request reaches one of the replicas: put adapters into their folder, and drop the admin keys"
+            "a request reaches one of the replicas", "put adapters into their folder, and drop the admin keys"
         )
     try:
         from ray import serve

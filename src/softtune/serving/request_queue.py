@@ -71,10 +71,10 @@ class RequestQueue(Generic[RequestType]):
             FullError: the queue is full, and no other adapter has more requests in it than this one would have.
             ClosedError: no more requests are taken.
         """
-        full = FullError(f"{self._config.max_num_waiting} requests are waiting: try again later")
+        full = FullError(f"{self._config.max_num_waiting} requests are waiting", "try again later")
         with self._lock:
             if self.is_closed:
-                raise ClosedError("the server is shutting down: try again later")
+                raise ClosedError("the server is shutting down", "try again later")
             last = None
             if self._count >= self._config.max_num_waiting + max(self._config.max_num_seqs - len(self._running), 0):
                 longest = max(self._queues.values(), key=len)

@@ -246,7 +246,7 @@ def checked(logits: Tensor) -> Tensor:
         RequestError: a logit is NaN.
     """
     if bool(logits.isnan().any()):
-        raise RequestError("the adapter makes the model answer what is no number: train it anew at a lower rate")
+        raise RequestError("the adapter makes the model answer what is no number", "train it anew at a lower rate")
     return logits
 
 
@@ -260,7 +260,8 @@ def check_length(request: EngineRequest, virtual: int, max_model_len: int) -> No
         new = request.max_num_tokens - request.num_tokens
         raise TooLongError(
             f"{request.num_tokens} tokens of text, {new} to write and {virtual} virtual ones are more than the "
-            f"{max_model_len} that there is room for: shorten the text or lower max_tokens"
+            f"{max_model_len} that there is room for",
+            "shorten the text or lower max_tokens",
         )
 
 

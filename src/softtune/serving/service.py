@@ -173,7 +173,7 @@ class Service:
         """
         count = self.engine.backbone.embedding.num_embeddings
         if tokens and max(tokens) >= count:
-            raise RequestError(f"{max(tokens)} is no token: they go from 0 to {count - 1}")
+            raise RequestError(f"{max(tokens)} is no token", f"they go from 0 to {count - 1}")
         return tokens
 
     def tokenize_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -183,13 +183,15 @@ class Service:
             RequestError: the base model has no chat template, or the messages do not fit it.
         """
         if not self.tokenizer.chat_template:
-            raise RequestError(f"{self.name} knows no conversations: use /v1/completions")
+            raise RequestError(f"{self.name} knows no conversations", "use /v1/completions")
         try:
             encoding: Any = self.with_tokenizer(
                 lambda tokenizer: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             )
         except TemplateError as error:
-            raise RequestError(f"the messages do not fit the model's template ({error}): change their order") from error
+            raise RequestError(
+                f"the messages do not fit the model's template ({error})", "change their order"
+            ) from error
         return list(encoding["input_ids"])
 
     def max_new_tokens(self, version: Version | None, input_ids: Sequence[int]) -> int:
@@ -206,9 +208,9 @@ class Service:
         """
         if version is not None and isinstance(version.info.engine, HeadEngine):
             asked = asks_for(version.info.task)
-            raise RequestError(f"{version.name} has a head and writes no texts: ask it for {asked}")
+            raise RequestError(f"{version.name} has a head and writes no texts", f"ask it for {asked}")
         if version is not None and version.info.has_places_within:
-            raise RequestError(f"{version.name} has virtual tokens within its text: ask it for labels, by records")
+            raise RequestError(f"{version.name} has virtual tokens within its text", "ask it for labels, by records")
         _ = self.engine
 
     async def generate(
@@ -227,7 +229,7 @@ class Service:
             UnsupportedModelError: the base model generates no text, or cannot batch several sequences.
         """
         if not input_ids:
-            raise RequestError("the text is empty: write some words")
+            raise RequestError("the text is empty", "write some words")
         self.check_writes(version)
         answers: asyncio.Queue[Any] = asyncio.Queue()
         tell = _from_thread(answers.put_nowait)
@@ -298,7 +300,8 @@ class Service:
             within = self.with_tokenizer(partial(has_places_within, template))
             if within and task is not None and task.endpoint is None:
                 raise UnsupportedModelError(
-                    "its template has virtual tokens within the text, where a request's text has none: train it without"
+                    "its template has virtual tokens within the text, where a request's text has none",
+                    "train it without",
                 )
             engine.export_adapter(adapter, export_folder, as_kv=not within)
             return AdapterInfo(config, task, engine, within, template.separator)
@@ -309,10 +312,10 @@ class Service:
             return self.engine
         if kind not in OUTPUTS:
             raise UnsupportedModelError(
-                f"adapters for {kind.value} are not served: use a decoder's, or one with a head"
+                f"adapters for {kind.value} are not served", "use a decoder's, or one with a head"
             )
         if recipe is None:
-            raise CheckpointError(f"there is no {RECIPE_NAME}, which names the labels: copy the whole folder")
+            raise CheckpointError(f"there is no {RECIPE_NAME}, which names the labels", "copy the whole folder")
         key = (kind, recipe.num_labels)
         if key not in self._heads:
             backbone = self.bases.model(*key).backbone

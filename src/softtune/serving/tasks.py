@@ -54,9 +54,11 @@ class TaskRunner:
         if isinstance(given, str) and len(columns) == 1:
             return {columns[0]: given}
         if isinstance(given, str):
-            raise RequestError(f"{version.name} reads {', '.join(columns) or 'no records'}: send an object with these")
+            raise RequestError(
+                f"{version.name} reads {', '.join(columns) or 'no records'}", "send an object with these"
+            )
         if unknown := sorted(given.keys() - {*columns}):
-            raise RequestError(f"{version.name} does not read {unknown[0]!r}: it reads {', '.join(columns)}")
+            raise RequestError(f"{version.name} does not read {unknown[0]!r}", f"it reads {', '.join(columns)}")
         return dict(given)
 
     async def run(self, endpoint: str, version: Version, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,11 +71,11 @@ class TaskRunner:
         """
         task = version.info.task
         if task is None or task.endpoint != endpoint:
-            raise RequestError(f"{version.name} was not trained for that: ask it for {asks_for(task)}")
+            raise RequestError(f"{version.name} was not trained for that", f"ask it for {asks_for(task)}")
         if missing := [column for column in task.columns if column not in record]:
-            raise RequestError(f"the record lacks {missing[0]!r}: {version.name} reads {', '.join(task.columns)}")
+            raise RequestError(f"the record lacks {missing[0]!r}", f"{version.name} reads {', '.join(task.columns)}")
         if (choices := task.num_choices(record)) > MOST_CHOICES:
-            raise RequestError(f"the record has {choices} choices: give {MOST_CHOICES} at most")
+            raise RequestError(f"the record has {choices} choices", f"give {MOST_CHOICES} at most")
         requests, results = await self._execute(version, task, record)
         if task.baseline_record is not None and version not in self._baselines:
             _, self._baselines[version] = await self._execute(version, task, task.baseline_record)
@@ -90,7 +92,7 @@ class TaskRunner:
             if isinstance(request, Loglikelihood):
                 results[request] = await self._score(version, request)
             elif isinstance(request, Generate):
-                raise RequestError(f"{version.name} generates texts: ask for them at /v1/completions")
+                raise RequestError(f"{version.name} generates texts", "ask for them at /v1/completions")
         if by_head:
             outputs = await self._judge(version, [request.example for request in by_head])
             for request, output in zip(by_head, outputs, strict=True):
@@ -107,7 +109,7 @@ class TaskRunner:
         ids, labels = examples[0].input_ids, examples[0].labels
         count = next(number for number, label in enumerate(labels) if label != IGNORED)
         if not count:
-            raise RequestError("the record has no words: write some")
+            raise RequestError("the record has no words", "write some")
         answers = [example.input_ids[count:] for example in examples]
         places = examples[0].prompt_positions
         scores = await self._service.result_of(

@@ -47,8 +47,9 @@ class TransformersEngine:
         check_length(handle.request, handle.num_virtual_tokens, self.max_model_len)
         if handle.num_virtual_tokens + handle.request.max_kv_tokens > self.config.num_kv_slots:
             raise TooLongError(
-                f"the answers to choose from have {handle.request.max_kv_tokens} tokens with the text, more than the "
-                f"{self.config.num_kv_slots} that there is room for: ask for fewer"
+                f"the answers to choose from have {handle.request.max_kv_tokens} tokens with the text, more than "
+                f"the {self.config.num_kv_slots} that there is room for",
+                "ask for fewer",
             )
         self.batch.queue.add(handle)
 

@@ -184,7 +184,7 @@ class LabelTask(Classification):
             answer = tuple(token for token in encoded if token != IGNORED)
             if (other := labels.setdefault(answer, label)) != label:
                 raise DataError(
-                    f"labels {other!r} and {label!r} are the same tokens to the model: give them other words"
+                    f"labels {other!r} and {label!r} are the same tokens to the model", "give them other words"
                 )
 
     def _room(self, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -22,17 +22,19 @@ def check_compatible(recipes: Sequence[Recipe]) -> None:
     """
     _check_trackers(recipes)
     if recipes[0].task not in TASKS and sum(recipe.ensemble for recipe in recipes) > 1:
-        raise ConfigError(f"{recipes[0].task.value} trains one adapter at a time: run one recipe, without an ensemble")
+        raise ConfigError(
+            f"{recipes[0].task.value} trains one adapter at a time", "run one recipe, without an ensemble"
+        )
     outputs = Counter(str(Path(recipe.output).resolve()) for recipe in recipes)
     if twice := [output for output, count in outputs.items() if count > 1]:
-        raise ConfigError(f"{twice[0]} is the output of {outputs[twice[0]]} recipes: give each one its own")
+        raise ConfigError(f"{twice[0]} is the output of {outputs[twice[0]]} recipes", "give each one its own")
     first = recipes[0]
     for recipe in recipes:
         for (name, own), other in zip(shared(recipe).items(), shared(first).values(), strict=True):
             if own != other:
                 raise ConfigError(
-                    f"{name} is {other!r} for {first.output} and {own!r} for {recipe.output}: recipes that run at once "
-                    "share it, run these one after the other"
+                    f"{name} is {other!r} for {first.output} and {own!r} for {recipe.output}",
+                    "recipes that run at once share it, run these one after the other",
                 )
 
 
@@ -46,6 +48,6 @@ def shared(recipe: Recipe) -> dict[str, Any]:
 def _check_trackers(recipes: Sequence[Recipe]) -> None:
     trackers = {name for recipe in recipes for name in recipe.report_to}
     if missing := sorted(name for name in trackers if find_spec(name) is None):
-        raise ConfigError(f"report_to needs the package {missing[0]}: pip install {missing[0]}")
+        raise ConfigError(f"report_to needs the package {missing[0]}", f"pip install {missing[0]}")
     if "wandb" in trackers and sum(recipe.ensemble for recipe in recipes) > 1:
-        raise ConfigError("wandb takes one run of a process: report several to tensorboard")
+        raise ConfigError("wandb takes one run of a process", "report several to tensorboard")

@@ -39,7 +39,7 @@ def find_learning_rate(recipe: Recipe) -> RangeTest:
 @contextmanager
 def _trainer_without_output(recipe: Recipe) -> Iterator[AdapterTrainer]:
     if recipe.ensemble > 1:
-        raise ConfigError("one adapter's steps are measured: set ensemble to 1")
+        raise ConfigError("one adapter's steps are measured", "set ensemble to 1")
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe.model_copy(update={"output": folder, "report_to": [], "patience": None})
         setup = Setup.prepare(RunFolder(recipe), Rows.load(recipe), BaseModels(), lambda *_: None)

@@ -77,13 +77,13 @@ def read_fields(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     try:
         fields = from_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"no {kind} at {path}: check the path") from error
+        raise ConfigError(f"no {kind} at {path}", "check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         reason = f"line {mark.line + 1}: {problem}" if mark and problem else " ".join(str(error).split())
-        raise ConfigError(f"{path} is no YAML ({reason}): correct it") from error
+        raise ConfigError(f"{path} is no YAML ({reason})", "correct it") from error
     if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds no fields: write lines such as 'model: smollm2-135m'")
+        raise ConfigError(f"{path} holds no fields", "write lines such as 'model: smollm2-135m'")
     return fields
 
 

@@ -81,8 +81,8 @@ class RunFolder:
         for name, fingerprint in fingerprints.items():
             if fingerprint != self._start["data"][name]:
                 raise DataError(
-                    f"the {name} data is not what the run was started with: restore it, or delete the folder "
-                    f"{self.checkpoints()}"
+                    f"the {name} data is not what the run was started with",
+                    f"restore it, or delete the folder {self.checkpoints()}",
                 )
 
     def check_recipe(self) -> None:
@@ -94,8 +94,8 @@ class RunFolder:
         recipe_file = self.path / RECIPE_NAME if self.is_finished else self.checkpoints() / RECIPE_NAME
         for name, (now, then) in self.recipe.differences(Recipe.load(recipe_file)).items():
             raise ConfigError(
-                f"{name} is {now!r}, and {then!r} in the run in {self.path}: resume it with the recipe it was started "
-                "with"
+                f"{name} is {now!r}, and {then!r} in the run in {self.path}",
+                "resume it with the recipe it was started with",
             )
 
     def save(self, model: PeftModel, histories: Sequence[list[dict[str, float]]]) -> None:
@@ -148,18 +148,18 @@ def check_folders(folders: Sequence[RunFolder], *, resume: bool) -> None:
     for folder in folders:
         storage.check_writable(folder.path)
         if (folder.path / ENTRIES_NAME).is_dir():
-            raise ConfigError(f"{folder.path} has an experiment: choose another output")
+            raise ConfigError(f"{folder.path} has an experiment", "choose another output")
     finished = [folder for folder in folders if folder.is_finished]
     unfinished = [folder for folder in folders if folder.is_unfinished]
     if finished and (not resume or len(finished) == len(folders)):
-        raise ConfigError(f"{finished[0].path} has a finished adapter: choose another output or delete it")
+        raise ConfigError(f"{finished[0].path} has a finished adapter", "choose another output or delete it")
     if unfinished and not resume:
         raise ConfigError(
-            f"{unfinished[0].path} has an unfinished run: add --resume to go on, or delete the folder "
-            f"{unfinished[0].checkpoints()}"
+            f"{unfinished[0].path} has an unfinished run",
+            f"add --resume to go on, or delete the folder {unfinished[0].checkpoints()}",
         )
     if resume and not finished + unfinished:
-        raise ConfigError(f"{folders[0].path} has no unfinished run: leave out --resume")
+        raise ConfigError(f"{folders[0].path} has no unfinished run", "leave out --resume")
     for folder in finished + unfinished:
         folder.check_recipe()
 

@@ -78,7 +78,7 @@ def range_test(trainer: AdapterTrainer) -> RangeTest:
     except TrainingError as error:  # a loss that is NaN or infinite ends the test
         if not watcher.result.losses:
             raise TrainingError(
-                "the loss is no number before anything is trained: check the base model's weights, and bf16"
+                "the loss is no number before anything is trained", "check the base model's weights, and bf16"
             ) from error
     return watcher.result
 

@@ -155,17 +155,17 @@ class _Run:
 def _check(trainers: Sequence[AdapterTrainer]) -> None:
     models: list[Any] = [trainer.model for trainer in trainers]
     if any(model.get_base_model() is not models[0].get_base_model() for model in models):
-        raise ConfigError("runs that train together need the same base model: load it once, and wrap it for each")
+        raise ConfigError("runs that train together need the same base model", "load it once, and wrap it for each")
     tasks = {model.active_peft_config.task_type for model in models}
     if len(tasks) > 1 or not tasks <= {*TASKS}:
-        raise ConfigError(f"runs that train together need one task of {', '.join(TASKS)}: train them apart")
+        raise ConfigError(f"runs that train together need one task of {', '.join(TASKS)}", "train them apart")
     for trainer in trainers:
         if trainer.args.world_size > 1 or trainer.args.n_gpu > 1:
-            raise ConfigError("runs train together in one process on one device: train them apart on several")
+            raise ConfigError("runs train together in one process on one device", "train them apart on several")
         if trainer.accelerator.scaler is not None or trainer.args.bf16 != trainers[0].args.bf16:
-            raise ConfigError("runs that train together need the same precision, bf16 or none: set it in all")
+            raise ConfigError("runs that train together need the same precision, bf16 or none", "set it in all")
         if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
-            raise ConfigError("runs that train together need the task's own loss: train those with another one apart")
+            raise ConfigError("runs that train together need the task's own loss", "train those with another one apart")
 
 
 def _step(model: PeftModel, runs: Sequence[_Run]) -> list[Tensor]:
@@ -210,7 +210,7 @@ def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     labels = labels.reshape(-1) if logits.dim() == 2 else labels
     if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
-        raise DataError("runs that train together need one class for each label: train them apart")
+        raise DataError("runs that train together need one class for each label", "train them apart")
     is_label = labels != IGNORED
     return F.cross_entropy(logits[is_label].float(), labels[is_label])
 

@@ -94,7 +94,7 @@ class Recipe(RecipeFields):
         """
         fields = read_fields(path, "recipe")
         if "over" in fields:
-            raise ConfigError(f"{path} is a sweep: run it with softtune sweep")
+            raise ConfigError(f"{path} is a sweep", "run it with softtune sweep")
         return cls.from_fields({**fields, **(overrides or {})})
 
     @classmethod
@@ -116,7 +116,9 @@ class Recipe(RecipeFields):
         """
         check_finished(folder)
         if (recipe := cls.found_in(folder)) is None:
-            raise CheckpointError(f"{folder} has no {RECIPE_NAME}: name the folder of an adapter that softtune trained")
+            raise CheckpointError(
+                f"{folder} has no {RECIPE_NAME}", "name the folder of an adapter that softtune trained"
+            )
         return recipe
 
     @classmethod
@@ -196,6 +198,6 @@ def check_finished(folder: str | os.PathLike[str]) -> None:
         CheckpointError: there is no such folder, or it has only an unfinished run.
     """
     if not Path(folder).is_dir():
-        raise CheckpointError(f"there is no folder {folder}: check the path")
+        raise CheckpointError(f"there is no folder {folder}", "check the path")
     if (Path(folder) / CHECKPOINTS).is_dir() and not holds_adapter(folder):
-        raise CheckpointError(f"the run in {folder} is unfinished: go on with softtune train --resume, or train anew")
+        raise CheckpointError(f"the run in {folder} is unfinished", "go on with softtune train --resume, or train anew")

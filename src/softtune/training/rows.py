@@ -58,7 +58,7 @@ def check_every_label(task: Task, rows: Dataset) -> None:
     """
     there = {str(label) for label in rows[task.label_column]}
     if absent := [label for label in task.label_set if label not in there]:
-        raise DataError(f"none of {len(rows)} training rows is labelled {absent[0]!r}: add rows, or drop the label")
+        raise DataError(f"none of {len(rows)} training rows is labelled {absent[0]!r}", "add rows, or drop the label")
 
 
 def _labelled(recipe: Recipe, task: Task, source: str, split: str) -> Dataset:
@@ -67,7 +67,7 @@ def _labelled(recipe: Recipe, task: Task, source: str, split: str) -> Dataset:
     try:
         each_row(rows, [*task.columns, task.label_column], task.reference)
     except DataError as error:
-        raise DataError(f"{source}: {error}") from error
+        raise error.at(source) from error
     return rows
 
 
@@ -86,7 +86,7 @@ def _evaluated(recipe: Recipe, task: Task, rows: Dataset) -> Dataset:
     if size is None:
         return rows
     if size > len(rows):
-        raise DataError(f"evaluation_examples is {size} and there are {len(rows)} rows: lower it or leave it out")
+        raise DataError(f"evaluation_examples is {size} and there are {len(rows)} rows", "lower it or leave it out")
     return rows.shuffle(seed=recipe.rows_seed).select(range(size))
 
 
@@ -108,7 +108,7 @@ def fingerprints(task: Task, training: Dataset, held_out: Dataset | None) -> dic
 
 def _sample(recipe: Recipe, rows: Dataset, size: int) -> Dataset:
     if size > len(rows):
-        raise DataError(f"examples is {size} and there are {len(rows)} rows to train on: lower it or leave it out")
+        raise DataError(f"examples is {size} and there are {len(rows)} rows to train on", "lower it or leave it out")
     if recipe.shares is None:
         return rows.shuffle(seed=recipe.rows_seed).select(range(size))
     return sample_balanced(rows, column=recipe.label_column, size=size, seed=recipe.rows_seed, shares=recipe.shares)

@@ -122,7 +122,9 @@ class AdapterTrainer(Trainer):
             TrainingError: the loss is NaN or infinite, or trained parameters got no gradient in the first step.
         """
         if isinstance(labels := inputs.get("labels"), Tensor) and bool((labels == IGNORED).all()):
-            raise DataError(f"no label in the batch of step {self.state.global_step + 1}: drop rows without an answer")
+            raise DataError(
+                f"no label in the batch of step {self.state.global_step + 1}", "drop rows without an answer"
+            )
         if self.gradients is None:
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         else:
@@ -175,7 +177,7 @@ class AdapterTrainer(Trainer):
         elif self._last_good:
             for kept, parameter in zip(self._last_good, self._trained(), strict=True):
                 parameter.data.copy_(kept)
-        return TrainingError(f"{what}: lower the learning rate; the adapter is kept as it was at {when}")
+        return TrainingError(f"{what}", f"lower the learning rate; the adapter is kept as it was at {when}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's evaluation loop with the prompt computed once."""

@@ -234,7 +234,7 @@ def asked_to_complete(request: CompletionRequest, service: Service, version: Ver
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
     if len(given) * request.n > MOST:
-        raise RequestError(f"the request asks for {len(given) * request.n} texts: ask for {MOST} at most")
+        raise RequestError(f"the request asks for {len(given) * request.n} texts", f"ask for {MOST} at most")
     texts = [
         service.tokenize_prompt(version, one) if isinstance(one, str) else service.check_token_ids(one) for one in given
     ]
@@ -252,7 +252,7 @@ def asked_to_chat(request: ChatRequest, service: Service, version: Version | Non
         RequestError: the base model has no chat template, or ``top_logprobs`` is set without ``logprobs``.
     """
     if request.top_logprobs is not None and not request.logprobs:
-        raise RequestError("top_logprobs needs logprobs: set logprobs to true")
+        raise RequestError("top_logprobs needs logprobs", "set logprobs to true")
     input_ids = service.tokenize_chat([{"role": m.role, "content": m.text} for m in request.messages])
     most = request.max_completion_tokens or request.max_tokens or service.max_new_tokens(version, input_ids)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None

@@ -134,7 +134,7 @@ class Server:
         ask: Callable[[Version | None], tuple[list[PromptTokens], ResponseFormat]],
     ) -> Response:
         if body.stream_options is not None and not body.stream:
-            raise RequestError("stream_options needs stream: set stream to true")
+            raise RequestError("stream_options needs stream", "set stream to true")
         with ExitStack() as stack:
             version = stack.enter_context(self._named(body.model, request))
             self._service.check_writes(version)
@@ -155,7 +155,7 @@ class Server:
         """The response for all records of a request, which are processed concurrently."""
         with self._named(body.model, request) as version:
             if version is None:
-                raise RequestError(f"{body.model} is the base model: ask an adapter")
+                raise RequestError(f"{body.model} is the base model", "ask an adapter")
             records = [self._tasks.record(version, record) for record in body.records]
             together = _together([work(version, record) for record in records])
             results = await while_asked(request, together)

@@ -25,7 +25,7 @@ def bake_folder(backbone: Backbone, adapter: Path, folder: Path) -> int:
     prompt = prompt_export.export_prompt(backbone, prompt_export.load_adapter(backbone, adapter))
     check(prompt, backbone)
     if prompt.vectors is not None:
-        raise UnsupportedModelError(f"{adapter} has vectors among the words: serve it by softtune serve")
+        raise UnsupportedModelError(f"{adapter} has vectors among the words", "serve it by softtune serve")
     with storage.staged(folder) as stage:
         prompt_export.save_prompt(prompt, backbone, stage)
     return prompt.num_virtual_tokens
@@ -38,7 +38,7 @@ def check(prompt: Prompt, backbone: Backbone) -> None:
         UnsupportedModelError: it cannot.
     """
     if obstacle := _obstacle(prompt, backbone):
-        raise UnsupportedModelError(f"vLLM takes no adapter with {obstacle}: serve it by the engine transformers")
+        raise UnsupportedModelError(f"vLLM takes no adapter with {obstacle}", "serve it by the engine transformers")
 
 
 def _obstacle(prompt: Prompt, backbone: Backbone) -> str | None:

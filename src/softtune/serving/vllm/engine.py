@@ -90,7 +90,7 @@ class VllmEngine:
             self._llm: Any = LLMEngine.from_engine_args(self._arguments(source, folder, gpus))
         except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"vLLM does not start with {source} ({reason}): use the engine transformers") from error
+            raise ConfigError(f"vLLM does not start with {source} ({reason})", "use the engine transformers") from error
         _watch(self._llm.engine_core)
 
     def _arguments(self, source: str, folder: Path, gpus: int) -> EngineArgs:

@@ -51,7 +51,7 @@ class Prompts:
             parts = list(opened.keys())
         is_plain = parts == ["prefix"] and facts["shifts_positions"] and not facts["after_text"]
         if not is_plain or shape != [facts["num_virtual_tokens"], torch.Size(self._shape).numel()]:
-            raise CheckpointError(f"{name} is no prefix in every layer of this model: bake it for this model")
+            raise CheckpointError(f"{name} is no prefix in every layer of this model", "bake it for this model")
         return int(shape[0])
 
     def read(self, name: str) -> Tensor:
@@ -67,7 +67,7 @@ class Prompts:
 
     def _file(self, name: str) -> Path:
         if not NAME.fullmatch(name):
-            raise CheckpointError(f"{name!r} is no adapter's name: use letters, digits, '_', '-', '.' and '@'")
+            raise CheckpointError(f"{name!r} is no adapter's name", "use letters, digits, '_', '-', '.' and '@'")
         return self.folder / name / PROMPT_NAME
 
 
