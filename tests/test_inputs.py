@@ -81,3 +81,11 @@ def test_a_mask_is_for_what_the_encoder_reads(family: str, task: str) -> None:
     model(**inputs, **answers(task, 3))
     with pytest.raises(DataError, match="attention_mask"):
         model(**{**inputs, "attention_mask": inputs["attention_mask"][:, 1:]}, **answers(task, 3))
+
+
+@pytest.mark.parametrize("method", ["prefix", "infix"])
+def test_one_ready_mask_for_all_tokens(method: str) -> None:
+    model, ids = adapted("llama", CAUSAL_LM, method), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    mask = torch.zeros(2, 1, 1, 4).masked_fill(torch.tensor([0, 0, 1, 0]) == 1, torch.finfo(torch.float32).min)
+    expected = model(ids, attention_mask=mask.expand(-1, -1, 4, -1).clone()).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)

@@ -75,7 +75,7 @@ def dense_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, int]:
     torch.manual_seed(draw(seeds))
     rows, queries, keys, length = (draw(st.integers(1, n)) for n in (3, 4, 5, 3))
     dtype = draw(st.sampled_from([torch.bool, *FLOATS]))
-    mask = random(draw(st.sampled_from([1, rows])), 1, queries, keys)
+    mask = random(draw(st.sampled_from([1, rows])), 1, draw(st.sampled_from([1, queries])), keys)
     if dtype != torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(mask, torch.finfo(dtype).min) + draw(st.integers(-2, 0))
     sees = draw(st.booleans())
@@ -89,7 +89,8 @@ def test_dense_masks_get_columns_in_front(case: tuple[Tensor, Tensor | None, int
     mask, visible, length = case
     before = mask.clone()
     rows, _, queries, keys = mask.shape
-    rows = max(rows, 1 if visible is None else len(visible))
+    if visible is not None:
+        rows, queries = max(rows, len(visible)), max(queries, visible.shape[1])
     is_boolean = mask.dtype == torch.bool
     seen, hidden = (True, False) if is_boolean else (0.0, torch.finfo(mask.dtype).min)
     for found in (

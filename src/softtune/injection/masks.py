@@ -186,12 +186,14 @@ MASKS: dict[MaskForm, Masks] = {
 
 
 def widen(mask: Tensor, visible: Tensor | None, length: int) -> Tensor:
-    """[B or 1, 1, T, P + S] a mask [B or 1, 1, T, S] with P columns in front, visible to the queries that see them."""
+    """[B or 1, 1, T, P + S] a mask [B or 1, 1, T or 1, S] with P columns in front, visible to the queries that see
+    them."""
     widened = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
     if visible is None:
         return widened
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    widened = widened.expand(max(len(visible), len(widened)), -1, -1, -1).clone()
+    rows, queries = max(len(visible), len(widened)), max(visible.shape[1], widened.shape[2])
+    widened = widened.expand(rows, -1, queries, -1).clone()
     widened[..., :length].masked_fill_(~visible[:, None], closed)
     return widened
 
