@@ -131,6 +131,21 @@ def test_a_command_without_its_extra_is_one_line(
 
 
 @pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("serve", "the server needs fastapi: pip install 'softtune[serve,cli]'"),
+        ("sweep", "an experiment or report needs matplotlib: pip install 'softtune[experiments,cli]'"),
+    ],
+)
+def test_a_command_names_all_extras_that_it_lacks(
+    name: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("softtune.extras.find_spec", lambda package: None)
+    assert run(name, "--help") == 2
+    assert tuple(capsys.readouterr()) == ("", f"softtune: {line}\n")
+
+
+@pytest.mark.parametrize(
     ("extra", "included"), [(name, one) for name, extra in EXTRAS.items() for one in extra.includes]
 )
 def test_what_an_extra_includes_is_named_by_it(extra: str, included: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,19 +39,23 @@ EXTRAS = {
 """All extras but ``all`` and ``test``."""
 
 
-def require(extra: str) -> None:
-    """Check that an extra is installed, before anything of it is imported.
+def require(*extras: str) -> None:
+    """Check that extras are installed, before anything of them is imported.
 
     Raises:
-        MissingExtraError: a package of it is not.
+        MissingExtraError: a package of them is not; the message names all extras that lack one.
     """
-    needed = EXTRAS[extra]
-    included = (package for other in needed.includes for package in EXTRAS[other].packages)
-    for package in (*needed.packages, *included):
-        if find_spec(package) is None:
-            raise missing(extra, package)
+    lacking = {extra: package for extra in extras if (package := _missing_package(extra)) is not None}
+    if lacking:
+        raise missing(next(iter(lacking.values())), *lacking)
 
 
-def missing(extra: str, package: str) -> MissingExtraError:
-    """The error where a package of an extra is not installed."""
-    return MissingExtraError(f"{EXTRAS[extra].user} needs {package}", f"pip install 'softtune[{extra}]'")
+def missing(package: str, *extras: str) -> MissingExtraError:
+    """The error where a package of the first of these extras is not installed."""
+    return MissingExtraError(f"{EXTRAS[extras[0]].user} needs {package}", f"pip install 'softtune[{','.join(extras)}]'")
+
+
+def _missing_package(extra: str) -> str | None:
+    """The first package of an extra, and of those that it includes, that is not installed."""
+    every = (package for name in (extra, *EXTRAS[extra].includes) for package in EXTRAS[name].packages)
+    return next((package for package in every if find_spec(package) is None), None)

@@ -25,9 +25,7 @@ NEEDS = {"compare": "experiments", "sweep": "experiments", "report": "experiment
 def load(name: str) -> Any:
     """Load a command by its name."""
     with _errors_in_one_line():
-        require("cli")
-        if name in NEEDS:
-            require(NEEDS[name])
+        require(*([NEEDS[name]] if name in NEEDS else []), "cli")
         command = module_of(name).command
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command(name)(_errors_in_one_line()(command))

@@ -40,7 +40,7 @@ def on_ray(address: str) -> Runner:
     try:
         import ray.tune
     except ImportError as error:
-        raise missing("ray", "ray[tune]") from error
+        raise missing("ray[tune]", "ray") from error
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)

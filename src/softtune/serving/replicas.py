@@ -55,7 +55,7 @@ def run(
     try:
         from ray import serve
     except ImportError as error:
-        raise missing("ray", "ray[serve]") from error
+        raise missing("ray[serve]", "ray") from error
     serve.start(http_options={"host": host, "port": port})
     app = application(model, adapters, config, settings, replicas=replicas, **made)
     serve.run(app, name="softtune", blocking=True)
