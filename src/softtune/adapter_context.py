@@ -60,7 +60,7 @@ class BatchAdapters:
         return cls(adapters, torch.tensor([numbers[name] for name in names]) if len(adapters) > 1 else None)
 
     @property
-    def owners(self) -> AdapterNames:
+    def adapter_names(self) -> AdapterNames:
         """The name of each row's adapter, or one name for all rows."""
         return self._each(list(self.adapters))
 
@@ -98,9 +98,9 @@ def apply_adapters(
         prompts = [Prompt() if a is None else _prompt(backbone, a, as_kv=as_kv) for a in adapters]
         changes = _changes(backbone, adapters, prompts, batch.rows)
         injection = None
-        owners = _encoder_owners(backbone, batch, prompts)
+        adapter_names = _encoder_adapter_names(backbone, batch, prompts)
         if inputs.encoder_outputs is not None:
-            _check_encoder_outputs(inputs.encoder_outputs, owners, prompts)
+            _check_encoder_outputs(inputs.encoder_outputs, adapter_names, prompts)
         if any(adapters):
             changes_layers = changes.reach(backbone.stacks[0].module)
             injection = Injection(
@@ -111,7 +111,7 @@ def apply_adapters(
                 text_ends=_text_ends(backbone, prompts, inputs),
                 packs=batch.rows is None or not changes_layers,
                 layer_cache=None if changes_layers else layer_cache,
-                encoder_owners=owners,
+                encoder_adapters=adapter_names,
             )
             session.attach(injection.attached)
         session.attach(changes.applied)
@@ -120,7 +120,7 @@ def apply_adapters(
             injection.check_arrival(has_encoded=inputs.encoder_outputs is not None)
 
 
-def _encoder_owners(backbone: Backbone, batch: BatchAdapters, prompts: Sequence[Prompt]) -> AdapterNames:
+def _encoder_adapter_names(backbone: Backbone, batch: BatchAdapters, prompts: Sequence[Prompt]) -> AdapterNames:
     """The name of each row's adapter, or one name for all rows, in the encoder of an encoder-decoder.
 
     Adapters that change nothing in the encoder count as the base model. Empty for models of other kinds.
@@ -137,13 +137,13 @@ def _encoder_owners(backbone: Backbone, batch: BatchAdapters, prompts: Sequence[
     return batch._each([name if acts(adapter, prompt) else BASE for (name, adapter), prompt in pairs])
 
 
-def _check_encoder_outputs(outputs: Any, owners: AdapterNames, prompts: Sequence[Prompt]) -> None:
+def _check_encoder_outputs(outputs: Any, adapter_names: AdapterNames, prompts: Sequence[Prompt]) -> None:
     if any(prompt.vectors is not None for prompt in prompts):
         raise AdapterError("encoder_outputs lack the virtual tokens", "pass input_ids instead")
     others = provenance_of(outputs[0])
-    if differ(others, owners):
+    if differ(others, adapter_names):
         raise AdapterError(
-            f"encoder_outputs were computed with {joined_names(others)}, not {joined_names(owners)}",
+            f"encoder_outputs were computed with {joined_names(others)}, not {joined_names(adapter_names)}",
             "pass input_ids instead",
         )
 
@@ -240,10 +240,11 @@ def check_cache_provenance(options: Mapping[str, Any], batch: BatchAdapters) -> 
         AdapterError: the cache among the options is not empty and was computed with other adapters.
     """
     cache, is_begun = compat.cache_of(options), cached_length(options)[1]
-    owners = provenance_of(cache)
-    if is_begun and differ(owners, batch.owners):
+    adapter_names = provenance_of(cache)
+    if is_begun and differ(adapter_names, batch.adapter_names):
         raise AdapterError(
-            f"the cache was computed with {joined_names(owners)}, not {joined_names(batch.owners)}", "leave it out"
+            f"the cache was computed with {joined_names(adapter_names)}, not {joined_names(batch.adapter_names)}",
+            "leave it out",
         )
     tag_cache(options, batch)
 
@@ -251,4 +252,4 @@ def check_cache_provenance(options: Mapping[str, Any], batch: BatchAdapters) -> 
 def tag_cache(call: Any, batch: BatchAdapters) -> None:
     """Tag the KV cache in a call's arguments or output with the names of the adapters that computed it."""
     if (cache := compat.cache_of(call if isinstance(call, dict) else {})) is not None:
-        tag_provenance(cache, batch.owners)
+        tag_provenance(cache, batch.adapter_names)

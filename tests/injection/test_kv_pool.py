@@ -122,7 +122,7 @@ def pair(length: int, *, dtype: torch.dtype = torch.float32) -> KeyValue:
 def test_a_prefix_is_written_into_its_slots() -> None:
     pool, prefix = new_pool(), pair(3, dtype=torch.double)
     slots = torch.tensor([7, 2, 5])
-    pool.hold({LAYERS[1]: prefix}, slots)
+    pool.write_prefix({LAYERS[1]: prefix}, slots)
     for module, layer in pool.layers.items():
         for states, part in zip((pool.keys, pool.values), prefix, strict=True):
             for number, slot in enumerate(slots.tolist()):
@@ -190,7 +190,7 @@ class Text:
 def new_text(pool: KVPool, length: int, *places: Place, seen_from: int = 0) -> Text:
     """A sequence with a prefix in layers of these places, which lies in the pool."""
     pairs, slots = {place: pair(length) for place in places}, pool.allocate(length)
-    pool.hold(pairs, slots)
+    pool.write_prefix(pairs, slots)
     return Text(slots, pairs, seen_from)
 
 

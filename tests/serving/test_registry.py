@@ -64,7 +64,7 @@ def test_an_adapter_without_requests_is_replaced_at_once(own: Registered) -> Non
 def test_a_version_lasts_until_its_last_lease_ends(own: Registered) -> None:
     old = own.registry.add("one", Path("a"))
     assert own.registry.lease("one") is old
-    end = own.registry.hold(old)
+    end = own.registry.lease_again(old)
     own.registry.add("one", Path("b"))
     new = own.registry.lease("one")
     assert new.number == 2

@@ -36,7 +36,7 @@ class Injection:
         text_ends: [B] the column where each text ends; by default behind its last token.
         packs: whether a decoder's batch may be packed into one row, which only attention separates into rows again.
         layer_cache: hidden states below the prompts, cached from call to call; None where every call runs all layers.
-        encoder_owners: the active adapters of an encoder-decoder's encoder, which its outputs are tagged with.
+        encoder_adapters: the active adapters of an encoder-decoder's encoder, which its outputs are tagged with.
 
     Raises:
         DataError: there are columns, but no virtual tokens at the input, or another number of them.
@@ -52,13 +52,13 @@ class Injection:
         text_ends: Tensor | None = None,
         packs: bool = True,
         layer_cache: FrozenLayerCache | None = None,
-        encoder_owners: AdapterNames = (),
+        encoder_adapters: AdapterNames = (),
     ) -> None:
         if columns is not None:
             _check_columns(columns, prompts)
         self.backbone = backbone
         self.prompts = prompts
-        self.encoder_owners = encoder_owners
+        self.encoder_adapters = encoder_adapters
         self.has_called = False
         """Whether the base model has been called."""
         self.stacks = [
@@ -139,7 +139,7 @@ class Injection:
         self.has_called = True
 
     def _tag_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
-        tag_provenance(output.last_hidden_state, self.encoder_owners)
+        tag_provenance(output.last_hidden_state, self.encoder_adapters)
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
         """Extend the decoder's cross-attention mask to the encoder's virtual tokens."""
@@ -168,7 +168,7 @@ class Injection:
             align_outputs(output, layout, "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions")
             if getattr(output, "cross_attentions", None) is not None:
                 output.cross_attentions = tuple(layout.align_keys(a) for a in output.cross_attentions)
-            tag_provenance(output.encoder_last_hidden_state, self.encoder_owners)
+            tag_provenance(output.encoder_last_hidden_state, self.encoder_adapters)
         return output
 
 

@@ -81,7 +81,7 @@ class KVPool:
         """Return slots to the pool."""
         self._free += slots.flip(0).tolist()
 
-    def hold(self, prefixes: Mapping[Place, KeyValue], slots: Tensor) -> None:
+    def write_prefix(self, prefixes: Mapping[Place, KeyValue], slots: Tensor) -> None:
         """Write a prefix into slots [P]; layers without one get zeros, since masked keys and values must not be NaN."""
         for module, layer in self.layers.items():
             prefix = prefixes.get(layer.place)

@@ -12,25 +12,25 @@ AdapterNames = tuple[str, ...]
 """Each row's adapter name, or a single one for all rows."""
 
 
-def tag_provenance(work: Any, owners: AdapterNames) -> None:
+def tag_provenance(work: Any, adapter_names: AdapterNames) -> None:
     """Tag a cache, a list of states or a tensor with the adapters that computed it."""
-    _carrier(work).softtune_owners = owners
+    _carrier(work).softtune_adapters = adapter_names
 
 
 def provenance_of(work: Any) -> AdapterNames:
     """Names of the adapters that computed an object; ``BASE`` where it has no tag."""
-    owners: AdapterNames = getattr(_carrier(work), "softtune_owners", (BASE,))
-    return owners
+    adapter_names: AdapterNames = getattr(_carrier(work), "softtune_adapters", (BASE,))
+    return adapter_names
 
 
-def differ(owners: AdapterNames, others: AdapterNames) -> bool:
+def differ(adapter_names: AdapterNames, others: AdapterNames) -> bool:
     """Whether two tags disagree: they name more than one adapter, and not the same one for each row."""
-    return len({*owners, *others}) > 1 and owners != others
+    return len({*adapter_names, *others}) > 1 and adapter_names != others
 
 
-def joined_names(owners: Sequence[str]) -> str:
+def joined_names(adapter_names: Sequence[str]) -> str:
     """The adapters' names for an error message, each once."""
-    return ", ".join("the base model" if name == BASE else name for name in dict.fromkeys(owners))
+    return ", ".join("the base model" if name == BASE else name for name in dict.fromkeys(adapter_names))
 
 
 def _carrier(work: Any) -> Any:

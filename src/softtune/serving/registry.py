@@ -132,7 +132,7 @@ class Registry:
             self._versions[name].leases += 1
             return self._versions[name]
 
-    def hold(self, version: Version) -> Callable[[], None]:
+    def lease_again(self, version: Version) -> Callable[[], None]:
         """Lease a version once more; returns the function that ends this lease."""
         with self._lock:
             version.leases += 1

@@ -40,7 +40,7 @@ class LoadedPrompt:
         """Write a prompt's prefix into the KV pool, which must have room for it."""
         slots = pool.allocate(prompt.num_virtual_tokens if prompt.prefixes else 0)
         if prompt.prefixes:
-            pool.hold(prompt.prefixes, slots)
+            pool.write_prefix(prompt.prefixes, slots)
         return cls(
             slots=slots,
             places=frozenset(prompt.prefixes),

@@ -260,7 +260,7 @@ class Service:
         self, engine: Any, version: Version | None, request: Any, fail: Callable[[Exception], None]
     ) -> Iterator[None]:
         """Submit a request to an engine; it is cancelled where the block ends first."""
-        end: Callable[[], None] = (lambda: None) if version is None else self.registry.hold(version)
+        end: Callable[[], None] = (lambda: None) if version is None else self.registry.lease_again(version)
         handle: RequestHandle[Any] = RequestHandle(version, request, fail, end)
         try:
             engine.submit(handle)

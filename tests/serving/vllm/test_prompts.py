@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from softtune.errors import CheckpointError
 from softtune.serving.prompt_export import PROMPT_NAME
-from softtune.serving.vllm.prompts import HeldPrompts, Prompts
+from softtune.serving.vllm.prompts import CachedPrompts, Prompts
 
 L, H, K = 2, 4, 3
 TOKEN_BYTES = L * 2 * H * K * 4
@@ -75,13 +75,13 @@ def test_a_name_never_leads_out_of_the_folder(name: str, tmp_path: Path) -> None
         Prompts(tmp_path, layers=2, heads=2, size=6).length(name)
 
 
-def held(prompts: Prompts, tokens: int, heads: slice = slice(None)) -> HeldPrompts:
+def held(prompts: Prompts, tokens: int, heads: slice = slice(None)) -> CachedPrompts:
     """A cache of as many bytes as ``tokens`` virtual tokens have."""
-    return HeldPrompts(prompts, heads, torch.float32, torch.device("cpu"), tokens * TOKEN_BYTES)
+    return CachedPrompts(prompts, heads, torch.float32, torch.device("cpu"), tokens * TOKEN_BYTES)
 
 
 def test_a_worker_has_its_heads_in_its_dtype(prompts: Prompts) -> None:
-    own = HeldPrompts(prompts, slice(1, 3), torch.bfloat16, torch.device("cpu"), 10**6)
+    own = CachedPrompts(prompts, slice(1, 3), torch.bfloat16, torch.device("cpu"), 10**6)
     found = own.get("b")
     whole = prompts.read("b")
     assert whole.shape == (3, L, 2, H, K)

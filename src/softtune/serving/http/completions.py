@@ -224,7 +224,7 @@ class Generations:
             put((index, error))
 
 
-def asked_to_complete(request: CompletionRequest, service: Service, version: Version | None) -> list[PromptTokens]:
+def completion_prompts(request: CompletionRequest, service: Service, version: Version | None) -> list[PromptTokens]:
     """The prompts of a completion request, each ``n`` times.
 
     Raises:
@@ -245,7 +245,7 @@ def asked_to_complete(request: CompletionRequest, service: Service, version: Ver
     ]
 
 
-def asked_to_chat(request: ChatRequest, service: Service, version: Version | None) -> list[PromptTokens]:
+def chat_prompts(request: ChatRequest, service: Service, version: Version | None) -> list[PromptTokens]:
     """The prompt of a chat request, ``n`` times.
 
     Raises:

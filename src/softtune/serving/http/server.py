@@ -28,8 +28,8 @@ from softtune.serving.http.completions import (
     Generations,
     PromptTokens,
     ResponseFormat,
-    asked_to_chat,
-    asked_to_complete,
+    chat_prompts,
+    completion_prompts,
 )
 from softtune.serving.http.guard import Deadline, error_of, while_asked
 from softtune.serving.http.metrics import Metrics
@@ -89,7 +89,7 @@ class Server:
 
         def ask(version: Version | None) -> tuple[list[PromptTokens], ResponseFormat]:
             kind = CompletionFormat(self._service.tokenizer, body.logprobs is not None)
-            return asked_to_complete(body, self._service, version), kind
+            return completion_prompts(body, self._service, version), kind
 
         return await self._write(request, body, ask)
 
@@ -98,7 +98,7 @@ class Server:
 
         def ask(version: Version | None) -> tuple[list[PromptTokens], ResponseFormat]:
             kind = ChatCompletionFormat(self._service.tokenizer, body.logprobs)
-            return asked_to_chat(body, self._service, version), kind
+            return chat_prompts(body, self._service, version), kind
 
         return await self._write(request, body, ask)
 

@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
-from softtune.serving.vllm.prompts import HeldPrompts, Prompts
+from softtune.serving.vllm.prompts import CachedPrompts, Prompts
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class PromptConnector(KVConnectorBase_V1):  # type: ignore[misc]
             first = get_tensor_model_parallel_rank() * heads // parallel.tensor_parallel_size
             local_heads = slice(first, first + model.get_num_kv_heads(parallel))
             device = torch.device(vllm_config.device_config.device_type)
-            self._cached = HeldPrompts(self._prompts, local_heads, model.dtype, device, int(extra.get("hot", 2**30)))
+            self._cached = CachedPrompts(self._prompts, local_heads, model.dtype, device, int(extra.get("hot", 2**30)))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """The number of virtual tokens to load after the computed ones, and that this is done within the step."""

@@ -44,7 +44,7 @@ PLACEHOLDER = 0
 TextRequest = GenerationRequest | LoglikelihoodRequest
 
 
-class HeldVectors:
+class CachedVectors:
     """The part of an adapter that the engine keeps itself: virtual tokens to pass as input embeddings.
 
     Args:
@@ -83,7 +83,7 @@ class VllmEngine:
     def __init__(self, source: str, backbone: Backbone, config: EngineConfig, folder: Path, *, gpus: int = 1) -> None:
         self.backbone = backbone
         self.config = config
-        self.batch: RunningBatch[TextRequest, HeldVectors] = RunningBatch(config, self._load, self._start, self._free)
+        self.batch: RunningBatch[TextRequest, CachedVectors] = RunningBatch(config, self._load, self._start, self._free)
         self._parts: dict[str, tuple[RequestHandle[TextRequest], VllmRequest]] = {}
         self._numbers = itertools.count()
         try:
@@ -148,7 +148,7 @@ class VllmEngine:
         """The requests to vLLM that are running."""
         return [part for _, part in self._parts.values()]
 
-    def _start(self, handle: RequestHandle[TextRequest], adapter: HeldVectors | None) -> None:
+    def _start(self, handle: RequestHandle[TextRequest], adapter: CachedVectors | None) -> None:
         """Add the vLLM requests of an admitted request."""
         prompt = None if adapter is None else adapter.prompt
         name = None if handle.version is None or _comes_as_vectors(prompt) else _name(handle.version)
@@ -188,8 +188,8 @@ class VllmEngine:
         """Shut down vLLM's processes."""
         self._llm.engine_core.shutdown(timeout=30.0)
 
-    def _load(self, version: Version) -> HeldVectors:
-        return HeldVectors(prompt_export.load_prompt(version.folder, self.backbone, with_prefix=False))
+    def _load(self, version: Version) -> CachedVectors:
+        return CachedVectors(prompt_export.load_prompt(version.folder, self.backbone, with_prefix=False))
 
 
 def _watch(client: Any) -> None:

@@ -71,7 +71,7 @@ class Prompts:
         return self.folder / name / PROMPT_NAME
 
 
-class HeldPrompts:
+class CachedPrompts:
     """The prompts in a worker's memory, least recently used ones evicted first.
 
     Args:
