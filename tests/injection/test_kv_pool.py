@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softtune import UnsupportedModelError
-from softtune.backbone import Backbone, Place, Site
+from softtune.backbone import Backbone, Place, Site, model_session
 from softtune.backbone.interface import WRAPPER, Attention, MaskForm
 from softtune.compat import set_attention_name
 from softtune.injection.kv_pool import SHORTEST_MASK, KVPool, PooledAttention, PooledSequence
@@ -309,7 +309,7 @@ def test_a_forward_continues_the_sequences_of_the_pool(name: str) -> None:
         ]
         tokens = torch.cat([ids[n:end] for ids, n, end in zip(words, done, ends, strict=True)])
         positions = torch.cat([torch.arange(n, end) for n, end in zip(done, ends, strict=True)])
-        with pool.reading(pieces):
+        with model_session(model), pool.reading(pieces):
             states = model(input_ids=tokens[None], position_ids=positions[None]).last_hidden_state[0]
         parts = zip(states.split(counts), expected, done, ends, strict=True)
         for found, own, n, end in parts:
@@ -329,7 +329,7 @@ def test_reading_ends_with_its_block() -> None:
 
     handle = model.register_forward_hook(stop, with_kwargs=True)
     piece = PooledSequence(slots=pool.allocate(2), count=2, prefix=torch.zeros(0, dtype=torch.long))
-    with pytest.raises(KeyError), pool.reading([piece]):
+    with pytest.raises(KeyError), model_session(model), pool.reading([piece]):
         model(input_ids=ids, use_cache=True)
     with pytest.raises(KeyError):
         model(input_ids=ids)

@@ -97,7 +97,7 @@ class KVPool:
 
     @contextmanager
     def reading(self, pieces: Sequence[PooledSequence]) -> Iterator[None]:
-        """Let a forward of the pieces' tokens [1, N], concatenated, continue their sequences."""
+        """Let a forward of the pieces' tokens [1, N], concatenated, continue their sequences, in a model session."""
         wrapper, longest = PooledAttention(self, pieces), max(len(piece.slots) for piece in pieces)
 
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
