@@ -11,9 +11,15 @@ from tests.tiny import save_models
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+def base_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The folders of a tiny Llama, BERT and T5."""
+    return save_models(tmp_path_factory.mktemp("models"), attention_dropout=0.0)
+
+
+@pytest.fixture(scope="session")
+def llama(base_models: dict[str, str]) -> str:
     """A tiny Llama's folder."""
-    return save_models(tmp_path_factory.mktemp("models"), attention_dropout=0.0)["llama"]
+    return base_models["llama"]
 
 
 @pytest.fixture(scope="session")
