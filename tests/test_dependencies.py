@@ -25,8 +25,6 @@ NAMES = {
 """Packages that are imported by another name."""
 UNDER_TRANSFORMERS = {"gguf"}
 """For its GGUF files: used without an import here."""
-UNDER_PAGES = {"experiments": {"jinja2"}}
-"""What the pages of a room are templates for."""
 
 ON_REQUEST = {"peft", "optuna", "ray", "vllm"}
 """Imported where a user asks for what needs them."""
@@ -114,7 +112,7 @@ def test_every_dependency_is_declared_and_none_besides(declared: dict[str, set[s
 def test_what_a_room_imports_is_what_its_extra_brings(extra: str, declared: dict[str, set[str]]) -> None:
     commands = {COMMAND_FILES[name] for name, needed in NEEDS.items() if needed == extra}
     others = {COMMAND_FILES[name] for name in NEEDS} - commands
-    packages = packages_of((ROOMS[extra] | commands) - others) | UNDER_PAGES.get(extra, set())
+    packages = packages_of((ROOMS[extra] | commands) - others)
     of_the_command_line = set() if extra == "cli" else brought_by("cli")
     own = {name for name in declared[extra] if not name.startswith("softtune")}
     assert packages - declared[""] - of_the_command_line - ON_REQUEST == own
