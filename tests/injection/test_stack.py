@@ -9,9 +9,9 @@ import torch
 from tests.families import CAUSAL_LM, SEQ_CLS, base_model
 from torch import Tensor, nn
 
-from softtune import DataError
+from softtune import UnsupportedModelError
 from softtune.backbone import Backbone, model_session
-from softtune.compat import DynamicCache
+from softtune.compat import cache_of
 from softtune.injection.stack import StackInjection
 from softtune.methods.base import KeyValue, Prompt
 
@@ -41,8 +41,9 @@ def test_hooks_live_as_long_as_the_block(llama: Backbone) -> None:
     with model_session(llama.model), there.attached():
         assert hooks(llama.model)
     assert hooks(llama.model) == 0
-    with pytest.raises(DataError), model_session(llama.model), there.attached():
-        there.stack.module(input_ids=IDS, past_key_values=DynamicCache(), cache=DynamicCache())
+    ready = torch.ones(3, 1, 6, 6, dtype=torch.bool)
+    with pytest.raises(UnsupportedModelError), model_session(llama.model), there.attached():
+        there.stack.module(IDS, attention_mask=ready)
     assert hooks(llama.model) == 0
     assert there.finished is None
 
@@ -125,4 +126,4 @@ def test_a_prefix_leaves_the_cache_of_the_text_alone(llama: Backbone) -> None:
     there = injection(llama, Prompt(num_virtual_tokens=2, prefixes=prefixes, shifts_positions=True))
     with model_session(llama.model), there.attached():
         output = llama.model(IDS, attention_mask=MASK, use_cache=True)
-    assert output.past_key_values.get_seq_length() == IDS.shape[1]
+    assert cache_of(output).get_seq_length() == IDS.shape[1]

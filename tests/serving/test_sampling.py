@@ -61,7 +61,7 @@ def test_tokens_come_as_often_as_their_probabilities_say(temperature: float, top
 
 
 @pytest.mark.parametrize("vocabulary", [1, 5, FEW, 3 * FEW])
-@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.95, 1.0])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-9, 0.3, 0.95, 1.0])
 def test_each_token_is_that_of_its_random_number(vocabulary: int, top_p: float) -> None:
     """A flat distribution over a large vocabulary needs more than the few tokens that are tried first."""
     logits = torch.randn(vocabulary) / 10

@@ -27,11 +27,17 @@ def text_axis(positions: Tensor) -> Tensor:
 
 
 def look_up_shifted(
-    table: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, shift: Tensor
+    stack: nn.Module,
+    table: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Tensor,
+    shift: Tensor,
 ) -> Tensor:
     """Look up shifted positions in the position table of BART-like models, which count positions themselves.
 
     Args:
+        stack: the stack, for the error message.
         table: the module with the table.
         args: the positional arguments of a call of it.
         kwargs: its keyword arguments.
@@ -45,7 +51,7 @@ def look_up_shifted(
     length_name = compat.spelled("cache_length", signature.parameters)
     if length_name not in signature.parameters:
         raise UnsupportedModelError(
-            f"{type(table).__name__} counts positions in a way of its own", "set shift_positions=False"
+            f"{type(stack).__name__} counts positions in a way of its own", "set shift_positions=False"
         )
     call = signature.bind(*args, **kwargs).arguments
     past, positions = call.get(length_name, 0), call.get("position_ids")

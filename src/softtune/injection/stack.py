@@ -133,11 +133,12 @@ class StackInjection:
     def _shift(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Tensor) -> Tensor:
         if self.running is None:
             return output
-        return look_up_shifted(module, args, kwargs, output, self.running.arrangement.prompts.shift)
+        return look_up_shifted(self.stack.module, module, args, kwargs, output, self.running.arrangement.prompts.shift)
 
     def _attend(self, attend: Attention, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Call the running call's wrapper in disentangled attention, which does not use the attention interface."""
-        wrapper = None if self.running is None else self.running.wrapper
+        plan = self.running or self.finished  # a layer may run again in the backward pass
+        wrapper = None if plan is None else plan.wrapper
         return attend(*args, **kwargs) if wrapper is None else wrapper(attend, *args, **kwargs)
 
     def with_virtual(self, mask: Tensor | None, states: Tensor) -> Tensor | None:

@@ -77,7 +77,9 @@ class Sampler:
             before = likeliest.values.cumsum(0) - likeliest.values
             if float(before[-1]) >= self.params.top_p:
                 break
-        weights = likeliest.values.masked_fill(before >= self.params.top_p, 0.0)
+        is_left_out = before >= self.params.top_p
+        is_left_out[0] = False  # the least top_p rounds to 0 in float32
+        weights = likeliest.values.masked_fill(is_left_out, 0.0)
         return int(likeliest.indices[self._place(weights)])
 
     def _place(self, weights: Tensor) -> int:
