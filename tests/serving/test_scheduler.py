@@ -1,181 +1,284 @@
-"""What the engine writes is what ``generate`` writes alone, whoever else is served, and whatever becomes of them."""
+"""Which tokens a step runs, who waits for room, and who gives it back; no model runs here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from softtune.errors import ClosedError, FullError, TooLongError
-from softtune.serving import prompt_export
-from softtune.serving.requests import LoglikelihoodRequest
-from tests.serving.stepping import Served
+from softtune import PeftModel, UnsupportedModelError
+from softtune.backbone import Backbone
+from softtune.methods.base import KeyValue, Prompt
+from softtune.serving.engine_config import EngineConfig
+from softtune.serving.prompt_export import PROMPT_NAME, save_prompt
+from softtune.serving.registry import Version
+from softtune.serving.request_queue import RequestHandle
+from softtune.serving.requests import GenerationRequest
+from softtune.serving.sampling import SamplingParams
+from softtune.serving.scheduler import Scheduler
+from tests.families import CAUSAL_LM, base_model
 
-TEXTS = ["the sky is blue", "good text : bad", "red", "cold warm cold warm the green sky label : is", "is it"]
-
-
-class Pooled(Served):
-    """softtune's own engine."""
-
-    def finish(self) -> None:
-        super().finish()
-        self.engine.batch.adapter_cache.shrink(0)
-        assert self.engine.scheduler.pool.num_free == self.engine.config.num_kv_slots
+H, K, LAYERS = 2, 6, 2
+TOKEN_BYTES = LAYERS * 2 * H * K * 4
 
 
 @pytest.fixture
-def served(llama: str, adapters: Path, tmp_path: Path) -> Callable[..., Pooled]:
-    return lambda **config: Pooled(llama, adapters, tmp_path, **config)
+def backbone(llama: str) -> Backbone:
+    return PeftModel(AutoModelForCausalLM.from_pretrained(llama).eval()).backbone
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"max_num_seqs": 3},
-        {"max_num_batched_tokens": 5},
-        {"num_kv_slots": 64, "max_num_seqs": 20, "adapter_cache_bytes": 10**4},
-        {"adapter_cache_bytes": 0, "max_num_seqs": 2},
-    ],
-    ids=["all at once", "few places", "texts in parts", "a full pool", "nothing kept"],
-)
-def test_texts_are_those_of_generate_alone(served: Callable[..., Pooled], config: dict[str, int]) -> None:
-    s = served(**config)
-    asked = [(name, text, 3 + 5 * (i % 3)) for i, text in enumerate(TEXTS) for name in s.names]
-    jobs = [s.write(name, text, max_tokens=tokens) for name, text, tokens in asked]
-    s.finish()
-    for (name, text, tokens), (job, _, failures) in zip(asked, jobs, strict=True):
-        assert not failures
-        assert job.output_ids == s.expected(name, text, tokens), (name, text)
+class Scheduled:
+    """A scheduler, whose plans are carried out without a model: every request goes on with the same token."""
+
+    def __init__(self, backbone: Backbone, folder: Path, **config: int) -> None:
+        self.backbone = backbone
+        self.folder = folder
+        self.scheduler = Scheduler(backbone, EngineConfig(**config))
+        self.names: dict[RequestHandle[Any], str] = {}
+        self.failures: list[str] = []
+
+    def version(self, name: str, virtual: int) -> Version:
+        """An adapter with a prefix."""
+        (self.folder / name).mkdir()
+        part = torch.zeros(H, virtual, K)
+        prefixes = {layer.place: KeyValue(part, part) for layer in self.backbone.attention_layers}
+        prompt = Prompt(num_virtual_tokens=virtual, prefixes=prefixes)
+        save_prompt(prompt, self.backbone, self.folder / name)
+        info: Any = SimpleNamespace(num_virtual_tokens=virtual)
+        return Version(name, 1, info, self.folder / name)
+
+    def add(self, name: str, tokens: int, max_tokens: int, version: Version | None = None) -> RequestHandle[Any]:
+        """A generation from a text of some tokens."""
+        silent: Any = SimpleNamespace(append=lambda token: ("", False), flush=str)
+        request = GenerationRequest(
+            [5] * tokens, SamplingParams(max_tokens=max_tokens), silent, frozenset(), lambda *piece: None
+        )
+        handle = RequestHandle(version, request, lambda error: self.failures.append(name))
+        self.names[handle] = name
+        self.scheduler.batch.queue.add(handle)
+        return handle
+
+    def step(self) -> dict[str, int]:
+        """Carry out a plan; the number of tokens of each request, in the plan's order."""
+        plan = self.scheduler.schedule()
+        for _, chunks in plan:
+            for chunk in chunks:
+                slots = self.scheduler.pool.allocate(chunk.count)
+                chunk.sequence.slots = torch.cat([chunk.sequence.slots, slots])
+        for handle, chunks in plan:
+            logits = [torch.eye(9)[3].repeat(chunk.keep, 1) for chunk in chunks]
+            self.scheduler.batch.process(handle, handle.request.process_logits, logits)
+        return {self.names[handle]: sum(chunk.count for chunk in chunks) for handle, chunks in plan}
+
+    @property
+    def running(self) -> list[str]:
+        return [self.names[handle] for handle in self.scheduler.batch.running]
+
+    @property
+    def waiting(self) -> list[str]:
+        return [self.names[handle] for handle in self.scheduler.batch.queue]
+
+    @property
+    def num_free(self) -> int:
+        return self.scheduler.pool.num_free
+
+    def finish(self) -> None:
+        """Run all to their end, after which the pool is empty."""
+        for _ in range(200):
+            self.step()
+        assert self.scheduler.batch.is_idle
+        self.scheduler.batch.adapter_cache.shrink(0)
+        assert self.num_free == self.scheduler.config.num_kv_slots
+        assert all(len(handle.request.output_ids) == handle.request.params.max_tokens for handle in self.names)
 
 
-def test_scores_are_those_of_a_forward_alone(served: Callable[..., Pooled]) -> None:
-    s = served(max_num_batched_tokens=3, num_kv_slots=80)
-    answers = ["warm", "cold", "bad text", "the sky is", "bad text is"]
-    found: dict[tuple[str, str], list[float]] = {}
-    for version in s.registry.versions:
-        for text in TEXTS[:3]:
-            job = LoglikelihoodRequest(
-                s.ids(text), [s.ids(a) for a in answers], lambda x, at=(version.name, text): found.update({at: x})
-            )
-            s.submit(version.name, job)
-    s.finish()
-    for (name, text), scores in found.items():
-        for answer, score in zip(answers, scores, strict=True):
-            words, own = s.ids(text), s.ids(answer)
-            labels = torch.tensor([[-100] * len(words) + own])
-            with torch.no_grad():
-                logits = s.model(torch.tensor([words + own]), labels=labels, adapter_names=[name]).logits[0]
-            expected = logits[len(words) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(own)[:, None]).sum()
-            assert score == pytest.approx(float(expected), abs=1e-4), (name, text, answer)
+def test_texts_are_read_in_parts_beside_tokens_that_are_written(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, max_num_batched_tokens=16)
+    for name in "abc":
+        own.add(name, tokens=10, max_tokens=4)
+    assert own.step() == {"a": 10, "b": 6}
+    assert own.step() == {"a": 1, "b": 4, "c": 10}
+    assert list(own.step().items()) == [("a", 1), ("b", 1), ("c", 1)]
+    own.finish()
 
 
-def test_a_seed_draws_the_same_tokens_in_any_company(served: Callable[..., Pooled]) -> None:
-    s = served(max_num_batched_tokens=7)
-    asked = {"max_tokens": 12, "temperature": 1.5, "top_p": 0.9, "seed": 5}
-    alone, *_ = s.write("prefix", TEXTS[0], **asked)
-    s.finish()
-    again, *_ = s.write("prefix", TEXTS[0], **asked)
-    other, *_ = s.write("prefix", TEXTS[0], **{**asked, "seed": 6})
-    for text in TEXTS:
-        s.write("prompt", text, max_tokens=9, temperature=1.0)
-    s.finish()
-    assert again.output_ids == alone.output_ids
-    assert other.output_ids != alone.output_ids
+def test_what_is_being_written_comes_before_texts(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, max_num_batched_tokens=4)
+    own.add("long", tokens=9, max_tokens=1)
+    own.add("short", tokens=1, max_tokens=3)  # whose only token is as good as one that is written
+    for left in (3, 3, 3):
+        assert list(own.step().items()) == [("short", 1), ("long", left)]
+    assert own.running == []
 
 
-def test_who_gives_up_leaves_a_place(served: Callable[..., Pooled]) -> None:
-    s = served(max_num_seqs=1)
-    first, handle, _ = s.write("prefix", TEXTS[0], max_tokens=30)
-    waiting, waits, _ = s.write("prefix", TEXTS[1], max_tokens=30)
-    last, *_ = s.write(None, TEXTS[2], max_tokens=4)
-    for _ in range(3):
-        s.engine.step()
-    handle.is_cancelled = waits.is_cancelled = True
-    s.finish()
-    assert 0 < len(first.output_ids) < 30
-    assert not waiting.output_ids
-    assert last.output_ids == s.expected(None, TEXTS[2], 4)
+def test_no_step_has_more_tokens_than_its_budget(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, max_num_batched_tokens=2)
+    for name in "abc":
+        own.add(name, tokens=1, max_tokens=3)
+    assert own.step() == {"a": 1, "b": 1}
+    assert own.step() == {"a": 1, "b": 1}
+    assert own.step() == {"a": 1, "b": 1}
+    assert own.step() == {"c": 1}
+    own.finish()
 
 
-def test_adapters_take_turns(served: Callable[..., Pooled]) -> None:
-    s = served(max_num_seqs=1)
-    crowd = [s.write("prefix", TEXTS[0], max_tokens=2, seed=i)[0] for i in range(6)]
-    late, *_ = s.write("prompt", TEXTS[0], max_tokens=2)
-    while not late.is_done:
-        s.engine.step()
-    assert sum(job.is_done for job in crowd) <= 2
-    s.finish()
+def test_a_text_waits_until_the_pool_has_room_for_it(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=30)
+    own.add("first", tokens=20, max_tokens=3)
+    own.add("long", tokens=15, max_tokens=1)
+    own.add("short", tokens=1, max_tokens=1)
+    assert own.step() == {"first": 20}
+    assert (own.running, own.waiting) == (["first"], ["long", "short"])  # which does not overtake
+    own.step()
+    own.step()
+    assert (own.running, own.waiting, own.num_free) == ([], ["long", "short"], 30)
+    assert own.step() == {"long": 15, "short": 1}
+    own.finish()
 
 
-def test_a_crowd_leaves_places_in_the_queue(served: Callable[..., Pooled]) -> None:
-    one = served(max_num_seqs=1, max_num_waiting=4)
-    crowd = [one.write("prefix", "the sky is", max_tokens=3) for _ in range(5)]  # one of which has a place
-    with pytest.raises(FullError, match="4 requests are waiting: try again later"):
-        one.write("prefix", "red", max_tokens=3)
-    others = [one.write(name, "red", max_tokens=3) for name in ("prompt", "infix", "prompt")]
-    with pytest.raises(FullError):
-        one.write("prompt", "red", max_tokens=3)
-    assert [[*map(type, failures)] for _, _, failures in crowd] == [[], [], [FullError], [FullError], [FullError]]
-    one.finish()
-    for job, _, failures in crowd[:2] + others:
-        assert (len(job.output_ids), failures) == (3, [])
+def test_tokens_that_are_still_to_be_read_need_room_too(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=30, max_num_batched_tokens=5)
+    own.add("first", tokens=20, max_tokens=1)
+    own.add("next", tokens=11, max_tokens=1)
+    own.add("last", tokens=10, max_tokens=1)
+    assert own.step() == {"first": 5}
+    assert own.running == ["first"]  # 15 and 11 tokens do not go into 25 slots
+    own.finish()
+    roomy = Scheduled(backbone, tmp_path, num_kv_slots=31, max_num_batched_tokens=5)
+    roomy.add("first", tokens=20, max_tokens=1)
+    roomy.add("next", tokens=11, max_tokens=1)
+    roomy.step()
+    assert roomy.running == ["first", "next"]
+    roomy.finish()
 
 
-def test_a_version_lasts_as_long_as_its_requests(served: Callable[..., Pooled], adapters: Path, llama: str) -> None:
-    s = served(max_num_seqs=2, adapter_cache_bytes=0)
-    old, *_ = s.write("prefix", TEXTS[0], max_tokens=8)
-    waiting = [s.write("prefix", text, max_tokens=8)[0] for text in TEXTS[1:3]]
-    s.engine.step()
-    kept = s.registry.lease("prefix")
-    s.registry.release(kept)
-    s.registry.add("prefix", adapters / "prompt")
-    new, *_ = s.write("prefix", TEXTS[0], max_tokens=8)
-    assert kept.folder.exists()
-    s.finish()
-    assert not kept.folder.exists()
-    for job, text in zip([old, *waiting], TEXTS, strict=False):
-        assert job.output_ids == s.expected("prefix", text, 8)
-    assert new.output_ids == s.expected("prompt", TEXTS[0], 8)
+def test_virtual_tokens_need_room_as_well(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=30)
+    adapter = own.version("x", virtual=6)
+    own.add("first", tokens=20, max_tokens=2)
+    own.add("adapted", tokens=5, max_tokens=1, version=adapter)
+    own.step()
+    assert own.running == ["first"]
+    own.finish()
 
 
-def test_what_does_not_fit_is_refused(served: Callable[..., Pooled]) -> None:
-    s = served(max_num_waiting=2, max_num_seqs=1)
-    with pytest.raises(TooLongError, match=r"3 tokens of text, 58 to write and 5 virtual ones are more than the 64"):
-        s.write("prefix", "the sky", max_tokens=58)
-    for _ in range(3):  # one of which has a place
-        s.write(None, TEXTS[0])
-    with pytest.raises(FullError, match="2 requests are waiting: try again later"):
-        s.write(None, TEXTS[0])
-    s.finish()
-    s.engine.batch.queue.is_closed = True
-    with pytest.raises(ClosedError, match="shutting down"):
-        s.write(None, TEXTS[0])
+def test_the_youngest_request_gives_its_slots_back(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=24)
+    old, young = own.add("old", tokens=10, max_tokens=12), own.add("young", tokens=10, max_tokens=6)
+    assert own.step() == {"old": 10, "young": 10}
+    assert own.step() == {"old": 1, "young": 1}
+    assert own.step() == {"old": 1, "young": 1}
+    assert own.num_free == 0
+    own.add("waits", tokens=1, max_tokens=1)
+    assert own.step() == {"old": 1}
+    assert (own.running, own.waiting) == (["old"], ["young", "waits"])
+    assert (own.num_free, len(young.request.output_ids)) == (11, 3)
+    assert own.step() == {"old": 1}  # there is no room for 13 tokens
+    while not old.request.is_done:
+        own.step()
+    assert own.step() == {"young": 13, "waits": 1}  # what it has written is read, not written again
+    own.finish()
 
 
-def test_an_adapter_without_numbers_fails_its_own_requests(served: Callable[..., Pooled]) -> None:
-    s = served()
-    [broken] = [version for version in s.registry.versions if version.name == "prefix"]
-    prompt = prompt_export.load_prompt(broken.folder, s.model.backbone)
-    for layer in prompt.prefixes.values():
-        layer.key.fill_(float("nan"))
-    prompt_export.save_prompt(prompt, s.model.backbone, broken.folder)
-    *_, failures = s.write("prefix", TEXTS[0], max_tokens=4)
-    good, *_ = s.write("prompt", TEXTS[0], max_tokens=4)
-    s.finish()
-    assert "what is no number: train it anew" in str(failures[0])
-    assert good.output_ids == s.expected("prompt", TEXTS[0], 4)
+def test_a_full_pool_takes_from_the_youngest_of_several(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=14)
+    for name in "abc":
+        own.add(name, tokens=4, max_tokens=6)
+    assert own.step() == {"a": 4, "b": 4, "c": 4}
+    assert own.step() == {"a": 1, "b": 1}  # which leaves c no slot
+    assert own.running == ["a", "b", "c"]
+    assert own.step() == {"a": 1, "b": 1}  # for which c has given back its four
+    assert (own.running, own.waiting, own.num_free) == (["a", "b"], ["c"], 2)
+    own.finish()
 
 
-def test_a_damaged_file_fails_its_own_requests(served: Callable[..., Pooled]) -> None:
-    s = served()
-    version = s.registry.lease("prefix")
-    s.registry.release(version)
-    (version.folder / prompt_export.PROMPT_NAME).write_bytes(b"nothing")
-    *_, failures = s.write("prefix", TEXTS[0])
-    good, *_ = s.write("prompt", TEXTS[0], max_tokens=4)
-    s.finish()
-    assert len(failures) == 1
-    assert good.output_ids == s.expected("prompt", TEXTS[0], 4)
+def test_each_token_of_a_step_finds_a_slot(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=10)
+    for name, tokens in [("a", 4), ("b", 4), ("c", 1)]:
+        own.add(name, tokens=tokens, max_tokens=3)
+    own.step()
+    assert own.num_free == 1
+    assert own.step() == {"a": 1, "b": 1}  # the second slot is that of c
+    assert (own.running, own.waiting) == (["a", "b"], ["c"])
+    own.finish()
+
+
+def test_an_adapters_prefix_is_there_once(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=100)
+    adapter = own.version("x", virtual=7)
+    for name in "ab":
+        own.add(name, tokens=3, max_tokens=2, version=adapter)
+    own.step()
+    assert own.num_free == 100 - 7 - 2 * 3
+    assert own.scheduler.batch.adapter_cache.nbytes == 7 * TOKEN_BYTES
+    own.step()
+    assert (own.num_free, own.scheduler.batch.is_idle) == (93, True)
+    own.finish()
+
+
+def test_idle_prefixes_make_room_before_any_request_does(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=24)
+    adapter = own.version("x", virtual=8)
+    own.add("adapted", tokens=1, max_tokens=1, version=adapter)
+    own.step()
+    assert own.num_free == 16
+    for name in "ab":  # which have room, since the adapter is idle
+        own.add(name, tokens=10, max_tokens=3)
+    assert own.step() == {"a": 10, "b": 6}
+    assert (own.num_free, own.scheduler.batch.adapter_cache.nbytes) == (0, 8 * TOKEN_BYTES)
+    assert own.step() == {"a": 1, "b": 4}
+    assert (own.num_free, own.scheduler.batch.adapter_cache.nbytes) == (3, 0)
+    assert own.running == ["a", "b"]
+    own.finish()
+
+
+def test_a_prefix_takes_the_place_of_an_idle_one(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=24)
+    for name, virtual, tokens in [("x", 8, 1), ("y", 18, 4)]:
+        own.add(name, tokens=tokens, max_tokens=1, version=own.version(name, virtual=virtual))
+        assert own.step() == {name: tokens}
+        assert own.scheduler.batch.adapter_cache.nbytes == virtual * TOKEN_BYTES
+    own.finish()
+
+
+def test_nothing_makes_room_for_what_the_budget_leaves_out(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=10, max_num_batched_tokens=2)
+    own.add("adapted", tokens=1, max_tokens=1, version=own.version("x", virtual=8))
+    own.step()
+    for name in "abc":
+        own.add(name, tokens=1, max_tokens=1)
+    assert own.step() == {"a": 1, "b": 1}
+    assert own.scheduler.batch.adapter_cache.nbytes == 8 * TOKEN_BYTES
+    own.finish()
+
+
+def test_idle_prefixes_are_kept_up_to_the_configured_size(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, adapter_cache_bytes=12 * TOKEN_BYTES)
+    for name in "xyz":
+        own.add(name, tokens=1, max_tokens=1, version=own.version(name, virtual=5))
+    own.step()
+    assert own.scheduler.batch.adapter_cache.nbytes == 15 * TOKEN_BYTES
+    own.step()
+    assert own.scheduler.batch.adapter_cache.nbytes == 10 * TOKEN_BYTES
+    own.finish()
+
+
+def test_an_adapter_whose_file_is_gone_fails_its_own_requests(backbone: Backbone, tmp_path: Path) -> None:
+    own = Scheduled(backbone, tmp_path, num_kv_slots=64)
+    adapter = own.version("x", virtual=5)
+    (adapter.folder / PROMPT_NAME).unlink()
+    broken = own.add("broken", tokens=3, max_tokens=2, version=adapter)
+    own.add("good", tokens=3, max_tokens=2)
+    assert own.step() == {"good": 3}
+    assert own.failures == ["broken"]
+    del own.names[broken]
+    own.finish()
+
+
+def test_a_model_that_is_no_decoder_of_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="cannot read several texts without padding"):
+        Scheduler(PeftModel(base_model("mamba", CAUSAL_LM)).backbone, EngineConfig())
