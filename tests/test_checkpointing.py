@@ -4,11 +4,13 @@ and nothing outlives a call."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from softtune import BitFitConfig, PeftModel
 from softtune.compat import CHECKPOINT, disable_checkpointing, enable_checkpointing
@@ -140,3 +142,18 @@ def test_a_prefix_comes_back_with_its_layers(family: str, task: str, reentrant: 
         loss.backward()
         gradients.append({n: p.grad for n, p in trained(model).items()})
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_layers_that_another_library_recomputes(family: str) -> None:
+    """As FSDP's ``activation_checkpointing`` does, which transformers' own checkpointing knows nothing of."""
+    task = {"llama": CAUSAL_LM, "t5": SEQ_2_SEQ_LM}[family]
+    inputs = batch(texts(family, task))
+    gradients = []
+    for wraps in (False, True):
+        model = adapted(family, task, "prefix").train()
+        for layer in [layer for stack in model.backbone.stacks for layer in stack.layers] if wraps else []:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        loss = model(**inputs, labels=labels_for(task, inputs)).loss
+        gradients.append(torch.autograd.grad(loss, list(trained(model).values())))
+    torch.testing.assert_close(*gradients)

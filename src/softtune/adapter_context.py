@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from softtune import compat
 from softtune.adapter import Adapter
-from softtune.backbone import Backbone, Site, cached_length, evaluating, model_session
+from softtune.backbone import Backbone, Site, cached_length, evaluating, install, model_session
 from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
 from softtune.injection import Injection
 from softtune.injection.frozen_layer_cache import FrozenLayerCache, untouched
@@ -93,6 +93,7 @@ def apply_adapters(
     """
     if any(batch.adapters.values()):
         check_graph(backbone, inputs.text)
+        install(backbone.model)
     adapters, as_kv = list(batch.adapters.values()), inputs.columns is None and not is_exporting()
     with model_session(backbone.model) as session:
         prompts = [Prompt() if a is None else _prompt(backbone, a, as_kv=as_kv) for a in adapters]

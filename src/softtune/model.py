@@ -84,7 +84,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         if isinstance(model, PeftModel):
             raise AdapterError("the model has adapters already", "add another with add_adapter")
         base = _base_of(model)
-        backbone = Backbone.of(base)
+        backbone = Backbone.shared(base)
         super().__init__(base if base is not model else base.requires_grad_(False), backbone)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)

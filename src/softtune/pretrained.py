@@ -162,7 +162,7 @@ def _check_weights(name: str, task: TaskType, model: PreTrainedModel, missing: l
     Raises:
         ConfigError: the model is no decoder, or weights are missing.
     """
-    backbone = Backbone.of(model)
+    backbone = Backbone.shared(model)
     if task is TaskType.CAUSAL_LM and not backbone.is_decoder_only:
         raise ConfigError(f"the base model {name!r} is no decoder and goes on from no text", "use the task SEQ_CLS")
     heads = [f"{head}." for head in backbone.head_names] if task.has_head else []

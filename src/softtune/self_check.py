@@ -134,7 +134,7 @@ def _language_model(backbone: Backbone) -> Backbone:
     stacks = {stack.module for stack in backbone.stacks}
     within = [m for m in backbone.model.modules() if isinstance(m, PreTrainedModel) and m is not backbone.model]
     writing = [m for m in within if stacks <= {*m.modules()} and m.get_output_embeddings() is not None]
-    return Backbone.of(writing[0]) if writing else backbone
+    return Backbone.shared(writing[0]) if writing else backbone
 
 
 def _disturb(adapter: Adapter) -> None:

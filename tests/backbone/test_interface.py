@@ -1,4 +1,4 @@
-"""Attention is routed while a session runs; that of heads that share keys gives what transformers' own gives."""
+"""Attention of heads that share keys gives what transformers' own gives, which copies the keys."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.families import FAMILIES, base_model
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from softtune.backbone import Backbone, model_session
-from softtune.backbone.interface import WRAPPER, Attention, _wrapped, routed
-from softtune.compat import attention_name, configs_of, has_interface, set_attention_name
-from softtune.methods import TaskType
+from softtune.backbone.interface import WRAPPER, Attention, _wrapped
 
 KEYS = 7
 
@@ -66,41 +61,3 @@ def test_position_bias_is_by_head() -> None:
     mask, bias = masks(2, 3)["added"], torch.randn(1, 6, 3, KEYS)
     ours, theirs = (attend(query, key, key, mask, shared=3, wrapped=w, position_bias=bias) for w in (True, False))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
-def names(model: PreTrainedModel) -> list[str | None]:
-    return [attention_name(config) for config in configs_of(model)]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_session_alone_renames_attention(family: str) -> None:
-    model = base_model(family, FAMILIES[family].tasks[0])
-    before = names(model)
-    _ = Backbone(model).attention_layers
-    assert names(model) == before
-    with model_session(model):
-        inside = names(model)
-    assert names(model) == before
-    if has_interface(model):
-        assert all(name is None or name.startswith("softtune_") for name in inside)
-
-
-def test_each_part_keeps_its_own_attention() -> None:
-    model = base_model("t5", TaskType.SEQ_2_SEQ_LM)
-    set_attention_name(model.encoder.config, "eager")
-    before = names(model)
-    assert {"eager", "sdpa"} <= {*before}
-    with model_session(model):
-        assert names(model) == [f"softtune_{name}" for name in before]
-    assert names(model) == before
-
-
-def test_blocks_that_overlap_end_in_any_order() -> None:
-    model = base_model("llama", TaskType.CAUSAL_LM)
-    first, second = routed(model), routed(model)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert names(model) == ["softtune_sdpa"]
-    second.__exit__(None, None, None)
-    assert names(model) == ["sdpa"]

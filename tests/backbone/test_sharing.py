@@ -32,10 +32,10 @@ def test_models_over_one_base_observe_it_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_another_module_is_looked_at_anew() -> None:
     base = base_model("llama", CAUSAL_LM)
-    before = Backbone.of(base)
+    before = Backbone.shared(base)
     layer = base.model.layers[0]
     layer.self_attn, replaced = type(layer.self_attn)(base.config, 0), layer.self_attn
-    after = Backbone.of(base)
+    after = Backbone.shared(base)
     assert after is not before
     assert after.attention_layers[0].module is layer.self_attn
     assert before.attention_layers[1].module is after.attention_layers[1].module
@@ -44,15 +44,15 @@ def test_another_module_is_looked_at_anew() -> None:
 
 def test_a_module_beside_the_others_is_seen() -> None:
     base = base_model("llama", CAUSAL_LM)
-    before = Backbone.of(base)
+    before = Backbone.shared(base)
     base.add_module("value_head", nn.Linear(base.config.hidden_size, 1))
-    assert "value_head" in Backbone.of(base).head_names
-    assert Backbone.of(base) is not before
+    assert "value_head" in Backbone.shared(base).head_names
+    assert Backbone.shared(base) is not before
 
 
 def test_nothing_keeps_a_model_that_nobody_uses() -> None:
     base = base_model("gpt2", CAUSAL_LM)
-    backbone, model = Backbone.of(base), weakref.ref(base)
+    backbone, model = Backbone.shared(base), weakref.ref(base)
     assert len(backbone.attention_layers) == len(base.transformer.h)
     del base, backbone
     gc.collect()

@@ -47,7 +47,7 @@ def call(**others: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def llama() -> Backbone:
-    return Backbone.of(base_model("llama", CAUSAL_LM))
+    return Backbone.shared(base_model("llama", CAUSAL_LM))
 
 
 def test_a_plan_is_frozen_and_leaves_the_call_as_it_was(llama: Backbone) -> None:
@@ -105,7 +105,7 @@ def test_virtual_tokens_stand_right_before_the_text(llama: Backbone) -> None:
 
 
 def test_an_encoders_rows_move_to_the_left() -> None:
-    bert = Backbone.of(base_model("bert", SEQ_CLS))
+    bert = Backbone.shared(base_model("bert", SEQ_CLS))
     plan = planner(bert, Prompt()).plan({"input_ids": IDS, "attention_mask": MASK}, NOWHERE, OuterCall())
     for row, text in enumerate(([5, 6, 7], [8, 9, 5, 6], [4])):
         assert plan.call["input_ids"][row, : len(text)].tolist() == text

@@ -21,7 +21,7 @@ STARTS, ENDS = [2, 1, 1], [5, 5, 2]
 
 def rows_of(*after_text: bool, length: int = 2) -> RowPrompts:
     """A row for each element: vectors behind the text, or in front of it."""
-    stack = Backbone.of(base_model("gpt2", CAUSAL_LM)).stacks[0]
+    stack = Backbone.shared(base_model("gpt2", CAUSAL_LM)).stacks[0]
     prompts = [Prompt(num_virtual_tokens=length, vectors=torch.zeros(length, 4), after_text=a) for a in after_text]
     return RowPrompts.from_prompts(prompts, [], stack, reads=True)
 

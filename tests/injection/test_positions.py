@@ -25,7 +25,7 @@ HIDDEN = 32
 
 
 def stack_of(family: str) -> tuple[Stack, list[Any]]:
-    backbone = Backbone.of(base_model(family, CAUSAL_LM))
+    backbone = Backbone.shared(base_model(family, CAUSAL_LM))
     return backbone.stacks[0], backbone.attention_layers
 
 

@@ -44,7 +44,7 @@ def arranged(
 
 
 def llama() -> Backbone:
-    return Backbone.of(base_model("llama", CAUSAL_LM))
+    return Backbone.shared(base_model("llama", CAUSAL_LM))
 
 
 def test_every_row_gets_its_own_prefix_and_sees_nothing_else() -> None:
@@ -84,7 +84,7 @@ def test_some_layers_alone_have_a_prefix() -> None:
 
 @torch.no_grad()
 def test_t5_scores_a_prefix_right_before_the_text() -> None:
-    backbone = Backbone.of(base_model("t5", SEQ_2_SEQ_LM))
+    backbone = Backbone.shared(base_model("t5", SEQ_2_SEQ_LM))
     encoder = [a for a in backbone.attention_layers if a.site is Site.ENCODER]
     prefixes, arrangement = arranged(backbone, [prompt(encoder, 2)] * 3)
     module = encoder[0].module
@@ -112,7 +112,7 @@ def test_a_layer_that_did_not_call_is_told() -> None:
 
 
 def test_cross_attention_is_expected_where_there_is_an_encoder() -> None:
-    backbone = Backbone.of(base_model("bart", SEQ_2_SEQ_LM))
+    backbone = Backbone.shared(base_model("bart", SEQ_2_SEQ_LM))
     cross = [a for a in backbone.attention_layers if a.site is Site.CROSS]
     prefixes, arrangement = arranged(backbone, [prompt(cross, 2)] * 3, site=1)
     wrapper = prefixes.attention(arrangement)
@@ -123,7 +123,7 @@ def test_cross_attention_is_expected_where_there_is_an_encoder() -> None:
 
 
 def test_layers_without_the_interface_get_a_cache() -> None:
-    backbone = Backbone.of(base_model("bloom", CAUSAL_LM))
+    backbone = Backbone.shared(base_model("bloom", CAUSAL_LM))
     prompts = [prompt(backbone.attention_layers, 2)] * 3
     prefixes, arrangement = arranged(backbone, prompts)
     call: dict[str, Any] = {"attention_mask": MASK, "cache": DynamicCache()}
@@ -143,7 +143,7 @@ def test_layers_without_the_interface_get_a_cache() -> None:
 
 
 def test_rows_that_a_model_cannot_count_are_refused() -> None:
-    backbone = Backbone.of(base_model("bart", SEQ_2_SEQ_LM))
+    backbone = Backbone.shared(base_model("bart", SEQ_2_SEQ_LM))
     decoder = [a for a in backbone.attention_layers if a.site is Site.DECODER]
     prefixes, arrangement = arranged(backbone, [prompt(decoder, n) for n in (2, 1, 2)], site=1)
     with pytest.raises(UnsupportedModelError, match="goes by the length of its cache"):

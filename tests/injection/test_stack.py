@@ -33,7 +33,7 @@ def hooks(model: nn.Module) -> int:
 
 @pytest.fixture
 def llama() -> Backbone:
-    return Backbone.of(base_model("llama", CAUSAL_LM))
+    return Backbone.shared(base_model("llama", CAUSAL_LM))
 
 
 def test_hooks_live_as_long_as_the_block(llama: Backbone) -> None:
@@ -68,7 +68,7 @@ def test_outputs_have_the_callers_columns(llama: Backbone, use_cache: bool) -> N
 @torch.no_grad()
 def test_texts_end_where_the_first_call_ended() -> None:
     """Decoding without a cache calls again with a longer text, behind the same suffix."""
-    gpt2 = Backbone.of(base_model("gpt2", CAUSAL_LM))
+    gpt2 = Backbone.shared(base_model("gpt2", CAUSAL_LM))
     prompt, longer = vectors(gpt2, after_text=True), torch.tensor([[5, 6, 7, 8, 9]])
     there = injection(gpt2, prompt)
     with model_session(gpt2.model), there.attached():
@@ -95,7 +95,7 @@ def test_a_call_that_failed_leaves_nothing_to_the_next(llama: Backbone) -> None:
 
 @torch.no_grad()
 def test_the_first_column_is_the_first_slot_for_a_head_that_reads_it() -> None:
-    bert = Backbone.of(base_model("bert", SEQ_CLS))
+    bert = Backbone.shared(base_model("bert", SEQ_CLS))
     prompt = vectors(bert)
     there = injection(bert, prompt)
     with model_session(bert.model), there.attached():
@@ -109,7 +109,7 @@ def test_the_first_column_is_the_first_slot_for_a_head_that_reads_it() -> None:
 
 @torch.no_grad()
 def test_a_mask_beside_the_virtual_tokens_of_an_encoder() -> None:
-    bert = Backbone.of(base_model("bert", SEQ_CLS))
+    bert = Backbone.shared(base_model("bert", SEQ_CLS))
     there = injection(bert, vectors(bert))
     assert there.with_virtual(None, torch.zeros(3, 8, 4)) is None
     extended = there.with_virtual(MASK, torch.zeros(3, 8, 4))

@@ -32,6 +32,7 @@ from softtune.backbone.modes import evaluating, training
 from softtune.backbone.observation import seen_attention, seen_outputs
 from softtune.backbone.outputs import Outputs, with_rows
 from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot, bias_slots
+from softtune.backbone.routing import forget_configs, install
 from softtune.backbone.session import model_session
 from softtune.backbone.stack import (
     AttentionLayer,
@@ -56,6 +57,7 @@ __all__ = [
     "counting_words",
     "device_of",
     "evaluating",
+    "install",
     "is_checkpointing",
     "is_reentrant",
     "keeping_caches",
@@ -63,8 +65,8 @@ __all__ = [
     "skipped",
 ]
 
-Modules = tuple[tuple[str, int], ...]
-"""The names of a model's modules, and their ``id``."""
+Modules = dict[str, Callable[[], nn.Module | None]]
+"""Weak references to a model's modules, by name."""
 
 
 class Backbone:
@@ -81,7 +83,7 @@ class Backbone:
     """
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Backbone:
+    def shared(cls, model: PreTrainedModel) -> Backbone:
         """The backbone of a base model that everyone who asks shares, so that each fact is observed once.
 
         Another one is made where modules have been replaced or added since.
@@ -90,16 +92,18 @@ class Backbone:
             UnsupportedModelError: see the class.
         """
         _check_transformer(model)
-        modules = tuple((name, id(module)) for name, module in model.named_modules())
-        known, backbone = _SHARED.get(model, ((), lambda: None))
-        shared = backbone() if known == modules else None
+        modules = dict(model.named_modules())
+        known, backbone = _SHARED.get(model, ({}, lambda: None))
+        is_same = known.keys() == modules.keys() and all(known[name]() is module for name, module in modules.items())
+        shared = backbone() if is_same else None
         if shared is None:
             shared = cls(model)
-            _SHARED[model] = (modules, ref(shared))
+            _SHARED[model] = ({name: ref(module) for name, module in modules.items()}, ref(shared))
         return shared
 
     def __init__(self, model: PreTrainedModel) -> None:
         _check_transformer(model)
+        forget_configs(model)
         self.model = model
         self.stacks = _stacks(model)
         self.embedding = self.stacks[0].embedding

@@ -1,20 +1,17 @@
 """The one injection point: attention functions registered with transformers that can call a wrapper.
 
-A model's attention layers call the function named in their config. While a call runs, ``routed`` renames ``sdpa`` to
-``softtune_sdpa`` (and so on for every implementation). The function of that name calls the stock one, or passes it to
-the wrapper in the forward's keyword arguments. Keyword arguments, not module state, because gradient checkpointing
-recomputes the layers in the backward pass. Knows nothing about prefixes.
+A model's attention layers call the function named in their config. Where a model's attention is routed, ``sdpa`` is
+renamed to ``softtune_sdpa`` (and so on for every implementation). The function of that name calls the stock one, or
+passes it to the wrapper in the forward's keyword arguments. Keyword arguments, not module state, because gradient
+checkpointing recomputes the layers in the backward pass. Knows nothing about prefixes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
-from threading import Lock
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -41,7 +38,8 @@ Mask = Tensor | BlockMask | None
 
 
 class _Name(str):
-    """softtune's name for an attention function. It also equals the stock name, since some models branch on that."""
+    """softtune's name for an attention function. It also equals the stock name, since some models branch on that. It is
+    copied and pickled as the stock name."""
 
     __slots__ = ()
 
@@ -52,6 +50,9 @@ class _Name(str):
         return not self == other
 
     __hash__ = str.__hash__
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.removeprefix(_PREFIX),)
 
 
 class MaskForm(Enum):
@@ -91,46 +92,19 @@ class AttentionWrapper(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-@dataclass
-class _Route:
-    """The blocks that route one model's attention, and the names that its configs have outside of them."""
+def register(stock: str) -> str:
+    """Register softtune's function for a stock attention function with transformers, and return its name.
 
-    blocks: int = 0
-    stock: list[tuple[Any, str]] = field(default_factory=list)
-
-
-_ROUTES: WeakKeyDictionary[nn.Module, _Route] = WeakKeyDictionary()
-_LOCK = Lock()
-
-
-@contextmanager
-def routed(model: nn.Module) -> Iterator[None]:
-    """Route the model's attention through softtune for the length of the block, which may overlap with others.
-
-    Without a wrapper the outputs are bit-identical. Encoder-decoders keep copies of the config for each stack, so the
-    config of every module is visited.
+    Raises:
+        UnsupportedModelError: the stock function has no mask function.
     """
-    with _LOCK:
-        route = _ROUTES.setdefault(model, _Route())
-        route.blocks += 1
-        if route.blocks == 1 and compat.has_interface(model):
-            route.stock = [(c, name) for c in compat.configs_of(model) if (name := compat.attention_name(c))]
-            for config, name in route.stock:
-                compat.set_attention_name(config, _register(name.removeprefix(_PREFIX)))
-    try:
-        yield
-    finally:
-        with _LOCK:
-            route.blocks -= 1
-            if not route.blocks:
-                for config, name in route.stock:
-                    compat.set_attention_name(config, name)
-                route.stock = []
-
-
-def _register(stock: str) -> str:
     name = _Name(_PREFIX + stock)
     if name not in ALL_ATTENTION_FUNCTIONS:
+        if stock not in ALL_MASK_ATTENTION_FUNCTIONS:
+            raise UnsupportedModelError(
+                f"the attention implementation {stock} has no mask function",
+                "load the model with attn_implementation='sdpa'",
+            )
         AttentionInterface.register(name, _wrapped(stock))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[stock])
     return name
@@ -212,6 +186,11 @@ def stock_name(config: Any) -> str | None:
     """The name of the stock attention function in a config; None where it has none."""
     name = compat.attention_name(config)
     return name and name.removeprefix(_PREFIX)
+
+
+def is_routed(config: Any) -> bool:
+    """Whether the attention function in a config is softtune's."""
+    return isinstance(compat.attention_name(config), _Name)
 
 
 def takes_padding(config: Any) -> bool:

@@ -2,8 +2,7 @@
 
 Hooks affect everything that runs through a module. So a call opens a session, a re-entrant lock on the base model:
 other threads wait until it ends, and its hooks are suspended during nested calls, such as those that a logits processor
-makes in ``generate``. A model's attention is routed through softtune in sessions alone, so that between them nothing
-of it is changed.
+makes in ``generate``. A model's attention is routed through softtune in every session.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from softtune.backbone.interface import routed
+from softtune.backbone.routing import routed
 
 
 class ModelSession:

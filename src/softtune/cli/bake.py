@@ -38,5 +38,5 @@ def command(
         recipe = Recipe.found_in(adapter)
         if recipe is not None and has_places_within(Template(recipe.template), tokenizer):
             raise ConfigError(f"{adapter} has virtual tokens within its text", "serve it by softtune serve")
-        virtual = bake_folder(Backbone.of(base), adapter, to / adapter.name)
+        virtual = bake_folder(Backbone.shared(base), adapter, to / adapter.name)
         console.print(f"{adapter.name}: texts begin with {virtual} placeholders", soft_wrap=True)

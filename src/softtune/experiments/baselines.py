@@ -63,7 +63,7 @@ def train_all(model: PreTrainedModel) -> None:
 
 def train_last_layers(model: PreTrainedModel) -> None:
     """The last two layers of each stack, and the head."""
-    backbone = Backbone.of(model)
+    backbone = Backbone.shared(model)
     for stack in backbone.stacks:
         for layer in stack.layers[-LAST_LAYERS:]:
             layer.requires_grad_(True)
@@ -76,7 +76,7 @@ def train_head(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: the model has no head of its own.
     """
-    backbone = Backbone.of(model)
+    backbone = Backbone.shared(model)
     if not backbone.head_names:
         raise UnsupportedModelError(f"{type(model).__name__} has no head to train", "leave this baseline out")
     _train_heads(backbone)
@@ -88,7 +88,7 @@ def add_bottlenecks(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: the modules of the model's layers have unknown names.
     """
-    backbone = Backbone.of(model)
+    backbone = Backbone.shared(model)
     slots = backbone.bias_slots()
     places = [slot for slot in slots if slot.role in (ATTENTION_OUTPUT, OUTPUT)]
     if not places:
@@ -118,7 +118,7 @@ def add_lora(model: PreTrainedModel) -> None:
         raise ConfigError(
             "the baseline lora comes with the package peft", "pip install peft, or leave it out"
         ) from error
-    heads = Backbone.of(model).head_names
+    heads = Backbone.shared(model).head_names
     peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", modules_to_save=heads or None))
 
 
