@@ -24,7 +24,7 @@ from softtune import PeftModel, SofttuneError
 from softtune.data import load_records
 from softtune.evaluation import answer
 from softtune.pretrained import load_base_model, locate_base_model
-from softtune.training import Recipe, Report, train
+from softtune.training import Phase, Recipe, Report, train
 
 console = Console(highlight=False)
 
@@ -65,9 +65,9 @@ def shown_on(bars: Progress) -> Callable[[str, int, int, str], None]:
     """A function that ``train`` calls after every step, and that moves the bar of its phase."""
     phases = {}
 
-    def show_step(phase: str, done: int, total: int, notes: str) -> None:
+    def show_step(phase: Phase, done: int, total: int, notes: str) -> None:
         if phase not in phases:
-            phases[phase] = bars.add_task(phase, total=total)
+            phases[phase] = bars.add_task(str(phase), total=total)
         bars.update(phases[phase], completed=done)
 
     return show_step

@@ -93,7 +93,8 @@ def _import_errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if "pip install" not in str(error):
+        is_old_transformers = error.name == "transformers" and "softtune" in str(error)
+        if not is_old_transformers and not hasattr(error, "remedy"):
             raise
         print(f"softtune: {error}", file=sys.stderr)
         sys.exit(2)

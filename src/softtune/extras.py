@@ -52,7 +52,10 @@ def require(*extras: str) -> None:
 
 def missing(package: str, *extras: str) -> MissingExtraError:
     """The error where a package of the first of these extras is not installed."""
-    return MissingExtraError(f"{EXTRAS[extras[0]].user} needs {package}", f"pip install 'softtune[{','.join(extras)}]'")
+    user, names = EXTRAS[extras[0]].user, ",".join(extras)
+    error = MissingExtraError(f"{user} needs {package}", f"pip install 'softtune[{names}]'")
+    error.name = package
+    return error
 
 
 def _missing_package(extra: str) -> str | None:

@@ -6,6 +6,7 @@ none of the others. Internal.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -30,6 +31,8 @@ def public_names(
         if extra is not None:
             require(extra)
         module, _, own_name = places[name].partition(":")
-        return getattr(import_module(f"{room}.{module}"), own_name or name)
+        value = getattr(import_module(f"{room}.{module}"), own_name or name)
+        setattr(sys.modules[room], name, value)  # to be found there from now on
+        return value
 
     return load, lambda: sorted(places)

@@ -10,9 +10,10 @@ import torch
 from tests.families import CAUSAL_LM, SEQ_CLS, base_model
 from torch import Tensor
 
-from softtune import UnsupportedModelError
+from softtune import DataError, UnsupportedModelError
 from softtune.backbone import Backbone, model_session
 from softtune.backbone.interface import WRAPPER
+from softtune.compat import DynamicCache
 from softtune.injection.call_plan import CallPlanner, OuterCall
 from softtune.injection.columns import Columns
 from softtune.injection.pack import Pack, PackedAttention
@@ -50,13 +51,29 @@ def llama() -> Backbone:
     return Backbone.shared(base_model("llama", CAUSAL_LM))
 
 
-def test_a_plan_is_frozen_and_leaves_the_call_as_it_was(llama: Backbone) -> None:
-    given = call(use_cache=False)
-    before = dict(given)
-    plans = [planner(llama, prefix(llama)).plan(given, NOWHERE, OuterCall()) for _ in range(2)]
-    assert given == before
+@pytest.mark.parametrize("make", [prefix, vectors])
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_plan_is_frozen_and_leaves_the_call_as_it_was(llama: Backbone, make: Any, packs: bool) -> None:
+    given = call(use_cache=False, position_ids=(MASK.cumsum(1) - 1).clamp(min=0))
+    before = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+    plan = planner(llama, make(llama), packs=packs).plan(given, NOWHERE, OuterCall())
+    assert given.keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in given.items() if isinstance(x, Tensor))
     with pytest.raises(FrozenInstanceError):
-        plans[0].depth = 3  # type: ignore[misc]
+        plan.depth = 3  # type: ignore[misc]
+
+
+def test_a_call_that_is_refused_leaves_the_cache_as_it_was() -> None:
+    gpt2 = Backbone.shared(base_model("gpt2", CAUSAL_LM))
+    limit, cache = gpt2.stacks[0].table_size, DynamicCache(config=gpt2.model.config)
+    layers = list(cache.layers)
+    assert limit is not None
+    with pytest.raises(DataError, match="exceed"):
+        planner(gpt2, vectors(gpt2)).plan(
+            {"input_ids": IDS[:1, 2:3].expand(1, limit), "cache": cache}, NOWHERE, OuterCall()
+        )
+    assert cache.layers == layers
+    assert not hasattr(cache, "softtune_virtual")
 
 
 def test_the_same_call_has_the_same_plan(llama: Backbone) -> None:

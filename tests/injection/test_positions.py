@@ -47,7 +47,7 @@ def arranged(family: str, mask: Tensor, prompts: list[Prompt], **call: Any) -> t
     step = Step({"input_ids": mask, "attention_mask": mask, **call})
     columns, layout = Columns(None, None), None
     if rows.vectors is not None:
-        places = columns.of_vectors(step, rows)
+        places = columns.vector_columns(step, rows)
         layout = Layout.from_columns(step.starts, step.length, places, rows.is_vector, causal=True)
     return Positions(stack, has_prefix=has_prefix), Arrangement(step, rows, columns, layout)
 

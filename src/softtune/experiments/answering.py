@@ -38,7 +38,7 @@ def metrics_of(
     try:
         answers = answer(model, tokenizer, task, held_out, advance=advance)
     except AdapterError as error:
-        raise TrainingError(str(error)) from error
+        raise TrainingError(error.what, error.remedy) from error
     if end is not None and task.num_new_tokens:
         answers = replace(answers, texts=[text.partition(end)[0].strip() for text in answers.texts])
     return judge(task, held_out, answers).metrics

@@ -9,12 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from softtune.experiments.pictures import Picture
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 TEMPLATE_NAME = "page.html.jinja"
 
@@ -63,8 +61,6 @@ def file_of(picture: Picture) -> str:
 @cache
 def _template() -> Template:
     """The template of the HTML page, which escapes all texts but the pictures' SVG."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # commands print tables without it
-
     environment = Environment(
         autoescape=True,
         loader=PackageLoader("softtune.experiments", ""),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softtune import storage
-from softtune.errors import ConfigError
+from softtune.errors import CheckpointError, ConfigError
 from softtune.experiments.outcomes import Entry
 from softtune.formatting import shortened
 from softtune.training.folder import ENTRIES_NAME
@@ -62,16 +62,16 @@ class ResultStore:
 
     def entries(self) -> list[Entry]:
         """The results of all cases that have run, failures included, in the experiment's order."""
-        contents = sorted(map(storage.read_json, self._files()), key=lambda content: content["number"])
+        contents = sorted(map(_read, self._files()), key=lambda content: content["number"])
         return [entry for content in contents for entry in _entries(content)]
 
     def configurations(self) -> list[dict[str, Any]]:
         """The configurations of the cases whose results are final."""
-        return [content["asked"] for content in map(storage.read_json, self._files()) if _is_final(content)]
+        return [content["asked"] for content in map(_read, self._files()) if _is_final(content)]
 
     def results(self, name: str) -> list[Entry]:
         """The results of the case of this name, which has run, failures included."""
-        return _entries(storage.read_json(self._file(name)))
+        return _entries(_read(self._file(name)))
 
     def final_results(self, name: str, configuration: Mapping[str, Any]) -> list[Entry] | None:
         """The saved results of a case; None where there are none, or where it failed and may be run again.
@@ -85,7 +85,7 @@ class ResultStore:
         """
         if not self._file(name).is_file():
             return None
-        content = storage.read_json(self._file(name))
+        content = _read(self._file(name))
         if not _is_final(content):
             return None
         self.check_same(content["asked"], configuration)
@@ -114,7 +114,7 @@ class ResultStore:
     def drop_failures(self) -> None:
         """Remove the results of failed cases that may be run again."""
         for file in self._files():
-            if not _is_final(storage.read_json(file)):
+            if not _is_final(_read(file)):
                 file.unlink()
 
     def check_same(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -142,6 +142,13 @@ class ResultStore:
 
     def _file(self, name: str) -> Path:
         return self.folder / ENTRIES_NAME / f"{_stem(name)}.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content = storage.read_json(file)
+    if not {"number", "asked", "entries"} <= content.keys():
+        raise CheckpointError(f"{file} is no result of softtune", "move it elsewhere, or name another output")
+    return content
 
 
 def _stem(name: str) -> str:

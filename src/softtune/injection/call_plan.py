@@ -1,6 +1,7 @@
 """Plans a call of one stack: which arguments its layers get, so that each row's prompt reaches them.
 
 A plan is made before the layers run, from the call and the batch's prompts alone, and nothing of it changes afterwards.
+Planning changes nothing of the caller's but an empty cache, which gets room for the prompt when all else is checked.
 Letters: B rows, T tokens of this call, P virtual tokens, N tokens of a pack, W columns of the whole attention mask, S
 slots that the layers see.
 """
@@ -136,6 +137,7 @@ class CallPlanner:
             outer: the call of the model around the stack.
 
         Raises:
+            AdapterError: the cache was begun with another prefix.
             DataError: a row needs more positions than the model has, or the columns do not fit.
             UnsupportedModelError: the stack or the call takes no such prompts.
         """
@@ -145,7 +147,7 @@ class CallPlanner:
             call["use_cache"] = bool(call.get("use_cache"))  # nothing continues from a training step's cache
         shortened, depth = self._shorten(call)
         step = Step(call, outer.attention_mask)
-        prompts = self.prompts_of(step)
+        prompts = self.pick_prompts(step)
         columns = columns.in_call(step, prompts, shortened if isinstance(shortened, Trim) else None)
         arrangement = Arrangement(step, prompts, columns)
         if self.acts and not outer.has_positions:
@@ -153,9 +155,10 @@ class CallPlanner:
         anchor = self._anchor(call, prompts) if is_reentrant(self.stack.module) else None
         if anchor is not None:
             arrangement = replace(arrangement, prompts=replace(prompts, prefixes=anchor.prefixes))
-        arrangement = replace(arrangement, layout=self._layout(call, arrangement))
+        arrangement = replace(arrangement, layout=self._lay_out(call, arrangement))
         self.positions.check(call, arrangement)
         self.positions.place(call, arrangement)
+        self._make_room(call, arrangement)
         states: Tensor | None = None
         wrapper: PrefixAttention | PackedAttention | None
         if isinstance(shortened, Pack):
@@ -175,16 +178,16 @@ class CallPlanner:
             depth=depth,
         )
 
-    def prompts_of(self, step: Step) -> RowPrompts:
+    def pick_prompts(self, step: Step) -> RowPrompts:
         """Each row's prompt; beams and returned sequences multiply the rows."""
         if self.rows is None:
             return self.prompts.pick(torch.zeros(step.rows, dtype=torch.long))
         return self.prompts.pick(multiplied(self.rows, step.rows))
 
-    def layout_of(self, arrangement: Arrangement) -> Layout:
+    def compute_layout(self, arrangement: Arrangement) -> Layout:
         """The layout of a call's tokens and virtual tokens."""
         step, row_prompts = arrangement.step, arrangement.prompts
-        columns = arrangement.columns.of_vectors(step, row_prompts)[:, : row_prompts.is_vector.shape[1]]
+        columns = arrangement.columns.vector_columns(step, row_prompts)[:, : row_prompts.is_vector.shape[1]]
         return Layout.from_columns(
             step.starts, step.length, columns, row_prompts.is_vector, causal=self.stack.is_causal
         )
@@ -263,13 +266,13 @@ class CallPlanner:
 
     # Virtual tokens among the words
 
-    def _layout(self, call: Call, arrangement: Arrangement) -> Layout | None:
+    def _lay_out(self, call: Call, arrangement: Arrangement) -> Layout | None:
         """Lay out the call's tokens and virtual tokens, where the layers see other slots than the caller's columns."""
         step = arrangement.step
         if arrangement.prompts.vectors is not None:
             return self._add_vectors(call, arrangement)
         if not self.stack.is_causal and not step.has_ready_mask and holds(step.starts.any(), when_exporting=True):
-            return self._lay_out(call, arrangement)
+            return self._insert_tokens(call, arrangement)
         return None
 
     def _add_vectors(self, call: Call, arrangement: Arrangement) -> Layout | None:
@@ -292,12 +295,9 @@ class CallPlanner:
                     f"{masks[0]} says what each token sees, and nothing of virtual tokens among the words",
                     "use PrefixTuningConfig",
                 )
-            layout = self._lay_out(call, arrangement)
-            self._make_room(call, layout, row_prompts)
+            layout = self._insert_tokens(call, arrangement)
         elif step.mask is not None or (row_prompts.is_ragged and step.cached):
             call["attention_mask"] = self._continued_mask(step, row_prompts)
-        if not self.takes_wrapper and call.get("attention_mask") is not None:
-            call["attention_mask"] = as_long_as(call.get("cache"), call["attention_mask"])
         return layout
 
     def _continued_mask(self, step: Step, row_prompts: RowPrompts) -> Tensor:
@@ -309,17 +309,21 @@ class CallPlanner:
         layout = Layout.from_columns(step.starts, mask.shape[1], columns, row_prompts.is_vector, causal=True)
         return layout.merge(mask, row_prompts.is_vector)
 
-    def _make_room(self, call: Call, layout: Layout, row_prompts: RowPrompts) -> None:
-        """Start a decoder's cache, with room for the virtual tokens."""
-        if self.stack.is_causal and self.layers_attend:
+    def _make_room(self, call: Call, arrangement: Arrangement) -> None:
+        """Start a decoder's cache with room for the virtual tokens among the words."""
+        if arrangement.prompts.vectors is None:
+            return
+        if arrangement.layout is not None and self.stack.is_causal and self.layers_attend:
             call["cache"] = own_cache(self.stack.module, call)
             if call["cache"] is not None:
-                make_room(call["cache"], _is_virtual(layout, row_prompts))
+                make_room(call["cache"], _is_virtual(arrangement.layout, arrangement.prompts))
+        if not self.takes_wrapper and call.get("attention_mask") is not None:
+            call["attention_mask"] = as_long_as(call.get("cache"), call["attention_mask"])
 
-    def _lay_out(self, call: Call, arrangement: Arrangement) -> Layout:
+    def _insert_tokens(self, call: Call, arrangement: Arrangement) -> Layout:
         """Put the tokens, the virtual tokens, the mask and the tokens' features in their slots."""
         step, row_prompts = arrangement.step, arrangement.prompts
-        layout, features = self.layout_of(arrangement), features_of(call)
+        layout, features = self.compute_layout(arrangement), features_of(call)
         if row_prompts.vectors is not None:
             embeds = call["inputs_embeds"] if call.get("input_ids") is None else self.stack.embed(call["input_ids"])
             call["inputs_embeds"], call["input_ids"] = layout.merge(embeds, row_prompts.vectors), None

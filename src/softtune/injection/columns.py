@@ -35,8 +35,12 @@ class Columns:
             ends = step.ends + (trim.left if trim else 0)
         return replace(self, text_ends=ends, trim=trim)
 
-    def of_vectors(self, step: Step, row_prompts: RowPrompts) -> Tensor:
-        """[B, N] the column before which each virtual token stands; [B, 1] for an infix without given columns."""
+    def vector_columns(self, step: Step, row_prompts: RowPrompts) -> Tensor:
+        """[B, N] the column before which each virtual token stands; [B, 1] for an infix without given columns.
+
+        Raises:
+            DataError: the given columns are outside the text, or do not ascend.
+        """
         cut = self.trim.left if self.trim else 0
         if self.given is not None:
             return (self._checked(step) - cut).clamp(0, step.length)
@@ -59,13 +63,13 @@ class Columns:
             raise DataError("prompt_positions do not ascend", "give each row's columns in ascending order")
         return columns
 
-    def of_infix(self, step: Step, row_prompts: RowPrompts) -> Tensor:
+    def infix_column(self, step: Step, row_prompts: RowPrompts) -> Tensor:
         """[B, 1] the column before which the infix stands.
 
         Raises:
             DataError: the given columns of a row's infix differ.
         """
-        columns = self.of_vectors(step, row_prompts)
+        columns = self.vector_columns(step, row_prompts)
         if bool((columns != columns[:, :1]).any(dim=1).logical_and(row_prompts.after_text).any()):
             raise DataError("an infix stands at one place of a text", "write its virtual tokens next to one another")
         return columns[:, :1]

@@ -3,7 +3,7 @@
 Everything in a decoder layer but attention treats tokens one by one, so it takes them in any arrangement. Only
 attention sees rows: the wrapper gathers each row's queries and keys, and puts the outputs back.
 
-Letters: N tokens of the packed row, G rows of a group, Q of their queries, S of their keys.
+Letters: N tokens of the packed row, G rows of a group, Q of their queries, T of their tokens, S of their keys.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class RowGroup:
     is_query: Tensor
     """[G, Q] which queries are not padding."""
     length: int
-    """S, the number of tokens of the longest row."""
+    """T, the number of tokens of the longest row."""
 
     def mask(self, whole: Tensor) -> Tensor:
-        """[G or 1, 1, Q, S] the queries' mask, from the mask [1, 1, L, L] of a row of at least S tokens."""
+        """[G or 1, 1, Q, T] the queries' mask, from the mask [1, 1, L, L] of a row of at least T tokens."""
         numbers = self.numbers[:1] if bool((self.numbers == self.numbers[:1]).all()) else self.numbers
         return whole[0, 0, numbers, : self.length][:, None]
 
@@ -72,9 +72,10 @@ class GroupedAttention:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention outputs [1, N, H, V] of queries [1, H, N, K], by the mask [1, 1, L, L] of the longest row."""
         assert attention_mask is not None
         kwargs = {**kwargs, "is_causal": False}
-        gathered, masks = self.keys_and_values(module, key, value), self._of_groups(attention_mask)
+        gathered, masks = self.keys_and_values(module, key, value), self._group_masks(attention_mask)
         outputs = []
         for (group, wrapper), (keys, values), mask in zip(self.groups, gathered, masks, strict=True):
             rows = module, take(query, group.queries), keys, values, mask
@@ -82,7 +83,7 @@ class GroupedAttention:
             outputs.append(output.flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.order.to(query.device))[None], None
 
-    def _of_groups(self, mask: Tensor) -> list[Tensor]:
+    def _group_masks(self, mask: Tensor) -> list[Tensor]:
         """Each group's mask, from the layer's; made once for all layers that share a mask."""
         if id(mask) not in self._masks:
             self._masks[id(mask)] = (mask, [group.mask(mask) for group, _ in self.groups])

@@ -127,7 +127,7 @@ class Positions:
         if call.get("attention_mask") is None and holds(in_order, when_exporting=True):
             # Without a mask, transformers takes a jump in the positions for the start of another packed text.
             call["attention_mask"] = step.full_mask()
-        behind = step.is_from(arrangement.columns.of_infix(step, row_prompts)) | ~row_prompts.after_text[:, None]
+        behind = step.is_from(arrangement.columns.infix_column(step, row_prompts)) | ~row_prompts.after_text[:, None]
         return shift * behind
 
     def _counts_itself(self, step: Step, row_prompts: RowPrompts) -> bool:

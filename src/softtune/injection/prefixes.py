@@ -97,7 +97,7 @@ class Prefixes:
         if row_prompts.has_infix and not step.is_continued:
             # The token that the answer is predicted from is the first to see an infix.
             queries = (
-                step.is_from(arrangement.columns.of_infix(step, row_prompts) - 1) | ~row_prompts.after_text[:, None]
+                step.is_from(arrangement.columns.infix_column(step, row_prompts) - 1) | ~row_prompts.after_text[:, None]
             )
             queries = queries if layout is None else layout.merge(queries, row_prompts.is_vector)
         by_lengths: dict[Lengths, Tensor] = {}

@@ -149,9 +149,9 @@ class StackInjection:
         if mask is None:
             mask = states.new_ones(len(states), states.shape[1] - self.prompts.vectors.shape[1], dtype=torch.long)
         step = Step({"input_ids": mask, "attention_mask": mask})
-        prompts = self.planner.prompts_of(step)
+        prompts = self.planner.pick_prompts(step)
         arrangement = Arrangement(step, prompts, self.columns.in_call(step, prompts, None))
-        return self.planner.layout_of(arrangement).merge(mask, prompts.is_vector)
+        return self.planner.compute_layout(arrangement).merge(mask, prompts.is_vector)
 
 
 def align_outputs(output: Any, layout: Layout, states: str, all_states: str, attentions: str) -> None:

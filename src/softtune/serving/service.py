@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from softtune.backbone import Backbone
 from softtune.data import Template
 from softtune.data.encoding import has_places_within
-from softtune.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
+from softtune.errors import CheckpointError, ConfigError, RequestError, SofttuneError, UnsupportedModelError
 from softtune.evaluation.answers import fitted_beside
 from softtune.methods import PeftConfig, TaskType
 from softtune.serving import prompt_export
@@ -98,20 +98,20 @@ class Service:
     def close(self, grace: float) -> None:
         """Refuse new requests, and wait for the others to end; after ``grace`` seconds the remaining ones fail."""
         self.thread.close(grace)
-        if not isinstance(self._engine, str):
+        if not isinstance(self._engine, SofttuneError):
             self._engine.close()
         self._remove_folder()
 
-    def _made(self, engine: Callable[[Backbone, EngineConfig, Path], TextEngine]) -> TextEngine | str:
+    def _made(self, engine: Callable[[Backbone, EngineConfig, Path], TextEngine]) -> TextEngine | SofttuneError:
         """The decoder's engine, or the reason why there is none."""
         try:
             made = engine(self.bases.model(TaskType.CAUSAL_LM).backbone, self.config, self._folder)
         except UnsupportedModelError as error:
-            return str(error)
+            return error
         except ConfigError as error:
             if not self.bases.is_there:
                 raise
-            return str(error)
+            return error
         self.thread.engines.append(made)
         return made
 
@@ -122,14 +122,14 @@ class Service:
         Raises:
             UnsupportedModelError: the base model generates no text, or cannot batch several sequences.
         """
-        if isinstance(self._engine, str):
-            raise UnsupportedModelError(self._engine)
+        if isinstance(self._engine, SofttuneError):
+            raise UnsupportedModelError(self._engine.what, self._engine.remedy) from self._engine
         return self._engine
 
     @property
     def is_alive(self) -> bool:
         """Whether the thread and the engine can run requests."""
-        return self.thread.is_alive and (isinstance(self._engine, str) or self._engine.is_alive)
+        return self.thread.is_alive and (isinstance(self._engine, SofttuneError) or self._engine.is_alive)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

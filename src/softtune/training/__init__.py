@@ -11,6 +11,7 @@ from softtune.lazy import public_names
 
 if TYPE_CHECKING:
     from softtune.training.diagnostics import find_learning_rate, profile_recipe
+    from softtune.training.progress import Phase, Progress
     from softtune.training.recipe import Recipe
     from softtune.training.report import Report
     from softtune.training.run import train, train_all
@@ -18,6 +19,8 @@ else:
     __getattr__, __dir__ = public_names(
         __name__,
         {
+            "Phase": "progress",
+            "Progress": "progress",
             "Recipe": "recipe",
             "Report": "report",
             "find_learning_rate": "diagnostics",
@@ -27,4 +30,4 @@ else:
         },
     )
 
-__all__ = ["Recipe", "Report", "find_learning_rate", "profile_recipe", "train", "train_all"]
+__all__ = ["Phase", "Progress", "Recipe", "Report", "find_learning_rate", "profile_recipe", "train", "train_all"]

@@ -200,7 +200,7 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
     try:
         evaluation = _evaluated(setup) if fit.finished else Evaluation()
     except AdapterError as error:
-        return TrainingError(str(error))
+        return TrainingError(error.what, error.remedy)
     trained, total = setup.model.get_nb_trainable_parameters()
     return Report(
         finished=fit.finished,
