@@ -185,3 +185,14 @@ def test_a_cancelled_request_ends_although_nothing_else_happens() -> None:
         request.handle.is_cancelled = True
         thread.wake()
         assert request.wait() == []
+
+
+def test_an_engine_that_comes_while_the_thread_ends_refuses_requests() -> None:
+    thread = EngineThread([Engine()])
+    before, after = Engine(), Engine()
+    thread.add(before)
+    thread.end(WAITING)
+    thread.add(after)
+    for engine in (before, after):
+        with pytest.raises(ClosedError, match="shutting down"):
+            Ended(engine)

@@ -70,18 +70,24 @@ class EngineThread:
     """Runs the steps of all engines in one thread.
 
     Args:
-        engines: the engines; more may be appended while the thread runs.
+        engines: the engines to begin with.
     """
 
     def __init__(self, engines: list[Engine]) -> None:
         self.engines = engines
         self._work = Event()
+        self._is_ending = False
         self._deadline = float("inf")
         self._thread = Thread(target=self._run, name="softtune", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+
+    def add(self, engine: Engine) -> None:
+        """Run one more engine; its queue is closed where the thread is ending."""
+        self.engines.append(engine)
+        engine.batch.queue.is_closed = self._is_ending
 
     def wake(self) -> None:
         """Wake the thread: a request was submitted or cancelled."""
@@ -94,7 +100,8 @@ class EngineThread:
 
     def end(self, grace: float) -> None:
         """Refuse new requests, and stop once all others are done; after ``grace`` seconds the remaining ones fail."""
-        for engine in self.engines:
+        self._is_ending = True
+        for engine in [*self.engines]:
             engine.batch.queue.is_closed = True
         self._deadline = min(self._deadline, time.monotonic() + grace)
         self.wake()

@@ -112,7 +112,7 @@ class Service:
             if not self.bases.is_there:
                 raise
             return error
-        self.thread.engines.append(made)
+        self.thread.add(made)
         return made
 
     @property
@@ -320,7 +320,7 @@ class Service:
         if key not in self._heads:
             backbone = self.bases.model(*key).backbone
             self._heads[key] = HeadEngine(backbone, kind, int(self.tokenizer.pad_token_id), self.config)
-            self.thread.engines.append(self._heads[key])
+            self.thread.add(self._heads[key])
         return self._heads[key]
 
 
