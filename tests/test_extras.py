@@ -77,6 +77,8 @@ def import_sweep():
 
 told(lambda: train(Recipe.from_fields({{**fields, "output": "evaluated"}})))
 told(lambda: TextTask.measure(None, ["red"], ["red"]))
+assert [kind.needs_metrics for kind in (TextTask, SpanTask)] == [True, False]
+assert SpanTask.measure(None, [[]], [""]).metrics["f1"] == 1
 told(import_service)
 told(import_app)
 told(import_sweep)

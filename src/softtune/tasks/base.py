@@ -43,6 +43,8 @@ class Task(ABC):
 
     metrics: ClassVar[tuple[str, ...]]
     """What the answers are measured by, the foremost first; see ``tasks.metrics.METRICS``."""
+    needs_metrics: ClassVar[bool] = True
+    """Whether measuring its answers takes packages of the extra ``metrics``."""
     endpoint: ClassVar[str | None] = None
     """Where a server takes records for it; None where it takes texts, at its completions."""
     endpoint_summary: ClassVar[str] = ""

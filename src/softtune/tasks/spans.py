@@ -73,6 +73,7 @@ class SpanTask(Task):
 
     kind = TaskType.QUESTION_ANS
     metrics = SPAN_METRICS
+    needs_metrics = False
     endpoint = "/v1/answer"
     endpoint_summary = "Tell which parts of records' texts answer their questions; an empty one where none does."
     asks_for = "answers"

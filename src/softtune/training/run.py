@@ -90,7 +90,8 @@ def train_all(
 def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> list[Result]:
     """Load all data first, where errors show soonest; then train and evaluate."""
     rows = [Rows.load(folder.recipe) for folder in folders]
-    if any(recipe_rows.evaluation for recipe_rows in rows):
+    pairs = zip(folders, rows, strict=True)
+    if any(there.evaluation and folder.recipe.definition.needs_metrics for folder, there in pairs):
         require("metrics")
     for folder, recipe_rows in zip(folders, rows, strict=True):
         if folder.is_unfinished:
