@@ -10,6 +10,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from softtune.serving.http.completions import ChatCompletionFormat, CompletionFormat, GeneratedText
+from softtune.serving.http.vocabulary import bytes_of, shown
 from softtune.serving.sampling import SampledToken
 
 TEXT = "a sky 😀é"
@@ -66,3 +67,37 @@ def test_what_cannot_come_has_a_number(tokenizer: PreTrainedTokenizerFast) -> No
     for kind in (CompletionFormat, ChatCompletionFormat):
         told = json.dumps(kind(tokenizer, True).whole(answer, 0), allow_nan=False)
         assert told.count("-9999.0") == 3
+
+
+def test_every_byte_is_told_as_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Beside the vocabularies' own rules: a character that stands for a byte, and the byte's number."""
+    if "<0x00>" in tokenizer.get_vocab():
+        expected = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+    else:
+        printed = [byte for byte in range(256) if 0x21 <= byte < 0x7F or (0xA1 <= byte <= 0xFF and byte != 0xAD)]
+        hidden = [byte for byte in range(256) if byte not in printed]
+        characters = {chr(byte): byte for byte in printed} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+        expected = {character: bytes([byte]) for character, byte in characters.items()}
+    for piece, content in expected.items():
+        assert bytes_of(tokenizer, tokenizer.convert_tokens_to_ids(piece)) == content, piece
+
+
+def test_added_tokens_are_their_text() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level())
+    tokenizer.add_special_tokens({"eos_token": "</s▁>"})
+    assert bytes_of(tokenizer, tokenizer.eos_token_id) == "</s▁>".encode()
+
+
+def test_a_word_that_looks_like_a_byte_is_its_text() -> None:
+    made = byte_level()
+    made.add_tokens(["<0x20>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert bytes_of(tokenizer, tokenizer.convert_tokens_to_ids("<0x20>")) == b"<0x20>"
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [(b"sky", "sky"), ("é".encode(), "é"), (b"\xf0\x9f", r"bytes:\xf0\x9f"), (b"a\xc3", r"bytes:a\xc3"), (b"", "")],
+)
+def test_what_is_no_text_is_shown_as_bytes(token: bytes, text: str) -> None:
+    assert shown(token) == text

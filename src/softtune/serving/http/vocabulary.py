@@ -25,10 +25,10 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
     if _SPACE in piece and token not in _added(tokenizer):
         return piece.replace(_SPACE, " ").encode()
+    if (byte := _FALLBACK.fullmatch(piece)) and text != piece:  # ``decode`` drops a space at the beginning
+        return bytes.fromhex(byte[1])
     if _UNKNOWN not in text:
         return text.encode()
-    if byte := _FALLBACK.fullmatch(piece):
-        return bytes.fromhex(byte[1])
     return bytes(_BYTES[c] for c in piece) if _BYTES.keys() >= {*piece} else text.encode()
 
 
