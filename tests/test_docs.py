@@ -64,3 +64,25 @@ def test_the_places_of_changes_are_there() -> None:
             file for path in paths for file in ([ROOT / path] if path.endswith(".py") else (ROOT / path).glob("*.py"))
         ]
         assert all(any(name in file.read_text(encoding="utf-8") for file in places) for name in names), row
+
+
+ELSEWHERE = {
+    "injection/arrangement": "injection/test_positions",  # it holds data alone
+    "serving/http/app": "serving/test_http",
+    "serving/http/server": "serving/test_http",
+    "serving/vllm/connector": "vllm/test_engine",
+    "serving/vllm/engine": "vllm/test_engine",
+    "serving/vllm/requests": "vllm/test_engine",
+}
+"""Modules whose tests have another name: those of a whole server, and those that need vLLM."""
+
+
+@pytest.mark.parametrize("room", ["injection", "serving"])
+def test_each_module_has_tests_of_its_name(room: str) -> None:
+    source = ROOT / "src" / "softtune"
+    for file in (source / room).rglob("*.py"):
+        module = file.relative_to(source).with_suffix("")
+        own = module.with_name(f"test_{module.name}").as_posix()
+        place = ELSEWHERE.get(module.as_posix(), own)
+        assert module.name == "__init__" or (ROOT / "tests" / f"{place}.py").is_file(), module
+        assert place == own or not (ROOT / "tests" / f"{own}.py").exists(), f"{module} has tests of its own"

@@ -17,8 +17,8 @@ from softtune.serving.http.completions import (
     GeneratedText,
     Generations,
     PromptTokens,
-    asked_to_chat,
-    asked_to_complete,
+    chat_prompts,
+    completion_prompts,
 )
 from softtune.serving.http.schemas import ChatRequest, CompletionRequest
 from softtune.serving.sampling import SampledToken, SamplingParams
@@ -264,7 +264,7 @@ def service(words: PreTrainedTokenizerBase) -> Any:
 def test_a_text_or_several_or_their_tokens(service: Any, prompt: Any, expected: list[list[int]]) -> None:
     version: Any = 9
     request = CompletionRequest(model="m", prompt=prompt, n=2, seed=4, max_tokens=7, logprobs=1)
-    found = asked_to_complete(request, service, version)
+    found = completion_prompts(request, service, version)
     assert [list(one.input_ids) for one in found] == [ids for ids in expected for _ in range(2)]
     assert [one.sampling for one in found] == [request.sampling(number, 7, 1) for _ in expected for number in range(2)]
     assert [one.sampling.seed for one in found[:2]] == [4, 5]
@@ -272,11 +272,11 @@ def test_a_text_or_several_or_their_tokens(service: Any, prompt: Any, expected: 
 
 def test_too_many_texts_are_refused(service: Any) -> None:
     request = CompletionRequest(model="m", prompt=["red"] * 4, n=8)
-    assert len(asked_to_complete(request, service, None)) == 32
+    assert len(completion_prompts(request, service, None)) == 32
     with pytest.raises(RequestError, match="the request asks for 40 texts: ask for 32 at most"):
-        asked_to_complete(CompletionRequest(model="m", prompt=["red"] * 5, n=8), service, None)
+        completion_prompts(CompletionRequest(model="m", prompt=["red"] * 5, n=8), service, None)
     with pytest.raises(RequestError, match="no token"):
-        asked_to_complete(CompletionRequest(model="m", prompt=[3, 17]), service, None)
+        completion_prompts(CompletionRequest(model="m", prompt=[3, 17]), service, None)
 
 
 MESSAGES: list[Any] = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
@@ -297,11 +297,11 @@ MESSAGES: list[Any] = [{"role": "user", "content": "red"}, {"role": "assistant",
 )
 def test_what_a_conversation_asks_for(service: Any, fields: dict[str, Any], most: int, logprobs: int | None) -> None:
     request = ChatRequest(model="m", messages=MESSAGES, n=2, **fields)
-    found = asked_to_chat(request, service, None)
+    found = chat_prompts(request, service, None)
     assert [one.input_ids for one in found] == [[3, 4]] * 2
     assert [(one.sampling.max_tokens, one.sampling.logprobs) for one in found] == [(most, logprobs)] * 2
 
 
 def test_likeliest_tokens_need_log_probabilities(service: Any) -> None:
     with pytest.raises(RequestError, match="top_logprobs needs logprobs: set logprobs to true"):
-        asked_to_chat(ChatRequest(model="m", messages=MESSAGES, top_logprobs=2), service, None)
+        chat_prompts(ChatRequest(model="m", messages=MESSAGES, top_logprobs=2), service, None)
