@@ -198,13 +198,7 @@ def create_masks(config: Any, vectors: Tensor) -> Any:
 
 def has_interface(model: nn.Module) -> bool:
     """Whether a model uses the attention interface, so that its attention function can be set."""
-    model_class: Any = type(model)
-    return isinstance(model, PreTrainedModel) and _has_interface(model_class)
-
-
-@cache
-def _has_interface(model_class: Any) -> bool:
-    return bool(model_class._can_set_attn_implementation())
+    return isinstance(model, PreTrainedModel) and bool(model._can_set_attn_implementation())
 
 
 def configs_of(model: nn.Module) -> list[Any]:

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from softtune import PeftModel, UnsupportedModelError
 from softtune.backbone import Backbone, model_session
-from softtune.backbone.routing import routed
+from softtune.backbone.routing import install, routed
 from softtune.compat import AttentionInterface, attention_name, configs_of, has_interface, set_attention_name
 from softtune.methods import TaskType
 
@@ -79,6 +79,19 @@ def test_a_route_that_a_call_has_installed_outlives_the_block() -> None:
     with routed(model.get_base_model()):
         model(IDS)
     assert names(model.get_base_model()) == ["softtune_sdpa"]
+
+
+def test_a_block_that_an_installed_route_has_outlived_ends_no_other() -> None:
+    model = base_model(*LLAMA)
+    first, second = routed(model), routed(model)
+    first.__enter__()
+    install(model)
+    model.set_attn_implementation("eager")
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert names(model) == ["softtune_eager"]
+    second.__exit__(None, None, None)
+    assert names(model) == ["eager"]
 
 
 def test_another_attention_may_be_set_at_any_time() -> None:

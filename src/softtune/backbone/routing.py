@@ -24,7 +24,7 @@ class _Route:
     """One config whose attention is routed for the length of blocks."""
 
     config: Any
-    stock: str
+    stock: str = ""
     blocks: int = 0
 
 
@@ -78,24 +78,20 @@ def _names(model: nn.Module) -> list[tuple[Any, str]]:
 
 def _enter(config: Any, name: str) -> _Route | None:
     """Count one more block of a config; None where it is routed for good."""
-    stock, route = compat.attention_name(config), _ROUTES.get(id(config))
-    if is_routed(config):
-        if route is None:
-            return None
-    else:
-        route = _ROUTES[id(config)] = _Route(config, str(stock), 0 if route is None else route.blocks)
+    if not is_routed(config):
+        route = _ROUTES.setdefault(id(config), _Route(config))
+        route.stock = str(compat.attention_name(config))
         compat.set_attention_name(config, name)
-    route.blocks += 1
-    return route
+    if (open_route := _ROUTES.get(id(config))) is not None:
+        open_route.blocks += 1
+    return open_route
 
 
 def _leave(route: _Route) -> None:
     """End one block of a config. The last one restores the stock name, unless another has been set."""
-    current = _ROUTES.get(id(route.config))
-    if current is None:
-        return  # routed for good
-    current.blocks -= 1
-    if not current.blocks:
-        del _ROUTES[id(route.config)]
-        if is_routed(route.config):
-            compat.set_attention_name(route.config, current.stock)
+    route.blocks -= 1
+    if route.blocks or _ROUTES.get(id(route.config)) is not route:  # else it is routed for good
+        return
+    del _ROUTES[id(route.config)]
+    if is_routed(route.config):
+        compat.set_attention_name(route.config, route.stock)
