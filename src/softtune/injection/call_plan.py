@@ -141,8 +141,9 @@ class CallPlanner:
             DataError: a row needs more positions than the model has, or the columns do not fit.
             UnsupportedModelError: the stack or the call takes no such prompts.
         """
-        call = {name: value for name, value in call.items() if name != "logits_to_keep"}  # for the head; Gemma 4's
-        self._check_states(call)  # stack would return only those tokens
+        self._check_states(call)
+        # The logits to keep are for the head; Gemma 4's stack would return only those tokens.
+        call = {name: value for name, value in call.items() if name != "logits_to_keep"}
         if self.stack.module.training and torch.is_grad_enabled() and "use_cache" in self.stack.signature.parameters:
             call["use_cache"] = bool(call.get("use_cache"))  # nothing continues from a training step's cache
         shortened, depth = self._shorten(call)

@@ -8,6 +8,7 @@ Letters: N tokens of the packed row, G rows of a group, Q of their queries, T of
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class RowGroup:
         return whole[0, 0, numbers, : self.length][:, None]
 
 
-class GroupedAttention:
+class GroupedAttention(ABC):
     """An attention wrapper that calls attention for each group of rows. A subclass says where their keys are.
 
     Args:
@@ -57,9 +58,9 @@ class GroupedAttention:
         reached = [wrapper.reached for _, wrapper in self.groups if wrapper is not None]
         return set.intersection(*reached) if reached else set()
 
+    @abstractmethod
     def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each group's keys [G, H, S, K] and values, given those [1, H, N, K] of the packed row's tokens."""
-        raise NotImplementedError
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types here
     def __call__(
@@ -81,7 +82,7 @@ class GroupedAttention:
             rows = module, take(query, group.queries), keys, values, mask
             output, _ = attend(*rows, **kwargs) if wrapper is None else wrapper(attend, *rows, **kwargs)
             outputs.append(output.flatten(0, 1))
-        return torch.cat(outputs).index_select(0, self.order.to(query.device))[None], None
+        return torch.cat(outputs).index_select(0, self.order)[None], None
 
     def _group_masks(self, mask: Tensor) -> list[Tensor]:
         """Each group's mask, from the layer's; made once for all layers that share a mask."""

@@ -144,6 +144,7 @@ class PooledAttention(GroupedAttention):
             for rows in alike_long(lengths, counts)
         ]
         super().__init__([(group, group.wrapper) for group in self.pooled])
+        self.order = self.order.to(pool.device)  # once for all layers
 
     def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``GroupedAttention``; keys of prefixes stand in front of the tokens' own."""
