@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.families import CAUSAL_LM, SEQ_CLS, base_model
+from tests.injection.samples import prefix, vectors
 from torch import Tensor
 
 from softtune import DataError, UnsupportedModelError
@@ -18,23 +19,11 @@ from softtune.injection.call_plan import CallPlanner, OuterCall
 from softtune.injection.columns import Columns
 from softtune.injection.pack import Pack, PackedAttention
 from softtune.injection.trim import Trim
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.base import Prompt
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 0], [0, 8, 9, 5, 6, 0], [0, 4, 0, 0, 0, 0]])
 MASK = (IDS != 0).long()
 NOWHERE = Columns(None, None)
-
-
-def prefix(backbone: Backbone, length: int = 2) -> Prompt:
-    prefixes = {
-        a.place: KeyValue(torch.randn(a.heads, length, a.key_size), torch.randn(a.heads, length, a.value_size))
-        for a in backbone.attention_layers
-    }
-    return Prompt(num_virtual_tokens=length, prefixes=prefixes, shifts_positions=True)
-
-
-def vectors(backbone: Backbone, length: int = 2) -> Prompt:
-    return Prompt(num_virtual_tokens=length, vectors=torch.randn(length, backbone.embedding.embedding_dim))
 
 
 def planner(backbone: Backbone, *prompts: Prompt, rows: Tensor | None = None, packs: bool = True) -> CallPlanner:
@@ -51,7 +40,7 @@ def llama() -> Backbone:
     return Backbone.shared(base_model("llama", CAUSAL_LM))
 
 
-@pytest.mark.parametrize("make", [prefix, vectors])
+@pytest.mark.parametrize("make", [lambda llama: prefix(llama.attention_layers), vectors])
 @pytest.mark.parametrize("packs", [False, True])
 def test_a_plan_is_frozen_and_leaves_the_call_as_it_was(llama: Backbone, make: Any, packs: bool) -> None:
     given = call(use_cache=False, position_ids=(MASK.cumsum(1) - 1).clamp(min=0))
@@ -87,7 +76,7 @@ def test_the_same_call_has_the_same_plan(llama: Backbone) -> None:
 
 
 def test_a_batch_without_a_cache_is_packed(llama: Backbone) -> None:
-    plan = planner(llama, prefix(llama)).plan(call(use_cache=False), NOWHERE, OuterCall())
+    plan = planner(llama, prefix(llama.attention_layers)).plan(call(use_cache=False), NOWHERE, OuterCall())
     assert isinstance(plan.shortened, Pack)
     assert isinstance(plan.call[WRAPPER], PackedAttention)
     tokens = zip(plan.call["input_ids"][0].tolist(), plan.call["position_ids"][0].tolist(), strict=True)
@@ -95,14 +84,14 @@ def test_a_batch_without_a_cache_is_packed(llama: Backbone) -> None:
 
 
 def test_what_may_not_be_packed_is_cut(llama: Backbone) -> None:
-    plan = planner(llama, prefix(llama), packs=False).plan(call(use_cache=False), NOWHERE, OuterCall())
+    plan = planner(llama, prefix(llama.attention_layers), packs=False).plan(call(use_cache=False), NOWHERE, OuterCall())
     assert plan.shortened == Trim(left=1, right=1)
     assert torch.equal(plan.call["input_ids"], IDS[:, 1:5])
     assert plan.starts.tolist() == [2, 1, 1]
 
 
 def test_a_call_with_a_cache_keeps_its_columns(llama: Backbone) -> None:
-    plan = planner(llama, prefix(llama)).plan(call(use_cache=True), NOWHERE, OuterCall())
+    plan = planner(llama, prefix(llama.attention_layers)).plan(call(use_cache=True), NOWHERE, OuterCall())
     assert plan.shortened is None
     assert torch.equal(plan.call["input_ids"], IDS)
     real = plan.call["position_ids"][MASK != 0]
@@ -131,9 +120,11 @@ def test_an_encoders_rows_move_to_the_left() -> None:
 
 def test_the_mask_of_the_model_around_shows_padding(llama: Backbone) -> None:
     ready = MASK[:, None, None, :].bool() & torch.ones(6, 6, dtype=torch.bool).tril()
-    plan = planner(llama, prefix(llama)).plan(call() | {"attention_mask": ready}, NOWHERE, OuterCall(MASK))
+    plan = planner(llama, prefix(llama.attention_layers)).plan(
+        call() | {"attention_mask": ready}, NOWHERE, OuterCall(MASK)
+    )
     assert plan.starts.tolist() == [2, 1, 1]
-    assert planner(llama, prefix(llama)).plan(
+    assert planner(llama, prefix(llama.attention_layers)).plan(
         call() | {"attention_mask": ready}, NOWHERE, OuterCall()
     ).starts.tolist() == [0, 0, 0]
     with pytest.raises(UnsupportedModelError, match="need the 2-D attention mask"):
@@ -151,12 +142,12 @@ def test_nothing_acts_where_no_prompt_is_for_the_stack(llama: Backbone) -> None:
     plan = idle.plan(call(use_cache=True), NOWHERE, OuterCall())
     assert plan.wrapper is None
     assert WRAPPER not in plan.call
-    assert planner(llama, prefix(llama)).acts
+    assert planner(llama, prefix(llama.attention_layers)).acts
     assert planner(llama, vectors(llama)).acts
 
 
 def test_rows_have_the_prompts_of_their_adapters(llama: Backbone) -> None:
-    one, other = prefix(llama), prefix(llama, 3)
+    one, other = prefix(llama.attention_layers), prefix(llama.attention_layers, 3)
     plan = planner(llama, one, other, rows=torch.tensor([1, 0, 1])).plan(call(use_cache=True), NOWHERE, OuterCall())
     assert plan.arrangement.prompts.shift.tolist() == [3, 2, 3]
     beams = {name: x.repeat_interleave(2, dim=0) for name, x in call().items()}

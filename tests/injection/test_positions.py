@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,41 +10,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.families import CAUSAL_LM, base_model
+from tests.injection.samples import masks, prefix, vectors
 from torch import Tensor
 
 from softtune import DataError, UnsupportedModelError
-from softtune.backbone import Backbone, Stack
+from softtune.backbone import Backbone
 from softtune.injection.arrangement import Arrangement
 from softtune.injection.columns import Columns
 from softtune.injection.layout import Layout
 from softtune.injection.positions import Positions
 from softtune.injection.rows import RowPrompts
 from softtune.injection.step import Step
-from softtune.methods.base import KeyValue, Prompt
-
-HIDDEN = 32
+from softtune.methods.base import Prompt
 
 
-def stack_of(family: str) -> tuple[Stack, list[Any]]:
-    backbone = Backbone.shared(base_model(family, CAUSAL_LM))
-    return backbone.stacks[0], backbone.attention_layers
-
-
-def prompt(layers: list[Any], length: int, *, vectors: bool = False, shifts: bool = True) -> Prompt:
-    if vectors:
-        return Prompt(num_virtual_tokens=length, vectors=torch.zeros(length, HIDDEN))
-    zeros = {
-        a.place: KeyValue(torch.zeros(a.heads, length, a.key_size), torch.zeros(a.heads, length, a.value_size))
-        for a in layers
-    }
-    return Prompt(num_virtual_tokens=length, prefixes=zeros, shifts_positions=shifts)
+@cache
+def backbone_of(family: str) -> Backbone:
+    return Backbone(base_model(family, CAUSAL_LM))
 
 
 def arranged(family: str, mask: Tensor, prompts: list[Prompt], **call: Any) -> tuple[Positions, Arrangement]:
     """The rows of a call without a cache, one prompt for each."""
-    stack, layers = stack_of(family)
-    has_prefix = any(p.prefixes for p in prompts)
-    rows = RowPrompts.from_prompts(prompts, layers if has_prefix else [], stack, reads=True)
+    backbone, has_prefix = backbone_of(family), any(p.prefixes for p in prompts)
+    stack = backbone.stacks[0]
+    rows = RowPrompts.from_prompts(prompts, backbone.attention_layers if has_prefix else [], stack, reads=True)
     step = Step({"input_ids": mask, "attention_mask": mask, **call})
     columns, layout = Columns(None, None), None
     if rows.vectors is not None:
@@ -52,22 +42,13 @@ def arranged(family: str, mask: Tensor, prompts: list[Prompt], **call: Any) -> t
     return Positions(stack, has_prefix=has_prefix), Arrangement(step, rows, columns, layout)
 
 
-@st.composite
-def masks(draw: st.DrawFn) -> list[list[int]]:
-    length = draw(st.integers(1, 6))
-    rows = []
-    for _ in range(draw(st.integers(1, 3))):
-        left = draw(st.integers(0, length - 1))
-        right = draw(st.integers(0, length - 1 - left))
-        rows.append([0] * left + [1] * (length - left - right) + [0] * right)
-    return rows
-
-
 @given(masks(), st.integers(1, 4), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_text_starts_behind_the_prefix(rows: list[list[int]], length: int, shifts: bool) -> None:
-    mask, (_, layers) = torch.tensor(rows), stack_of("llama")
-    positions, arrangement = arranged("llama", mask, [prompt(layers, length, shifts=shifts)] * len(rows))
+    mask, llama = torch.tensor(rows), backbone_of("llama")
+    positions, arrangement = arranged(
+        "llama", mask, [prefix(llama.attention_layers, length, shifts_positions=shifts)] * len(rows)
+    )
     call: dict[str, Any] = {}
     positions.place(call, arrangement)
     for row, found in zip(rows, call["position_ids"].tolist(), strict=True):
@@ -80,8 +61,8 @@ def test_text_starts_behind_the_prefix(rows: list[list[int]], length: int, shift
 @given(masks(), st.integers(1, 3))
 @settings(max_examples=40, deadline=None)
 def test_virtual_tokens_have_the_first_positions(rows: list[list[int]], length: int) -> None:
-    mask, (_, layers) = torch.tensor(rows), stack_of("llama")
-    positions, arrangement = arranged("llama", mask, [prompt(layers, length, vectors=True)] * len(rows))
+    mask, llama = torch.tensor(rows), backbone_of("llama")
+    positions, arrangement = arranged("llama", mask, [vectors(llama, length)] * len(rows))
     call: dict[str, Any] = {}
     positions.place(call, arrangement)
     layout = arrangement.layout
@@ -94,8 +75,8 @@ def test_virtual_tokens_have_the_first_positions(rows: list[list[int]], length: 
 
 
 def test_rows_have_shifts_of_their_own() -> None:
-    _, layers = stack_of("llama")
-    prompts = [prompt(layers, 3), prompt(layers, 1), Prompt()]
+    llama = backbone_of("llama")
+    prompts = [prefix(llama.attention_layers, 3), prefix(llama.attention_layers, 1), Prompt()]
     positions, arrangement = arranged("llama", torch.ones(3, 2, dtype=torch.long), prompts)
     call: dict[str, Any] = {"position_ids": torch.tensor([[4, 5]])}
     positions.place(call, arrangement)
@@ -103,28 +84,28 @@ def test_rows_have_shifts_of_their_own() -> None:
 
 
 def test_every_axis_of_a_picture_is_shifted() -> None:
-    _, layers = stack_of("llama")
-    positions, arrangement = arranged("llama", torch.ones(1, 3, dtype=torch.long), [prompt(layers, 2)])
+    llama = backbone_of("llama")
+    positions, arrangement = arranged("llama", torch.ones(1, 3, dtype=torch.long), [prefix(llama.attention_layers, 2)])
     axes = torch.tensor([[[0, 1, 2]], [[0, 0, 1]], [[0, 1, 1]]])
     call: dict[str, Any] = {"position_ids": axes}
     positions.place(call, arrangement)
     assert torch.equal(call["position_ids"], axes + 2)
-    positions, arrangement = arranged("llama", torch.ones(1, 3, dtype=torch.long), [prompt(layers, 2, vectors=True)])
+    positions, arrangement = arranged("llama", torch.ones(1, 3, dtype=torch.long), [vectors(llama, 2)])
     with pytest.raises(UnsupportedModelError, match="no place among the positions of pictures"):
         positions.place({"position_ids": axes}, arrangement)
 
 
 def test_packed_texts_have_no_place_for_virtual_tokens() -> None:
-    _, layers = stack_of("llama")
-    positions, arrangement = arranged("llama", torch.ones(1, 4, dtype=torch.long), [prompt(layers, 1, vectors=True)])
+    llama = backbone_of("llama")
+    positions, arrangement = arranged("llama", torch.ones(1, 4, dtype=torch.long), [vectors(llama, 1)])
     with pytest.raises(UnsupportedModelError, match="several texts packed into one row"):
         positions.place({"position_ids": torch.tensor([[0, 1, 0, 1]])}, arrangement)
 
 
 def test_columns_that_a_model_counted_are_counted_again() -> None:
-    _, layers = stack_of("llama")
+    llama = backbone_of("llama")
     mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
-    positions, arrangement = arranged("llama", mask, [prompt(layers, 1)] * 2)
+    positions, arrangement = arranged("llama", mask, [prefix(llama.attention_layers, 1)] * 2)
     call: dict[str, Any] = {"position_ids": torch.tensor([[1, 2, 3, 4]])}
     positions.count_text(call, arrangement)
     assert call["position_ids"].tolist() == [[1, 1, 1, 2], [1, 1, 2, 3]]
@@ -134,14 +115,15 @@ def test_columns_that_a_model_counted_are_counted_again() -> None:
     assert call["position_ids"] is of_the_caller
 
 
-@pytest.mark.parametrize("vectors", [False, True])
-def test_more_positions_than_the_table_has(vectors: bool) -> None:
-    stack, layers = stack_of("gpt2")
-    limit = stack.table_size
+@pytest.mark.parametrize("among_the_words", [False, True])
+def test_more_positions_than_the_table_has(among_the_words: bool) -> None:
+    gpt2 = backbone_of("gpt2")
+    fitting, longer = (vectors(gpt2, n) if among_the_words else prefix(gpt2.attention_layers, n) for n in (2, 3))
+    limit = gpt2.stacks[0].table_size
     assert limit is not None
-    fits = torch.ones(1, limit - 2, dtype=torch.long)
-    positions, arrangement = arranged("gpt2", fits, [prompt(layers, 2, vectors=vectors)])
+    text = torch.ones(1, limit - 2, dtype=torch.long)
+    positions, arrangement = arranged("gpt2", text, [fitting])
     positions.check({}, arrangement)
-    positions, arrangement = arranged("gpt2", fits, [prompt(layers, 3, vectors=vectors)])
+    positions, arrangement = arranged("gpt2", text, [longer])
     with pytest.raises(DataError, match=f"{limit - 2} tokens and 3 virtual ones exceed the model's {limit}"):
         positions.check({}, arrangement)

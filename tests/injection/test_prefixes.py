@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.families import CAUSAL_LM, SEQ_2_SEQ_LM, base_model
+from tests.injection.samples import prefix
 from torch import Tensor
 
 from softtune import UnsupportedModelError
@@ -18,17 +19,9 @@ from softtune.injection.columns import Columns
 from softtune.injection.prefixes import Prefixes
 from softtune.injection.rows import RowPrompts
 from softtune.injection.step import Step
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.base import Prompt
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
-
-
-def prompt(layers: list[Any], length: int, **options: Any) -> Prompt:
-    prefixes = {
-        a.place: KeyValue(torch.randn(a.heads, length, a.key_size), torch.randn(a.heads, length, a.value_size))
-        for a in layers
-    }
-    return Prompt(num_virtual_tokens=length, prefixes=prefixes, shifts_positions=True, **options)
 
 
 def arranged(
@@ -49,7 +42,7 @@ def llama() -> Backbone:
 
 def test_every_row_gets_its_own_prefix_and_sees_nothing_else() -> None:
     backbone = llama()
-    prompts = [prompt(backbone.attention_layers, n) for n in (3, 1)] + [Prompt()]
+    prompts = [prefix(backbone.attention_layers, n) for n in (3, 1)] + [Prompt()]
     prefixes, arrangement = arranged(backbone, prompts)
     wrapper = prefixes.attention(arrangement)
     for layer in backbone.attention_layers:
@@ -64,13 +57,13 @@ def test_every_row_gets_its_own_prefix_and_sees_nothing_else() -> None:
 
 def test_nothing_is_hidden_where_all_rows_see_all() -> None:
     backbone = llama()
-    prefixes, arrangement = arranged(backbone, [prompt(backbone.attention_layers, 2)] * 3)
+    prefixes, arrangement = arranged(backbone, [prefix(backbone.attention_layers, 2)] * 3)
     assert prefixes.attention(arrangement).visible == {}
 
 
 def test_an_infix_is_seen_from_the_last_token_before_it() -> None:
     backbone = llama()
-    prefixes, arrangement = arranged(backbone, [prompt(backbone.attention_layers, 2, after_text=True)] * 3)
+    prefixes, arrangement = arranged(backbone, [prefix(backbone.attention_layers, 2, after_text=True)] * 3)
     visible = prefixes.attention(arrangement).visible[backbone.attention_layers[0].module]
     for row, end in enumerate((5, 5, 3)):
         assert visible[row].tolist() == [[column >= end - 1] * 2 for column in range(5)]
@@ -78,7 +71,7 @@ def test_an_infix_is_seen_from_the_last_token_before_it() -> None:
 
 def test_some_layers_alone_have_a_prefix() -> None:
     backbone = llama()
-    prefixes, arrangement = arranged(backbone, [prompt(backbone.attention_layers[1:], 2)] * 3)
+    prefixes, arrangement = arranged(backbone, [prefix(backbone.attention_layers[1:], 2)] * 3)
     assert set(prefixes.attention(arrangement).prefixes) == {a.module for a in backbone.attention_layers[1:]}
 
 
@@ -86,7 +79,7 @@ def test_some_layers_alone_have_a_prefix() -> None:
 def test_t5_scores_a_prefix_right_before_the_text() -> None:
     backbone = Backbone.shared(base_model("t5", SEQ_2_SEQ_LM))
     encoder = [a for a in backbone.attention_layers if a.site is Site.ENCODER]
-    prefixes, arrangement = arranged(backbone, [prompt(encoder, 2)] * 3)
+    prefixes, arrangement = arranged(backbone, [prefix(encoder, 2)] * 3)
     module = encoder[0].module
     bias = prefixes.attention(arrangement).biases[module]
     owner: Any = backbone.stacks[0].relative_bias
@@ -102,7 +95,7 @@ def test_t5_scores_a_prefix_right_before_the_text() -> None:
 
 def test_a_layer_that_did_not_call_is_told() -> None:
     backbone = llama()
-    prefixes, arrangement = arranged(backbone, [prompt(backbone.attention_layers, 2)] * 3)
+    prefixes, arrangement = arranged(backbone, [prefix(backbone.attention_layers, 2)] * 3)
     wrapper = prefixes.attention(arrangement)
     wrapper.reached |= {id(a.module) for a in backbone.attention_layers[:-1]}
     with pytest.raises(UnsupportedModelError, match="did not reach every layer"):
@@ -114,7 +107,7 @@ def test_a_layer_that_did_not_call_is_told() -> None:
 def test_cross_attention_is_expected_where_there_is_an_encoder() -> None:
     backbone = Backbone.shared(base_model("bart", SEQ_2_SEQ_LM))
     cross = [a for a in backbone.attention_layers if a.site is Site.CROSS]
-    prefixes, arrangement = arranged(backbone, [prompt(cross, 2)] * 3, site=1)
+    prefixes, arrangement = arranged(backbone, [prefix(cross, 2)] * 3, site=1)
     wrapper = prefixes.attention(arrangement)
     assert {*wrapper.crossing} == {a.module for a in cross}
     prefixes.check_reached(wrapper, {})
@@ -124,7 +117,7 @@ def test_cross_attention_is_expected_where_there_is_an_encoder() -> None:
 
 def test_layers_without_the_interface_get_a_cache() -> None:
     backbone = Backbone.shared(base_model("bloom", CAUSAL_LM))
-    prompts = [prompt(backbone.attention_layers, 2)] * 3
+    prompts = [prefix(backbone.attention_layers, 2)] * 3
     prefixes, arrangement = arranged(backbone, prompts)
     call: dict[str, Any] = {"attention_mask": MASK, "cache": DynamicCache()}
     prefixes.add_cache(call, arrangement)
@@ -138,13 +131,13 @@ def test_layers_without_the_interface_get_a_cache() -> None:
     key, value = torch.randn(3, layer.heads, 5, layer.key_size), torch.randn(3, layer.heads, 5, layer.value_size)
     joined, _ = call["cache"].update(key, value, 0)
     for row, start in enumerate((2, 0, 1)):
-        prefix = prompts[row].prefixes[layer.place].key
-        assert torch.equal(joined[row], torch.cat([key[row, :, :start], prefix, key[row, :, start:]], dim=1))
+        own = prompts[row].prefixes[layer.place].key
+        assert torch.equal(joined[row], torch.cat([key[row, :, :start], own, key[row, :, start:]], dim=1))
 
 
 def test_rows_that_a_model_cannot_count_are_refused() -> None:
     backbone = Backbone.shared(base_model("bart", SEQ_2_SEQ_LM))
     decoder = [a for a in backbone.attention_layers if a.site is Site.DECODER]
-    prefixes, arrangement = arranged(backbone, [prompt(decoder, n) for n in (2, 1, 2)], site=1)
+    prefixes, arrangement = arranged(backbone, [prefix(decoder, n) for n in (2, 1, 2)], site=1)
     with pytest.raises(UnsupportedModelError, match="goes by the length of its cache"):
         prefixes.add_cache({"attention_mask": MASK}, arrangement)

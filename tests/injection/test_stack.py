@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tests.families import CAUSAL_LM, SEQ_CLS, base_model
+from tests.injection.samples import prefix, vectors
 from torch import Tensor, nn
 
 from softtune import UnsupportedModelError
 from softtune.backbone import Backbone, model_session
 from softtune.compat import cache_of
 from softtune.injection.stack import StackInjection
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.base import Prompt
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 0], [0, 8, 9, 5, 6, 0], [0, 4, 0, 0, 0, 0]])
 MASK = (IDS != 0).long()
@@ -21,10 +20,6 @@ MASK = (IDS != 0).long()
 
 def injection(backbone: Backbone, prompt: Prompt, text_ends: Tensor | None = None) -> StackInjection:
     return StackInjection(backbone, backbone.stacks[0], [prompt], None, None, text_ends, True, None)
-
-
-def vectors(backbone: Backbone, **options: Any) -> Prompt:
-    return Prompt(num_virtual_tokens=2, vectors=torch.randn(2, backbone.embedding.embedding_dim), **options)
 
 
 def hooks(model: nn.Module) -> int:
@@ -119,11 +114,7 @@ def test_a_mask_beside_the_virtual_tokens_of_an_encoder() -> None:
 
 @torch.no_grad()
 def test_a_prefix_leaves_the_cache_of_the_text_alone(llama: Backbone) -> None:
-    prefixes = {
-        a.place: KeyValue(torch.randn(a.heads, 2, a.key_size), torch.randn(a.heads, 2, a.value_size))
-        for a in llama.attention_layers
-    }
-    there = injection(llama, Prompt(num_virtual_tokens=2, prefixes=prefixes, shifts_positions=True))
+    there = injection(llama, prefix(llama.attention_layers))
     with model_session(llama.model), there.attached():
         output = llama.model(IDS, attention_mask=MASK, use_cache=True)
     assert cache_of(output).get_seq_length() == IDS.shape[1]

@@ -8,26 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.injection.samples import Rows, masks
 from torch import Tensor
 from transformers import DynamicCache
 
 from softtune.injection.step import Step, features_of, is_flat, masks_of
 
-Rows = list[list[int]]
-
 few = settings(max_examples=60, deadline=None)
-
-
-@st.composite
-def masks(draw: st.DrawFn) -> Rows:
-    """Attention masks with padding on any side of each row's text, which has a token at least."""
-    length = draw(st.integers(1, 6))
-    rows = []
-    for _ in range(draw(st.integers(1, 3))):
-        left = draw(st.integers(0, length - 1))
-        right = draw(st.integers(0, length - 1 - left))
-        rows.append([0] * left + [1] * (length - left - right) + [0] * right)
-    return rows
 
 
 def call(rows: int, length: int, mask: Any = None, **arguments: Any) -> dict[str, Any]:
