@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,3 +48,9 @@ def test_more_than_replicas_take_are_refused(llama: str) -> None:
 def test_requests_do_not_load_adapters_into_one_of_several() -> None:
     with pytest.raises(ConfigError, match="a request reaches one of the replicas: put adapters into their folder"):
         run("any", [], EngineConfig(), Settings(admin_keys=("boss",)), replicas=2, host="127.0.0.1", port=1)
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"replicas need the package of Ray Serve: pip install 'softtune\[ray\]'"):
+        run("any", [], EngineConfig(), Settings(), replicas=2, host="127.0.0.1", port=1)

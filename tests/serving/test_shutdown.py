@@ -68,7 +68,7 @@ def test_who_stalls_does_not_keep_it(endless: str) -> None:
 
 def test_a_signal_waits_for_no_lock() -> None:
     ended: list[float] = []
-    service: Any = SimpleNamespace(loop=SimpleNamespace(end=ended.append))
+    service: Any = SimpleNamespace(thread=SimpleNamespace(end=ended.append))
     server = _Server(uvicorn.Config(lambda: None), service, 1.0)
     server.handle_exit(signal.SIGTERM, None)
     assert server.should_exit
