@@ -66,23 +66,16 @@ def test_the_places_of_changes_are_there() -> None:
         assert all(any(name in file.read_text(encoding="utf-8") for file in places) for name in names), row
 
 
-ELSEWHERE = {
-    "injection/arrangement": "injection/test_positions",  # it holds data alone
-    "serving/http/app": "serving/test_http",
-    "serving/http/server": "serving/test_http",
-    "serving/vllm/connector": "vllm/test_engine",
-    "serving/vllm/engine": "vllm/test_engine",
-    "serving/vllm/requests": "vllm/test_engine",
-}
-"""Modules whose tests have another name: those of a whole server, and those that need vLLM."""
+WITHOUT_TESTS = {"injection/arrangement.py"}
+"""It holds data alone, which the tests of injection/positions.py read."""
 
 
 @pytest.mark.parametrize("room", ["injection", "serving"])
-def test_each_module_has_tests_of_its_name(room: str) -> None:
+def test_every_file_has_tests_of_its_name(room: str) -> None:
+    """In the same folder of the tests, or, where they need vLLM, in tests/vllm."""
     source = ROOT / "src" / "softtune"
-    for file in (source / room).rglob("*.py"):
-        module = file.relative_to(source).with_suffix("")
-        own = module.with_name(f"test_{module.name}").as_posix()
-        place = ELSEWHERE.get(module.as_posix(), own)
-        assert module.name == "__init__" or (ROOT / "tests" / f"{place}.py").is_file(), module
-        assert place == own or not (ROOT / "tests" / f"{own}.py").exists(), f"{module} has tests of its own"
+    files = {file.relative_to(source).as_posix() for file in (source / room).rglob("*.py") if file.stem != "__init__"}
+    for file in map(Path, files - WITHOUT_TESTS):
+        tests = [ROOT / "tests" / place / f"test_{file.name}" for place in (file.parent, file.parent.name)]
+        found = [test for test in tests if test.exists() and "\ndef test_" in test.read_text(encoding="utf-8")]
+        assert found, f"{file} has no tests: add tests/{file.parent}/test_{file.name}"
