@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,6 +172,20 @@ def test_token_ids_outside_the_vocabulary_are_refused(idle: Service) -> None:
     assert idle.check_token_ids([]) == []
     with pytest.raises(RequestError, match="17 is no token: they go from 0 to 16"):
         idle.check_token_ids([0, 17])
+
+
+def test_texts_are_encoded_one_at_a_time(llama: str) -> None:
+    service = Service(llama)
+    words = ["red", "sky"] * 20
+
+    def cut(_: int) -> int:
+        return service.with_tokenizer(
+            lambda own: len(own(words, is_split_into_words=True, truncation=True, max_length=8)["input_ids"])
+        )
+
+    with ThreadPoolExecutor(6) as threads:
+        found = threads.map(lambda i: cut(i) if i % 2 else len(service.tokenize(" ".join(words))), range(2000))
+    assert {*found} == {8, len(service.tokenize(" ".join(words)))}
 
 
 def test_a_text_may_fill_what_the_adapter_leaves(idle: Service) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from softtune.cli.loading import load_trained
+from softtune.data import IGNORED, Example
+from softtune.errors import RequestError
 from softtune.evaluation.answers import Answers, answer
-from softtune.serving.service import Service
+from softtune.serving.registry import Version
+from softtune.serving.tasks import TaskRunner
+from softtune.tasks.requests import Classify, ClassifyTokens, Generate, LocateSpan, Loglikelihood
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 from tests.serving.test_http import serving
@@ -102,20 +108,6 @@ def test_a_space_at_the_end_is_the_answers(tmp_path: Path, models: dict[str, str
             assert client.post("/v1/completions", json=body).json()["choices"][0]["text"].strip() == expected
 
 
-def test_texts_are_encoded_one_at_a_time(models: dict[str, str]) -> None:  # noqa: F811
-    service = Service(models["llama"])
-    words = ["red", "sky"] * 20
-
-    def cut(_: int) -> int:
-        return service.with_tokenizer(
-            lambda own: len(own(words, is_split_into_words=True, truncation=True, max_length=8)["input_ids"])
-        )
-
-    with ThreadPoolExecutor(6) as threads:
-        found = threads.map(lambda i: cut(i) if i % 2 else len(service.tokenize(" ".join(words))), range(2000))
-    assert {*found} == {8, len(service.tokenize(" ".join(words)))}
-
-
 def test_choices(tmp_path: Path, models: dict[str, str]) -> None:  # noqa: F811
     rows = [
         {"x": "red", "options": ["warm", "cold"], "y": "warm"},
@@ -173,3 +165,125 @@ def test_what_an_adapter_is_not_for(tmp_path: Path, models: dict[str, str]) -> N
             assert client.post("/v1/classify", content=deep, headers=headers).status_code == 400
         base = client.post("/v1/classify", json={"model": models["bert"], "input": "red"})
         assert "is the base model: ask an adapter" in base.text
+
+
+class Asked:
+    """A task that makes what requests it is told to, and a service that answers them from a list."""
+
+    endpoint = "/v1/classify"
+    asks_for = "labels"
+    columns = ("x", "y")
+    baseline_record: Any = None
+
+    def __init__(self, requests: list[Any], results: list[Any]) -> None:
+        self._requests = requests
+        self._results = iter(results)
+        self.engine = "decoder"
+        self.made: list[Any] = []
+        self.noted: list[tuple[str, int]] = []
+        info: Any = SimpleNamespace(task=self, engine="head")
+        self.version: Any = Version("one", 1, info, Path("one"))
+        service: Any = self
+        self.runner = TaskRunner(service, lambda name, tokens: self.noted.append((name, tokens)))
+
+    def num_choices(self, record: Any) -> int:
+        return len(record["y"])
+
+    def requests(self, record: Any, tokenizer: Any) -> list[Any]:
+        return self._requests
+
+    def process(self, record: Any, requests: Any, results: list[Any], baseline: Any) -> Any:
+        assert requests is self._requests
+        return record, results, baseline
+
+    def as_json(self, processed: Any) -> Any:
+        return processed
+
+    def with_tokenizer(self, encode: Any) -> Any:
+        return encode(None)
+
+    async def result_of(self, engine: Any, version: Any, request: Any) -> Any:
+        assert version is self.version
+        self.made.append((engine, request(print)))
+        return next(self._results)
+
+    def run(self, record: Any, endpoint: str = "/v1/classify") -> Any:
+        return asyncio.run(self.runner.run(endpoint, self.version, record))
+
+
+def continued(text: list[int], answer: list[int], places: list[int] | None = None) -> Example:
+    labels = [IGNORED] * len(text) + answer
+    return Example(input_ids=[*text, *answer], labels=labels, prompt_positions=places)
+
+
+RECORD = {"x": "red", "y": "ab"}
+
+
+def test_answers_to_one_text_are_scored_together() -> None:
+    examples = [continued([5, 6], answer, [1]) for answer in ([7, 8], [9], [7, 9, 9])]
+    own = Asked([Loglikelihood(examples)], [[-1.0, -2.0, -3.0]])
+    record, [scores], baseline = own.run(RECORD)
+    assert (record, scores.tolist(), baseline) == (RECORD, [-1, -2, -3], None)
+    [(engine, request)] = own.made
+    assert (engine, request.input_ids, request.places) == ("decoder", [5, 6], [1])
+    assert request.answers == [[7, 8], [9], [7, 9, 9]]
+    assert own.noted == [("one", 2 + 1 + 0 + 2)]  # the last token of an answer is not read
+
+
+def test_examples_for_a_head_are_run_together() -> None:
+    examples = [continued([5] * length, []) for length in (2, 3, 4)]
+    requests = [Classify(examples[0]), LocateSpan(examples[1]), ClassifyTokens(examples[2])]
+    own = Asked(requests, [[("scores",), ("start", "end"), ("tags",)]])
+    assert own.run(RECORD) == (RECORD, ["scores", ("start", "end"), "tags"], None)
+    [(engine, request)] = own.made
+    assert (engine, request.examples) == ("head", examples)
+    assert own.noted == [("one", 9)]
+
+
+def test_the_baseline_is_asked_for_once() -> None:
+    own = Asked([Classify(continued([5], []))], [[(number,)] for number in range(9)])
+    own.baseline_record = {"x": "", "y": ""}
+    assert [own.run(RECORD)[1:] for _ in range(3)] == [([0], [1]), ([2], [1]), ([3], [1])]
+
+
+@pytest.mark.parametrize(
+    ("record", "endpoint", "message"),
+    [
+        (RECORD, "/v1/tag", "one was not trained for that: ask it for labels"),
+        ({"x": "red"}, "/v1/classify", "the record lacks 'y': one reads x, y"),
+        ({"x": "red", "y": "a" * 65}, "/v1/classify", "the record has 65 choices: give 64 at most"),
+    ],
+)
+def test_records_that_do_not_fit_are_refused(record: Any, endpoint: str, message: str) -> None:
+    own = Asked([], [])
+    with pytest.raises(RequestError) as refusal:
+        own.run(record, endpoint)
+    assert str(refusal.value) == message
+    assert own.run({"x": "red", "y": "a" * 64})
+
+
+def test_an_adapter_without_a_task_takes_no_records() -> None:
+    own = Asked([], [])
+    own.version.info.task = None
+    with pytest.raises(RequestError, match="one was not trained for that: ask it for texts"):
+        own.run(RECORD)
+    with pytest.raises(RequestError, match="one reads no records: send an object with these"):
+        own.runner.record(own.version, "red")
+
+
+def test_what_has_no_words_or_is_to_be_written_is_refused() -> None:
+    with pytest.raises(RequestError, match="the record has no words: write some"):
+        Asked([Loglikelihood([continued([], [7])])], []).run(RECORD)
+    with pytest.raises(RequestError, match="one generates texts: ask for them at /v1/completions"):
+        Asked([Generate(continued([5], []), 3)], []).run(RECORD)
+
+
+def test_a_plain_text_is_the_only_column() -> None:
+    own = Asked([], [])
+    assert own.runner.record(own.version, {"x": 1}) == {"x": 1}
+    with pytest.raises(RequestError, match="one reads x, y: send an object with these"):
+        own.runner.record(own.version, "red")
+    with pytest.raises(RequestError, match="one does not read 'a': it reads x, y"):
+        own.runner.record(own.version, {"x": 1, "z": 2, "a": 3})
+    own.columns = ("x",)
+    assert own.runner.record(own.version, "red") == {"x": "red"}
