@@ -158,7 +158,7 @@ def test_the_hub_is_asked_once_where_there_is_no_connection(monkeypatch: pytest.
 def test_adapters_on_a_packaged_model_name_it_as_the_hub_does(
     name: str, models: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("softtune.pretrained.locate_base_model", lambda name: models["bert"])
+    monkeypatch.setattr("softtune.pretrained.locate_base_model", lambda name, **_: models["bert"])
     base, _ = load_base_model(name, TaskType.SEQ_CLS)
     get_peft_model(base, PrefixTuningConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == PACKAGED[name].public_name

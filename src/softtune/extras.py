@@ -35,6 +35,7 @@ EXTRAS = {
     "sweep": Extra("a search", ("optuna",)),
     "ray": Extra("running on Ray", ("ray",)),
     "vllm": Extra("the engine vllm", ("vllm",)),
+    "quant": Extra("a quantised base model", ("bitsandbytes", "torchao")),
 }
 """All extras but ``all`` and ``test``."""
 

@@ -16,12 +16,14 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
     CONFIG_NAME,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,10 +31,12 @@ from transformers import (
 from softtune import storage
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError
+from softtune.formatting import in_one_line
+from softtune.load_options import LESS_MEMORY, LoadOptions, is_out_of_memory
 from softtune.methods import TaskType
 from softtune.methods.base import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
-__all__ = ["load_base_model", "locate_base_model"]
+__all__ = ["LoadOptions", "load_base_model", "locate_base_model"]
 
 MODEL_CLASSES: dict[TaskType, Any] = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
@@ -41,6 +45,9 @@ MODEL_CLASSES: dict[TaskType, Any] = {
     TaskType.TOKEN_CLS: AutoModelForTokenClassification,
     TaskType.QUESTION_ANS: AutoModelForQuestionAnswering,
 }
+
+
+DEFAULT_OPTIONS = LoadOptions()
 
 
 class Packaged(NamedTuple):
@@ -59,34 +66,36 @@ PACKAGED = {
 
 
 def load_base_model(
-    name: str, task: TaskType | str = TaskType.CAUSAL_LM, *, num_labels: int | None = None
+    name: str,
+    task: TaskType | str = TaskType.CAUSAL_LM,
+    *,
+    num_labels: int | None = None,
+    options: LoadOptions = DEFAULT_OPTIONS,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base model in evaluation mode and fp32, and its tokenizer.
+    """Load a base model in evaluation mode, and its tokenizer.
 
     Args:
         name: a folder, a hub name, ``smollm2-135m`` or ``minilm``.
         task: the task that the model's class is for, or its name.
         num_labels: number of classes of a new head.
+        options: its dtype, device, quantisation and so on; by default a GPU if there is one, in the checkpoint's own
+            dtype, else the CPU in fp32.
 
     Raises:
         ConfigError: there is no such model or task, or the model does not support the task, as one without a language
-            head or an encoder does not support CAUSAL_LM.
+            head or an encoder does not support CAUSAL_LM; or there is no such device, or no room on it.
+        MissingExtraError: the package of a quantisation is not installed.
     """
     task = known_task(task)
-    source = locate_base_model(name)
-    options = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    options.check_machine()
+    source = locate_base_model(name, revision=options.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options.hub)
     except (OSError, ValueError) as error:
         if (Path(source) / CONFIG_NAME).is_file():
             raise ConfigError(f"the base model {name!r} has no tokenizer in its folder", "save it there too") from error
         raise _refusal(name, task, error) from error
-    try:
-        model, loading = MODEL_CLASSES[task].from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise _refusal(name, task, error) from error
+    model, loading = _load_weights(name, source, task, num_labels, options)
     mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
     _check_weights(name, task, model, sorted({*loading["missing_keys"], *mismatched}))
     if name in PACKAGED:
@@ -98,9 +107,60 @@ def load_base_model(
     return model.eval(), tokenizer
 
 
+def _load_weights(
+    name: str, source: str, task: TaskType, num_labels: int | None, options: LoadOptions
+) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers tells of its weights.
+
+    Raises:
+        ConfigError: it cannot be loaded for this task or with these options, or there is no room for it.
+    """
+    head = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    try:
+        config = AutoConfig.from_pretrained(source, **options.hub)
+        heads = None if options.quantization is None else _head_names(task, config, options)
+        arguments = options.arguments(config, heads)
+        model, loading = MODEL_CLASSES[task].from_pretrained(
+            source, output_loading_info=True, **options.hub, **arguments, **head
+        )
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _refusal(name, task, error) from error
+    except ImportError as error:  # of an attention function's kernels, or of a quantised checkpoint's
+        raise ConfigError(
+            f"cannot load the base model {name!r} ({in_one_line(error)})", "install that, or choose another"
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            place = options.device_map or options.torch_device
+            raise ConfigError(f"the base model {name!r} has no room in the memory of {place}", LESS_MEMORY) from error
+        if options.quantization is None:
+            raise
+        reason = f"cannot load the base model {name!r} in {options.quantization} ({in_one_line(error)})"
+        raise ConfigError(reason, "use another quantization, or none") from error
+    return model, loading
+
+
+def _head_names(task: TaskType, config: PretrainedConfig, options: LoadOptions) -> list[str] | None:
+    """Names of the modules above a model's layers, among them the head that training copies; None if all are one."""
+    with torch.device("meta"):
+        model = MODEL_CLASSES[task].from_config(config, trust_remote_code=options.trust_remote_code)
+    names = [name for name, _ in model.named_children()]
+    if model.base_model_prefix not in names:
+        return None
+    return [name for name in names if name != model.base_model_prefix]
+
+
 def _refusal(name: str, task: TaskType, error: Exception) -> ConfigError:
     """The error for a base model that cannot be loaded."""
     reason = str(error).strip().splitlines()[0]
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"the base model {name!r} comes with code of its own", "set trust_remote_code if you trust who wrote it"
+        )
+    if "attn_implementation" in reason:
+        return ConfigError(f"cannot load the base model {name!r} ({reason})", "use another attn_implementation")
     if reason.startswith("Unrecognized configuration class"):
         return ConfigError(f"the base model {name!r} is no model for {task.value}", "use another task")
     if isinstance(error.__cause__, LocalEntryNotFoundError):
@@ -120,8 +180,12 @@ def known_task(task: TaskType | str) -> TaskType:
     raise ConfigError(f"no base model is loaded for task {getattr(task, 'value', task)}", f"use one of {names}")
 
 
-def locate_base_model(name: str) -> str:
+def locate_base_model(name: str, *, revision: str | None = None) -> str:
     """Return the folder or hub name to pass to ``from_pretrained``. Converts SmolLM2 at its first use (half a minute).
+
+    Args:
+        name: a folder, a hub name, ``smollm2-135m`` or ``minilm``.
+        revision: a branch, tag or commit on the hub.
 
     Raises:
         ConfigError: there is no such folder, the model's package is not installed, or the hub cannot be reached.
@@ -134,7 +198,7 @@ def locate_base_model(name: str) -> str:
             _convert_gguf(next(_package(PACKAGED[name]).glob("*.gguf")), folder)
         return str(folder)
     if not storage.is_path(name):
-        if not storage.is_cached_or_reachable(name, CONFIG_NAME):
+        if not storage.is_cached_or_reachable(name, CONFIG_NAME, revision=revision):
             reason = "there is no such folder, and the hub could not be reached"
             raise ConfigError(f"cannot load the base model {name!r} ({reason})", "check its name")
         return name
