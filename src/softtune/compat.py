@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from packaging.version import Version
 
@@ -31,7 +31,9 @@ if Version(OLDEST) > INSTALLED:
         name="transformers",
     )
 
-from torch import Tensor, nn  # noqa: E402  # an old version lacks what is imported below
+import torch  # noqa: E402  # an old version lacks what is imported below
+from accelerate.utils import patch_environment  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # noqa: E402
 from transformers.cache_utils import (  # noqa: E402
     Cache,
@@ -47,6 +49,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.utils.hub import PushToHubMixin  # noqa: E402
 
 from softtune.errors import DataError, UnsupportedModelError  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
@@ -384,6 +389,23 @@ def prepared_inputs(trainer: Any, batch: Mapping[str, Any]) -> Any:
 def save_checkpoint(trainer: Any) -> None:
     """Save a checkpoint of a Trainer's current step."""
     trainer._save_checkpoint(trainer.model, trial=None)
+
+
+def training_arguments_on(device: torch.device, **settings: Any) -> TrainingArguments:
+    """The arguments of a Trainer that computes on this device, or under torchrun on the process's own.
+
+    By itself a Trainer takes the first GPU, and shares its batches among all that it sees.
+    """
+    from transformers import TrainingArguments
+
+    with patch_environment(**({"ACCELERATE_TORCH_DEVICE": str(device)} if device.index else {})):
+        arguments = TrainingArguments(use_cpu=device.type == "cpu", **settings)
+    if device.type != "cpu" and arguments.world_size == 1:
+        arguments._n_gpu = 1
+        if device.index:
+            vars(arguments)["_setup_devices"] = device  # a cached property, always of the first GPU
+            torch.get_device_module(device).set_device(device)
+    return arguments
 
 
 def console_callbacks() -> list[type]:

@@ -77,3 +77,17 @@ def test_any_name_is_a_file_of_its_own(tmp_path: Path) -> None:
     assert len({store.run_folder(name, 0) for name in names}) == len(names)
     assert store.run_folder("a_b", 0) == tmp_path / "a_b-1"
     assert store.run_folder("a, b", 1) == tmp_path / "a_b-4a479db6-2"
+
+
+def test_results_from_before_a_field_was_there_have_its_default(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    store.save(
+        "lora",
+        0,
+        {"recipe": {"epochs": 1.0}},
+        [Entry(name="lora", at={}, outcomes=[], failure="x", failed_by="TrainingError")],
+    )
+    defaults = {"dtype": "auto", "quantization": None}
+    assert store.final_results("lora", {"recipe": {"epochs": 1.0, **defaults}})
+    with pytest.raises(ConfigError, match="differs in its dtype, 'auto' then and 'bfloat16' now"):
+        store.final_results("lora", {"recipe": {"epochs": 1.0, **defaults, "dtype": "bfloat16"}})

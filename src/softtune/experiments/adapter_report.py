@@ -78,7 +78,8 @@ def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
 
 
 def _loaded(folder: Path, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+    options = recipe.inference_load_options()
+    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels, options=options)
     return PeftModel.from_pretrained(base, folder), tokenizer
 
 

@@ -52,8 +52,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., width]"""
-        changed: Tensor = states + self.up(gelu(self.down(states)))
-        return changed
+        changed: Tensor = self.up(gelu(self.down(states.float()))).to(states.dtype)  # the bottleneck stays in fp32
+        return states + changed
 
 
 def train_all(model: PreTrainedModel) -> None:

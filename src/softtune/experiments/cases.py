@@ -14,6 +14,7 @@ from softtune.errors import ConfigError
 from softtune.experiments.baselines import BASELINES
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.result_store import ResultStore
+from softtune.load_options import OF_THE_MACHINE
 from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING
 from softtune.training.recipe import Recipe
 
@@ -91,7 +92,7 @@ class Case:
     @property
     def configuration(self) -> dict[str, Any]:
         """What distinguishes it from another case of the same name."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"output"})
+        recipe = self.recipe.model_dump(mode="json", exclude={"output", *OF_THE_MACHINE})
         return {"entry": self.entry, "seeds": self.seeds, "recipe": recipe, "rows": self.rows}
 
     @property

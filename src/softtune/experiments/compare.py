@@ -10,7 +10,7 @@ from softtune.errors import ConfigError
 from softtune.experiments.cases import ENTRIES, PROMPTS, REPLACED, Case
 from softtune.experiments.experiment import run_cases, with_rows
 from softtune.experiments.outcomes import Entry
-from softtune.experiments.result_store import ResultStore
+from softtune.experiments.result_store import ResultStore, with_defaults
 from softtune.training.progress import Progress
 from softtune.training.recipe import Recipe
 
@@ -78,5 +78,5 @@ def _check_budget(case: Case) -> None:
 
 def _budget(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a case's configuration that all entries of a comparison share."""
-    recipe = {name: value for name, value in configuration["recipe"].items() if name not in REPLACED}
+    recipe = {name: value for name, value in with_defaults(configuration)["recipe"].items() if name not in REPLACED}
     return {**recipe, "seeds": configuration["seeds"], "rows": configuration["rows"]}

@@ -11,6 +11,7 @@ from softtune.errors import ConfigError, DataError, SofttuneError
 from softtune.experiments.cases import Case
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.runs import run_at_once
+from softtune.load_options import LoadFields
 from softtune.training.compatibility import shared
 from softtune.training.folder import RunFolder
 from softtune.training.progress import Phase, Progress
@@ -27,6 +28,7 @@ NOT_OF_ROWS = (
     *("method", "options", "learning_rate", "schedule", "warmup_steps", "epochs", "batch_size", "weight_decay"),
     *("max_grad_norm", "patience", "validation_size", "bf16", "gradient_checkpointing", "compile", "ensemble"),
     *("trunk_cache", "trunk_cache_disk", "save_steps", "report_to", "output", "seed", "data_seed"),
+    *LoadFields.model_fields,
 )
 """Recipe fields that do not determine its rows. The two seeds determine them together, as ``rows_seed``."""
 

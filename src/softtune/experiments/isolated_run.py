@@ -37,7 +37,9 @@ class _Prepared:
     def adapted(self, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """See ``Models``."""
         set_seed(recipe.seed)
-        base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+        base, tokenizer = load_base_model(
+            recipe.model, recipe.task, num_labels=recipe.num_labels, options=recipe.load_options
+        )
         model = PeftModel(base)
         self.baseline.prepare(base)
         return model, tokenizer

@@ -37,7 +37,9 @@ def answer_alone(case: Case, progress: Progress) -> list[Outcome]:
     shots, recipe = PROMPTS[case.entry], case.recipe
     if recipe.task.has_head:
         raise UnsupportedModelError("a head that is not trained answers nothing", "leave this entry out")
-    base, tokenizer = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+    base, tokenizer = load_base_model(
+        recipe.model, recipe.task, num_labels=recipe.num_labels, options=recipe.load_options
+    )
     model, rows = PeftModel(base), Rows.load(recipe)
     if shots > len(rows.training):
         raise ConfigError(

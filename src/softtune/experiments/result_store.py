@@ -17,6 +17,7 @@ from softtune import storage
 from softtune.errors import CheckpointError, ConfigError
 from softtune.experiments.outcomes import Entry
 from softtune.formatting import shortened
+from softtune.load_options import OF_THE_MACHINE, LoadFields
 from softtune.training.folder import ENTRIES_NAME
 
 SWEEP_NAME = "sweep.yaml"
@@ -88,7 +89,7 @@ class ResultStore:
         content = _read(self._file(name))
         if not _is_final(content):
             return None
-        self.check_same(content["asked"], configuration)
+        self.check_same(with_defaults(content["asked"]), with_defaults(configuration))
         return _entries(content)
 
     def save(self, name: str, number: int, configuration: Mapping[str, Any], entries: Sequence[Entry]) -> None:
@@ -157,6 +158,12 @@ def _stem(name: str) -> str:
     if plain == name and len(plain) <= LONGEST_STEM:
         return name
     return f"{plain[:LONGEST_STEM]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def with_defaults(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """A case's configuration with the defaults of fields that recipes did not have when it was saved."""
+    defaults = {name: field.default for name, field in LoadFields.model_fields.items() if name not in OF_THE_MACHINE}
+    return {**configuration, "recipe": {**defaults, **configuration.get("recipe", {})}}
 
 
 def _is_final(content: Mapping[str, Any]) -> bool:

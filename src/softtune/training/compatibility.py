@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softtune.errors import ConfigError
+from softtune.load_options import LoadFields
 from softtune.training.multi_run import TASKS
 from softtune.training.recipe import Recipe
 
@@ -18,9 +19,12 @@ def check_compatible(recipes: Sequence[Recipe]) -> None:
 
     Raises:
         ConfigError: two recipes differ in a shared setting or have the same output, their task trains one adapter at a
-            time, a tracker is not installed, or several adapters are reported to W&B.
+            time, a tracker is not installed, several adapters are reported to W&B, or there is no such device.
+        MissingExtraError: the package of a quantisation is not installed.
     """
     _check_trackers(recipes)
+    for recipe in recipes:
+        recipe.load_options.check_machine()
     if recipes[0].task not in TASKS and sum(recipe.ensemble for recipe in recipes) > 1:
         raise ConfigError(
             f"{recipes[0].task.value} trains one adapter at a time", "run one recipe, without an ensemble"
@@ -40,7 +44,7 @@ def check_compatible(recipes: Sequence[Recipe]) -> None:
 
 def shared(recipe: Recipe) -> dict[str, Any]:
     """Settings that recipes which run at once must share, since they hold for all rows of a step."""
-    names = ("model", "task", "num_labels", "bf16", "compile", "gradient_checkpointing")
+    names = ("model", "task", "num_labels", "bf16", "compile", "gradient_checkpointing", *LoadFields.model_fields)
     values = {name: getattr(recipe, name) for name in names} | {"task": recipe.task.value}
     return values | {"the use of a trunk cache": recipe.has_trunk_cache}
 

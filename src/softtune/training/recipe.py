@@ -16,9 +16,10 @@ from pydantic import model_validator
 
 from softtune.data import Template
 from softtune.errors import CheckpointError, ConfigError
+from softtune.load_options import OF_THE_MACHINE, LoadFields
 from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from softtune.methods.base import CONFIG_NAME, config_class_of
-from softtune.pretrained import MODEL_CLASSES
+from softtune.pretrained import MODEL_CLASSES, LoadOptions
 from softtune.tasks import Task
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe_fields import RecipeFields
@@ -34,7 +35,7 @@ NOT_OPTIONS = {
     "task_type": "set task instead",
     "inference_mode": "drop it, a recipe trains",
     "base_model_name_or_path": "set model instead",
-    "revision": "drop it, and set model to a folder with that revision",
+    "revision": "drop it, and set the recipe's own revision",
 }
 """Fields of the method's config that ``options`` may not have, and what to do instead."""
 
@@ -45,6 +46,8 @@ HINTS = {
     "validation_size": "name a number of rows of 1 or more, or a share of them between 0 and 1",
     "shares": "name each label's share, such as {spam: 0.3, ham: 0.7}",
     "train": "name a file or a hub data set, or list several",
+    "device_map": "write auto, balanced, balanced_low_0 or sequential, or name a device for each module",
+    "max_memory": "name each device's, such as {0: 20GiB, cpu: 60GiB}",
     "report_to": "list tensorboard, wandb or both, such as [tensorboard]",
 }
 """What to write in fields of union or nested types, where pydantic's message names only its internal types."""
@@ -53,7 +56,7 @@ OPTIONS = {field.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for fie
 """Fields of the methods' configs."""
 
 
-class Recipe(RecipeFields):
+class Recipe(LoadFields, RecipeFields):
     """Settings of a training run."""
 
     @model_validator(mode="after")
@@ -138,6 +141,25 @@ class Recipe(RecipeFields):
         return [self.train] if isinstance(self.train, str) else self.train
 
     @property
+    def load_options(self) -> LoadOptions:
+        """How the base model is loaded for training."""
+        return LoadOptions(**{name: getattr(self, name) for name in LoadFields.model_fields})
+
+    def inference_load_options(self, **changes: Any) -> LoadOptions:
+        """How the base model is loaded for the trained adapter: as for training, on any machine.
+
+        Where the base model is, and whether its code may run, is for those to say who run it.
+
+        Args:
+            changes: fields of ``LoadOptions`` that replace the recipe's.
+
+        Raises:
+            ConfigError: a field is unknown or out of range.
+        """
+        kept = {*LoadFields.model_fields} - {*OF_THE_MACHINE, "trust_remote_code"}
+        return LoadOptions(**{**{name: getattr(self, name) for name in kept}, **changes})
+
+    @property
     def has_trunk_cache(self) -> bool:
         return bool(self.trunk_cache or self.trunk_cache_disk)
 
@@ -157,8 +179,9 @@ class Recipe(RecipeFields):
         return len(self.labels) if self.labels and self.task.has_head else None
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """The fields that differ between two recipes, with this one's value and the other's."""
-        own, others = self.model_dump(mode="json"), other.model_dump(mode="json")
+        """The fields that differ between two recipes, with this one's value and the other's; without those that say on
+        which device to run."""
+        own, others = (each.model_dump(mode="json", exclude={*OF_THE_MACHINE}) for each in (self, other))
         return {name: (own[name], others[name]) for name in own if own[name] != others[name]}
 
     @property
@@ -174,7 +197,10 @@ class Recipe(RecipeFields):
         """
         places = Template(self.template).num_virtual_tokens
         tokens = {"num_virtual_tokens": places} if places else {}
-        return PeftConfig.from_dict({"peft_type": self.method, "task_type": self.task, **tokens, **self.options})
+        base = {} if self.revision is None else {"revision": self.revision}
+        return PeftConfig.from_dict(
+            {"peft_type": self.method, "task_type": self.task, **base, **tokens, **self.options}
+        )
 
     @property
     def peak_learning_rate(self) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -134,7 +135,7 @@ class Setup:
         phase = TRAINING if recipe.ensemble == 1 else replace(TRAINING, member=name)
         return AdapterTrainer(
             model,
-            args=_arguments(recipe, self.folder.checkpoints(name), recipe.seed + number),
+            args=_arguments(recipe, self.folder.checkpoints(name), recipe.seed + number, model.device),
             train_dataset=self.examples,
             eval_dataset=self.validation or None,
             data_collator=Collator(int(self.tokenizer.pad_token_id), padding_side="left"),
@@ -179,14 +180,15 @@ class BaseModels:
         """The base model and tokenizer; loaded anew where there is a head, so that each adapter has its own start."""
         if self._first is not None and recipe.num_labels is None:
             return self._first
-        loaded = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels)
+        loaded = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels, options=recipe.load_options)
         self._first = self._first or loaded
         return loaded
 
 
-def _arguments(recipe: Recipe, folder: Path, seed: int) -> Any:
+def _arguments(recipe: Recipe, folder: Path, seed: int, device: torch.device) -> Any:
     return training_arguments(
         folder,
+        device,
         learning_rate=recipe.peak_learning_rate,
         lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
         warmup_steps=recipe.warmup_steps,

@@ -295,13 +295,23 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
 
-def training_arguments(folder: str | os.PathLike[str], **settings: Any) -> TrainingArguments:
+def training_arguments(
+    folder: str | os.PathLike[str], device: torch.device | None = None, **settings: Any
+) -> TrainingArguments:
     """Build the Trainer's arguments from settings and fixed values.
 
     The optimiser is AdamW, and every step is logged. Only the newest checkpoint is kept, and the best one if it is
     loaded at the end.
+
+    Args:
+        folder: the folder of checkpoints.
+        device: where the base model computes; by default a GPU if there is one.
+        settings: further arguments.
     """
-    return TrainingArguments(
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return compat.training_arguments_on(
+        device,
         output_dir=os.fspath(folder),
         logging_steps=1,
         save_total_limit=2 if settings.get("load_best_model_at_end") else 1,  # 1 would leave only the best in the end
@@ -312,7 +322,6 @@ def training_arguments(folder: str | os.PathLike[str], **settings: Any) -> Train
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         include_num_input_tokens_seen="non_padding",
-        use_cpu=not torch.cuda.is_available(),
         logging_nan_inf_filter=False,
         **settings,
     )
