@@ -30,7 +30,8 @@ from tests.tiny import save_models
 def test_the_same_base_model_at_another_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     exact = adapted("gpt2", CAUSAL_LM, "prefix")
     exact.save_pretrained(tmp_path)
-    rounded = PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM).to(dtype), tmp_path)
+    with pytest.warns(UserWarning, match=f"on its base model in float32, which is in {str(dtype)[6:]} now"):
+        rounded = PeftModel.from_pretrained(base_model("gpt2", CAUSAL_LM).to(dtype), tmp_path)
     ids = torch.tensor([[5, 6, 7]])
     assert rounded(ids).logits.dtype == dtype
     torch.testing.assert_close(rounded(ids).logits.float(), exact(ids).logits, rtol=0.05, atol=0.05)

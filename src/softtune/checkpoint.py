@@ -1,7 +1,8 @@
 """Adapter folders in PEFT's format, and the training state beside them.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (what inference needs; PEFT reads both),
-``softtune_config.json`` (fields that PEFT lacks, and a sample by which the base model is recognized),
+``softtune_config.json`` (fields that PEFT lacks, what the base model was loaded in, and a sample by which it is
+recognized),
 ``training_state.safetensors`` where training needs more tensors than inference, and a model card. Weights are
 safetensors only: a pickled file is refused unread, unless the caller passes ``allow_pickle=True``.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from softtune.backbone import Backbone
 from softtune.card import CARD_NAME, model_card
 from softtune.errors import AdapterMismatchError, CheckpointError
 from softtune.formatting import in_one_line
+from softtune.load_options import own_quantization
 from softtune.methods.base import CONFIG_NAME, OWN_CONFIG_NAME, PeftConfig
 from softtune.methods.initialization import OWN_KEY, PROMPT_KEY, WEIGHTS_NAME
 
@@ -36,6 +39,8 @@ PICKLED_NAME = "adapter_model.bin"
 SAMPLE_KEY = "embedding_sample"
 ROWS_KEY = "embedding_rows"
 """Number of rows of the sampled embedding; rows that were added or removed since are not compared."""
+DTYPE_KEY, QUANTIZATION_KEY = "base_model_dtype", "base_model_quantization"
+"""What the base model was loaded in when the adapter was trained; folders from before have neither."""
 SAMPLE_TOLERANCE = 0.05
 """Difference of two embedding samples (precision, quantisation), relative to the largest value, up to which they count
 as the same base model's."""
@@ -67,10 +72,26 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone, *
             write(stage / STATE_NAME, adapter.module.state_dict())
         model_card(Path(folder) / CARD_NAME, config, backbone).save(stage / CARD_NAME)
         rows = backbone.embedding.num_embeddings
-        config.write(stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows})
+        config.write(stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows, **_precision(backbone)})
     gone = {STATE_NAME: not adapter.is_reparameterised, PICKLED_NAME: not also_pickled}
     for name in (name for name, is_gone in gone.items() if is_gone):
         Path(folder, name).unlink(missing_ok=True)  # left by another adapter that was saved here before
+
+
+def _precision(backbone: Backbone) -> dict[str, str | None]:
+    """What a base model is loaded in, under the keys of softtune's config."""
+    dtype = str(backbone.model.dtype).removeprefix("torch.")
+    return {DTYPE_KEY: dtype, QUANTIZATION_KEY: own_quantization(backbone.model.config)}
+
+
+def _warn_of_precision(folder: str | os.PathLike[str], notes: Mapping[str, Any], backbone: Backbone) -> None:
+    """Warn if an adapter was trained on a base model in another dtype, or quantised otherwise."""
+    now = _precision(backbone)
+    then = {key: notes.get(key, now[key]) for key in now}
+    if then != now:
+        was, is_now = (" and ".join(filter(None, [each[QUANTIZATION_KEY], each[DTYPE_KEY]])) for each in (then, now))
+        says = f"the adapter in {folder} was trained on its base model in {was}, which is in {is_now} now"
+        warnings.warn(f"{says}: expect somewhat other outputs", stacklevel=4)
 
 
 def _name_of_base(config: PeftConfig, backbone: Backbone) -> str | None:
@@ -176,6 +197,8 @@ def check_base_model(
 ) -> None:
     """Check that a saved adapter was trained on this base model, and that its folder is complete.
 
+    Warns if the base model was in another dtype then, or quantised otherwise.
+
     Raises:
         CheckpointError: the folder has no weights, or lacks softtune's config although the weights need it.
         AdapterMismatchError: the word embeddings differ in rows that both models have.
@@ -184,6 +207,7 @@ def check_base_model(
     if path is None and OWN_KEY in weights(folder, allow_pickle=allow_pickle, **hub):
         raise CheckpointError(f"{folder} has no {OWN_CONFIG_NAME}, and its prompt needs it", "copy the whole folder")
     notes = storage.read_json(path) if path else {}
+    _warn_of_precision(folder, notes, backbone)
     if (saved := notes.get(SAMPLE_KEY)) is None:
         return
     sample = backbone.embedding_sample(notes.get(ROWS_KEY))
