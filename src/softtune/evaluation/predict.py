@@ -141,7 +141,8 @@ def score_tokens(
     found: dict[int, Tensor] = {}
     for batch in _batches([len(example.input_ids) for example in examples], batch_size, advance):
         with torch.no_grad():
-            logits = _check_nan(_forward(model, _collate([examples[i] for i in batch], pad_token_id)).logits).cpu()
+            output = _forward(model, _collate([examples[i] for i in batch], pad_token_id))
+            logits = _check_nan(output.logits).float().cpu()
         found |= {i: row[len(row) - len(examples[i].input_ids) :].clone() for i, row in zip(batch, logits, strict=True)}
     return [found[i] for i in range(len(examples))]
 
@@ -171,9 +172,8 @@ def score_spans(
     for batch in _batches([len(example.input_ids) for example in examples], batch_size, advance):
         with torch.no_grad():
             output = _forward(model, _collate([examples[i] for i in batch], pad_token_id))
-        for i, first, last in zip(
-            batch, _check_nan(output.start_logits).cpu(), _check_nan(output.end_logits).cpu(), strict=True
-        ):
+        first_logits, last_logits = (_check_nan(x).float().cpu() for x in (output.start_logits, output.end_logits))
+        for i, first, last in zip(batch, first_logits, last_logits, strict=True):
             padding = len(first) - len(examples[i].input_ids)
             found[i] = first[padding:], last[padding:]
     return [found[i] for i in range(len(examples))]

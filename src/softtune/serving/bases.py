@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from softtune.backbone.quantization import plain_parts
 from softtune.methods import TaskType
 from softtune.model import PeftModel
-from softtune.pretrained import load_base_model, locate_base_model
+from softtune.pretrained import DEFAULT_OPTIONS, LoadOptions, load_base_model, locate_base_model
 
 
 class Bases:
@@ -17,10 +17,12 @@ class Bases:
 
     Args:
         name: the base model's name, see ``load_base_model``.
+        options: how it is loaded.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, options: LoadOptions = DEFAULT_OPTIONS) -> None:
         self.name = name
+        self.options = options
         self._models: dict[tuple[TaskType, int | None], PeftModel] = {}
         self._tensors: dict[str, list[Tensor]] = {}
         """The plain tensors of each parameter, by its name."""
@@ -34,7 +36,7 @@ class Bases:
         """
         key = (task, num_labels)
         if key not in self._models:
-            base, self._tokenizer = load_base_model(self.name, task, num_labels=num_labels)
+            base, self._tokenizer = load_base_model(self.name, task, num_labels=num_labels, options=self.options)
             self._share(base)
             self._models[key] = PeftModel(base).eval()
         return self._models[key]
@@ -43,7 +45,8 @@ class Bases:
     def is_there(self) -> bool:
         """Whether the base model exists, whatever its tasks."""
         try:
-            AutoConfig.from_pretrained(locate_base_model(self.name))
+            source = locate_base_model(self.name, revision=self.options.revision)
+            AutoConfig.from_pretrained(source, **self.options.hub)
         except (OSError, ValueError):
             return False
         return True
@@ -55,8 +58,13 @@ class Bases:
         return self._tokenizer
 
     def _share(self, base: nn.Module) -> None:
-        """Replace a new model's parameters by equal ones that are loaded already."""
+        """Replace a new model's parameters by equal ones that are loaded already.
+
+        Offloaded ones stay where they are.
+        """
         for name, parameter in base.named_parameters():
+            if parameter.is_meta:
+                continue
             places = plain_parts(parameter)
             own = [getattr(tensor, part) for tensor, part in places]
             known = self._tensors.setdefault(name, own)
@@ -66,4 +74,4 @@ class Bases:
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+    return one.device == other.device and one.shape == other.shape and torch.equal(one, other)

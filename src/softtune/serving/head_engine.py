@@ -146,7 +146,7 @@ class HeadEngine:
     @torch.no_grad()
     def _forward(self, examples: Sequence[Example], versions: Sequence[Version]) -> list[tuple[Tensor, ...]]:
         """The head's outputs for each example."""
-        call: dict[str, Any] = {name: x.to(self.backbone.model.device) for name, x in self._collate(examples).items()}
+        call: dict[str, Any] = {name: x.to(self.backbone.device) for name, x in self._collate(examples).items()}
         inputs = Inputs.from_call(call, call.pop("prompt_positions", None), self.backbone)
         adapters = {str(version.number): self.batch.adapter_cache[version].adapter for version in versions}
         batch = BatchAdapters.from_names([str(version.number) for version in versions], adapters.__getitem__)

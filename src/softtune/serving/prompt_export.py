@@ -88,7 +88,7 @@ def save_prompt(prompt: Prompt, backbone: Backbone, folder: Path) -> None:
 
 def load_prompt(folder: Path, backbone: Backbone, *, with_prefix: bool = True) -> Prompt:
     """Load an exported prompt from a folder; without its prefix where another component loads keys and values."""
-    with safe_open(folder / PROMPT_NAME, "pt", device=str(backbone.model.device)) as opened:
+    with safe_open(folder / PROMPT_NAME, "pt", device=str(backbone.device)) as opened:
         facts = json.loads(opened.metadata()["prompt"])
         names = [name for name in opened.keys() if with_prefix or name != "prefix"]  # noqa: SIM118
         tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}

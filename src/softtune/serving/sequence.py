@@ -137,7 +137,7 @@ def run_chunks(backbone: Backbone, pool: KVPool, chunks: Sequence[ScheduledChunk
         pieces.append(sequence.piece(chunk.count))
         logits_to_keep += range(len(ids) - chunk.keep, len(ids))
     prompts = [chunk.sequence.prompt for chunk in chunks for _ in range(chunk.count)]
-    device = backbone.model.device
+    device = backbone.device
     call: dict[str, Any] = {
         **_inputs(backbone, torch.tensor([ids]), prompts),
         "position_ids": torch.tensor([positions], device=device) + backbone.stacks[0].first_position,
@@ -153,7 +153,7 @@ def run_chunks(backbone: Backbone, pool: KVPool, chunks: Sequence[ScheduledChunk
 def _inputs(backbone: Backbone, ids: Tensor, prompts: Sequence[LoadedPrompt]) -> dict[str, Tensor]:
     """``input_ids`` [1, N], or ``inputs_embeds`` [1, N, D] where there are virtual tokens among them."""
     places = (ids[0] <= VIRTUAL).nonzero().flatten().tolist()
-    input_ids = ids.clamp(min=0).to(backbone.model.device)
+    input_ids = ids.clamp(min=0).to(backbone.device)
     if not places:
         return {"input_ids": input_ids}
     vectors = backbone.stacks[0].embed(input_ids)

@@ -27,6 +27,7 @@ from softtune.data.encoding import has_places_within
 from softtune.errors import CheckpointError, ConfigError, RequestError, SofttuneError, UnsupportedModelError
 from softtune.evaluation.answers import fitted_beside
 from softtune.methods import PeftConfig, TaskType
+from softtune.pretrained import DEFAULT_OPTIONS, LoadOptions
 from softtune.serving import prompt_export
 from softtune.serving.bases import Bases
 from softtune.serving.engine_config import EngineConfig
@@ -67,9 +68,11 @@ class Service:
         model: the base model's name, see ``load_base_model``.
         config: limits of each engine.
         engine: creates the decoder's engine from the base model, the config and the folder of inference forms.
+        options: how the base model is loaded.
 
     Raises:
-        ConfigError: there is no such base model.
+        ConfigError: there is no such base model, or it cannot be loaded so.
+        MissingExtraError: the package of a quantisation is not installed.
     """
 
     def __init__(
@@ -79,9 +82,10 @@ class Service:
         engine: Callable[[Backbone, EngineConfig, Path], TextEngine] = lambda backbone, config, _: TransformersEngine(
             backbone, config
         ),
+        options: LoadOptions = DEFAULT_OPTIONS,
     ) -> None:
         self.name = model
-        self.bases = Bases(model)
+        self.bases = Bases(model, options)
         self.config = config or EngineConfig()
         self.thread = EngineThread([])
         self._folder = Path(tempfile.mkdtemp(prefix="softtune-"))
