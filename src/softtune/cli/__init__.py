@@ -46,6 +46,12 @@ def _errors_in_one_line() -> Iterator[None]:
         _end(str(stop) or "stopped", INTERRUPTED)
     except SofttuneError as error:
         _end(str(error), 2)
+    except (RuntimeError, MemoryError) as error:
+        from softtune.load_options import LESS_MEMORY, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _end(f"out of memory: lower batch_size, set gradient_checkpointing, or {LESS_MEMORY}", 2)
     except OSError as error:  # a full disk, a folder that is not ours
         place = f" ({error.filename})" if error.filename else ""
         _end(f"{error.strerror or error}{place}: make room, or name another place", 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,18 +16,20 @@ from softtune import checkpoint, self_check
 from softtune.backbone.interface import stock_name
 from softtune.cli import FAILED
 from softtune.cli.console import console, quiet
+from softtune.cli.flags import with_load_flags
 from softtune.compat import INSTALLED, is_tested
 from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.experiments.cases import METHODS
 from softtune.methods import PeftConfig, PeftType, TaskType
 from softtune.model import PeftModel
-from softtune.pretrained import known_task, load_base_model
+from softtune.pretrained import LoadOptions, known_task, load_base_model
 from softtune.promises import PROMISES, Broken, NotAsked, Outcome, Refused
 
 WIDTH, WIDE = 28, 110
 """Minimum width of the column of promises, and the terminal width from which on it applies."""
 
 
+@with_load_flags
 def command(
     model: Annotated[str, typer.Argument(help="Base model: a folder or hub name, smollm2-135m or minilm.")],
     method: Annotated[
@@ -35,6 +37,8 @@ def command(
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Check the method and the task of this adapter.")] = None,
     task: Annotated[str | None, typer.Option(help="What the base model is loaded for. [default: CAUSAL_LM]")] = None,
+    *,
+    load: Mapping[str, Any],
 ) -> None:
     """Check what softtune promises on a base model: padding and caches change nothing, all is trained."""
     quiet()
@@ -43,7 +47,7 @@ def command(
     saved = None if adapter is None else PeftConfig.from_pretrained(adapter)
     kind = known_task(task or (saved and saved.task_type) or TaskType.CAUSAL_LM)
     configs = [saved] if saved else [_config(name, kind) for name in method or METHODS]
-    base, _ = load_base_model(model, kind)
+    base, _ = load_base_model(model, kind, options=LoadOptions(**load))
     if adapter is not None:
         checkpoint.check_base_model(adapter, PeftModel(base).backbone)
     columns = {_name_of(config): _outcomes(base, config) for config in configs}

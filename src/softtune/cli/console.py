@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -79,10 +80,16 @@ def show_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
     console.print(table)
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as errors are printed, in one line on stderr."""
+    print(f"softtune: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def quiet() -> None:
-    """Keep other libraries from printing between the progress bars."""
+    """Keep other libraries from printing between the progress bars, and show warnings in one line each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _show_warning
     from datasets.utils.logging import disable_progress_bar, set_verbosity_error
     from transformers import logging as transformers_logging
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from inspect import Parameter, Signature
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
+from pydantic import BaseModel
 from rich.markup import escape
 
 from softtune.errors import ConfigError
+from softtune.load_options import LoadFields
 from softtune.methods import TaskType
 from softtune.pretrained import MODEL_CLASSES
 from softtune.training.fields import from_yaml
@@ -26,6 +29,21 @@ def with_flags(command: Callable[..., None], own: Sequence[Parameter]) -> None:
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
+def with_load_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of ``LoadOptions``; it takes those that are given as ``load``."""
+
+    @wraps(command)
+    def with_load(*args: Any, **options: Any) -> None:
+        flags = {name: options.pop(name) for name in LoadFields.model_fields}
+        command(*args, load=overrides(flags, LoadFields), **options)
+
+    own = [parameter for parameter in signature(command, eval_str=True).parameters.values() if parameter.name != "load"]
+    parameters = [*own, *(_parameter(name, LoadFields) for name in LoadFields.model_fields)]
+    with_load.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    with_load.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_load
+
+
 def argument(name: str, annotation: Any, **options: Any) -> Parameter:
     """A positional argument of a command."""
     return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[annotation, typer.Argument(**options)])
@@ -37,13 +55,13 @@ def option(name: str, annotation: Any, default: Any = Parameter.empty, **options
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def overrides(flags: Mapping[str, str | None]) -> dict[str, Any]:
-    """The recipe fields that are set by flags, with their values.
+def overrides(flags: Mapping[str, str | None], model: type[BaseModel] = Recipe) -> dict[str, Any]:
+    """The fields of a recipe, or of another model, that are set by flags, with their values.
 
     Raises:
         ConfigError: a flag's text is not valid YAML.
     """
-    return {name: _value(name, text) for name, text in flags.items() if text is not None}
+    return {name: _value(name, text, model) for name, text in flags.items() if text is not None}
 
 
 def words(flags: Mapping[str, str | None]) -> list[str]:
@@ -56,18 +74,19 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _parameter(name: str) -> Parameter:
-    field = Recipe.model_fields[name]
+def _parameter(name: str, model: type[BaseModel] = Recipe) -> Parameter:
+    field = model.model_fields[name]
     choices = _choices(field.annotation)
     listed = f" One of {', '.join(choices)}." if choices else ""
     shown = field.default.value if isinstance(field.default, Enum) else field.default
     default = "" if field.is_required() or shown is None else f" [default: {shown}]"
-    return option(name, str | None, None, help=escape(f"{field.description}{listed}{default}"))
+    panel = {"rich_help_panel": "The base model"} if name in LoadFields.model_fields else {}
+    return option(name, str | None, None, help=escape(f"{field.description}{listed}{default}"), **panel)
 
 
-def _value(name: str, text: str) -> Any:
+def _value(name: str, text: str, model: type[BaseModel]) -> Any:
     """Convert a flag's text to its field's type: strings are taken unchanged, except null; all else is YAML."""
-    annotation = Recipe.model_fields[name].annotation
+    annotation = model.model_fields[name].annotation
     if annotation in (str, str | None):
         return None if annotation is not str and text == "null" else text
     return read(name, text)
@@ -103,4 +122,5 @@ def _choices(annotation: Any) -> list[str]:
         return [task.value for task in MODEL_CLASSES]
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return [member.value for member in annotation]
-    return list(get_args(annotation)) if get_origin(annotation) is Literal else []
+    choices = next((part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal), None)
+    return list(get_args(choices)) if get_origin(annotation) is not list else []

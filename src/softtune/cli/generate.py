@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from softtune.cli.console import counting, quiet
+from softtune.cli.flags import with_load_flags
 from softtune.cli.loading import check_single, load_trained, read_records
 from softtune.data.records import each_row
 from softtune.errors import ConfigError
@@ -19,6 +21,7 @@ NEW_TOKENS = 64
 """Maximum number of new tokens if neither the command nor the recipe sets it."""
 
 
+@with_load_flags
 def command(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     data: Annotated[str | None, typer.Argument(help="A data file, or a data set on the hub.")] = None,
@@ -29,13 +32,15 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling; 0 by default.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set; train by default.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
+    *,
+    load: Mapping[str, Any],
 ) -> None:
     """Write the text that follows each record, one a line."""
     quiet()
     if seed is not None and temperature is None:
         raise ConfigError("--seed draws nothing without --temperature", "give both, or neither")
     check_single(adapter)
-    trained = load_trained(adapter, model)
+    trained = load_trained(adapter, model, load)
     if not trained.task.writes:
         raise ConfigError("this adapter answers by a head or a choice and writes no text", "use softtune predict")
     records = read_records(trained.recipe, data, text or [], split)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from softtune import checkpoint
 from softtune.backbone import Backbone, Site
 from softtune.cli.console import console, quiet, show_pairs
+from softtune.cli.flags import with_load_flags
 from softtune.cli.loading import check_single, load_adapter
 from softtune.evaluation.inspection import bias_changes, nearest_words, prefix_norms
 from softtune.formatting import in_units
@@ -25,9 +26,12 @@ NEIGHBOURS = 5
 """Number of nearest vocabulary entries to show for each virtual token."""
 
 
+@with_load_flags
 def command(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
+    *,
+    load: Mapping[str, Any],
 ) -> None:
     """Show an adapter's config and sizes, and the words nearest to its virtual tokens, or norms by layer."""
     quiet()
@@ -35,7 +39,7 @@ def command(
     check_single(adapter)
     config = PeftConfig.from_pretrained(adapter)
     weights = checkpoint.weights(adapter)
-    loaded, tokenizer = load_adapter(adapter, model, config)
+    loaded, tokenizer = load_adapter(adapter, model, config, load)
     numbers = sum(tensor.numel() for tensor in weights.values())
     files = sorted(path for path in adapter.glob("*") if path.is_file())
     show_pairs("Config", [(k, str(v)) for k, v in config.to_dict().items() if v is not None])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +16,7 @@ from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import fitted
 from softtune.methods import PeftConfig, TaskType
 from softtune.model import PeftModel
-from softtune.pretrained import load_base_model, name_here
+from softtune.pretrained import LoadOptions, load_base_model, name_here
 from softtune.tasks import Task
 from softtune.training.recipe import Recipe
 
@@ -34,10 +36,15 @@ class Trained:
         return list(self.model.peft_config)
 
 
-def load_trained(adapter: Path, model: str | None) -> Trained:
-    """Load the adapter or ensemble that a recipe trained, on its base model or on ``model`` instead."""
+def load_trained(adapter: Path, model: str | None, load: Mapping[str, Any]) -> Trained:
+    """Load the adapter or ensemble that a recipe trained, on its base model or on ``model`` instead.
+
+    The base model is loaded as the recipe says, but for the fields of ``LoadOptions`` in ``load``.
+    """
     recipe = Recipe.from_adapter(adapter)
-    base, tokenizer = _load_base(model or recipe.model, recipe.model, recipe.task, recipe.num_labels)
+    other = {} if model in (None, recipe.model) else {"revision": None}
+    options = recipe.inference_load_options(**{**other, **load})
+    base, tokenizer = _load_base(model or recipe.model, recipe.model, recipe.task, options, recipe.num_labels)
     loaded = PeftModel(base).eval()
     for name in recipe.adapter_names:
         loaded.load_adapter(adapter if name == "default" else adapter / name, name)
@@ -56,26 +63,30 @@ def check_single(adapter: Path) -> None:
         raise ConfigError(f"{adapter} has {recipe.ensemble} adapters", f"name the folder of one, such as {one}")
 
 
-def load_adapter(adapter: Path, model: str | None, config: PeftConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_adapter(
+    adapter: Path, model: str | None, config: PeftConfig, load: Mapping[str, Any]
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load any adapter, also one saved by PEFT, on the base model in its config or on ``model`` instead."""
     if Recipe.found_in(adapter) is not None:
-        trained = load_trained(adapter, model)
+        trained = load_trained(adapter, model, load)
         return trained.model, trained.tokenizer
     saved = config.base_model_name_or_path
     trained_on = name_here(saved) if saved else None
     name = model or trained_on
     if name is None:
         raise ConfigError(f"{adapter} does not say its base model", "name it with --model")
-    base, tokenizer = _load_base(name, trained_on, config.task_type or TaskType.CAUSAL_LM)
+    revision = {} if model else {"revision": config.revision}
+    options = LoadOptions(**{**revision, **load})
+    base, tokenizer = _load_base(name, trained_on, config.task_type or TaskType.CAUSAL_LM, options)
     return PeftModel.from_pretrained(base, adapter), tokenizer
 
 
 def _load_base(
-    name: str, trained_on: str | None, task: TaskType, num_labels: int | None = None
+    name: str, trained_on: str | None, task: TaskType, options: LoadOptions, num_labels: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base model ``name`` for an adapter that was trained on ``trained_on``."""
     try:
-        return load_base_model(name, task, num_labels=num_labels)
+        return load_base_model(name, task, num_labels=num_labels, options=options)
     except ConfigError as error:
         if trained_on in (None, name):
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from softtune import storage
 from softtune.cli.console import console, counting, quiet
+from softtune.cli.flags import with_load_flags
 from softtune.cli.loading import Trained, load_trained, read_records
 from softtune.cli.tables import in_cell, show_mistakes, show_quality
 from softtune.data.records import each_row
@@ -33,6 +34,7 @@ VOTE = """Of an ensemble, take the answer that most members give; its probabilit
 labels with as many votes the mean probability decides, between texts or tags the earliest member."""
 
 
+@with_load_flags
 def command(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     data: Annotated[str | None, typer.Argument(help="A data file, or a data set on the hub.")] = None,
@@ -41,6 +43,8 @@ def command(
     split: Annotated[str | None, typer.Option(help="Split of a hub data set; train by default.")] = None,
     vote: Annotated[bool, typer.Option("--vote", help=VOTE)] = False,
     model: Annotated[str | None, typer.Option(help="Base model, if it is elsewhere now.")] = None,
+    *,
+    load: Mapping[str, Any],
 ) -> None:
     """Answer records with a trained adapter; measure the answers where the records have labels.
 
@@ -51,7 +55,7 @@ def command(
         recipe = Recipe.from_adapter(adapter)
         given = read_records(recipe, data, text or [], split)
         records = _checked(recipe.definition, given)
-        trained = load_trained(adapter, model)
+        trained = load_trained(adapter, model, load)
         if vote and len(trained.names) == 1:
             raise ConfigError(f"{adapter} has one adapter, which has no one to vote with", "leave out --vote")
         answers = _answers(trained, records, vote=vote)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from functools import partial
 from math import ceil
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
@@ -13,10 +14,10 @@ import typer
 import uvicorn
 
 from softtune.cli.console import console, quiet
-from softtune.cli.flags import flag
+from softtune.cli.flags import flag, with_load_flags
 from softtune.errors import ConfigError
 from softtune.extras import require
-from softtune.pretrained import locate_base_model
+from softtune.pretrained import LoadOptions, locate_base_model
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.app import Settings, create_app
@@ -39,6 +40,7 @@ NEW_FLAGS = {
 """The new names of flags by their old ones, which still work for one release."""
 
 
+@with_load_flags
 def command(
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub name, smollm2-135m or minilm.")],
     adapters: Annotated[
@@ -81,6 +83,8 @@ def command(
     tokens: OldFlag = None,
     slots: OldSlots = None,
     hot: OldHot = None,
+    *,
+    load: Mapping[str, Any],
 ) -> None:
     """Serve adapters on one base model over HTTP: OpenAI's API, labels and tags, and a page to try them.
 
@@ -100,7 +104,7 @@ def command(
     sizes |= _renamed(rows=rows, waiting=waiting, tokens=tokens, slots=slots, hot=hot)
     engine_config = EngineConfig(adapter_cache_bytes=sizes.pop("adapter_cache_mb") * 2**20, **sizes)
     settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace, follow=follow)
-    made = _engine(engine, model, gpus)
+    made = _engine(engine, model, gpus, LoadOptions(**load))
     _check_port(host, port)
     if replicas > 1:
         console.print(f"{replicas} servers of {model} start: http://{host}:{port}", soft_wrap=True)
@@ -148,23 +152,29 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _engine(name: str, model: str, gpus: int) -> dict[str, Any]:
-    """The arguments that make a ``Service`` use another engine than its default.
+def _engine(name: str, model: str, gpus: int, options: LoadOptions) -> dict[str, Any]:
+    """The arguments of a ``Service`` for its engine and its base model.
+
+    vLLM loads a base model of its own. The one beside it, by which adapters are exported, leaves the GPUs to it.
 
     Raises:
-        MissingExtraError: the engine's package is not installed.
-        ConfigError: the engine does not support several GPUs.
+        MissingExtraError: the engine's package is not installed, or a quantisation's.
+        ConfigError: the engine does not support several GPUs, or there is no such device.
     """
     if name == "transformers" and gpus > 1:
-        raise ConfigError("the engine transformers takes one GPU", "add --engine vllm")
+        raise ConfigError("the engine transformers takes one GPU", "add --engine vllm, or --device-map auto")
     if name == "transformers":
-        return {}
+        options.check_machine()
+        return {"options": options}
+    if options.model_fields_set:
+        given = flag(min(options.model_fields_set))
+        raise ConfigError(f"vLLM loads its base model itself, and takes no {given}", "leave it out")
     require("vllm")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # by default vLLM sends them without asking
     from softtune.serving.vllm.engine import VllmEngine
 
-    return {"engine": partial(VllmEngine, locate_base_model(model), gpus=gpus)}
+    return {"engine": partial(VllmEngine, locate_base_model(model), gpus=gpus), "options": LoadOptions(device="cpu")}
 
 
 def _check_port(host: str, port: int) -> None:
