@@ -40,7 +40,7 @@ def command(
     if seed is not None and temperature is None:
         raise ConfigError("--seed draws nothing without --temperature", "give both, or neither")
     check_single(adapter)
-    trained = load_trained(adapter, model, load)
+    trained = load_trained(adapter, model, **load)
     if not trained.task.writes:
         raise ConfigError("this adapter answers by a head or a choice and writes no text", "use softtune predict")
     records = read_records(trained.recipe, data, text or [], split)

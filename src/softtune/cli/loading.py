@@ -36,7 +36,7 @@ class Trained:
         return list(self.model.peft_config)
 
 
-def load_trained(adapter: Path, model: str | None, load: Mapping[str, Any]) -> Trained:
+def load_trained(adapter: Path, model: str | None, **load: Any) -> Trained:
     """Load the adapter or ensemble that a recipe trained, on its base model or on ``model`` instead.
 
     The base model is loaded as the recipe says, but for the fields of ``LoadOptions`` in ``load``.
@@ -68,7 +68,7 @@ def load_adapter(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load any adapter, also one saved by PEFT, on the base model in its config or on ``model`` instead."""
     if Recipe.found_in(adapter) is not None:
-        trained = load_trained(adapter, model, load)
+        trained = load_trained(adapter, model, **load)
         return trained.model, trained.tokenizer
     saved = config.base_model_name_or_path
     trained_on = name_here(saved) if saved else None

@@ -55,7 +55,7 @@ def command(
         recipe = Recipe.from_adapter(adapter)
         given = read_records(recipe, data, text or [], split)
         records = _checked(recipe.definition, given)
-        trained = load_trained(adapter, model, load)
+        trained = load_trained(adapter, model, **load)
         if vote and len(trained.names) == 1:
             raise ConfigError(f"{adapter} has one adapter, which has no one to vote with", "leave out --vote")
         answers = _answers(trained, records, vote=vote)
