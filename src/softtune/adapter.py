@@ -115,7 +115,11 @@ class Adapter:
     @property
     def is_reparameterised(self) -> bool:
         """Whether the module has more tensors than inference needs, such as an MLP behind the prompt."""
-        return len(self.module.state_dict()) > len(self.inference_state())
+        return len(self.training_state()) > len(self.inference_state())
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The module's own tensors."""
+        return tensors_of(self.module)
 
     def inference_state(self) -> dict[str, Tensor]:
         """The module's tensors that inference needs, computed without dropout."""
@@ -132,8 +136,18 @@ class Adapter:
         return {
             f"base_model.{name}.{key}": tensor
             for name, head in self.heads.items()
-            for key, tensor in head.state_dict().items()
+            for key, tensor in tensors_of(head).items()
         }
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module's ``state_dict()``, without its hooks, by which FSDP2 would shard what is gathered."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor.detach()
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for name, tensor in {**part._parameters, **part._buffers}.items()
+        if tensor is not None and name not in part._non_persistent_buffers_set
+    }
 
 
 def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:

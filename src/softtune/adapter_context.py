@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from softtune import compat
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone, Site, cached_length, evaluating, install, model_session
+from softtune.backbone.sharding import is_sharded
 from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
 from softtune.injection import Injection
 from softtune.injection.frozen_layer_cache import FrozenLayerCache, untouched
@@ -95,6 +96,8 @@ def apply_adapters(
         check_graph(backbone, inputs.text)
         install(backbone.model)
     adapters, as_kv = list(batch.adapters.values()), inputs.columns is None and not is_exporting()
+    if torch.is_grad_enabled() and is_sharded(backbone.model):
+        as_kv = False  # FSDP2 gathers a layer's weights for a gradient at its output alone, not at its keys
     with model_session(backbone.model) as session:
         prompts = [Prompt() if a is None else _prompt(backbone, a, as_kv=as_kv) for a in adapters]
         changes = _changes(backbone, adapters, prompts, batch.rows)

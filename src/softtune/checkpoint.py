@@ -69,7 +69,7 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone, *
         if also_pickled:
             torch.save({name: tensor.cpu() for name, tensor in state.items()}, stage / PICKLED_NAME)
         if adapter.is_reparameterised:
-            write(stage / STATE_NAME, adapter.module.state_dict())
+            write(stage / STATE_NAME, adapter.training_state())
         model_card(Path(folder) / CARD_NAME, config, backbone).save(stage / CARD_NAME)
         rows = backbone.embedding.num_embeddings
         config.write(stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows, **_precision(backbone)})
@@ -177,7 +177,7 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
     if not adapter.is_reparameterised:
         _copy(adapter.inference_state(), inference_state)
     elif training_state is not None:
-        _copy(adapter.module.state_dict(), training_state)
+        _copy(adapter.training_state(), training_state)
     else:
         raise CheckpointError(
             "these weights hold the baked prompt but not the encoder behind it", "load them with is_trainable=False"

@@ -90,7 +90,9 @@ def class_name(model_class: type, config: Any) -> str:
     """The name of a model class.
 
     It includes the module where that is not transformers', and the model types where the class combines any two models.
+    FSDP2's subclass counts as the class itself.
     """
+    model_class = next(c for c in model_class.__mro__ if not c.__module__.startswith("torch.distributed."))
     name = (
         model_class.__name__
         if model_class.__module__.startswith("transformers.")

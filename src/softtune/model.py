@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from softtune.adapter_context import (
     tag_cache,
 )
 from softtune.backbone import Backbone
+from softtune.backbone.sharding import gathered, is_sharded, set_root
 from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterError, ConfigError
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
@@ -95,6 +97,13 @@ class PeftModel(PushToHubMixin, PeftNames):
     def __class__(self) -> type:
         """PEFT's class where PEFT is loaded: Trainers, accelerate and TRL recognize models with adapters by it."""
         return peft_class_of(type(self))
+
+    @__class__.setter
+    def __class__(self, shown: type) -> None:
+        """Take a class that was made of the shown one, as FSDP2's ``fully_shard`` does to a module."""
+        bases = tuple(type(self) if base is self.__class__ else base for base in shown.__bases__)
+        object.__dict__["__class__"].__set__(self, type(shown.__name__, bases, dict(vars(shown))))
+        set_root(self.backbone.model, self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (_without_base(type(self)), vars(type(self)).get("shown")), self.__dict__
@@ -216,7 +225,8 @@ class PeftModel(PushToHubMixin, PeftNames):
                 warning that the safetensors are read first.
             selected_adapters: names of the adapters to save; by default all.
             is_main_process: if False, nothing is saved, since another process saves.
-            state_dict: take the tensors from this ``state_dict()`` instead of from the model.
+            state_dict: take the tensors from this ``state_dict()`` instead of from the model; those of a model that
+                FSDP2 shards are gathered from it in any case, for which every process must call this.
             options: options of PEFT and transformers that have no effect here.
 
         Raises:
@@ -230,14 +240,18 @@ class PeftModel(PushToHubMixin, PeftNames):
         check_options(options, ("max_shard_size", "save_function"))
         if not safe_serialization:
             warnings.warn("weights are saved as safetensors too, which are read before the pickled ones", stacklevel=2)
-        if not is_main_process:
-            return
         names = selected_adapters or list(self.peft_config)
         if not names:
             raise AdapterError("there is no adapter to save", "add one by add_adapter")
-        with self.numbers_of(state_dict):
+        sharded = is_sharded(self)
+        if not is_main_process and not sharded:
+            return
+        numbers = self.numbers_of(None if sharded else state_dict)
+        # What is sharded must be read by every process. Only the main one keeps what it writes.
+        with numbers, gathered(self.backbone.model), TemporaryDirectory() as nowhere:
+            root = Path(save_directory if is_main_process else nowhere)
             for name in names:
-                folder = Path(save_directory) if name == "default" else Path(save_directory, name)
+                folder = root if name == "default" else root / name
                 checkpoint.save(folder, self.adapter(name), self.backbone, also_pickled=not safe_serialization)
 
     @property

@@ -23,6 +23,7 @@ from softtune.backbone import Backbone, model_session
 from softtune.backbone.checkpointing import is_checkpointing, without_gradient_checkpointing
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.refusal import reading_text
+from softtune.backbone.sharding import is_sharded
 from softtune.compat import cache_of, can_checkpoint, disable_checkpointing, enable_checkpointing, renamed
 from softtune.errors import SofttuneError
 from softtune.formatting import in_one_line
@@ -450,13 +451,17 @@ def _answer(output: Any) -> Tensor:
 
 
 def state_of(model: nn.Module) -> State:
-    """Record what must not change in a base model: its tensors, modes and hooks."""
+    """Record what must not change in a base model: its tensors, modes and hooks.
+
+    FSDP2 writes sharded tensors anew whenever it gathers them, so that only what is trained of them is recorded.
+    """
+    sharded = is_sharded(model)
     tensors = {
         f"{name}{part}": value
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         for part, value in {
-            "": None if tensor.is_inference() else tensor._version,
-            "'s place": tensor.data_ptr(),
+            "": None if tensor.is_inference() or sharded else tensor._version,
+            "'s place": None if sharded else tensor.data_ptr(),
             "'s requires_grad": tensor.requires_grad,
         }.items()
     }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from softtune import storage
-from softtune.backbone import Backbone
+from softtune.backbone import Backbone, model_session
 from softtune.errors import CheckpointError, ConfigError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -99,7 +99,7 @@ def fill(ids: Sequence[int], size: int) -> Tensor:
 
 def word_vectors(backbone: Backbone, ids: Tensor) -> Tensor:
     """[P, D] input embeddings of token ids [P], in fp32."""
-    with torch.no_grad():
+    with model_session(backbone.model), torch.no_grad():
         return backbone.stacks[0].embed(ids.to(backbone.device)).float().clone()
 
 

@@ -1,0 +1,95 @@
+"""The processes of a run that torchrun or accelerate started, each of which computes a part of every batch.
+
+One process is the usual case, in which everything here does nothing. Knows nothing about recipes and models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from softtune.errors import SofttuneError
+
+T = TypeVar("T")
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes, if there are any.
+
+    Args:
+        device: where this process computes; decides how the processes communicate.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        PartialState(cpu=device.type == "cpu")
+
+
+def count() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def index() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def part(rows: Sequence[T]) -> range:
+    """The indices of this process's part of some rows: neighbours, as many as in the other parts or one more or less."""
+    bounds = [len(rows) * rank // count() for rank in (index(), index() + 1)]
+    return range(*bounds)
+
+
+def gathered(own: T) -> list[T]:
+    """What every process has, in the order of the processes."""
+    every: list[Any] = [own] * count()
+    if count() > 1:
+        dist.all_gather_object(every, own)
+    return every
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """Let the first process alone do a piece of work, and return its result in all.
+
+    Raises:
+        SofttuneError: the work raised it; in all processes.
+    """
+    result: list[Any] = [None]
+    if index() == 0:
+        try:
+            result = [work()]
+        except SofttuneError as error:
+            result = [error]
+    if count() > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], SofttuneError):
+        raise result[0]
+    found: T = result[0]
+    return found
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set in any process."""
+    return bool(total(torch.tensor(float(flag), device=device)))
+
+
+def total(number: Tensor) -> Tensor:
+    """The sum of a number over all processes."""
+    if count() > 1:
+        dist.all_reduce(number)
+    return number
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the gradients by their mean over all processes, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if count() == 1 or not gradients:
+        return
+    flat = total(torch.cat([gradient.flatten().float() for gradient in gradients])) / count()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
