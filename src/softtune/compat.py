@@ -374,13 +374,40 @@ def trainer_hooks(trainer: T) -> T:
         UnsupportedModelError: the installed transformers has no such method, so the override would have no effect.
     """
     for public, private in _TRAINER_HOOKS.items():
-        if not hasattr(trainer.__base__, private):
-            raise UnsupportedModelError(
-                f"the Trainer of transformers {INSTALLED} has no {private}",
-                "install a version that softtune was tested with, see docs/support.md",
-            )
+        _check_has(trainer.__base__, private)
         setattr(trainer, private, vars(trainer)[public])
     return trainer
+
+
+def _check_has(trainer: Any, method: str) -> None:
+    """Check that a Trainer's class has a private method.
+
+    Raises:
+        UnsupportedModelError: it has not.
+    """
+    if not hasattr(trainer, method):
+        raise UnsupportedModelError(
+            f"the Trainer of transformers {INSTALLED} has no {method}",
+            "install a version that softtune was tested with, see docs/support.md",
+        )
+
+
+def set_train_sampler(trainer: Any, sampler: Callable[..., Any]) -> None:
+    """Let a Trainer take its training rows by the sampler that a function of the data set returns.
+
+    Raises:
+        UnsupportedModelError: the installed transformers has no such method, so the sampler would have no effect.
+    """
+    _check_has(type(trainer), "_get_train_sampler")
+    trainer._get_train_sampler = sampler
+
+
+def length_grouped_indices(lengths: list[int], batch_size: int, generator: torch.Generator) -> list[int]:
+    """The Trainer's order of rows in which neighbours have similar lengths, the longest row first."""
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    indices: list[int] = get_length_grouped_indices(lengths, batch_size, generator=generator)
+    return indices
 
 
 def prepared_inputs(trainer: Any, batch: Mapping[str, Any]) -> Any:

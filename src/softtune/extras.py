@@ -51,10 +51,16 @@ def require(*extras: str) -> None:
         raise missing(next(iter(lacking.values())), *lacking)
 
 
-def missing(package: str, *extras: str) -> MissingExtraError:
-    """The error where a package of the first of these extras is not installed."""
-    user, names = EXTRAS[extras[0]].user, ",".join(extras)
-    error = MissingExtraError(f"{user} needs {package}", f"pip install 'softtune[{names}]'")
+def missing(package: str, *extras: str, user: str | None = None) -> MissingExtraError:
+    """The error where a package of the first of these extras is not installed.
+
+    Args:
+        package: the package.
+        extras: the extras to install.
+        user: what needs it; by default what the first extra is for.
+    """
+    names = ",".join(extras)
+    error = MissingExtraError(f"{user or EXTRAS[extras[0]].user} needs {package}", f"pip install 'softtune[{names}]'")
     error.name = package
     return error
 

@@ -147,6 +147,19 @@ def test_settings_are_each_ones_own(tmp_path: Path) -> None:
     assert [run.state.global_step for run in runs] == [7, 4, 2, 4]
 
 
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", CAUSAL_LM), ("t5", SEQ_2_SEQ_LM), ("bert", SEQ_CLS), ("bert", TOKEN_CLS)]
+)
+def test_labels_are_smoothed_for_each_run(family: str, task: str, tmp_path: Path) -> None:
+    """As by transformers' own smoother, alone; a suffix stands before the answer all the same."""
+    case = Case(tmp_path, family, task)
+    methods = ["prefix", "suffix" if task == CAUSAL_LM else "prompt", "prefix"]
+    settings: list[dict[str, Any]] = [{"label_smoothing_factor": 0.3}, {"label_smoothing_factor": 0.1}, {}]
+    pairs = [*zip(methods, settings, strict=True)]
+    runs = assert_alike(lambda: [case.trainer(method, 0, **more) for method, more in pairs])
+    assert losses(runs[0])[0] != pytest.approx(losses(runs[2])[0], abs=1e-3)
+
+
 def test_places_that_a_template_gives_to_virtual_tokens(tmp_path: Path) -> None:
     case = Case(tmp_path, "llama")
 
@@ -326,5 +339,7 @@ def test_what_cannot_train_together_is_refused(tmp_path: Path) -> None:
         train_together([spans.trainer("prefix", seed) for seed in range(2)])
     with pytest.raises(ConfigError, match="need the same precision"):
         train_together([first, case.trainer("prefix", 0, bf16=True)])
+    other_loss = case.trainer("prefix", 0)
+    other_loss.compute_loss_func = lambda *_, **__: torch.zeros(())
     with pytest.raises(ConfigError, match="need the task's own loss"):
-        train_together([first, case.trainer("prefix", 0, label_smoothing_factor=0.1)])
+        train_together([first, other_loss])

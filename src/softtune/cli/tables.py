@@ -10,7 +10,7 @@ from rich.table import Table
 
 from softtune.cli.console import console, show_pairs
 from softtune.formatting import in_units, in_words, shortened
-from softtune.tasks.metrics import METRICS, Metric, Quality
+from softtune.tasks.metrics import LOSS, METRICS, Metric, Quality
 from softtune.training.learning_rate import STEPS, RangeTest
 from softtune.training.profile import Profile
 from softtune.training.report import Report
@@ -131,7 +131,8 @@ def in_cell(value: Any) -> str:
 
 def _validated(report: Report) -> str:
     best = ", ".join(map(str, report.best_steps))
-    return f"{_rows(report.validation_rows, 0)}; their loss was lowest at step {best}, which is kept"
+    was = "loss was lowest" if report.best_by == LOSS else f"{in_words(report.best_by)} was best"
+    return f"{_rows(report.validation_rows, 0)}; their {was} at step {best}, which is kept"
 
 
 def _rows(count: int, truncated: int) -> str:

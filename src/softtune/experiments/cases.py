@@ -132,8 +132,9 @@ def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -
         raise ConfigError(
             f"the entry is {entry} and the field method {recipe.method.value}", "leave one of the two out"
         )
-    if entry in BASELINES and recipe.patience is not None:  # the best step would be a copy of a whole model
-        raise ConfigError(f"patience stops adapters, and not {entry}", "leave one of the two out")
+    if entry in BASELINES and recipe.is_validated:  # the best step would be a copy of a whole model
+        what = "eval_steps keeps the best of" if recipe.patience is None else "patience stops"
+        raise ConfigError(f"{what} adapters, and not {entry}", "leave one of the two out")
     if entry not in METHODS and entry and recipe.ensemble > 1:
         raise ConfigError(
             f"an ensemble is of adapters, and not of {entry}", "set ensemble to 1, or leave the entry out"

@@ -25,8 +25,10 @@ ALL_CASES = Phase("all")
 """Phase of a whole experiment, whose cases are counted."""
 
 NOT_OF_ROWS = (
-    *("method", "options", "learning_rate", "schedule", "warmup_steps", "epochs", "batch_size", "weight_decay"),
-    *("max_grad_norm", "patience", "validation_size", "bf16", "gradient_checkpointing", "compile", "ensemble"),
+    *("method", "options", "learning_rate", "schedule", "warmup_steps", "epochs", "max_steps", "batch_size"),
+    *("gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm", "label_smoothing_factor"),
+    *("group_by_length", "dataloader_num_workers", "patience", "eval_steps", "metric_for_best_model"),
+    *("validation_size", "bf16", "gradient_checkpointing", "compile", "ensemble"),
     *("trunk_cache", "trunk_cache_disk", "save_steps", "report_to", "output", "seed", "data_seed"),
     *LoadFields.model_fields,
 )

@@ -17,8 +17,9 @@ from softtune import storage
 from softtune.errors import CheckpointError, ConfigError
 from softtune.experiments.outcomes import Entry
 from softtune.formatting import shortened
-from softtune.load_options import OF_THE_MACHINE, LoadFields
+from softtune.load_options import OF_THE_MACHINE
 from softtune.training.folder import ENTRIES_NAME
+from softtune.training.recipe import Recipe
 
 SWEEP_NAME = "sweep.yaml"
 """File name of a sweep; a comparison has none."""
@@ -162,7 +163,8 @@ def _stem(name: str) -> str:
 
 def with_defaults(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """A case's configuration with the defaults of fields that recipes did not have when it was saved."""
-    defaults = {name: field.default for name, field in LoadFields.model_fields.items() if name not in OF_THE_MACHINE}
+    optional = {name: field.default for name, field in Recipe.model_fields.items() if not field.is_required()}
+    defaults = {name: default for name, default in optional.items() if name not in OF_THE_MACHINE}
     return {**configuration, "recipe": {**defaults, **configuration.get("recipe", {})}}
 
 

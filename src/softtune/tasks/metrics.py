@@ -21,6 +21,8 @@ from torch import Tensor
 from softtune.extras import require
 
 RESAMPLES = 1000
+LOSS = "loss"
+"""The mean loss over labels, which every task has on rows that are held out of training."""
 PERPLEXITY = "perplexity"
 LABEL_METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
 TAG_METRICS = ("f1", "precision", "recall", "accuracy")
@@ -40,6 +42,7 @@ class Metric:
 METRICS = {
     **dict.fromkeys([*LABEL_METRICS, *TAG_METRICS, *SPAN_METRICS, *TEXT_METRICS], Metric()),
     PERPLEXITY: Metric(higher_is_better=False, format=".2f"),
+    LOSS: Metric(higher_is_better=False, format=".3f"),
 }
 """All metrics by name."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softtune.errors import ConfigError
+from softtune.extras import missing
 from softtune.load_options import LoadFields
 from softtune.training.multi_run import TASKS
 from softtune.training.recipe import Recipe
@@ -20,11 +21,13 @@ def check_compatible(recipes: Sequence[Recipe]) -> None:
     Raises:
         ConfigError: two recipes differ in a shared setting or have the same output, their task trains one adapter at a
             time, a tracker is not installed, several adapters are reported to W&B, or there is no such device.
-        MissingExtraError: the package of a quantisation is not installed.
+        MissingExtraError: the package of a quantisation, or of an optimiser, is not installed.
     """
     _check_trackers(recipes)
     for recipe in recipes:
         recipe.load_options.check_machine()
+        if "8bit" in (recipe.optim or "") and find_spec("bitsandbytes") is None:
+            raise missing("bitsandbytes", "quant", user=f"the optimiser {recipe.optim}")
     if recipes[0].task not in TASKS and sum(recipe.ensemble for recipe in recipes) > 1:
         raise ConfigError(
             f"{recipes[0].task.value} trains one adapter at a time", "run one recipe, without an ensemble"

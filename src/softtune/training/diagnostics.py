@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from softtune.errors import ConfigError
 from softtune.training.folder import RunFolder
@@ -41,7 +42,8 @@ def _trainer_without_output(recipe: Recipe) -> Iterator[AdapterTrainer]:
     if recipe.ensemble > 1:
         raise ConfigError("one adapter's steps are measured", "set ensemble to 1")
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe.model_copy(update={"output": folder, "report_to": [], "patience": None})
+        changes: dict[str, Any] = {"output": folder, "report_to": [], "patience": None, "eval_steps": None}
+        recipe = recipe.model_copy(update=changes)
         setup = Setup.prepare(RunFolder(recipe), Rows.load(recipe), BaseModels(), lambda *_: None)
         [trainer] = setup.trainers(InterruptSaver())
         yield trainer

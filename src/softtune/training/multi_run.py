@@ -164,7 +164,7 @@ def _check(trainers: Sequence[AdapterTrainer]) -> None:
             raise ConfigError("runs train together in one process on one device", "train them apart on several")
         if trainer.accelerator.scaler is not None or trainer.args.bf16 != trainers[0].args.bf16:
             raise ConfigError("runs that train together need the same precision, bf16 or none", "set it in all")
-        if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+        if trainer.compute_loss_func is not None:
             raise ConfigError("runs that train together need the task's own loss", "train those with another one apart")
 
 
@@ -189,7 +189,7 @@ def _alike(runs: Sequence[_Run]) -> list[list[_Run]]:
 
 
 def _losses(model: PeftModel, runs: Sequence[_Run]) -> list[Tensor]:
-    """Each run's mean loss over its labels, divided by its number of gradient accumulation steps."""
+    """Each run's mean loss over its batch's labels, weighed by their share of its update's labels."""
     batch = _joined([run.batch for run in runs], model)
     names = [run.name for run in runs for _ in range(run.rows)]
     with runs[0].trainer.accelerator.autocast():
@@ -198,11 +198,18 @@ def _losses(model: PeftModel, runs: Sequence[_Run]) -> list[Tensor]:
     if model.backbone.continues_text:
         logits, labels = logits[:, :-1], labels[:, -logits.shape[1] :][:, 1:]
     sizes = [run.rows for run in runs]
-    losses = (_mean_loss(*part) for part in zip(logits.split(sizes), labels.split(sizes), strict=True))
-    return [loss / run.trainer.current_gradient_accumulation_steps for run, loss in zip(runs, losses, strict=True)]
+    parts = zip(runs, logits.split(sizes), labels.split(sizes), strict=True)
+    return [_loss(run.trainer, *part) for run, *part in parts]
 
 
-def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def _loss(trainer: AdapterTrainer, logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss over a batch's labels, weighed by their share of the update's; see ``_mean_loss``."""
+    loss = _mean_loss(logits, labels, smoothing=trainer.args.label_smoothing_factor)
+    weighed: Tensor = loss / trainer.current_gradient_accumulation_steps
+    return weighed
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
     """Mean cross-entropy over logits [B, T, V] and labels [B, T], or [B, V] and [B] or [B, 1].
 
     Raises:
@@ -212,7 +219,7 @@ def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
         raise DataError("runs that train together need one class for each label", "train them apart")
     is_label = labels != IGNORED
-    return F.cross_entropy(logits[is_label].float(), labels[is_label])
+    return F.cross_entropy(logits[is_label].float(), labels[is_label], label_smoothing=smoothing)
 
 
 def _joined(batches: Sequence[Batch], model: PeftModel) -> dict[str, Tensor]:

@@ -36,12 +36,12 @@ WARM_UP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Times of a training step on one batch, in seconds: medians over five rounds."""
+    """Times of a training step on the same rows, in seconds: medians over five rounds."""
 
     tokens: int
-    """Tokens of the batch, without padding and virtual tokens."""
+    """Tokens of the rows, without padding and virtual tokens."""
     seconds: float
-    """Time of a step: forward, backward, clipping, the optimiser."""
+    """Time of a step: forward and backward of each of its batches, clipping, the optimiser."""
     shares: dict[str, float]
     """Shares of that time by the kind of operation; "between operations" is the Python interpreter's."""
     products: float
@@ -51,9 +51,10 @@ class Profile:
 
 
 def profile(trainer: AdapterTrainer) -> Profile:
-    """Profile steps of a Trainer's own loop on its first batch. They change the adapter and write no checkpoint."""
+    """Profile steps of a Trainer's own loop on its first rows. They change the adapter and write no checkpoint."""
     data: Any = trainer.train_dataset
-    trainer.train_dataset = [data[i] for i in range(min(trainer.args.train_batch_size, len(data)))]
+    rows = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    trainer.train_dataset = [data[i] for i in range(min(rows, len(data)))]
     timer, recorder = _Timer(trainer.args.device), ProductRecorder()
     profilers = [Profiler() for _ in range(ROUNDS)]
     _run_steps(trainer, [*[nullcontext()] * WARM_UP, *[timer] * ROUNDS, recorder, *profilers])

@@ -21,6 +21,7 @@ from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from softtune.methods.base import CONFIG_NAME, config_class_of
 from softtune.pretrained import MODEL_CLASSES, LoadOptions
 from softtune.tasks import Task
+from softtune.tasks.metrics import LOSS
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe_fields import RecipeFields
 from softtune.training.recipe_task import check_task, task_of
@@ -81,7 +82,11 @@ class Recipe(LoadFields, RecipeFields):
         if self.seed + self.ensemble > 2**32:
             raise ValueError(f"seed is {self.seed}: leave {self.ensemble} seeds below 2**32 for the ensemble")
         self.config()
-        _ = self.definition
+        metrics = (LOSS, *self.definition.metrics)
+        if self.metric_for_best_model not in metrics:
+            raise ValueError(
+                f"metric_for_best_model is {self.metric_for_best_model!r}: use one of {', '.join(metrics)}"
+            )
         if places and not config_class_of(self.method).takes_placed_tokens:
             able = [kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if config.takes_placed_tokens]
             raise ValueError(f"only {' and '.join(able)} have virtual tokens that a template can place")

@@ -78,17 +78,37 @@ class RecipeFields(BaseModel):
     """Steps until the learning rate has reached its peak; below 1 a share of all steps."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Passes over the training data."""
+    max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    """Steps to train, whatever epochs says."""
     batch_size: Annotated[int, Field(ge=1, le=10**6)] = 4
-    """Rows of a step."""
+    """Rows of a forward and backward pass."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=10**6)] = 1
+    """Batches of a step, whose gradients are added up: the loss is the mean over the labels of all of them."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] | None = (
+        None
+    )
+    """Optimiser, by the Trainer's names; by default transformers' choice, an AdamW. Those in 8 bits need
+    bitsandbytes."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's weight decay."""
+    """The optimiser's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label's probability that is spread evenly over all classes or tokens."""
+    group_by_length: bool = False
+    """Put rows of similar length into one batch, against padding."""
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that prepare batches; 0 for this one."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Stop when the loss on held-out training rows has not fallen for so many checkpoints, and keep the best one; by
-    default all epochs run."""
+    """Stop when metric_for_best_model on held-out training rows has not improved for so many evaluations, and keep the
+    best checkpoint; by default all epochs run."""
+    eval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations on held-out training rows, of whose checkpoints the best one is kept, with or without
+    patience; with patience save_steps by default."""
+    metric_for_best_model: str = "loss"
+    """What the best checkpoint is best by: loss, or one of the task's metrics, such as accuracy."""
     validation_size: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Training rows (whole number) or share of them to hold out for patience."""
+    """Training rows (whole number) or share of them to hold out for patience and eval_steps."""
     bf16: bool = False
     """Compute in bfloat16 where autocast does; the adapter stays in float32."""
     gradient_checkpointing: bool = False
@@ -116,3 +136,8 @@ class RecipeFields(BaseModel):
     """Tokens to write at most, where there are no labels."""
     output: str
     """The adapter's folder."""
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether training rows are held out to choose the best checkpoint by."""
+        return self.patience is not None or self.eval_steps is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from softtune.tasks.metrics import Quality
+from softtune.tasks.metrics import LOSS, Quality
 from softtune.training.folder import HISTORY_NAME, LOGS
 
 
@@ -40,9 +40,11 @@ class Report:
     """Number of all parameters, the base model's included."""
     training_rows: int
     validation_rows: int
-    """Number of training rows held out for early stopping."""
+    """Number of training rows held out to choose the best checkpoint by."""
     best_steps: list[int]
-    """For each adapter the step with the lowest validation loss, whose weights are kept; empty without validation."""
+    """For each adapter the step with the best ``best_by`` on these rows, whose weights are kept; empty without them."""
+    best_by: str = LOSS
+    """The recipe's ``metric_for_best_model``."""
     evaluation_rows: int
     truncated: int
     """Number of training rows that were truncated."""

@@ -213,6 +213,7 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
         training_rows=len(setup.rows.training),
         validation_rows=len(setup.rows.validation),
         best_steps=fit.best_steps,
+        best_by=setup.recipe.metric_for_best_model,
         evaluation_rows=len(setup.rows.evaluation or ()),
         truncated=setup.truncated,
         folder=setup.folder.path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,16 +15,25 @@ from softtune import compat
 from softtune.adapter import Adapter
 from softtune.data import Collator, Example
 from softtune.data.records import each_row
-from softtune.evaluation.answers import fitted
+from softtune.evaluation.answers import answer, fitted, judge
 from softtune.methods import TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.tasks import Task
+from softtune.tasks.metrics import LOSS, direction
+from softtune.tasks.texts import with_all_references
 from softtune.training.folder import RunFolder
 from softtune.training.progress import TRAINING, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.rows import check_every_label, fingerprints, split_rows, training_and_evaluation_rows
-from softtune.training.trainer import AdapterTrainer, InterruptSaver, ProgressReporter, trackers, training_arguments
+from softtune.training.trainer import (
+    AdapterTrainer,
+    EvaluationSaver,
+    InterruptSaver,
+    ProgressReporter,
+    trackers,
+    training_arguments,
+)
 
 LABEL_NAMES = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
 """Keys of the labels in a batch, for tasks whose key is not ``labels``."""
@@ -35,7 +45,7 @@ class Rows:
 
     training: Dataset
     validation: Dataset
-    """Held out of the training rows for early stopping; empty without it."""
+    """Held out of the training rows to choose the best checkpoint by; empty without it."""
     evaluation: Dataset | None
     fingerprints: dict[str, str]
     """Hashes of the training and evaluation rows, to compare with those of an earlier run."""
@@ -50,7 +60,7 @@ class Rows:
         training, evaluation = training_and_evaluation_rows(recipe, recipe.definition)
         prints = fingerprints(recipe.definition, training, evaluation)
         validation = training.select([])
-        if recipe.patience is not None:
+        if recipe.is_validated:
             training, validation = split_rows(training, recipe.definition, recipe.validation_size, recipe.rows_seed)
         check_every_label(recipe.definition, training)
         return cls(training=training, validation=validation, evaluation=evaluation, fingerprints=prints)
@@ -71,7 +81,7 @@ class Setup:
     truncated: int
     """Number of training rows that were truncated."""
     validation: list[Example]
-    """The validation rows for early stopping, encoded; empty without it."""
+    """The validation rows, encoded; empty without them."""
     progress: Progress
 
     @classmethod
@@ -141,13 +151,22 @@ class Setup:
             data_collator=Collator(int(self.tokenizer.pad_token_id), padding_side="left"),
             trunk_cache=recipe.trunk_cache / recipe.ensemble,
             trunk_cache_disk=recipe.trunk_cache_disk / recipe.ensemble,
+            group_by_length=recipe.group_by_length,
+            measure=None if recipe.metric_for_best_model == LOSS else self._measure(model),
             callbacks=[
                 interrupt,
+                *([EvaluationSaver()] if recipe.is_validated else []),
                 *([EarlyStoppingCallback(recipe.patience)] if recipe.patience is not None else []),
                 ProgressReporter(lambda *step: self.progress(phase, *step)),
                 *trackers(recipe.report_to, self.folder.logs(name)),
             ],
         )
+
+    def _measure(self, model: PeftModel) -> Callable[[], dict[str, float]]:
+        """A function that measures a model's adapter on the validation rows, by the task's metrics."""
+        rows = self.rows.validation
+        rows = with_all_references(rows, self.task) if self.task.merges_references else rows
+        return lambda: judge(self.task, rows, answer(model, self.tokenizer, self.task, rows)).metrics
 
 
 class Models(Protocol):
@@ -186,6 +205,7 @@ class BaseModels:
 
 
 def _arguments(recipe: Recipe, folder: Path, seed: int, device: torch.device) -> Any:
+    optimiser: dict[str, Any] = {} if recipe.optim is None else {"optim": recipe.optim}
     return training_arguments(
         folder,
         device,
@@ -193,24 +213,30 @@ def _arguments(recipe: Recipe, folder: Path, seed: int, device: torch.device) ->
         lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
         warmup_steps=recipe.warmup_steps,
         num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
         per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
+        label_smoothing_factor=recipe.label_smoothing_factor,
+        dataloader_num_workers=recipe.dataloader_num_workers,
         save_steps=recipe.save_steps,
         bf16=recipe.bf16,
         seed=seed,
         label_names=LABEL_NAMES.get(recipe.task, ["labels"]),
+        **optimiser,
         **{compat.spelled("activation_checkpointing"): recipe.gradient_checkpointing},
-        **({} if recipe.patience is None else _stopping(recipe)),
+        **(_validation(recipe) if recipe.is_validated else {}),
     )
 
 
-def _stopping(recipe: Recipe) -> dict[str, Any]:
-    """Trainer arguments for early stopping, which keeps the checkpoint with the lowest validation loss."""
+def _validation(recipe: Recipe) -> dict[str, Any]:
+    """Trainer arguments for evaluations on the validation rows, which keep the best checkpoint."""
     return {
         "eval_strategy": "steps",
-        "eval_steps": recipe.save_steps,
+        "eval_steps": recipe.eval_steps or recipe.save_steps,
         "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
+        "metric_for_best_model": recipe.metric_for_best_model,
+        "greater_is_better": direction(recipe.metric_for_best_model) > 0,
         "prediction_loss_only": True,
     }

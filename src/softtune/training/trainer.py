@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -31,9 +31,13 @@ from softtune import checkpoint, compat
 from softtune.adapter_context import prompts_cached
 from softtune.data.collate import answer_width
 from softtune.data.encoding import IGNORED
-from softtune.errors import DataError, TrainingError
+from softtune.errors import AdapterError, DataError, TrainingError
+from softtune.formatting import in_words
 from softtune.gradients import describe, without_gradient
 from softtune.model import PeftModel
+from softtune.tasks.metrics import LOSS, METRICS
+from softtune.training.loss_weight import loss_divisors
+from softtune.training.sampler import LengthGroupedSampler
 
 STATE_FILE = "trainer_state.json"
 """Written last: a checkpoint without it is incomplete."""
@@ -48,6 +52,8 @@ class AdapterTrainer(Trainer):
         trunk_cache: megabytes of memory to cache each text's states below the lowest prefix; see
             ``PeftModel.trunk_cache``. 0 by default, as is ``trunk_cache_disk``: every step runs all layers.
         trunk_cache_disk: megabytes of a temporary file beside the checkpoints, for when that memory is full.
+        group_by_length: whether rows of similar length share a batch.
+        measure: computes further metrics of the adapter at each evaluation, by name; None for the loss alone.
         kwargs: the Trainer's.
 
     Raises:
@@ -57,14 +63,28 @@ class AdapterTrainer(Trainer):
             checkpoint where there is one, or else as it was at the last finite loss.
     """
 
-    def __init__(self, model: PeftModel, *, trunk_cache: float = 0, trunk_cache_disk: float = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        *,
+        trunk_cache: float = 0,
+        trunk_cache_disk: float = 0,
+        group_by_length: bool = False,
+        measure: Callable[[], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.trunk_cache = (trunk_cache, trunk_cache_disk)
+        self.measure = measure
         self.gradients: Callable[[dict[str, Tensor]], Tensor] | None = None
         """Computes a batch's loss and gradients instead of the Trainer; None to let the Trainer do it."""
         super().__init__(model=model, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         for callback in compat.console_callbacks():
             self.remove_callback(callback)
+        if group_by_length:
+            compat.set_train_sampler(self, self._by_length)
+        self._divisors: Iterator[Tensor] = iter(())
+        """What the losses of the update's next batches are divided by."""
         self._learns = False
         """Whether the first step has given gradients to the trained parameters."""
         self._last_good: list[Tensor] = []
@@ -72,15 +92,15 @@ class AdapterTrainer(Trainer):
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """``step`` and ``loss`` of each step, ``step`` and ``validation_loss`` of each validation; also from before a
-        resume."""
-        names = {"loss": "loss", "eval_loss": "validation_loss"}
-        return [
-            {"step": entry["step"], names[name]: entry[name]}
-            for entry in self.state.log_history
-            for name in names
-            if name in entry
-        ]
+        """``step`` and ``loss`` of each step; ``step``, ``validation_loss`` and, where they are measured, the other
+        metrics of each validation, such as ``validation_accuracy``; also from before a resume."""
+        measured = {f"eval_{name}": f"validation_{name}" for name in METRICS}
+        found = []
+        for entry in self.state.log_history:
+            names = measured if "eval_loss" in entry else {"loss": "loss"}
+            if values := {name: entry[key] for key, name in names.items() if key in entry}:
+                found.append({"step": entry["step"], **values})
+        return found
 
     @property
     def has_ended(self) -> bool:
@@ -109,10 +129,36 @@ class AdapterTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         return self.model.trunk_cache(*self.trunk_cache, folder)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _by_length(self, dataset: Any = None) -> LengthGroupedSampler:
+        """The sampler of training rows of similar length."""
+        examples: Any = self.train_dataset if dataset is None else dataset
+        return LengthGroupedSampler(
+            [len(example.input_ids) for example in examples],
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Collect the batches of the next update, and weigh their losses by their labels."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        assert isinstance(self.model, PeftModel)
+        self._divisors = iter(loss_divisors(batches, shifts_labels=self.model.backbone.continues_text))
+        return batches, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Compute the loss, from the logits at the rows' ends alone where that is enough for the answers."""
         assert isinstance(self.model, PeftModel)
-        return super().compute_loss(model, {**inputs, **kept_logits(self.model, inputs)}, *args, **kwargs)
+        inputs = {**inputs, **kept_logits(self.model, inputs)}
+        if self.label_smoother is None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs)  # with the labels, by which virtual tokens and decoder inputs are placed
+        logits, labels, shifts = outputs.logits, inputs["labels"], self.model.backbone.continues_text
+        kept = labels[:, -logits.shape[1] :] if shifts else labels
+        loss = self.label_smoother({"logits": logits.float()}, kept, shift_labels=shifts)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss and gradients of one batch.
@@ -125,6 +171,8 @@ class AdapterTrainer(Trainer):
             raise DataError(
                 f"no label in the batch of step {self.state.global_step + 1}", "drop rows without an answer"
             )
+        # The Trainer divides the loss by this number of batches, as if all had as many labels.
+        self.current_gradient_accumulation_steps: Any = next(self._divisors, 1)
         if self.gradients is None:
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         else:
@@ -172,7 +220,8 @@ class AdapterTrainer(Trainer):
         which."""
         when = "the last finite loss"
         if self.state.best_model_checkpoint is not None:
-            when = "its lowest validation loss"
+            metric = self.args.metric_for_best_model or LOSS
+            when = f"its {'lowest' if metric == LOSS else 'best'} validation {in_words(metric)}"
             self.load_best()
         elif self._last_good:
             for kept, parameter in zip(self._last_good, self._trained(), strict=True):
@@ -180,9 +229,20 @@ class AdapterTrainer(Trainer):
         return TrainingError(f"{what}", f"lower the learning rate; the adapter is kept as it was at {when}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's evaluation loop with the prompt computed once."""
+        """Run the Trainer's evaluation loop with the prompt computed once, and measure the further metrics.
+
+        Raises:
+            TrainingError: the adapter's outputs contain NaN.
+        """
         with prompts_cached():
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+            try:
+                found = {} if self.measure is None else self.measure()
+            except AdapterError as error:
+                raise self._blown_up(error.what) from error
+        assert output.metrics is not None
+        output.metrics.update({f"eval_{name}": value for name, value in found.items()})
+        return output
 
     def _trained(self) -> list[nn.Parameter]:
         """The adapters' trained parameters, without those of a base model that is trained itself."""
@@ -259,6 +319,13 @@ class InterruptSaver(TrainerCallback):
         signal.signal(signal.SIGINT, self._previous)
 
 
+class EvaluationSaver(TrainerCallback):
+    """Saves a checkpoint at every evaluation, so that the best one is there to be kept."""
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save = True
+
+
 class ProgressReporter(TrainerCallback):
     """Calls a function with each step's number, the number of steps, and the latest loss and tokens/s as text."""
 
@@ -296,25 +363,31 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def training_arguments(
-    folder: str | os.PathLike[str], device: torch.device | None = None, **settings: Any
+    folder: str | os.PathLike[str],
+    device: torch.device | None = None,
+    *,
+    eval_steps: int | None = None,
+    save_total_limit: int = 1,
+    **settings: Any,
 ) -> TrainingArguments:
     """Build the Trainer's arguments from settings and fixed values.
 
-    The optimiser is AdamW, and every step is logged. Only the newest checkpoint is kept, and the best one if it is
-    loaded at the end.
+    Every step is logged.
 
     Args:
         folder: the folder of checkpoints.
         device: where the base model computes; by default a GPU if there is one.
+        eval_steps: steps between evaluations, which need not divide ``save_steps`` with an ``EvaluationSaver``.
+        save_total_limit: newest checkpoints to keep, and the best one beside them if it is loaded at the end.
         settings: further arguments.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return compat.training_arguments_on(
+    arguments = compat.training_arguments_on(
         device,
         output_dir=os.fspath(folder),
         logging_steps=1,
-        save_total_limit=2 if settings.get("load_best_model_at_end") else 1,  # 1 would leave only the best in the end
+        save_total_limit=save_total_limit + bool(settings.get("load_best_model_at_end")),  # the best is one of them
         restore_callback_states_from_checkpoint=True,
         save_strategy="steps",
         report_to="none",
@@ -325,3 +398,6 @@ def training_arguments(
         logging_nan_inf_filter=False,
         **settings,
     )
+    if eval_steps is not None:
+        arguments.eval_steps = eval_steps
+    return arguments

@@ -12,6 +12,11 @@ def _writes_texts(recipe: RecipeFields) -> bool:
     return not (recipe.labels or recipe.choices or recipe.task.has_head)
 
 
+def _may_validate(recipe: RecipeFields) -> bool:
+    """Whether a recipe is validated, or names patience: null too, since a run without it drops no other field."""
+    return recipe.is_validated or "patience" in recipe.model_fields_set
+
+
 NEEDS: dict[str, tuple[Callable[[RecipeFields], bool], str]] = {
     "shares": (lambda r: r.examples is not None, "needs examples: say how many rows to sample"),
     "test_size": (
@@ -24,8 +29,13 @@ NEEDS: dict[str, tuple[Callable[[RecipeFields], bool], str]] = {
         "needs rows to evaluate on: set evaluation or test_size",
     ),
     "validation_size": (
-        lambda r: "patience" in r.model_fields_set,  # null too: a run without patience drops no other field
+        _may_validate,
         "holds rows out for patience: set patience, or drop it",
+    ),
+    "metric_for_best_model": (_may_validate, "chooses a checkpoint by held-out rows: set patience or eval_steps"),
+    "label_smoothing_factor": (
+        lambda r: r.task is not TaskType.QUESTION_ANS,
+        "is for labels and tokens, and not for parts of a text: drop it",
     ),
     "calibrate": (
         lambda r: bool(r.labels) and not r.task.has_head,
