@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -131,3 +132,60 @@ def test_what_is_left_of_checkpoints_does_not_make_a_finished_run_unfinished(fie
     with pytest.raises(ConfigError, match="has a finished adapter"):
         train(recipe, resume=True, progress=no_work)
     assert Recipe.from_adapter(recipe.output) == recipe
+
+
+def names_of_checkpoints(recipe: Recipe) -> set[str]:
+    return {path.name for path in Path(recipe.output, "checkpoints").glob("checkpoint-*")}
+
+
+def test_a_run_goes_on_from_a_named_checkpoint(fields: dict[str, Any], tmp_path: Path) -> None:
+    fields |= {"save_steps": 2, "save_total_limit": 3}
+    whole, broken = (Recipe.from_fields({**fields, "output": str(tmp_path / name)}) for name in ("whole", "broken"))
+    train(whole)
+    train(broken, progress=interrupt_at(7))
+    assert names_of_checkpoints(broken) == {"checkpoint-4", "checkpoint-6", "checkpoint-7"}
+    for name in ("checkpoint-2", "checkpoint-6x", "checkpoints"):
+        with pytest.raises(ConfigError, match=f"has no {name}: it has checkpoint-4, checkpoint-6, .*: name one"):
+            train(broken, resume=name, progress=no_work)
+    begun: list[int] = []
+
+    def stop(phase: Phase, done: int, *step: Any) -> None:
+        if phase == TRAINING:
+            begun.append(done)
+            interrupt_at(6)(phase, done, *step)
+
+    assert not train(broken, resume="checkpoint-4", progress=stop).finished
+    assert begun[0] == 4
+    assert names_of_checkpoints(broken) == {"checkpoint-4", "checkpoint-6"}
+    assert train(broken, resume=True).finished
+    assert all(torch.equal(tensor, tensors(whole.output)[name]) for name, tensor in tensors(broken.output).items())
+
+
+def test_a_checkpoint_whose_best_is_gone_is_not_gone_on_from(fields: dict[str, Any]) -> None:
+    recipe = Recipe.from_fields({**fields, "eval_steps": 2, "save_steps": 2, "save_total_limit": 9})
+    train(recipe, progress=interrupt_at(7))
+    state = Path(recipe.output, "checkpoints", "checkpoint-6", "trainer_state.json")
+    best = Path(json.loads(state.read_text())["best_model_checkpoint"])
+    shutil.rmtree(best)
+    with pytest.raises(
+        ConfigError, match=f"{best.name} was the best until checkpoint-7, and is gone: resume from a la"
+    ):
+        train(recipe, resume="checkpoint-7", progress=no_work)
+
+
+def test_nothing_to_go_on_from_by_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="has no unfinished run: leave out --resume"):
+        train(Recipe.from_fields(fields), resume="checkpoint-4", progress=no_work)
+
+
+def test_members_go_on_from_a_named_checkpoint_each(fields: dict[str, Any]) -> None:
+    recipe = Recipe.from_fields({**fields, "ensemble": 2, "save_steps": 2, "save_total_limit": 5})
+
+    def stop(phase: Phase, *step: Any) -> None:
+        interrupt_at(5)(TRAINING if phase == replace(TRAINING, member="1") else phase, *step)
+
+    assert not train(recipe, progress=stop).finished
+    shutil.rmtree(Path(recipe.output, "checkpoints", "2", "checkpoint-2"))
+    with pytest.raises(ConfigError, match=r"checkpoints/2 has no checkpoint-2: it has checkpoint-4, checkpoint-5: na"):
+        train(recipe, resume="checkpoint-2", progress=no_work)
+    assert train(recipe, resume="checkpoint-4").finished

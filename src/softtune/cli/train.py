@@ -21,7 +21,14 @@ SILENT = 99
 """Log level for torch's profiler that no message reaches, so that it writes nothing to stderr."""
 
 
-def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate: bool, **flags: str | None) -> None:
+def command(
+    recipes: list[str],
+    resume: bool,
+    resume_from: str | None,
+    profile: bool,
+    find_learning_rate: bool,
+    **flags: str | None,
+) -> None:
     """Train an adapter by a recipe, or those of several recipes at once, and show what came of it.
 
     Recipes that share a base model take less time and memory together than one after the other; a flag goes for all of
@@ -31,10 +38,10 @@ def command(recipes: list[str], resume: bool, profile: bool, find_learning_rate:
     changes = overrides(flags)
     chosen = [Recipe.load(recipe, changes) for recipe in recipes]
     if profile or find_learning_rate:
-        _measure(chosen, resume, profile, find_learning_rate)
+        _measure(chosen, resume or resume_from is not None, profile, find_learning_rate)
         return
     with progress_bars() as progress:
-        results = train_all(chosen, resume=resume, progress=progress)
+        results = train_all(chosen, resume=resume_from or resume, progress=progress)
     reports = [result for result in results if isinstance(result, Report)]
     if unfinished := [report for report in reports if not report.finished]:
         for failure in _failures(chosen, results):
@@ -79,6 +86,7 @@ with_flags(
     [
         argument("recipes", list[str], help="The recipe, a YAML file; or several that share a base model."),
         option("resume", bool, False, help="Go on with an interrupted run."),
+        option("resume_from", str | None, None, help="Go on from this checkpoint of it, such as checkpoint-100."),
         option("profile", bool, False, help="Measure where a step's time goes, and save nothing."),
         option("find_learning_rate", bool, False, help="Try ever higher rates for up to 40 steps, and save nothing."),
     ],

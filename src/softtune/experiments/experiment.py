@@ -29,7 +29,7 @@ NOT_OF_ROWS = (
     *("gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm", "label_smoothing_factor"),
     *("group_by_length", "dataloader_num_workers", "patience", "eval_steps", "metric_for_best_model"),
     *("validation_size", "bf16", "gradient_checkpointing", "compile", "ensemble"),
-    *("trunk_cache", "trunk_cache_disk", "save_steps", "report_to", "output", "seed", "data_seed"),
+    *("trunk_cache", "trunk_cache_disk", "save_steps", "save_total_limit", "report_to", "output", "seed", "data_seed"),
     *LoadFields.model_fields,
 )
 """Recipe fields that do not determine its rows. The two seeds determine them together, as ``rows_seed``."""

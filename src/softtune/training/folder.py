@@ -14,7 +14,7 @@ from softtune import storage
 from softtune.errors import ConfigError, DataError
 from softtune.model import PeftModel
 from softtune.training.recipe import CHECKPOINTS, RECIPE_NAME, Recipe, holds_adapter
-from softtune.training.trainer import last_checkpoint
+from softtune.training.trainer import STATE_FILE, checkpoints_in, step_of
 
 START_NAME = "start.json"
 """File with what a run started from: the metrics of the base model alone, and fingerprints of the data."""
@@ -33,10 +33,12 @@ class RunFolder:
 
     Args:
         recipe: the recipe.
+        checkpoint: name of the checkpoint to resume from, such as checkpoint-100; by default the newest.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, checkpoint: str | None = None) -> None:
         self.recipe = recipe
+        self.checkpoint = checkpoint
         self.path = Path(recipe.output)
 
     def checkpoints(self, name: str = "default") -> Path:
@@ -50,11 +52,16 @@ class RunFolder:
     @property
     def starts(self) -> dict[str, str | None]:
         """The checkpoint that each adapter resumes from, by its name; None where there is none."""
-        return {name: last_checkpoint(self.checkpoints(name)) for name in self.recipe.adapter_names}
+        found = {name: self._to_resume_from(name) for name in self.recipe.adapter_names}
+        return {name: str(paths[-1]) if paths else None for name, paths in found.items()}
+
+    def _to_resume_from(self, name: str) -> list[Path]:
+        """An adapter's checkpoints that can be resumed from, the newest last: all, or those of the given name."""
+        return [c for c in checkpoints_in(self.checkpoints(name)) if self.checkpoint in (None, c.name)]
 
     @property
     def is_unfinished(self) -> bool:
-        return not self._has_recipe and any(self.starts.values())
+        return not self._has_recipe and any(checkpoints_in(self.checkpoints(n)) for n in self.recipe.adapter_names)
 
     @property
     def is_finished(self) -> bool:
@@ -97,6 +104,30 @@ class RunFolder:
                 f"{name} is {now!r}, and {then!r} in the run in {self.path}",
                 "resume it with the recipe it was started with",
             )
+
+    def check_checkpoint(self) -> None:
+        """Check that an unfinished run has the checkpoint to resume from, and the best one until then.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        for name, start in self.starts.items():
+            if start is None:
+                there = ", ".join(c.name for c in checkpoints_in(self.checkpoints(name))) or "none"
+                raise ConfigError(f"{self.checkpoints(name)} has no {self.checkpoint}", f"it has {there}: name one")
+            best = storage.read_json(Path(start, STATE_FILE)).get("best_model_checkpoint")
+            if best is not None and not Path(best).is_dir():
+                raise ConfigError(
+                    f"{Path(best).name} was the best until {self.checkpoint}, and is gone",
+                    "resume from a later checkpoint, and keep more by save_total_limit",
+                )
+
+    def drop_later(self) -> None:
+        """Remove the checkpoints that come after the named one, since what they hold is trained again."""
+        for name, start in self.starts.items():
+            for later in checkpoints_in(self.checkpoints(name)) if self.checkpoint and start else ():
+                if step_of(later) > step_of(Path(str(start))):
+                    shutil.rmtree(later)
 
     def save(self, model: PeftModel, histories: Sequence[list[dict[str, float]]]) -> None:
         """Save the trained adapter, or an ensemble's members in folders of their own, and remove the checkpoints.
@@ -142,7 +173,8 @@ def check_folders(folders: Sequence[RunFolder], *, resume: bool) -> None:
     """Check that runs can start, or resume, without overwriting anything.
 
     Raises:
-        ConfigError: a folder has a run or an experiment, or there is no run to resume, or it is another recipe's.
+        ConfigError: a folder has a run or an experiment, or there is no run or checkpoint to resume, or it is another
+            recipe's.
         CheckpointError: an output is a file, or cannot be written.
     """
     for folder in folders:
@@ -162,6 +194,9 @@ def check_folders(folders: Sequence[RunFolder], *, resume: bool) -> None:
         raise ConfigError(f"{folders[0].path} has no unfinished run", "leave out --resume")
     for folder in finished + unfinished:
         folder.check_recipe()
+    for folder in unfinished:
+        if folder.checkpoint is not None:
+            folder.check_checkpoint()
 
 
 def what_is_kept(folders: Sequence[RunFolder]) -> str:

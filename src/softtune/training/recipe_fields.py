@@ -129,6 +129,8 @@ class RecipeFields(BaseModel):
     """Another seed for the sample and the held-out rows."""
     save_steps: Annotated[int, Field(ge=1)] = 50
     """Steps between checkpoints; an interrupt writes one too."""
+    save_total_limit: Annotated[int, Field(ge=1)] = 1
+    """Newest checkpoints of an unfinished run to keep; the best one is kept beside them."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Trackers of losses, learning rates and speeds while training: TensorBoard in the folder logs of the output, W&B
     where its own settings say."""

@@ -29,12 +29,13 @@ Result = Report | TrainingError
 """A recipe's report, or the error that ended its training while the other recipes went on."""
 
 
-def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *_: None) -> Report:
+def train(recipe: Recipe, *, resume: bool | str = False, progress: Progress = lambda *_: None) -> Report:
     """Train and evaluate an adapter, or an ensemble, by a recipe.
 
     Args:
         recipe: the recipe.
-        resume: resume from the last checkpoint of an interrupted run of the same recipe.
+        resume: resume from the last checkpoint of an interrupted run of the same recipe, or from the one of this name,
+            such as checkpoint-100; later ones are then removed.
         progress: called after every step.
 
     Raises:
@@ -55,7 +56,7 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress = lambda *
 def train_all(
     recipes: Sequence[Recipe],
     *,
-    resume: bool = False,
+    resume: bool | str = False,
     before: bool = True,
     progress: Progress = lambda *_: None,
 ) -> list[Result | None]:
@@ -63,8 +64,8 @@ def train_all(
 
     Args:
         recipes: the recipes.
-        resume: resume from the last checkpoints of an interrupted run of the same recipes. Recipes without one start
-            anew, and finished ones are left as they are.
+        resume: resume from the last checkpoints of an interrupted run of the same recipes, or from those of this name,
+            see ``train``. Recipes without a checkpoint start anew, and finished ones are left as they are.
         before: evaluate the base model alone, too.
         progress: called after every step of each run.
 
@@ -77,8 +78,8 @@ def train_all(
         CheckpointError, DataError, MissingExtraError, KeyboardInterrupt: as from ``train``.
     """
     check_compatible(recipes)
-    folders = [RunFolder(recipe) for recipe in recipes]
-    check_folders(folders, resume=resume)
+    folders = [RunFolder(recipe, resume if isinstance(resume, str) else None) for recipe in recipes]
+    check_folders(folders, resume=bool(resume))
     left = [folder for folder in folders if not folder.is_finished]
     try:
         results = dict(zip(left, _train(left, before, progress), strict=True))
@@ -105,6 +106,8 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
     for setup in setups:
         alike = (b for s, b in zip(setups, befores, strict=False) if s.asks_as(setup))
         befores.append(_begin(setup, next(alike, None) if before else {}))
+    for folder in folders:
+        folder.drop_later()
     fits = _fit(setups)
     for setup, fit in zip(setups, fits, strict=True):
         if fit.finished:

@@ -221,6 +221,7 @@ def _arguments(recipe: Recipe, folder: Path, seed: int, device: torch.device) ->
         label_smoothing_factor=recipe.label_smoothing_factor,
         dataloader_num_workers=recipe.dataloader_num_workers,
         save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
         bf16=recipe.bf16,
         seed=seed,
         label_names=LABEL_NAMES.get(recipe.task, ["labels"]),

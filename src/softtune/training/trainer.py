@@ -356,10 +356,15 @@ def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
     return callbacks
 
 
-def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint in a folder; None if there is none."""
-    whole = [p.parent for p in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
-    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
+def checkpoints_in(folder: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints in a folder, the newest last."""
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
+    return sorted(whole, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def training_arguments(
