@@ -17,6 +17,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from softtune import storage
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
+from softtune.backbone.sharding import gathered, is_sharded
 from softtune.card import CARD_NAME, model_card
 from softtune.errors import AdapterMismatchError, CheckpointError
 from softtune.formatting import in_one_line
@@ -46,7 +48,14 @@ SAMPLE_TOLERANCE = 0.05
 as the same base model's."""
 
 
-def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone, *, also_pickled: bool = False) -> None:
+def save(
+    folder: str | os.PathLike[str],
+    adapter: Adapter,
+    backbone: Backbone,
+    *,
+    also_pickled: bool = False,
+    is_main_process: bool = True,
+) -> None:
     """Save an adapter to a folder; each file is written whole or not at all.
 
     Args:
@@ -54,10 +63,21 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone, *
         adapter: the adapter.
         backbone: its base model.
         also_pickled: write ``adapter_model.bin`` beside the safetensors, for old readers of PEFT's format.
+        is_main_process: if False, nothing is saved, since another process saves. Where the base model is sharded, all
+            processes must call this, since all must read it.
 
     Raises:
         CheckpointError: ``folder`` is a file.
     """
+    if is_main_process:
+        with gathered(backbone.model):
+            _save(Path(folder), adapter, backbone, also_pickled=also_pickled)
+    elif is_sharded(backbone.model):
+        with gathered(backbone.model), TemporaryDirectory() as nowhere:
+            _save(Path(nowhere), adapter, backbone, also_pickled=also_pickled)
+
+
+def _save(folder: Path, adapter: Adapter, backbone: Backbone, *, also_pickled: bool) -> None:
     config = dataclasses.replace(adapter.config, inference_mode=True, modules_to_save=list(adapter.heads) or None)
     config.base_model_name_or_path = _name_of_base(config, backbone)
     if config.task_type is None:
@@ -70,12 +90,12 @@ def save(folder: str | os.PathLike[str], adapter: Adapter, backbone: Backbone, *
             torch.save({name: tensor.cpu() for name, tensor in state.items()}, stage / PICKLED_NAME)
         if adapter.is_reparameterised:
             write(stage / STATE_NAME, adapter.training_state())
-        model_card(Path(folder) / CARD_NAME, config, backbone).save(stage / CARD_NAME)
+        model_card(folder / CARD_NAME, config, backbone).save(stage / CARD_NAME)
         rows = backbone.embedding.num_embeddings
         config.write(stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows, **_precision(backbone)})
     gone = {STATE_NAME: not adapter.is_reparameterised, PICKLED_NAME: not also_pickled}
     for name in (name for name, is_gone in gone.items() if is_gone):
-        Path(folder, name).unlink(missing_ok=True)  # left by another adapter that was saved here before
+        (folder / name).unlink(missing_ok=True)  # left by another adapter that was saved here before
 
 
 def _precision(backbone: Backbone) -> dict[str, str | None]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -435,6 +436,20 @@ def training_arguments_on(device: torch.device, **settings: Any) -> TrainingArgu
             vars(arguments)["_setup_devices"] = device  # a cached property, always of the first GPU
             torch.get_device_module(device).set_device(device)
     return arguments
+
+
+@contextmanager
+def sharded_models_allowed(arguments: TrainingArguments) -> Iterator[None]:
+    """Let a Trainer that is made in the block take a base model that transformers has sharded.
+
+    It refuses to, since it could not save the optimiser's state of sharded parameters; those that are trained here are
+    not sharded.
+    """
+    before, arguments.save_only_model = arguments.save_only_model, True
+    try:
+        yield
+    finally:
+        arguments.save_only_model = before
 
 
 def console_callbacks() -> list[type]:

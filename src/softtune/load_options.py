@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from transformers import BitsAndBytesConfig, PretrainedConfig, TorchAoConfig
+from transformers.distributed import DistributedConfig
 
 from softtune.errors import ConfigError
 from softtune.extras import missing
@@ -27,7 +28,7 @@ INT4_GROUP = 32
 """Weights with a scale of their own; the smallest group that torchao has kernels for, which fits most widths."""
 INT4_FORMATS = {"cuda": "tile_packed_to_4d", "xpu": "plain_int32"}
 """How torchao's kernels pack 4-bit weights, by the devices that have any. They compute in bfloat16."""
-OF_THE_MACHINE = ("device", "device_map", "max_memory")
+OF_THE_MACHINE = ("device", "device_map", "max_memory", "fsdp")
 """Fields that say where a base model is, and not what it computes."""
 LESS_MEMORY = "use dtype bfloat16, quantization bnb-4bit, or device_map auto, which spreads it over all devices"
 
@@ -58,6 +59,8 @@ class LoadFields(BaseModel):
     """Spread the base model over several devices, as transformers does it: auto, balanced, or a device by module."""
     max_memory: Annotated[dict[int | str, int | str], BeforeValidator(_with_numbers)] | None = None
     """Memory to use of each device with device_map, such as {0: 20GiB, cpu: 60GiB}."""
+    fsdp: bool = False
+    """Shard the base model over the processes that torchrun starts, each of which holds a part of every layer."""
     quantization: Literal["bnb-4bit", "bnb-8bit", "torchao-int8", "torchao-int4"] | None = None
     """Quantise the base model's weights as they are loaded; checkpoints in GPTQ, AWQ or HQQ load as they come."""
     attn_implementation: str | None = None
@@ -71,6 +74,9 @@ class LoadFields(BaseModel):
     def _places_once(self) -> LoadFields:
         if self.device_map is not None and self.device != "auto":
             raise ValueError("device_map says where the base model is: drop device, or device_map")
+        if self.fsdp and (self.device_map is not None or self.quantization is not None):
+            other = "device_map" if self.device_map is not None else "quantization"
+            raise ValueError(f"fsdp does not go with {other}: drop one of the two")
         if self.max_memory is not None and self.device_map is None:
             raise ValueError("max_memory bounds a device_map: set device_map to auto, or drop max_memory")
         if self._needed_dtype and self.dtype not in ("auto", self._needed_dtype):
@@ -108,10 +114,16 @@ class LoadOptions(LoadFields):
         """Check that this machine can load a base model so.
 
         Raises:
-            ConfigError: there is no such device, or it does not compute in this dtype.
+            ConfigError: there is no such device, or it does not compute in this dtype, or there is one process to shard
+                over.
             MissingExtraError: the quantisation's package is not installed.
         """
         device = self.torch_device
+        if self.fsdp and num_processes() == 1:
+            raise ConfigError(
+                "fsdp shards over several processes, and this is one",
+                "start as many as there are GPUs by torchrun --nproc-per-node 8 -m softtune",
+            )
         if "bfloat16" in (self.dtype, self._needed_dtype) and not has_bfloat16(device):
             remedy = (
                 f"{self.quantization} needs it, use bnb-4bit" if self._needed_dtype else "use dtype float16 or float32"
@@ -163,7 +175,9 @@ class LoadOptions(LoadFields):
             raise ConfigError(f"the base model is quantised already, by {own}", "drop quantization")
         dtype = self._dtype(device, config)
         arguments: dict[str, Any] = {"dtype": dtype}
-        if self.device_map is not None:
+        if self.fsdp:
+            arguments["distributed_config"] = DistributedConfig(fsdp_size=num_processes())
+        elif self.device_map is not None:
             arguments |= {"device_map": self.device_map, "max_memory": self.max_memory}
         elif device.type != "cpu" or self.quantization or own:  # a quantised model would go to a GPU by itself
             arguments["device_map"] = {"": str(device)}
@@ -190,6 +204,11 @@ class LoadOptions(LoadFields):
         if device.type == "cpu" or (config.dtype is torch.bfloat16 and not has_bfloat16(device)):
             return torch.float32
         return "auto"
+
+
+def num_processes() -> int:
+    """The number of processes that torchrun or accelerate has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def has_bfloat16(device: torch.device) -> bool:

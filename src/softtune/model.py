@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +33,7 @@ from softtune.adapter_context import (
     tag_cache,
 )
 from softtune.backbone import Backbone
-from softtune.backbone.sharding import gathered, is_sharded, set_root
+from softtune.backbone.sharding import is_sharded, set_root
 from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterError, ConfigError
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
@@ -243,16 +242,12 @@ class PeftModel(PushToHubMixin, PeftNames):
         names = selected_adapters or list(self.peft_config)
         if not names:
             raise AdapterError("there is no adapter to save", "add one by add_adapter")
-        sharded = is_sharded(self)
-        if not is_main_process and not sharded:
-            return
-        numbers = self.numbers_of(None if sharded else state_dict)
-        # What is sharded must be read by every process. Only the main one keeps what it writes.
-        with numbers, gathered(self.backbone.model), TemporaryDirectory() as nowhere:
-            root = Path(save_directory if is_main_process else nowhere)
+        # Sharded numbers are those of the model, which every process must read.
+        with self.numbers_of(state_dict if is_main_process and not is_sharded(self) else None):
             for name in names:
-                folder = root if name == "default" else root / name
-                checkpoint.save(folder, self.adapter(name), self.backbone, also_pickled=not safe_serialization)
+                folder = Path(save_directory) if name == "default" else Path(save_directory, name)
+                settings = {"also_pickled": not safe_serialization, "is_main_process": is_main_process}
+                checkpoint.save(folder, self.adapter(name), self.backbone, **settings)
 
     @property
     def keeps_logits(self) -> bool:

@@ -50,7 +50,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards a model or parts of it."""
-    return bool(_units(model))
+    return bool(_units(_root(model)))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 def _outer_units(root: nn.Module) -> list[Any]:
-    """The units that hold others, as a model holds its layers."""
-    return [unit for unit in _units(root) if len(_units(unit)) > 1]
+    """The outermost unit, and those within that hold others, as a model holds its layers."""
+    return [unit for unit in _units(root) if unit is root or len(_units(unit)) > 1]
 
 
 def _units(model: nn.Module) -> list[nn.Module]:

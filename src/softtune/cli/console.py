@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from softtune.training.progress import Progress as Reporting
 
 
+IS_FIRST = os.environ.get("RANK", "0") == "0"
+"""Whether this process prints: the first one of those that torchrun or accelerate has started."""
+
+
 def _plain(*, stderr: bool = False) -> Console:
     """A console that prints text unchanged, without markup, emoji codes or highlighting."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, quiet=not IS_FIRST)
 
 
 console = _plain()
@@ -82,7 +86,8 @@ def show_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning as errors are printed, in one line on stderr."""
-    print(f"softtune: {' '.join(str(message).split())}", file=sys.stderr)
+    if IS_FIRST:
+        print(f"softtune: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def quiet() -> None:

@@ -12,7 +12,7 @@ from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.flags import argument, option, overrides, with_flags, words
 from softtune.cli.tables import show_profile, show_range_test, show_report
 from softtune.errors import ConfigError, TrainingError
-from softtune.training import diagnostics
+from softtune.training import diagnostics, ranks
 from softtune.training.recipe import Recipe
 from softtune.training.report import Report
 from softtune.training.run import train_all
@@ -40,7 +40,7 @@ def command(
     if profile or find_learning_rate:
         _measure(chosen, resume or resume_from is not None, profile, find_learning_rate)
         return
-    with progress_bars() as progress:
+    with progress_bars() as progress, ranks.joined():
         results = train_all(chosen, resume=resume_from or resume, progress=progress)
     reports = [result for result in results if isinstance(result, Report)]
     if unfinished := [report for report in reports if not report.finished]:

@@ -58,6 +58,18 @@ class Answers:
             likelihoods=likelihoods,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Answers]) -> Answers:
+        """The predictions for a data set of whose rows each part has predicted the next ones."""
+        scores = [part.scores for part in parts if part.scores is not None]
+        likelihoods = [part.likelihoods for part in parts if part.likelihoods is not None]
+        return cls(
+            texts=[text for part in parts for text in part.texts],
+            scores=torch.cat(scores) if len(scores) == len(parts) else None,
+            truncated=sum(part.truncated for part in parts),
+            likelihoods=torch.cat(likelihoods) if len(likelihoods) == len(parts) else None,
+        )
+
 
 def fitted(task: Task, model: PeftModel, *, written: int | None = None) -> Task:
     """The task with a maximum length that leaves the model room for the virtual tokens and the new tokens.

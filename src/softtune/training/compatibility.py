@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from typing import Any
 from softtune.errors import ConfigError
 from softtune.extras import missing
 from softtune.load_options import LoadFields
+from softtune.training import ranks
 from softtune.training.multi_run import TASKS
 from softtune.training.recipe import Recipe
 
@@ -43,6 +45,28 @@ def check_compatible(recipes: Sequence[Recipe]) -> None:
                     f"{name} is {other!r} for {first.output} and {own!r} for {recipe.output}",
                     "recipes that run at once share it, run these one after the other",
                 )
+
+
+def check_processes(recipes: Sequence[Recipe]) -> None:
+    """Check that the processes that torchrun or accelerate has started can share the batches.
+
+    Raises:
+        ConfigError: a batch does not divide among them, or accelerate is to wrap the base model.
+    """
+    if ranks.count() == 1:
+        return
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
+            raise ConfigError(
+                f"accelerate is configured for {plugin}, and softtune train shards by itself",
+                "set fsdp in the recipe, and start it by torchrun",
+            )
+    for recipe in recipes:
+        if recipe.batch_size % ranks.count():
+            raise ConfigError(
+                f"batch_size is {recipe.batch_size}, which {ranks.count()} processes cannot share evenly",
+                f"set a multiple of {ranks.count()}",
+            )
 
 
 def shared(recipe: Recipe) -> dict[str, Any]:

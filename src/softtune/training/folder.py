@@ -13,6 +13,7 @@ from typing import Any
 from softtune import storage
 from softtune.errors import ConfigError, DataError
 from softtune.model import PeftModel
+from softtune.training import ranks
 from softtune.training.recipe import CHECKPOINTS, RECIPE_NAME, Recipe, holds_adapter
 from softtune.training.trainer import STATE_FILE, checkpoints_in, step_of
 
@@ -132,13 +133,19 @@ class RunFolder:
     def save(self, model: PeftModel, histories: Sequence[list[dict[str, float]]]) -> None:
         """Save the trained adapter, or an ensemble's members in folders of their own, and remove the checkpoints.
 
+        All processes of a run call this, and the first one writes.
+
         The recipe is written last: a folder that has it is complete.
 
         Args:
             model: the base model with the trained adapters.
             histories: losses by step of each adapter.
         """
-        model.save_pretrained(self.path)
+        model.save_pretrained(self.path, is_main_process=ranks.is_first())
+        if ranks.is_first():
+            self._finish(histories)
+
+    def _finish(self, histories: Sequence[list[dict[str, float]]]) -> None:
         with storage.staged(self.path) as stage:
             names = self.recipe.adapter_names
             storage.write_json(stage / HISTORY_NAME, dict(zip(names, histories, strict=True)))

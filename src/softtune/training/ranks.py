@@ -5,8 +5,8 @@ One process is the usual case, in which everything here does nothing. Knows noth
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from softtune.errors import SofttuneError
+from softtune.errors import DataError, SofttuneError
+from softtune.load_options import num_processes
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ def start(device: torch.device) -> None:
     Args:
         device: where this process computes; decides how the processes communicate.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if num_processes() > 1:
         PartialState(cpu=device.type == "cpu")
 
 
@@ -39,10 +40,14 @@ def index() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
-def part(rows: Sequence[T]) -> range:
-    """The indices of this process's part of some rows: neighbours, as many as in the other parts or one more or less."""
-    bounds = [len(rows) * rank // count() for rank in (index(), index() + 1)]
-    return range(*bounds)
+def part(rows: int) -> range:
+    """The indices of this process's part of some rows: neighbours, as many as in other parts or one more or less."""
+    return range(rows * index() // count(), rows * (index() + 1) // count())
+
+
+def is_first() -> bool:
+    """Whether this process is the first one, which alone writes files and reports."""
+    return index() == 0
 
 
 def gathered(own: T) -> list[T]:
@@ -53,6 +58,24 @@ def gathered(own: T) -> list[T]:
     return every
 
 
+def check_same(fingerprints: Sequence[Mapping[str, str]]) -> None:
+    """Check that all processes have the same data.
+
+    Args:
+        fingerprints: hashes of the data of each recipe, by the name of the data.
+
+    Raises:
+        DataError: they have not.
+    """
+    for number, others in enumerate(gathered(fingerprints)):
+        for own, other in zip(fingerprints, others, strict=True):
+            if differing := [name for name in own if own[name] != other.get(name)]:
+                raise DataError(
+                    f"process {number} has other {differing[0]} data than process {index()}",
+                    "give every machine the same files",
+                )
+
+
 def by_first(work: Callable[[], T]) -> T:
     """Let the first process alone do a piece of work, and return its result in all.
 
@@ -60,7 +83,7 @@ def by_first(work: Callable[[], T]) -> T:
         SofttuneError: the work raised it; in all processes.
     """
     result: list[Any] = [None]
-    if index() == 0:
+    if is_first():
         try:
             result = [work()]
         except SofttuneError as error:
@@ -75,14 +98,26 @@ def by_first(work: Callable[[], T]) -> T:
 
 def any_of(flag: bool, device: torch.device) -> bool:
     """Whether a flag is set in any process."""
-    return bool(total(torch.tensor(float(flag), device=device)))
+    return flag if count() == 1 else bool(total(torch.tensor(float(flag), device=device)))
 
 
 def total(number: Tensor) -> Tensor:
-    """The sum of a number over all processes."""
-    if count() > 1:
-        dist.all_reduce(number)
-    return number
+    """The sum of a tensor over all processes."""
+    if count() == 1:
+        return number
+    moved = number.to(PartialState().device, copy=True)
+    dist.all_reduce(moved)
+    return moved.to(number.device)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Leave the other processes at the end of the block, if it joins them."""
+    try:
+        yield
+    finally:
+        if count() > 1:
+            dist.destroy_process_group()
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -10,13 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import set_seed
+
+from softtune.backbone.sharding import is_sharded
 from softtune.errors import AdapterError, TrainingError
 from softtune.evaluation.answers import Answers, judge
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
 from softtune.extras import require
 from softtune.injection.provenance import BASE
 from softtune.tasks.metrics import Quality
-from softtune.training.compatibility import check_compatible
+from softtune.training import ranks
+from softtune.training.compatibility import check_compatible, check_processes
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
 from softtune.training.multi_run import train_together
 from softtune.training.progress import EVALUATING, EVALUATING_BASE_MODEL, Phase, Progress
@@ -78,8 +82,10 @@ def train_all(
         CheckpointError, DataError, MissingExtraError, KeyboardInterrupt: as from ``train``.
     """
     check_compatible(recipes)
+    ranks.start(recipes[0].load_options.torch_device)
+    check_processes(recipes)
     folders = [RunFolder(recipe, resume if isinstance(resume, str) else None) for recipe in recipes]
-    check_folders(folders, resume=bool(resume))
+    ranks.by_first(lambda: check_folders(folders, resume=bool(resume)))
     left = [folder for folder in folders if not folder.is_finished]
     try:
         results = dict(zip(left, _train(left, before, progress), strict=True))
@@ -91,6 +97,7 @@ def train_all(
 def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> list[Result]:
     """Load all data first, where errors show soonest; then train and evaluate."""
     rows = [Rows.load(folder.recipe) for folder in folders]
+    ranks.check_same([each.fingerprints for each in rows])
     pairs = zip(folders, rows, strict=True)
     if any(there.evaluation and folder.recipe.definition.needs_metrics for folder, there in pairs):
         require("metrics")
@@ -107,7 +114,7 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
         alike = (b for s, b in zip(setups, befores, strict=False) if s.asks_as(setup))
         befores.append(_begin(setup, next(alike, None) if before else {}))
     for folder in folders:
-        folder.drop_later()
+        ranks.by_first(folder.drop_later)
     fits = _fit(setups)
     for setup, fit in zip(setups, fits, strict=True):
         if fit.finished:
@@ -133,7 +140,7 @@ def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
     if setup.rows.evaluation and known is None:
         [answers] = _answers(setup, EVALUATING_BASE_MODEL, [BASE])
         metrics = _judged(setup, answers).metrics
-    setup.folder.begin(metrics, setup.rows.fingerprints)
+    ranks.by_first(lambda: setup.folder.begin(metrics, setup.rows.fingerprints))
     return metrics
 
 
@@ -161,7 +168,7 @@ def _fit(setups: Sequence[Setup]) -> list[_Fit]:
     starts = [start for setup in setups for start in setup.folder.starts.values()]
     clock = time.perf_counter()
     with interrupt:
-        errors = _errors(trainers, starts)
+        errors = _errors(trainers, starts, interrupt)
     seconds = time.perf_counter() - clock
     failed = {trainer: error for trainer, error in zip(trainers, errors, strict=True) if error is not None}
     interrupted = interrupt.interrupted and not all(t in failed or t.has_ended for t in trainers)
@@ -187,14 +194,28 @@ def _fit_of(
     )
 
 
-def _errors(trainers: Sequence[AdapterTrainer], starts: Sequence[str | None]) -> list[TrainingError | None]:
-    if len(trainers) > 1:
+def _errors(
+    trainers: Sequence[AdapterTrainer], starts: Sequence[str | None], interrupt: InterruptSaver
+) -> list[TrainingError | None]:
+    """Train adapters at once, or where several processes share their batches one after the other."""
+    if len(trainers) > 1 and ranks.count() == 1:
         return train_together(trainers, starts)
+    errors = []
+    for trainer, start in zip(trainers, starts, strict=True):
+        if len(trainers) > 1:
+            set_seed(trainer.args.seed)  # its own, as when it was made
+        errors.append(_error(trainer, start, interrupt))
+    return errors
+
+
+def _error(trainer: AdapterTrainer, start: str | None, interrupt: InterruptSaver) -> TrainingError | None:
+    """Train an adapter, unless an interrupt has ended all training; return the error that ends its own."""
     try:
-        trainers[0].train(resume_from_checkpoint=starts[0])
+        if not interrupt.interrupted:
+            trainer.train(resume_from_checkpoint=start)
     except TrainingError as error:
-        return [error]
-    return [None]
+        return error
+    return None
 
 
 def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
@@ -242,9 +263,11 @@ def _answers(setup: Setup, phase: Phase, names: Sequence[str]) -> list[Answers]:
     """Predict the evaluation rows with each of these adapters."""
     rows = setup.rows.evaluation
     assert rows is not None
+    is_shared = not is_sharded(setup.model)  # by processes that call the base model when they have rows for it
+    rows = rows.select(ranks.part(len(rows))) if is_shared else rows
     total = len(names) * len(rows)
     setup.progress(phase, 0, total, "")
-    return answer_each(
+    own = answer_each(
         setup.model,
         setup.tokenizer,
         setup.task,
@@ -252,6 +275,7 @@ def _answers(setup: Setup, phase: Phase, names: Sequence[str]) -> list[Answers]:
         names=names,
         advance=lambda done: setup.progress(phase, done, total, ""),
     )
+    return [Answers.joined(parts) for parts in zip(*ranks.gathered(own), strict=True)] if is_shared else own
 
 
 def _judged(setup: Setup, answers: Answers) -> Quality:

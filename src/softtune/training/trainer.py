@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,9 +37,12 @@ from softtune.formatting import in_words
 from softtune.gradients import describe, without_gradient
 from softtune.model import PeftModel
 from softtune.tasks.metrics import LOSS, METRICS
-from softtune.training.loss_weight import loss_divisors
+from softtune.training import ranks
+from softtune.training.loss_weight import Batch, loss_divisors, num_rows, without_labels
 from softtune.training.sampler import LengthGroupedSampler
 
+EVALUATION_BATCH = 8
+"""Rows of a batch of the validation, or the next more that all processes can share."""
 STATE_FILE = "trainer_state.json"
 """Written last: a checkpoint without it is incomplete."""
 
@@ -77,8 +81,12 @@ class AdapterTrainer(Trainer):
         self.measure = measure
         self.gradients: Callable[[dict[str, Tensor]], Tensor] | None = None
         """Computes a batch's loss and gradients instead of the Trainer; None to let the Trainer do it."""
-        super().__init__(model=model, **kwargs)
+        with compat.sharded_models_allowed(kwargs["args"]):
+            super().__init__(model=model, **kwargs)
+        self.is_distributed_loading_by_transformers = False  # what is trained is not sharded
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
+        if ranks.count() > 1:  # training_step averages the gradients, since a wrapper would also handle the base model
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         for callback in compat.console_callbacks():
             self.remove_callback(callback)
         if group_by_length:
@@ -105,7 +113,7 @@ class AdapterTrainer(Trainer):
     @property
     def has_ended(self) -> bool:
         """Whether training is complete: all steps are done, or early stopping has ended it."""
-        return self.state.global_step >= self.state.max_steps or _is_out_of_patience(self.state)
+        return 0 < self.state.max_steps <= self.state.global_step or _is_out_of_patience(self.state)
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:  # type: ignore[override]
         """Train with the trunk cache; only load the best checkpoint if early stopping had ended the resumed run."""
@@ -143,8 +151,21 @@ class AdapterTrainer(Trainer):
         """Collect the batches of the next update, and weigh their losses by their labels."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         assert isinstance(self.model, PeftModel)
-        self._divisors = iter(loss_divisors(batches, shifts_labels=self.model.backbone.continues_text))
-        return batches, num_items
+        surplus = self._surplus(batches[-1]) if batches else 0
+        shifts = self.model.backbone.continues_text
+        self._divisors = iter(loss_divisors(batches, shifts_labels=shifts, surplus=surplus))
+        return [*batches[:-1], *(without_labels(batch, surplus) for batch in batches[-1:])], num_items
+
+    def _surplus(self, batch: Batch) -> int:
+        """The rows at the end of this process's part of a batch that the last batch of the data set lacks.
+
+        accelerate fills that batch up with rows from the beginning, for parts of equal size.
+        """
+        state = self.accelerator.gradient_state
+        if ranks.count() == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return 0
+        rows = num_rows(batch)
+        return min(max((ranks.index() + 1) * rows - state.remainder, 0), rows)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -177,6 +198,10 @@ class AdapterTrainer(Trainer):
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         else:
             loss = self.gradients(compat.prepared_inputs(self, inputs))
+        if ranks.count() > 1:
+            loss = ranks.total(loss.clone()) / ranks.count()
+            if self.accelerator.sync_gradients:
+                ranks.average_gradients([p for p in self.model.parameters() if p.requires_grad])  # type: ignore[union-attr]
         if not torch.isfinite(loss):
             raise self._blown_up(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         if not self._learns:
@@ -228,6 +253,17 @@ class AdapterTrainer(Trainer):
                 parameter.data.copy_(kept)
         return TrainingError(f"{what}", f"lower the learning rate; the adapter is kept as it was at {when}")
 
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Compute the loss of a validation batch, over the labels of all processes."""
+        if ranks.count() == 1:
+            found: tuple[Any, ...] = super().prediction_step(model, inputs, *args, **kwargs)
+            return found
+        assert isinstance(self.model, PeftModel)
+        surplus, shifts = self._surplus(inputs), self.model.backbone.continues_text
+        [divisor] = loss_divisors([inputs], shifts_labels=shifts, surplus=surplus)
+        loss, *others = super().prediction_step(model, dict(without_labels(inputs, surplus)), *args, **kwargs)
+        return (ranks.total(loss / divisor) / ranks.count(), *others)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's evaluation loop with the prompt computed once, and measure the further metrics.
 
@@ -250,6 +286,10 @@ class AdapterTrainer(Trainer):
         adapters = [self.model.adapter(name) for name in self.model.active_adapters]
         return [parameter for adapter in adapters for parameter in adapter.trained.values()]
 
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save the adapter, for which all processes must read a sharded base model."""
+        self.save_adapter(output_dir)
+
     def save_adapter(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter alone, from whose folder training can resume.
 
@@ -259,7 +299,12 @@ class AdapterTrainer(Trainer):
         self._check_numbers()
         assert isinstance(self.model, PeftModel)
         name = self.model.active_adapter
-        checkpoint.save(output_dir or str(self.args.output_dir), self.model.adapter(name), self.model.backbone)
+        checkpoint.save(
+            output_dir or str(self.args.output_dir),
+            self.model.adapter(name),
+            self.model.backbone,
+            is_main_process=ranks.is_first(),
+        )
 
     def load_adapter(self, resume_from_checkpoint: str, model: Any = None) -> None:
         assert isinstance(self.model, PeftModel)
@@ -287,36 +332,45 @@ def kept_logits(model: PeftModel, batch: Mapping[str, Any]) -> dict[str, int]:
 
 
 class InterruptSaver(TrainerCallback):
-    """Ends training with a checkpoint after the current step on Ctrl-C within its block.
+    """Ends training with a checkpoint after the current step on Ctrl-C or SIGTERM within its block.
 
-    Runs that step together all end after the same step. A second Ctrl-C interrupts at once.
+    Runs that step together all end after the same step, and so do all processes of a run. A second Ctrl-C interrupts at
+    once, except among several processes, to each of which torchrun passes on the Ctrl-C that it has got already.
     """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         self._begun: dict[int, int] = {}
         """Steps that each Trainer has begun, by the ``id`` of its arguments."""
 
     def __enter__(self) -> InterruptSaver:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+            self._previous = {number: signal.signal(number, self._interrupt) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        self._restore()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._begun[id(args)] = self._begun.get(id(args), 0) + 1
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.interrupted = ranks.any_of(self.interrupted, args.device)
         if self.interrupted and self._begun[id(args)] == max(self._begun.values()):
             control.should_save = control.should_training_stop = True
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
-        signal.signal(signal.SIGINT, self._previous)
+        if ranks.count() == 1:
+            self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
 
 class EvaluationSaver(TrainerCallback):
@@ -396,6 +450,8 @@ def training_arguments(
         restore_callback_states_from_checkpoint=True,
         save_strategy="steps",
         report_to="none",
+        accelerator_config={"split_batches": ranks.count() > 1},  # a batch is shared by all processes
+        per_device_eval_batch_size=-(-EVALUATION_BATCH // ranks.count()) * ranks.count(),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
