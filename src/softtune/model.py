@@ -92,7 +92,7 @@ class PeftModel(PushToHubMixin, PeftNames):
 
     _layer_cache: FrozenLayerCache | None = None
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         """PEFT's class where PEFT is loaded: Trainers, accelerate and TRL recognize models with adapters by it."""
         return peft_class_of(type(self))

@@ -12,6 +12,7 @@ from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.flags import argument, option, overrides, with_flags, words
 from softtune.cli.tables import show_profile, show_range_test, show_report
 from softtune.errors import ConfigError, TrainingError
+from softtune.load_options import num_processes
 from softtune.training import diagnostics, ranks
 from softtune.training.recipe import Recipe
 from softtune.training.report import Report
@@ -46,7 +47,8 @@ def command(
     if unfinished := [report for report in reports if not report.finished]:
         for failure in _failures(chosen, results):
             print(f"softtune: {failure}", file=sys.stderr)
-        again = shlex.join(["softtune", "train", *recipes, *words(flags), "--resume"])
+        start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if (processes := num_processes()) > 1 else []
+        again = shlex.join([*start, "softtune", "train", *recipes, *words(flags), "--resume"])
         steps = max(report.steps for report in unfinished)
         console.print(f"Stopped after step {steps}. Go on with: {again}", soft_wrap=True)
         sys.exit(INTERRUPTED)

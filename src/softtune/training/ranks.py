@@ -15,6 +15,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from softtune.errors import DataError, SofttuneError
+from softtune.formatting import in_one_line
 from softtune.load_options import num_processes
 
 T = TypeVar("T")
@@ -54,7 +55,8 @@ def gathered(own: T) -> list[T]:
     """What every process has, in the order of the processes."""
     every: list[Any] = [own] * count()
     if count() > 1:
-        dist.all_gather_object(every, own)
+        with _talking():
+            dist.all_gather_object(every, own)
     return every
 
 
@@ -89,7 +91,8 @@ def by_first(work: Callable[[], T]) -> T:
         except SofttuneError as error:
             result = [error]
     if count() > 1:
-        dist.broadcast_object_list(result)
+        with _talking():
+            dist.broadcast_object_list(result)
     if isinstance(result[0], SofttuneError):
         raise result[0]
     found: T = result[0]
@@ -106,7 +109,8 @@ def total(number: Tensor) -> Tensor:
     if count() == 1:
         return number
     moved = number.to(PartialState().device, copy=True)
-    dist.all_reduce(moved)
+    with _talking():
+        dist.all_reduce(moved)
     return moved.to(number.device)
 
 
@@ -118,6 +122,18 @@ def joined() -> Iterator[None]:
     finally:
         if count() > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """Raise an error of softtune where another process does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SofttuneError(
+            f"another process of this run has ended ({in_one_line(error)})",
+            "see what it says, and go on with --resume",
+        ) from error
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

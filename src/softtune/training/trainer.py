@@ -152,9 +152,10 @@ class AdapterTrainer(Trainer):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         assert isinstance(self.model, PeftModel)
         surplus = self._surplus(batches[-1]) if batches else 0
+        batches = [*batches[:-1], *(without_labels(batch, surplus) for batch in batches[-1:])]
         shifts = self.model.backbone.continues_text
         self._divisors = iter(loss_divisors(batches, shifts_labels=shifts, surplus=surplus))
-        return [*batches[:-1], *(without_labels(batch, surplus) for batch in batches[-1:])], num_items
+        return batches, num_items
 
     def _surplus(self, batch: Batch) -> int:
         """The rows at the end of this process's part of a batch that the last batch of the data set lacks.
@@ -165,7 +166,7 @@ class AdapterTrainer(Trainer):
         if ranks.count() == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return 0
         rows = num_rows(batch)
-        return min(max((ranks.index() + 1) * rows - state.remainder, 0), rows)
+        return min(max((ranks.index() + 1) * rows - int(state.remainder), 0), rows)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -260,8 +261,10 @@ class AdapterTrainer(Trainer):
             return found
         assert isinstance(self.model, PeftModel)
         surplus, shifts = self._surplus(inputs), self.model.backbone.continues_text
-        [divisor] = loss_divisors([inputs], shifts_labels=shifts, surplus=surplus)
-        loss, *others = super().prediction_step(model, dict(without_labels(inputs, surplus)), *args, **kwargs)
+        rows = without_labels(inputs, surplus)
+        [divisor] = loss_divisors([rows], shifts_labels=shifts, surplus=surplus)
+        loss, *others = super().prediction_step(model, dict(rows), *args, **kwargs)
+        assert loss is not None
         return (ranks.total(loss / divisor) / ranks.count(), *others)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

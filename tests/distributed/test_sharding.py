@@ -1,0 +1,53 @@
+"""A step that two processes share has the loss, the gradients and the adapter of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.processes import Processes
+from tests.distributed.sharded import CONFIGS, WAYS, shared_step, whole_step
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=tolerance * float(tensor.abs().max()), rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_shared_step_is_the_step_of_one_process(processes: Processes, way: str, method: str, tmp_path: Path) -> None:
+    loss, gradients, written, saved = whole_step(method, tmp_path / "one")
+    for found in processes.run(shared_step, way, method, tmp_path / "two"):
+        assert found[0] == pytest.approx(loss, rel=1e-6)
+        assert_close(found[1], gradients, 5e-6)
+        assert found[2] == written
+        assert_close(found[3], saved, 0)
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_sharded_weights_on_the_cpu_change_nothing(processes: Processes, way: str, tmp_path: Path) -> None:
+    loss, gradients, written, _ = whole_step("P-tuning", tmp_path / "one")
+    for found in processes.run(_offloaded, way, tmp_path / "two"):
+        assert found[0] == pytest.approx(loss, rel=1e-6)
+        assert_close(found[1], gradients, 5e-6)
+        assert found[2] == written
+
+
+def _offloaded(way: str, folder: Path) -> object:
+    return shared_step(way, "P-tuning", folder, offload=True)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_mixed_precision_stays_as_close_as_bfloat16_is(
+    processes: Processes, way: str, method: str, tmp_path: Path
+) -> None:
+    loss, gradients, *_ = whole_step(method, tmp_path / "one")
+    for found in processes.run(shared_step, way, method, tmp_path / "two", "bfloat16"):
+        assert found[0] == pytest.approx(loss, rel=1e-2)
+        assert_close(found[1], gradients, 0.15)
