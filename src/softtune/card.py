@@ -5,17 +5,19 @@ Internal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from softtune.backbone import Backbone
 from softtune.methods import PeftConfig
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- softtune writes what is between here -->", "<!-- and here -->"
+RESULTS_BEGIN, RESULTS_END = "<!-- softtune train writes what is between here -->", "<!-- and there -->"
 
 
 def model_card(existing: Path, config: PeftConfig, backbone: Backbone) -> ModelCard:
@@ -33,11 +35,32 @@ def model_card(existing: Path, config: PeftConfig, backbone: Backbone) -> ModelC
     data.tags = sorted({*(data.tags or []), f"base_model:adapter:{data.base_model}"})
     if config.task_type == "CAUSAL_LM":
         data.pipeline_tag = data.pipeline_tag or "text-generation"
-    before, _, rest = card.text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    parts = (before.strip(), f"{BEGIN}\n{_description(config, backbone)}\n{END}", after.strip())
-    card.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"
+    card.text = _with_block(card.text, BEGIN, _description(config, backbone), END)
     return card
+
+
+def with_results(existing: Path, text: str, name: str, results: Sequence[EvalResult]) -> ModelCard:
+    """An adapter's model card with the results of its training, in Markdown and as the metadata that the hub shows.
+
+    Args:
+        existing: path of the card.
+        text: the results in Markdown.
+        name: the adapter's name, for the metadata.
+        results: one for each metric.
+    """
+    card: ModelCard = ModelCard.load(existing)
+    data: Any = card.data
+    data.model_name, data.eval_results = name, [*results]
+    card.text = _with_block(card.text, RESULTS_BEGIN, text, RESULTS_END)
+    return card
+
+
+def _with_block(text: str, begin: str, block: str, end: str) -> str:
+    """A card's text with a block between two markers in place of what was there, or at its end."""
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    parts = (before.strip(), f"{begin}\n{block}\n{end}", after.strip())
+    return "\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _description(config: PeftConfig, backbone: Backbone) -> str:

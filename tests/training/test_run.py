@@ -71,14 +71,15 @@ def test_a_run_writes_the_adapter_and_nothing_else(fields: dict[str, Any]) -> No
     assert report.trained == 3 * 2 * 2 * 2 * 6  # P, layers, key and value, heads, head size
     assert {path.name for path in report.folder.iterdir()} == {
         "history.json",
+        "metrics.json",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "recipe.yaml",
         "softtune_config.json",
     }
-    history = report.folder / "history.json"
-    assert report.size == sum(path.stat().st_size for path in report.folder.iterdir() if path != history)
+    history, metrics = report.folder / "history.json", report.folder / "metrics.json"
+    assert report.size == sum(path.stat().st_size for path in report.folder.iterdir() if path not in (history, metrics))
     steps = json.loads(history.read_text())["default"]
     assert [entry["step"] for entry in steps] == list(range(1, 11))
     assert all(entry["loss"] > 0 for entry in steps)

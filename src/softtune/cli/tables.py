@@ -30,6 +30,7 @@ def show_report(report: Report, title: str = "") -> None:
         ("evaluated on", _rows(report.evaluation_rows, report.evaluation.truncated)),
         ("trained parameters", f"{report.trained:,} of {report.total:,} ({report.trained / report.total:.3%})"),
         ("adapter", f"{report.folder} ({in_units(report.size)})"),
+        *([("pushed to", report.repository)] if report.repository else []),
         ("training", f"{report.seconds:.0f} s"),
     ]
     show_pairs(title, pairs)

@@ -26,6 +26,7 @@ def command(
     recipes: list[str],
     resume: bool,
     resume_from: str | None,
+    push_to_hub: bool,
     profile: bool,
     find_learning_rate: bool,
     **flags: str | None,
@@ -36,7 +37,7 @@ def command(
     them. Ctrl-C saves the runs for --resume.
     """
     quiet()
-    changes = overrides(flags)
+    changes = {**overrides(flags), **({"push_to_hub": True} if push_to_hub else {})}
     chosen = [Recipe.load(recipe, changes) for recipe in recipes]
     if profile or find_learning_rate:
         _measure(chosen, resume or resume_from is not None, profile, find_learning_rate)
@@ -48,7 +49,8 @@ def command(
         for failure in _failures(chosen, results):
             print(f"softtune: {failure}", file=sys.stderr)
         start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if (processes := num_processes()) > 1 else []
-        again = shlex.join([*start, "softtune", "train", *recipes, *words(flags), "--resume"])
+        pushing = ["--push-to-hub"] if push_to_hub else []
+        again = shlex.join([*start, "softtune", "train", *recipes, *words(flags), *pushing, "--resume"])
         steps = max(report.steps for report in unfinished)
         console.print(f"Stopped after step {steps}. Go on with: {again}", soft_wrap=True)
         sys.exit(INTERRUPTED)
@@ -89,6 +91,7 @@ with_flags(
         argument("recipes", list[str], help="The recipe, a YAML file; or several that share a base model."),
         option("resume", bool, False, help="Go on with an interrupted run."),
         option("resume_from", str | None, None, help="Go on from this checkpoint of it, such as checkpoint-100."),
+        option("push_to_hub", bool, False, help=str(Recipe.model_fields["push_to_hub"].description)),
         option("profile", bool, False, help="Measure where a step's time goes, and save nothing."),
         option("find_learning_rate", bool, False, help="Try ever higher rates for up to 40 steps, and save nothing."),
     ],

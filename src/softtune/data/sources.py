@@ -46,10 +46,15 @@ def load_records(source: str, *, split: str = WHOLE, columns: Sequence[str] | No
     Raises:
         DataError: the file is missing, empty, malformed or of another format, or the hub has no such data set or split.
     """
-    is_file = columns is not None or source.startswith(ARCHIVED) or storage.is_path(source)
-    if is_file or re.fullmatch(r"\.[A-Za-z]+", Path(source).suffix):
-        return _load_file(source, split, columns)
-    return _load_from_hub(source, split)
+    if columns is None and is_hub_data_set(source):
+        return _load_from_hub(source, split)
+    return _load_file(source, split, columns)
+
+
+def is_hub_data_set(source: str) -> bool:
+    """Whether a source of records is the name of a data set on the hub, and no file."""
+    is_file = source.startswith(ARCHIVED) or storage.is_path(source)
+    return not is_file and not re.fullmatch(r"\.[A-Za-z]+", Path(source).suffix)
 
 
 def split_records(dataset: Dataset, *, test_size: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -135,6 +135,8 @@ def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -
     if entry in BASELINES and recipe.is_validated:  # the best step would be a copy of a whole model
         what = "eval_steps keeps the best of" if recipe.patience is None else "patience stops"
         raise ConfigError(f"{what} adapters, and not {entry}", "leave one of the two out")
+    if recipe.push_to_hub:
+        raise ConfigError("an experiment is not pushed", "set push_to_hub to false, and push an adapter by train")
     if entry not in METHODS and entry and recipe.ensemble > 1:
         raise ConfigError(
             f"an ensemble is of adapters, and not of {entry}", "set ensemble to 1, or leave the entry out"

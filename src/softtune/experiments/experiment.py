@@ -15,7 +15,7 @@ from softtune.load_options import LoadFields
 from softtune.training.compatibility import shared
 from softtune.training.folder import RunFolder
 from softtune.training.progress import Phase, Progress
-from softtune.training.recipe import holds_adapter
+from softtune.training.recipe import NOT_PUSHED, holds_adapter
 from softtune.training.setup import Rows
 
 Runner = Callable[[Sequence[Sequence[Case]], Progress], Iterator[tuple[Case, list[Entry]]]]
@@ -30,6 +30,7 @@ NOT_OF_ROWS = (
     *("group_by_length", "dataloader_num_workers", "patience", "eval_steps", "metric_for_best_model"),
     *("validation_size", "bf16", "gradient_checkpointing", "compile", "ensemble"),
     *("trunk_cache", "trunk_cache_disk", "save_steps", "save_total_limit", "report_to", "output", "seed", "data_seed"),
+    *NOT_PUSHED,
     *LoadFields.model_fields,
 )
 """Recipe fields that do not determine its rows. The two seeds determine them together, as ``rows_seed``."""

@@ -31,6 +31,9 @@ RECIPE_NAME = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 """Folder in the output where an unfinished run keeps its checkpoints."""
 
+NOT_PUSHED = {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": None}
+"""The fields of an upload to the hub, as they are without one."""
+
 NOT_OPTIONS = {
     "peft_type": "set method instead",
     "task_type": "set task instead",
@@ -176,7 +179,7 @@ class Recipe(LoadFields, RecipeFields):
     def member(self, number: int, output: Path) -> Recipe:
         """The recipe that trains one member of an ensemble alone; ``number`` counts from 0."""
         changes = {"ensemble": 1, "seed": self.seed + number, "data_seed": self.rows_seed, "output": str(output)}
-        return self.model_copy(update=changes)
+        return self.model_copy(update={**changes, **NOT_PUSHED})
 
     @property
     def num_labels(self) -> int | None:
@@ -185,8 +188,9 @@ class Recipe(LoadFields, RecipeFields):
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """The fields that differ between two recipes, with this one's value and the other's; without those that say on
-        which device to run."""
-        own, others = (each.model_dump(mode="json", exclude={*OF_THE_MACHINE}) for each in (self, other))
+        which device to run, or where to upload."""
+        left_out = {*OF_THE_MACHINE, *NOT_PUSHED}
+        own, others = (each.model_dump(mode="json", exclude=left_out) for each in (self, other))
         return {name: (own[name], others[name]) for name in own if own[name] != others[name]}
 
     @property

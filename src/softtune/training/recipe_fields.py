@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from softtune.methods import PeftType, TaskType
 from softtune.pretrained import known_task
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _repository_name(name: str) -> str:
+    validate_repo_id(name)
+    return name
 
 
 class RecipeFields(BaseModel):
@@ -138,6 +144,12 @@ class RecipeFields(BaseModel):
     """Tokens to write at most, where there are no labels."""
     output: str
     """The adapter's folder."""
+    push_to_hub: bool = False
+    """Upload the finished folder to the Hugging Face hub, with the login of hf auth login or HF_TOKEN."""
+    hub_model_id: Annotated[str, AfterValidator(_repository_name)] | None = None
+    """The repository to upload to, such as me/adapter; by default one's own of the output's name."""
+    hub_private_repo: bool | None = None
+    """Whether a new repository is private; by default as its owner has set it on the hub."""
 
     @property
     def is_validated(self) -> bool:

@@ -8,6 +8,9 @@ from pathlib import Path
 from softtune.tasks.metrics import LOSS, Quality
 from softtune.training.folder import HISTORY_NAME, LOGS
 
+METRICS_NAME = "metrics.json"
+"""File with the metrics of a finished run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -51,6 +54,8 @@ class Report:
     folder: Path
     seconds: float
     """Duration of the training alone, of all recipes that ran at once. After a resume, the time since then."""
+    repository: str | None = None
+    """Name of the repository on the hub that the folder was uploaded to."""
 
     @property
     def after(self) -> dict[str, float]:
@@ -59,6 +64,7 @@ class Report:
 
     @property
     def size(self) -> int:
-        """Bytes of the adapter's folder, without the history and logs of its training."""
-        files = [path for path in self.folder.rglob("*") if path.is_file() and path.name != HISTORY_NAME]
+        """Bytes of the adapter's folder, without the history, metrics and logs of its training."""
+        of_training = (HISTORY_NAME, METRICS_NAME)
+        files = [path for path in self.folder.rglob("*") if path.is_file() and path.name not in of_training]
         return sum(path.stat().st_size for path in files if LOGS not in path.relative_to(self.folder).parts)

@@ -22,10 +22,12 @@ from softtune.tasks.metrics import Quality
 from softtune.training import ranks
 from softtune.training.compatibility import check_compatible, check_processes
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
+from softtune.training.hub import create_repositories, push
 from softtune.training.multi_run import train_together
 from softtune.training.progress import EVALUATING, EVALUATING_BASE_MODEL, Phase, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.report import Evaluation, Report
+from softtune.training.results import save_results
 from softtune.training.setup import BaseModels, Rows, Setup
 from softtune.training.trainer import AdapterTrainer, InterruptSaver
 
@@ -43,11 +45,13 @@ def train(recipe: Recipe, *, resume: bool | str = False, progress: Progress = la
         progress: called after every step.
 
     Raises:
-        ConfigError: the recipe is invalid, its output has an adapter or an unfinished run, or there is none to resume.
+        ConfigError: the recipe is invalid, its output has an adapter or an unfinished run, there is none to resume, or
+            the hub does not take what is to be pushed.
         CheckpointError: the output is a file or cannot be written.
         DataError: the data does not fit.
         MissingExtraError: there are rows to evaluate, and the extra ``metrics`` is not installed.
-        TrainingError: the loss or the adapter is NaN or infinite; the adapter is saved with its last good weights.
+        TrainingError: the loss or the adapter is NaN or infinite; the adapter is saved with its last good weights. Or
+            the finished folder could not be pushed.
         KeyboardInterrupt: Ctrl-C outside of training, or a second one; its message says what is kept.
     """
     [result] = train_all([recipe], resume=resume, progress=progress)
@@ -87,10 +91,14 @@ def train_all(
     folders = [RunFolder(recipe, resume if isinstance(resume, str) else None) for recipe in recipes]
     ranks.by_first(lambda: check_folders(folders, resume=bool(resume)))
     left = [folder for folder in folders if not folder.is_finished]
+    repositories = create_repositories([folder.recipe for folder in left])
     try:
         results = dict(zip(left, _train(left, before, progress), strict=True))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(what_is_kept(folders)) from None
+    for folder, result in results.items():
+        if folder.recipe.push_to_hub and isinstance(result, Report) and result.finished:
+            results[folder] = push(result, repositories[folder.recipe.output])
     return [results.get(folder) for folder in folders]
 
 
@@ -227,7 +235,7 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
     except AdapterError as error:
         return TrainingError(error.what, error.remedy)
     trained, total = setup.model.get_nb_trainable_parameters()
-    return Report(
+    report = Report(
         finished=fit.finished,
         steps=fit.steps,
         before=before,
@@ -243,6 +251,9 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
         folder=setup.folder.path,
         seconds=fit.seconds,
     )
+    if fit.finished:
+        save_results(setup.recipe, report, fit.histories)
+    return report
 
 
 def _evaluated(setup: Setup) -> Evaluation:

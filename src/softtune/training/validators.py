@@ -41,6 +41,8 @@ NEEDS: dict[str, tuple[Callable[[RecipeFields], bool], str]] = {
         lambda r: bool(r.labels) and not r.task.has_head,
         "is for labels that a language model writes: list labels, or drop it",
     ),
+    "hub_model_id": (lambda r: r.push_to_hub, "names what push_to_hub uploads to: set it too, or drop this"),
+    "hub_private_repo": (lambda r: r.push_to_hub, "is for what push_to_hub uploads to: set it too, or drop this"),
     "stride": (lambda r: r.task is TaskType.QUESTION_ANS, "is for QUESTION_ANS: drop it"),
     "unanswerable": (lambda r: r.task is TaskType.QUESTION_ANS, "is for QUESTION_ANS: drop it"),
     "max_new_tokens": (_writes_texts, "is for texts that a language model writes: drop it, or the labels or choices"),
