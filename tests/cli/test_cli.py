@@ -360,6 +360,35 @@ def test_ctrl_c_and_resume_lose_no_step(
     assert len(calls) == 9
 
 
+def test_resume_from_a_named_checkpoint(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"epochs": 2, "save_steps": 1, "save_total_limit": 9}
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter", **own)
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 3)
+        assert run("train", recipe) == 130
+    assert run("train", recipe, "--resume-from", "checkpoint-9") == 2
+    assert "has no checkpoint-9: it has checkpoint-1, checkpoint-2, checkpoint-3: name one" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        steps = interrupt_in_step(patch, 99)
+        assert run("train", recipe, "--resume-from", "checkpoint-1") == 0
+    assert len(steps) == 5
+    assert run("train", recipe, "--resume-from", "checkpoint-1", "--profile") == 2
+    assert "--resume goes on with a run, and to measure begins none" in capsys.readouterr().err
+
+
+def test_push_to_hub_is_a_flag(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], tmp_path / "adapter")
+    assert run("train", recipe, "--push-to-hub", "--hub-model-id", "me/adapter") == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert shown[-1].startswith("softtune: push_to_hub needs a login to the hub: run hf auth login")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_ctrl_c_twice_says_what_is_kept(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,15 @@ def test_results_of_another_configuration_are_refused(tmp_path: Path, change: di
         store.final_results("lora", {**CONFIGURATION, **change})
 
 
+def test_results_of_recipes_that_lacked_a_field_have_its_default(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    store.save("lora", 0, CONFIGURATION, [Entry(name="lora", outcomes=[OUTCOME])])
+    now = {"epochs": 1.0, "gradient_accumulation_steps": 1, "optim": None, "dtype": "auto"}
+    assert store.final_results("lora", {**CONFIGURATION, "recipe": now}) == store.entries()
+    with pytest.raises(ConfigError, match="differs in its gradient_accumulation_steps, 1 then and 2 now"):
+        store.final_results("lora", {**CONFIGURATION, "recipe": {**now, "gradient_accumulation_steps": 2}})
+
+
 def test_any_name_is_a_file_of_its_own(tmp_path: Path) -> None:
     store = ResultStore(tmp_path)
     names = ["a, b", "a_b", "a/b", "x" * 61, "x" * 62, "../up"]

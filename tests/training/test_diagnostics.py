@@ -35,6 +35,21 @@ def test_a_profile_leaves_nothing(fields: dict[str, Any]) -> None:
         profile_recipe(Recipe.from_fields({**fields, "ensemble": 2}))
 
 
+def test_a_profiled_step_has_all_of_its_batches(fields: dict[str, Any]) -> None:
+    two = {"batch_size": 2, "gradient_accumulation_steps": 2, "patience": 1, "eval_steps": 1, "push_to_hub": True}
+    found = [profile_recipe(Recipe.from_fields({**fields, **own})) for own in ({}, two)]
+    assert found[0].tokens == found[1].tokens  # of the same four rows
+
+
+def test_the_range_test_takes_the_trainers_other_fields(fields: dict[str, Any]) -> None:
+    own = {"gradient_accumulation_steps": 2, "max_steps": 3, "optim": "adafactor", "label_smoothing_factor": 0.1}
+    own |= {"eval_steps": 1, "metric_for_best_model": "accuracy", "group_by_length": True}
+    found = find_learning_rate(Recipe.from_fields({**fields, **own}))
+    assert found.rates[:2] == pytest.approx([0, 1e-4])
+    assert len(found.losses) > 3
+    assert not Path(fields["output"]).exists()
+
+
 def test_matrix_products_have_the_share_that_they_take() -> None:
     """Products of 512 · 512 numbers with as many: a thousand operations for each number that is copied."""
     x, timer, profiler = torch.ones(512, 512), _Timer(torch.device("cpu")), Profiler()
