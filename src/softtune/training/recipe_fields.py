@@ -90,11 +90,8 @@ class RecipeFields(BaseModel):
     """Rows of a forward and backward pass."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=10**6)] = 1
     """Batches of a step, whose gradients are added up: the loss is the mean over the labels of all of them."""
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] | None = (
-        None
-    )
-    """Optimiser, by the Trainer's names; by default transformers' choice, an AdamW. Those in 8 bits need
-    bitsandbytes."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "sgd"] | None = None
+    """Optimiser, by the Trainer's names; by default transformers' choice, an AdamW. adamw_8bit needs bitsandbytes."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """The optimiser's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

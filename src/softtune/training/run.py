@@ -18,7 +18,7 @@ from softtune.evaluation.answers import Answers, judge
 from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
 from softtune.extras import require
 from softtune.injection.provenance import BASE
-from softtune.tasks.metrics import Quality
+from softtune.tasks.metrics import LOSS, Quality
 from softtune.training import ranks
 from softtune.training.compatibility import check_compatible, check_processes
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
@@ -49,7 +49,8 @@ def train(recipe: Recipe, *, resume: bool | str = False, progress: Progress = la
             the hub does not take what is to be pushed.
         CheckpointError: the output is a file or cannot be written.
         DataError: the data does not fit.
-        MissingExtraError: there are rows to evaluate, and the extra ``metrics`` is not installed.
+        MissingExtraError: there are rows to evaluate, or a metric chooses the best checkpoint, and the extra
+            ``metrics`` is not installed; or the package of a quantisation or an optimiser is not.
         TrainingError: the loss or the adapter is NaN or infinite; the adapter is saved with its last good weights. Or
             the finished folder could not be pushed.
         KeyboardInterrupt: Ctrl-C outside of training, or a second one; its message says what is kept.
@@ -106,8 +107,7 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
     """Load all data first, where errors show soonest; then train and evaluate."""
     rows = [Rows.load(folder.recipe) for folder in folders]
     ranks.check_same([each.fingerprints for each in rows])
-    pairs = zip(folders, rows, strict=True)
-    if any(there.evaluation and folder.recipe.definition.needs_metrics for folder, there in pairs):
+    if any(_needs_metrics(folder.recipe, there) for folder, there in zip(folders, rows, strict=True)):
         require("metrics")
     for folder, recipe_rows in zip(folders, rows, strict=True):
         if folder.is_unfinished:
@@ -128,6 +128,12 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
         if fit.finished:
             setup.folder.save(setup.model, fit.histories)
     return [_result(setup, before, fit) for setup, before, fit in zip(setups, befores, fits, strict=True)]
+
+
+def _needs_metrics(recipe: Recipe, rows: Rows) -> bool:
+    """Whether a run measures answers by packages of the extra ``metrics``."""
+    measures = bool(rows.evaluation) or (recipe.is_validated and recipe.metric_for_best_model != LOSS)
+    return measures and recipe.definition.needs_metrics
 
 
 def _with_output_name(progress: Progress, recipe: Recipe) -> Progress:

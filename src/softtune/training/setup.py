@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,7 +152,7 @@ class Setup:
             trunk_cache=recipe.trunk_cache / recipe.ensemble,
             trunk_cache_disk=recipe.trunk_cache_disk / recipe.ensemble,
             group_by_length=recipe.group_by_length,
-            measure=None if recipe.metric_for_best_model == LOSS else self._measure(model),
+            measure=None if recipe.metric_for_best_model == LOSS else partial(self._measure, model),
             callbacks=[
                 interrupt,
                 *([EvaluationSaver()] if recipe.is_validated else []),
@@ -162,11 +162,11 @@ class Setup:
             ],
         )
 
-    def _measure(self, model: PeftModel) -> Callable[[], dict[str, float]]:
-        """A function that measures a model's adapter on the validation rows, by the task's metrics."""
+    def _measure(self, model: PeftModel) -> dict[str, float]:
+        """The task's metrics of a model's adapter on the validation rows."""
         rows = self.rows.validation
         rows = with_all_references(rows, self.task) if self.task.merges_references else rows
-        return lambda: judge(self.task, rows, answer(model, self.tokenizer, self.task, rows)).metrics
+        return judge(self.task, rows, answer(model, self.tokenizer, self.task, rows)).metrics
 
 
 class Models(Protocol):
