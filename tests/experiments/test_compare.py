@@ -152,6 +152,21 @@ def test_what_does_not_go_with_an_entry_is_told_with_its_name(models: dict[str, 
     assert found.failure == "4 rows stand in front of a record, there are 3: leave this entry out"
 
 
+def test_the_trainers_other_fields_go_with_any_entry_but_those_of_the_best_checkpoint(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    own = {"gradient_accumulation_steps": 2, "batch_size": 2, "max_steps": 2, "optim": "adafactor"}
+    own |= {"label_smoothing_factor": 0.1, "group_by_length": True, "dataloader_num_workers": 1}
+    file = write_recipe(tmp_path / "recipe.yaml", models["llama"], tmp_path / "out", **own)
+    found = compare(Recipe.load(file), ["prefix-tuning", "full"], seeds=1)
+    assert [entry.outcomes[0].steps for entry in found] == [2, 2]
+    recipe = Recipe.load(file, {"eval_steps": 1, "metric_for_best_model": "accuracy", "output": str(tmp_path / "more")})
+    with pytest.raises(ConfigError, match="full: eval_steps keeps the best of adapters, and not full: leave one of"):
+        compare(recipe, ["prefix-tuning", "full"])
+    [validated] = compare(recipe, ["prefix-tuning"], seeds=1)
+    assert validated.outcomes[0].steps == 2
+
+
 def test_the_best_is_on_top_and_text_is_no_markup() -> None:
     def entry(name: str, *accuracies: float) -> Entry:
         numbers = {"trained": 10, "total": 1000, "stored": 40, "seconds": 2.0, "memory": 10**9, "steps": 3}

@@ -66,6 +66,22 @@ def test_every_point_is_what_its_recipe_gives_alone(models: dict[str, str], tmp_
             assert found[f"learning_rate {rate}, num_virtual_tokens {tokens}"] == train(recipe).after
 
 
+def test_points_at_once_have_their_own_steps_and_losses(models: dict[str, str], tmp_path: Path) -> None:
+    ways = {
+        "plain": {"batch_size": 4},
+        "small": {"batch_size": 2, "gradient_accumulation_steps": 2},
+        "smooth": {"label_smoothing_factor": 0.4, "max_steps": 5},
+        "chosen": {"eval_steps": 1, "metric_for_best_model": "accuracy", "optim": "sgd"},
+    }
+    own = asked(tmp_path / "sweep.yaml", models["llama"], {"learning_rate": 0.1, "epochs": 3}, over={"way": ways})
+    found = {entry.name: entry.outcomes[0] for entry in sweep(*own)}
+    assert [found[name].steps for name in ways] == [9, 9, 5, 9]
+    for name, changes in ways.items():
+        recipe = Recipe.load(own[0].recipe, {**changes, "learning_rate": 0.1, "epochs": 3})
+        report = train(recipe.model_copy(update={"output": str(tmp_path / name)}))
+        assert found[name].metrics == report.after
+
+
 def test_named_points_fields_and_entries(models: dict[str, str], tmp_path: Path) -> None:
     own = asked(
         tmp_path / "sweep.yaml",

@@ -126,4 +126,5 @@ def test_what_counts_as_a_label() -> None:
     batches = [{"labels": torch.tensor([[1, 1, 1]])}, {"labels": torch.tensor([[-100, -100, 1]])}]
     assert loss_divisors(batches, shifts_labels=False) == [pytest.approx(4 / 3), pytest.approx(4)]
     assert loss_divisors([], shifts_labels=False) == []
+    assert loss_divisors(batches[1:], shifts_labels=True) == [1.0]
     assert Collator(0)([Example(input_ids=[3], labels=[-100], span=(0, 0))]).keys().isdisjoint({"labels"})

@@ -19,7 +19,7 @@ Batch = Mapping[str, Tensor]
 SPANS = ("start_positions", "end_positions")
 
 
-def loss_divisors(batches: Sequence[Batch], *, shifts_labels: bool, surplus: int = 0) -> list[Tensor]:
+def loss_divisors(batches: Sequence[Batch], *, shifts_labels: bool, surplus: int = 0) -> list[float]:
     """What to divide each batch's mean loss by, so that their sum is the mean over the labels of the whole update.
 
     Where several processes share the batches, the mean of their sums is.
@@ -30,12 +30,13 @@ def loss_divisors(batches: Sequence[Batch], *, shifts_labels: bool, surplus: int
             column of labels does not count.
         surplus: rows at the end of the last batch that do not count; see ``without_labels``.
     """
-    if not batches:
-        return []
+    if len(batches) < 2 and ranks.count() == 1:
+        return [1.0] * len(batches)  # without a look at the labels, which a device would have to wait for
     counts = torch.stack([num_labels(batch, shifts_labels=shifts_labels) for batch in batches])
     if surplus == num_rows(batches[-1]):
         counts[-1] = 0
-    return [*(ranks.total(counts.sum()) / ranks.count() / counts)]
+    divisors: list[float] = (ranks.total(counts.sum()) / ranks.count() / counts).tolist()
+    return divisors
 
 
 def num_labels(batch: Batch, *, shifts_labels: bool) -> Tensor:

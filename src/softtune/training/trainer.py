@@ -91,7 +91,7 @@ class AdapterTrainer(Trainer):
             self.remove_callback(callback)
         if group_by_length:
             compat.set_train_sampler(self, self._by_length)
-        self._divisors: Iterator[Tensor] = iter(())
+        self._divisors: Iterator[float] = iter(())
         """What the losses of the update's next batches are divided by."""
         self._learns = False
         """Whether the first step has given gradients to the trained parameters."""
