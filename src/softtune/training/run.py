@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
@@ -92,14 +93,14 @@ def train_all(
     folders = [RunFolder(recipe, resume if isinstance(resume, str) else None) for recipe in recipes]
     ranks.by_first(lambda: check_folders(folders, resume=bool(resume)))
     left = [folder for folder in folders if not folder.is_finished]
-    repositories = create_repositories([folder.recipe for folder in left])
+    repositories = ranks.by_first(lambda: create_repositories([folder.recipe for folder in left]))
     try:
         results = dict(zip(left, _train(left, before, progress), strict=True))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(what_is_kept(folders)) from None
     for folder, result in results.items():
         if folder.recipe.push_to_hub and isinstance(result, Report) and result.finished:
-            results[folder] = push(result, repositories[folder.recipe.output])
+            results[folder] = ranks.by_first(partial(push, result, repositories[folder.recipe.output]))
     return [results.get(folder) for folder in folders]
 
 
@@ -258,7 +259,7 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
         seconds=fit.seconds,
     )
     if fit.finished:
-        save_results(setup.recipe, report, fit.histories)
+        ranks.by_first(lambda: save_results(setup.recipe, report, fit.histories))
     return report
 
 
