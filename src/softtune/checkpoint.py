@@ -192,7 +192,7 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
     if OWN_KEY in inference_state:
         inference_state[PROMPT_KEY] = inference_state.pop(OWN_KEY)
     elif PROMPT_KEY in inference_state:
-        inference_state[PROMPT_KEY] = adapter.config.from_peft(inference_state[PROMPT_KEY])
+        inference_state[PROMPT_KEY] = adapter.config.from_peft(inference_state[PROMPT_KEY], adapter.module)
     _check(adapter.inference_state(), inference_state)
     if not adapter.is_reparameterised:
         _copy(adapter.inference_state(), inference_state)

@@ -29,7 +29,7 @@ from softtune.backbone.checkpointing import (
 )
 from softtune.backbone.generation import counting_words
 from softtune.backbone.modes import evaluating, training
-from softtune.backbone.observation import seen_attention, seen_outputs
+from softtune.backbone.observation import keys_and_values, seen_attention, seen_outputs
 from softtune.backbone.outputs import Outputs, with_rows
 from softtune.backbone.quantization import has_backward, is_packed, quantized_layers
 from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot, bias_slots
@@ -207,7 +207,7 @@ class Backbone:
             input_ids: [T]. An encoder-decoder's decoder reads the same text, less its last token.
         """
         with model_session(self.model), evaluating(self.model):
-            return self._observed_keys_and_values(input_ids=input_ids[None])
+            return keys_and_values(self.model, self.stacks, input_ids=input_ids[None])
 
     @cached_property
     def is_pure_attention_decoder(self) -> bool:
@@ -258,10 +258,8 @@ class Backbone:
             model_session(self.model),
             without_gradient_checkpointing(self.model),
         ):  # a copy, since CTRL scales its input in place
-            return self._observed_keys_and_values(inputs_embeds=vectors[None].to(self.model.dtype, copy=True))
-
-    def _observed_keys_and_values(self, **inputs: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
-        return {s.layer.place: (s.key, s.value) for s in seen_attention(self.model, self.stacks, **inputs)}
+            embeds = vectors[None].to(self.model.dtype, copy=True)
+            return keys_and_values(self.model, self.stacks, inputs_embeds=embeds)
 
     def check_gradients(self) -> None:
         """Check that gradients pass through the quantised layers.

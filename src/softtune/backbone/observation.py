@@ -20,7 +20,7 @@ from softtune.backbone.disentangled import wrap_disentangled_attention
 from softtune.backbone.interface import WRAPPER, AttentionRecorder
 from softtune.backbone.outputs import TOKENS, Outputs, observing
 from softtune.backbone.refusal import reading_text
-from softtune.backbone.stack import AttentionLayer, Site, Stack, device_of
+from softtune.backbone.stack import AttentionLayer, Place, Site, Stack, device_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,20 @@ class Seen:
     """[H, T, V]"""
 
 
+def keys_and_values(
+    model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Tensor
+) -> dict[Place, tuple[Tensor, Tensor]]:
+    """Compute the keys [H, T, K] and values [H, T, V] of a text [1, T] in every attention layer that can take a prefix.
+
+    Looks at no numbers, so that no device is waited for. For the arguments see ``seen_attention``.
+    """
+    recorder, output = _observe(model, stacks, inputs)
+    if recorder.calls:
+        calls = _by_place(recorder, stacks)
+        return {place: (key[0], value[0]) for place, (_, key, value) in calls.items()}
+    return {seen.layer.place: (seen.key, seen.value) for seen in _cached(compat.cache_of(output))}
+
+
 def seen_attention(model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Tensor) -> list[Seen]:
     """Observe every attention layer that can take a prefix, ordered by site and depth, in a forward of a text [1, T].
 
@@ -43,13 +57,20 @@ def seen_attention(model: PreTrainedModel, stacks: Sequence[Stack], **inputs: Te
         inputs: ``input_ids`` or ``inputs_embeds``. An encoder-decoder's decoder reads the same text, less its last
             token.
     """
-    recorder = AttentionRecorder()
-    passing = _passing(recorder, stacks) if compat.has_interface(model) else _wrapping(recorder, stacks)
-    with reading_text(model, lambda: _run(model, stacks, inputs)), passing:
-        output = _run(model, stacks, inputs, **{"use_cache": True} if _is_decoder(stacks) else {})
+    recorder, output = _observe(model, stacks, inputs)
     cache = compat.cache_of(output) if _is_decoder(stacks) else None
     seen = _recorded(recorder, stacks, cache) if recorder.calls else _cached(cache)
     return sorted(seen, key=lambda s: list(Site).index(s.layer.site))
+
+
+def _observe(
+    model: PreTrainedModel, stacks: Sequence[Stack], inputs: dict[str, Tensor]
+) -> tuple[AttentionRecorder, Any]:
+    """Run a forward, and record the calls of the attention interface in it."""
+    recorder = AttentionRecorder()
+    passing = _passing(recorder, stacks) if compat.has_interface(model) else _wrapping(recorder, stacks)
+    with reading_text(model, lambda: _run(model, stacks, inputs)), passing:
+        return recorder, _run(model, stacks, inputs, **{"use_cache": True} if _is_decoder(stacks) else {})
 
 
 def seen_outputs(model: PreTrainedModel, stacks: Sequence[Stack]) -> Outputs:
@@ -103,17 +124,29 @@ def _run(model: PreTrainedModel, stacks: Sequence[Stack], inputs: dict[str, Tens
 
 def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) -> list[Seen]:
     """The layers that called the attention interface."""
+    first: dict[int, int] = {}
+    seen = []
+    for (site, index), (module, key, value) in _by_place(recorder, stacks).items():
+        facts = _facts(module, key, value, recorder, cache)
+        if facts["is_shared"]:
+            source = first.setdefault(key.data_ptr(), index)
+            facts["shared_from"] = None if source == index else source
+        seen.append(_seen(key[0], value[0], site=site, index=index, module=module, **facts))
+    return seen
+
+
+def _by_place(recorder: AttentionRecorder, stacks: Sequence[Stack]) -> dict[Place, tuple[nn.Module, Tensor, Tensor]]:
+    """Each layer's module, keys [1, H, T, K] and values, in the order of the calls."""
     sites = {module: stack.site for stack in stacks for module in stack.module.modules()}
     # ALBERT calls one module for every layer: its layers share a prefix.
     calls = {call[0]: call for call in reversed(recorder.calls)}
     count: Counter[Site] = Counter()
-    seen = []
+    found = {}
     for module, key, value, other in reversed(calls.values()):
         site = Site.CROSS if other and sites[module] is Site.DECODER else sites[module]
-        facts = _facts(module, key, value, recorder, cache)
-        seen.append(_seen(key[0], value[0], site=site, index=count[site], module=module, **facts))
+        found[site, count[site]] = (module, key, value)
         count[site] += 1
-    return seen
+    return found
 
 
 def _cached(cache: Any) -> list[Seen]:

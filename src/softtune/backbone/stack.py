@@ -57,6 +57,8 @@ class AttentionLayer:
 
     is_shared: bool = False
     """Whether other layers attend to the same keys and values."""
+    shared_from: int | None = None
+    """Number of the earlier layer whose keys and values this one attends to; None where it computes its own."""
     is_cached: bool = True
     """Whether the model's cache holds these keys and values for this layer alone: neither a latent of them, nor those
     of layers that share them."""

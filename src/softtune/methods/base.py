@@ -217,8 +217,13 @@ class PeftConfig(PushToHubMixin):
         """Whether PEFT computes the same outputs from the saved adapter."""
         return False
 
-    def from_peft(self, prompt: Tensor) -> Tensor:
-        """Convert a prompt [P, W] or [P, D] from the layout of PEFT's files to softtune's."""
+    def from_peft(self, prompt: Tensor, module: Any) -> Tensor:
+        """Convert a prompt [P, W] or [P, D] from the layout of PEFT's files to softtune's.
+
+        Args:
+            prompt: the prompt.
+            module: the adapter's module, which takes the shape of the prompt where PEFT gives layers none.
+        """
         return prompt
 
     @classmethod
@@ -377,7 +382,7 @@ class PromptLearningConfig(PeftConfig):
                 )
             setattr(self, name, size)
 
-    def from_peft(self, prompt: Tensor) -> Tensor:
+    def from_peft(self, prompt: Tensor, module: Any) -> Tensor:
         """See ``PeftConfig.from_peft``: for an encoder-decoder, PEFT saves 2·P rows, of which it reads the first P."""
         return prompt[: self.num_virtual_tokens] if self.num_transformer_submodules == 2 else prompt
 

@@ -59,9 +59,14 @@ def _layer_numbers(layers: Layers, count: int) -> list[int]:
 
 
 def settle_prefix(config: PromptLearningConfig, backbone: Backbone) -> None:
-    """Fill in PEFT's size fields from the first layer of the last stack's self-attention."""
+    """Fill in PEFT's size fields from the first layer of the last stack's self-attention.
+
+    Where layers differ, PEFT's sizes may be those of another layer.
+    """
     main = [a for a in backbone.attention_layers if a.site is backbone.stacks[-1].site] or backbone.attention_layers
-    config.settle(token_dim=main[0].heads * main[0].key_size, num_attention_heads=main[0].heads, num_layers=len(main))
+    given = config.token_dim, config.num_attention_heads
+    layer = next((a for a in main if (a.heads * a.key_size, a.heads) == given), main[0])
+    config.settle(token_dim=layer.heads * layer.key_size, num_attention_heads=layer.heads, num_layers=len(main))
     config.num_transformer_submodules = config.num_transformer_submodules or len(backbone.stacks)
 
 
@@ -71,6 +76,37 @@ def is_even(backbone: Backbone) -> bool:
     sizes = {(a.heads, size) for a in layers for size in (a.key_size, a.value_size)}
     depth = backbone.depth
     return len(sizes) == 1 and len(layers) == depth and all(a.is_cached for a in layers)
+
+
+def is_uniform(layers: Sequence[AttentionLayer], heads: int, size: int) -> bool:
+    """Whether every layer has keys and values of its own, with so many heads of this size."""
+    return all((a.heads, a.key_size, a.value_size) == (heads, size, size) and a.shared_from is None for a in layers)
+
+
+def fits(layer: AttentionLayer, heads: int, size: int) -> bool:
+    """Whether a layer has at most so many heads, of at most this size."""
+    return layer.heads <= heads and max(layer.key_size, layer.value_size) <= size
+
+
+def cut_out(even: Tensor, layers: Sequence[AttentionLayer]) -> Tensor:
+    """Cut each layer's keys and values out of a prefix that has room for larger ones.
+
+    A layer that attends to the keys and values of an earlier one sees that layer's prefix, as it does where a prefix
+    comes as a cache.
+
+    Args:
+        even: [P, L, 2, heads, size] the keys and values of all layers.
+        layers: the layers that get a prefix.
+
+    Returns:
+        The flat prefix [P, W] of these layers.
+    """
+    parts = []
+    for layer in layers:
+        source = layer.index if layer.shared_from is None else layer.shared_from
+        for part, size in enumerate((layer.key_size, layer.value_size)):
+            parts.append(even[:, source, part, : layer.heads, :size].flatten(1))
+    return torch.cat(parts, dim=1)
 
 
 def split_prefix(flat: Tensor, layers: Sequence[AttentionLayer]) -> dict[tuple[Site, int], KeyValue]:

@@ -18,7 +18,17 @@ from softtune.backbone import AttentionLayer, Backbone, Site
 from softtune.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
 from softtune.methods.base import OURS, PeftType, PositiveInt, Prompt, PromptLearningConfig
-from softtune.methods.kv_layout import Layers, choose_layers, flat_prefix, is_even, settle_prefix, split_prefix
+from softtune.methods.kv_layout import (
+    Layers,
+    choose_layers,
+    cut_out,
+    fits,
+    flat_prefix,
+    is_even,
+    is_uniform,
+    settle_prefix,
+    split_prefix,
+)
 from softtune.methods.prompt_tuning import check_vectors
 
 
@@ -123,17 +133,19 @@ class PrefixTuningConfig(PromptLearningConfig):
         plain = self.placement == "prefix" and not self.embedding_only and self.shift_positions
         return plain and self.layers is None and not backbone.is_encoder_decoder and is_even(backbone)
 
-    def from_peft(self, prompt: Tensor) -> Tensor:
-        """See ``PeftConfig.from_peft``, which differs for an encoder-decoder.
+    def from_peft(self, prompt: Tensor, module: Any) -> Tensor:
+        """See ``PeftConfig.from_peft``, which differs for an encoder-decoder, and for a decoder with uneven layers.
 
-        PEFT repeats the tensor's 2·L parts once, and layer l of the decoder's self-attention reads the parts 4l and
-        4l + 1. No other site gets a prefix.
+        In an encoder-decoder, PEFT repeats the tensor's 2·L parts once, and layer l of the decoder's self-attention
+        reads the parts 4l and 4l + 1. No other site gets a prefix. In a decoder such as Gemma 4, each layer reads as
+        much of its parts as it has room for, and layers that would need more get no prefix. Where the first layer is
+        one of these, texts start at position 0.
 
         Raises:
             AdapterMismatchError: the config has other sites.
         """
         if self.num_transformer_submodules != 2:
-            return prompt
+            return self._from_even(prompt, module)
         if self.sites != [Site.DECODER]:
             raise AdapterMismatchError(
                 "PEFT's prefix is for the decoder's own attention", "set sites=['decoder'] in the config"
@@ -142,6 +154,24 @@ class PrefixTuningConfig(PromptLearningConfig):
         parts = prompt.view(len(prompt), 2 * self.num_layers, -1).repeat(1, 2, 1)
         by_layer = parts.view(len(prompt), self.num_layers, 4, -1)
         return by_layer[:, :, :2].flatten(1)
+
+    def _from_even(self, prompt: Tensor, module: Any) -> Tensor:
+        """[P, W] from PEFT's prompt, in which all layers of a decoder have keys and values of the same size."""
+        assert self.num_layers
+        assert self.num_attention_heads
+        assert self.token_dim
+        size = self.token_dim // self.num_attention_heads
+        if len(module.layers) == self.num_layers and is_uniform(module.layers, self.num_attention_heads, size):
+            return prompt
+        fitting = [layer for layer in module.layers if fits(layer, self.num_attention_heads, size)]
+        if prompt.shape[1:] != (self.num_layers * 2 * self.token_dim,) or not fitting:
+            return prompt
+        if len(fitting) < len(module.layers):
+            self.layers = [layer.index for layer in fitting]
+            # transformers counts positions by the first layer's cache.
+            self.shift_positions = self.shift_positions and fitting[0] is module.layers[0]
+            module.limit_to(fitting, self)
+        return cut_out(prompt.view(len(prompt), self.num_layers, 2, self.num_attention_heads, size), fitting)
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,6 +213,15 @@ class PrefixEncoder(nn.Module):
     def start_from(self, flat: Tensor) -> None:
         """Initialize the parameters so that ``forward`` returns the prefix [P, W]."""
         _start_from(self.embedding, self.transform, flat)
+
+    def limit_to(self, layers: Sequence[AttentionLayer], config: PrefixTuningConfig) -> None:
+        """Give a prefix to these layers alone. The parameters are new ones, not yet initialized."""
+        assert config.token_dim
+        self.layers = list(layers)
+        self.shifts_positions = config.shift_positions
+        device = self.embedding.weight.device
+        embedding, transform = _virtual_tokens(config, config.token_dim, sum(layer.width for layer in layers))
+        self.embedding, self.transform = embedding.to(device), transform and transform.to(device)
 
     def prompt(self) -> Prompt:
         flat = self()
