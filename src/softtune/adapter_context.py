@@ -100,7 +100,8 @@ def apply_adapters(
         as_kv = False  # FSDP2 gathers a layer's weights for a gradient at its output alone, not at its keys
     with model_session(backbone.model) as session:
         prompts = [Prompt() if a is None else _prompt(backbone, a, as_kv=as_kv) for a in adapters]
-        changes = _changes(backbone, adapters, prompts, batch.rows)
+        rows = None if batch.rows is None else batch.rows.to(backbone.device)  # once, rather than once a layer
+        changes = _changes(backbone, adapters, prompts, rows)
         injection = None
         adapter_names = _encoder_adapter_names(backbone, batch, prompts)
         if inputs.encoder_outputs is not None:
@@ -110,10 +111,10 @@ def apply_adapters(
             injection = Injection(
                 backbone,
                 prompts,
-                batch.rows,
+                rows,
                 columns=inputs.columns,
                 text_ends=_text_ends(backbone, prompts, inputs),
-                packs=batch.rows is None or not changes_layers,
+                packs=rows is None or not changes_layers,
                 layer_cache=None if changes_layers else layer_cache,
                 encoder_adapters=adapter_names,
             )

@@ -34,7 +34,21 @@ class NoGradientWarning(UserWarning):
 
 def without_gradient(gradients: Mapping[str, Tensor | None]) -> list[str]:
     """Names of the tensors whose gradient is missing or all zeros."""
-    return [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())]
+    given = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    is_fed = _true({name: gradient.any() for name, gradient in given.items()})
+    return [name for name in gradients if name not in is_fed]
+
+
+def _true(conditions: Mapping[str, Tensor]) -> set[str]:
+    """Names of the conditions [] that hold; a device is waited for once, rather than for each."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, condition in conditions.items():
+        by_device.setdefault(condition.device, []).append(name)
+    holding: set[str] = set()
+    for names in by_device.values():
+        holds = torch.stack([conditions[name] for name in names]).tolist()
+        holding.update(name for name, is_true in zip(names, holds, strict=True) if is_true)
+    return holding
 
 
 def describe(names: Sequence[str], count: int) -> str:
@@ -53,8 +67,8 @@ class GradientWatch:
         """Whether a backward pass has been observed, or warnings are suspended."""
         self._evaluations = 0
         self._hooks: list[Any] = []
-        self._is_fed: dict[str, bool] = {}
-        """Whether a tensor's gradient has a nonzero value; tensors without a gradient are missing."""
+        self._is_fed: dict[str, Tensor] = {}
+        """Whether a tensor's gradient has a nonzero value, []; tensors without a gradient are missing."""
 
     def attach(
         self,
@@ -85,7 +99,9 @@ class GradientWatch:
             self._hooks.append(leaf.register_hook(lambda gradient, name=name: self._note(name, gradient)))
 
         def end() -> None:
-            idle = [name for name in trained if not self._is_fed.get(name, name not in unreached)]
+            fed = _true(self._is_fed)
+            unknown = {name for name in trained if name not in self._is_fed and name not in unreached}
+            idle = [name for name in trained if name not in fed and name not in unknown]
             self.is_over = bool(idle or self._is_fed)
             self._detach()
             if idle := judge(idle):
@@ -111,7 +127,9 @@ class GradientWatch:
 
     def _note(self, name: str, gradient: Tensor | None) -> None:
         """Record a gradient; it is None after a function without a backward."""
-        self._is_fed[name] = self._is_fed.get(name, False) or (gradient is not None and bool(gradient.any()))
+        is_fed = torch.tensor(False) if gradient is None else gradient.any()
+        before = self._is_fed.get(name)
+        self._is_fed[name] = is_fed if before is None else before | is_fed
 
     def _detach(self) -> None:
         for hook in self._hooks:

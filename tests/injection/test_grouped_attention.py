@@ -45,7 +45,7 @@ class RowsOfTheirOwn(GroupedAttention):
             self.places.append(places)
             group = RowGroup(queries=places, numbers=numbers, is_query=numbers < sizes, length=int(sizes.max()))
             groups.append((group, None if prefixes is None else added(prefixes, len(rows))))
-        super().__init__(groups)
+        super().__init__(groups, torch.device("cpu"))
 
     def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return ((take(key, places), take(value, places)) for places in self.places)

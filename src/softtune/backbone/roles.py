@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,10 +70,19 @@ class BiasSlot:
     has_bias: bool
     index: Tensor | None = None
     """The role's output features [width] in a fused module; None where the module has one role."""
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         return self.module if self.index is None else f"{self.module}.{self.role}"
+
+    def index_on(self, device: torch.device) -> Tensor | None:
+        """The index on a device, to which it is copied once."""
+        if self.index is None or self.index.device == device:
+            return self.index
+        if device not in self._copies:
+            self._copies[device] = self.index.to(device)
+        return self._copies[device]
 
 
 def bias_slots(model: nn.Module, prefix: str) -> list[BiasSlot]:

@@ -44,11 +44,13 @@ class GroupedAttention(ABC):
 
     Args:
         groups: the groups, each with the wrapper that adds its rows' prefixes; None where they have none.
+        device: where the layers compute. Indices move there once, rather than once a layer.
     """
 
-    def __init__(self, groups: Sequence[tuple[RowGroup, PrefixAttention | None]]) -> None:
+    def __init__(self, groups: Sequence[tuple[RowGroup, PrefixAttention | None]], device: torch.device) -> None:
         self.groups = groups
-        self.order = _order([group for group, _ in groups])
+        self.queries = [group.queries.to(device) for group, _ in groups]
+        self.order = _order([group for group, _ in groups]).to(device)
         """[N] index of each token in the groups' concatenated queries."""
         self._masks: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
@@ -78,8 +80,8 @@ class GroupedAttention(ABC):
         kwargs = {**kwargs, "is_causal": False}
         gathered, masks = self.keys_and_values(module, key, value), self._group_masks(attention_mask)
         outputs = []
-        for (group, wrapper), (keys, values), mask in zip(self.groups, gathered, masks, strict=True):
-            rows = module, take(query, group.queries), keys, values, mask
+        for (_, wrapper), queries, (keys, values), mask in zip(self.groups, self.queries, gathered, masks, strict=True):
+            rows = module, take(query, queries), keys, values, mask
             output, _ = attend(*rows, **kwargs) if wrapper is None else wrapper(attend, *rows, **kwargs)
             outputs.append(output.flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.order)[None], None

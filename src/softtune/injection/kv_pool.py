@@ -83,6 +83,7 @@ class KVPool:
 
     def write_prefix(self, prefixes: Mapping[Place, KeyValue], slots: Tensor) -> None:
         """Write a prefix into slots [P]; layers without one get zeros, since masked keys and values must not be NaN."""
+        slots = slots.to(self.device)
         for module, layer in self.layers.items():
             prefix = prefixes.get(layer.place)
             for states, part in zip((self.keys, self.values), prefix or (None, None), strict=True):
@@ -143,8 +144,7 @@ class PooledAttention(GroupedAttention):
             PooledGroup.from_pieces(pool, [pieces[i] for i in rows.tolist()], (ends - counts)[rows])
             for rows in alike_long(lengths, counts)
         ]
-        super().__init__([(group, group.wrapper) for group in self.pooled])
-        self.order = self.order.to(pool.device)  # once for all layers
+        super().__init__([(group, group.wrapper) for group in self.pooled], pool.device)
 
     def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``GroupedAttention``; keys of prefixes stand in front of the tokens' own."""
@@ -186,7 +186,7 @@ class PooledGroup(RowGroup):
             is_query=offsets < counts[:, None],
             length=texts.shape[1],
             slots={False: texts.to(pool.device), True: torch.cat([prefixes, texts], dim=1).to(pool.device)},
-            wrapper=_showing(pool, pieces, _seen(pieces, numbers, prefixes.shape[1]).to(pool.device)),
+            wrapper=_showing(pool, pieces, _seen(pieces, numbers, prefixes.shape[1])),
         )
 
 
@@ -197,10 +197,12 @@ def _showing(pool: KVPool, pieces: Sequence[PooledSequence], seen: Tensor) -> Pr
     having = {layer.place: tuple(layer.place in piece.places for piece in pieces) for layer in pool.layers.values()}
     prefixes = {module: nothing for module, layer in pool.layers.items() if any(having[layer.place])}
     visible = {
-        pattern: seen & torch.tensor(pattern, device=seen.device)[:, None, None]
+        pattern: seen & torch.tensor(pattern)[:, None, None]
         for pattern in {having[pool.layers[module].place] for module in prefixes}
     }
-    hidden = {m: v for m in prefixes if not bool((v := visible[having[pool.layers[m].place]]).all())}
+    hiding = {pattern: shown.to(pool.device) for pattern, shown in visible.items() if not bool(shown.all())}
+    patterns = {module: having[pool.layers[module].place] for module in prefixes}
+    hidden = {module: hiding[pattern] for module, pattern in patterns.items() if pattern in hiding}
     return PrefixAttention(prefixes, visible=hidden, biases={}, cached=prefixes)
 
 

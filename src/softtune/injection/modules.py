@@ -102,8 +102,7 @@ def _adder(slot: BiasSlot, changes: Sequence[Tensor | None], rows: Tensor | None
 
     def add(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         added = torch.stack([torch.zeros_like(some) if c is None else c for c in changes]).to(output.dtype)
-        if slot.index is not None:
-            index = slot.index.to(added.device)
+        if (index := slot.index_on(added.device)) is not None:
             added = added.new_zeros(len(added), output.shape[-1]).index_copy(1, index, added)
         if isinstance(module, CHANNELS_FIRST):
             added = added.view(*added.shape, *[1] * (output.dim() - 2))

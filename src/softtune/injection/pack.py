@@ -30,14 +30,16 @@ from softtune.injection.trim import each_state
 def can_pack(stack: Stack, call: Call) -> bool:
     """Whether a call's tokens can be packed: it requests hidden states alone, and has no cache and no position ids."""
     mask, config = call.get("attention_mask"), stack.module.config
-    is_whole = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and is_contiguous(mask))
     requests_more = any(
         getattr(config, name, False) if call.get(name) is None else call[name]
         for name in ("output_attentions", "output_router_logits")
     )
     has_places = call.get("cache") is not None or call.get("position_ids") is not None
     is_free = call.get("use_cache") is False and not has_places and not requests_more
-    return is_free and is_whole and takes_any_mask(config)
+    if not (is_free and takes_any_mask(config)):
+        return False
+    # The last question, since its answer has to be waited for.
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and is_contiguous(mask))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +139,7 @@ class PackedAttention(GroupedAttention):
     """
 
     def __init__(self, pack: Pack, wrappers: Sequence[PrefixAttention | None]) -> None:
-        super().__init__(list(zip(pack.groups, wrappers, strict=True)))
+        super().__init__(list(zip(pack.groups, wrappers, strict=True)), pack.mask.device)
         self.keys = [group.keys for group in pack.groups]
 
     def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

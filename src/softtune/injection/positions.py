@@ -39,21 +39,21 @@ class Positions:
         limit, step, row_prompts = self.stack.table_size, arrangement.step, arrangement.prompts
         if limit is None:
             return
+        fits = step.width + _most_virtual(row_prompts) <= limit
         if is_exporting():
-            shift = (
-                max((max(counts) for counts in row_prompts.lengths.values()), default=0) if row_prompts.shifts else 0
-            )
-            if step.width + shift + row_prompts.is_vector.shape[1] > limit:
+            if not fits:
                 raise DataError(
                     f"a graph of {step.width} tokens exceeds the model's {limit} positions", "make a shorter one"
                 )
             return
+        if fits and call.get("position_ids") is None:
+            return  # without waiting for the device
         tokens, virtual = (
             self._lengths(call, step, row_prompts),
             (row_prompts.shift + row_prompts.is_vector.sum(1)).to(step.device),
         )
-        row = int((tokens + virtual).argmax())
-        if int(tokens[row] + virtual[row]) > limit:
+        if int((tokens + virtual).max()) > limit:
+            row = int((tokens + virtual).argmax())
             raise DataError(
                 f"{int(tokens[row])} tokens and {int(virtual[row])} virtual ones exceed the model's {limit} positions",
                 "shorten the text",
@@ -144,3 +144,9 @@ class Positions:
         if self._counts_itself(step, row_prompts):
             return torch.full_like(step.starts, step.width)
         return step.ends - step.starts
+
+
+def _most_virtual(row_prompts: RowPrompts) -> int:
+    """At least the number of positions that any row's virtual tokens take."""
+    shift = max((max(counts) for counts in row_prompts.lengths.values()), default=0) if row_prompts.shifts else 0
+    return shift + int(row_prompts.is_vector.shape[1])

@@ -169,5 +169,6 @@ def _changes(backbone: Backbone, prompts: Sequence[LoadedPrompt]) -> ModuleChang
     if not any(prompt.additions for prompt in prompts):
         return ModuleChanges(backbone, [], [])
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    rows = torch.tensor([numbers[prompt] for prompt in prompts]) if len(numbers) > 1 else None
-    return ModuleChanges(backbone, [prompt.additions for prompt in numbers], [{}] * len(numbers), rows)
+    rows = [numbers[prompt] for prompt in prompts]
+    placed = torch.tensor(rows, device=backbone.device) if len(numbers) > 1 else None
+    return ModuleChanges(backbone, [prompt.additions for prompt in numbers], [{}] * len(numbers), placed)
