@@ -16,9 +16,11 @@ SST2 ?= data/sst2
 VLLM := .venv-vllm
 TOOLS := .venv-tools
 QUANT := .venv-quant
+HAS_GPU := $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+NO_GPU := there is no GPU that CUDA finds
 
 .PHONY: demo test test-all test-others test-vllm test-tools test-quant matrix census peft-suite check
-.PHONY: bench bench-serve bench-vllm bench-quant bench-steps setup clean
+.PHONY: test-gpu bench bench-serve bench-vllm bench-quant bench-gpu bench-steps setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -71,6 +73,11 @@ test-tools: $(TOOLS)/.library
 test-quant: $(QUANT)/.library
 	OMP_NUM_THREADS=1 $(QUANT)/bin/python -m pytest -W ignore::DeprecationWarning tests/test_quantised.py
 
+# What depends on the device, on a GPU; without one, nothing. bitsandbytes and flash_attn join in where they are installed.
+test-gpu: $(VENV)/.library
+	@if $(HAS_GPU); then OMP_NUM_THREADS=1 $(PYTHON) -m pytest -rs tests/gpu tests/test_hardware.py; \
+		else echo "skipped: $(NO_GPU)"; fi
+
 check: $(VENV)/.library
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -99,6 +106,11 @@ bench-vllm: $(VLLM)/.models
 bench-quant: $(QUANT)/.library
 	OMP_NUM_THREADS=1 $(QUANT)/bin/python benchmarks/quantised.py
 	$(QUANT)/bin/python benchmarks/tables.py
+
+# On a GPU, with a model of a billion random weights; without one, nothing.
+bench-gpu: $(VENV)/.library
+	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/tables.py
 
 # Which settings train well: two hours on two cores. SST2 is a folder with stsa.binary.train and stsa.binary.dev.
 bench-steps: $(VENV)/.models

@@ -22,11 +22,11 @@ Batch = dict[str, Any]
 Step = Callable[[], Any]
 
 
-def padded_batch(pad: int) -> Batch:
-    """Rows of 16 to 48 real tokens, padded left to LENGTH, with the answer at their ends."""
-    lengths = torch.linspace(16, 48, ROWS).int()
-    mask = (torch.arange(LENGTH) >= LENGTH - lengths[:, None]).long()
-    ids = torch.randint(100, 40_000, (ROWS, LENGTH)) * mask + pad * (1 - mask)
+def padded_batch(pad: int, *, rows: int = ROWS, length: int = LENGTH, vocabulary: int = 40_000) -> Batch:
+    """Rows with a quarter to three quarters of ``length`` real tokens, padded left, with the answer at their ends."""
+    lengths = torch.linspace(length // 4, 3 * length // 4, rows).int()
+    mask = (torch.arange(length) >= length - lengths[:, None]).long()
+    ids = torch.randint(min(100, vocabulary // 2), vocabulary, (rows, length)) * mask + pad * (1 - mask)
     labels = torch.full_like(ids, -100)
     labels[:, -ANSWER:] = ids[:, -ANSWER:]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

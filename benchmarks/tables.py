@@ -18,6 +18,7 @@ SECTIONS = {
     "engines": "Two engines",
     "modes": "Gradient checkpointing, bfloat16, compilation",
     "quantised": "Quantised base models",
+    "gpu": "On a GPU",
     "steps_sms_spam": "Half of the steps: SMS spam",
     "steps_sst2": "Half of the steps: SST-2",
     "steps_methods": "Learning rates by method: SMS spam",

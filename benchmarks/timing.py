@@ -42,12 +42,17 @@ def measure(name: str, value: float, must: float | None, *, at_least: bool = Fal
 
 def report(name: str, measures: Sequence[dict[str, Any]]) -> None:
     """Show the results and write them to ``results/<name>.json``."""
+    show(name, measures)
+    save(name, {"measures": list(measures)})
+
+
+def show(name: str, measures: Sequence[dict[str, Any]]) -> None:
+    """Show the results."""
     table = Table("measure", "value", "must be", "holds", title=name, title_justify="left")
     for m in measures:
         must, holds = ("", "") if m["must"] is None else (m["must"], "yes" if m["holds"] else "NO")
         table.add_row(m["measure"], f"{m['value']:.3f}", must, holds)
     Console().print(table)
-    save(name, {"measures": list(measures)})
 
 
 def save(name: str, results: dict[str, Any]) -> None:
@@ -69,14 +74,17 @@ def machine(hardware: dict[str, Any]) -> str:
     """Hardware as text."""
     threads = hardware["threads"]
     packages = [f"{name} {hardware[name]}" for name in ("torch", "transformers") if name in hardware]
-    return f"{hardware['cpu']}, {threads} thread{'s' * (threads > 1)}, {', '.join(packages)}"
+    where = ", ".join(hardware[name] for name in ("gpu", "cpu") if name in hardware)
+    return f"{where}, {threads} thread{'s' * (threads > 1)}, {', '.join(packages)}"
 
 
 def _hardware() -> dict[str, Any]:
     cpu = next(
         (x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
     )
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

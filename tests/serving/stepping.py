@@ -29,6 +29,7 @@ class Served:
         folder: the adapters'.
         spool: where inference forms are kept.
         engine: makes the engine, of the base model, the config and the spool.
+        device: where the base model computes.
         config: see ``EngineConfig``.
     """
 
@@ -40,10 +41,11 @@ class Served:
         engine: Callable[[Backbone, EngineConfig, Path], Any] = lambda backbone, config, _: TransformersEngine(
             backbone, config
         ),
+        device: torch.device | str = "cpu",
         **config: Any,
     ) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model = PeftModel(AutoModelForCausalLM.from_pretrained(model).eval())
+        self.model = PeftModel(AutoModelForCausalLM.from_pretrained(model).eval().to(device))
         self.engine = engine(self.model.backbone, EngineConfig(**config), spool)
         self.registry = Registry(self._bake, spool, lambda version: None, model)
         self.told: dict[GenerationRequest, list[Any]] = {}
@@ -93,7 +95,7 @@ class Served:
 
     def expected(self, name: str | None, text: str, tokens: int) -> list[int]:
         """What ``generate`` writes alone."""
-        ids = torch.tensor([self.ids(text)])
+        ids = torch.tensor([self.ids(text)], device=self.model.device)
         options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         if name is None:
             with self.model.disable_adapter():
