@@ -344,6 +344,37 @@ def test_other_models_work_or_are_refused_when_they_are_wrapped(name: str, metho
         assert float((answer(model(**call)) - expected).abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["vit", "whisper"])
+def test_models_of_pictures_and_sound_refuse_every_method_in_one_line(name: str, method: str) -> None:
+    build, call, task = OTHERS[name]
+    refusal = wrapped(build(), method, task, call)
+    assert isinstance(refusal, str)
+    assert "has no one embedding of words: use a base model that reads text" in refusal
+    assert "\n" not in refusal
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "paligemma"])
+def test_biases_that_are_added_act_with_a_picture_too(name: str) -> None:
+    """By hand: each change is added to what its module returns."""
+    build, call = MODELS[name]
+    base, plain = build(), build()
+    model = scramble(get_peft_model(base, BitFitConfig(task_type=CAUSAL_LM, add_missing=True))).eval()
+    additions = model.adapter("default").module.prompt().additions
+    assert not all(slot.has_bias for slot, _ in additions)
+    assert any("vision" in slot.module for slot, _ in additions)
+    for slot, change in additions:
+        plain.get_submodule(slot.module).register_forward_hook(
+            lambda module, args, output, slot=slot, change=change: with_addition(module, output, slot, change)
+        )
+    torch.testing.assert_close(logits(model, call(WORDS)), logits(plain, call(WORDS)), atol=1e-4, rtol=1e-3)
+
+
+def with_addition(module: Any, output: Tensor, slot: Any, change: Tensor) -> Tensor:
+    assert slot.index is None
+    return output + (change[:, None, None] if isinstance(module, torch.nn.Conv2d) else change)
+
+
 def answer(output: Any) -> Tensor:
     found: Tensor = next(output[name] for name in OUTPUTS if output.get(name) is not None)
     return found
