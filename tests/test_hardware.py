@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from softtune import PeftModel, get_peft_model
 from tests import flash
@@ -44,7 +45,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("family", "task", "method"), CASES)
 @pytest.mark.parametrize("implementation", needs_flash)
 def test_flash_attention_on_a_gpu(implementation: str, family: str, task: str, method: str) -> None:
-    same_on_a_gpu(implementation, family, task, method, torch.bfloat16, ERRORS[torch.bfloat16])
+    same_on_a_gpu(implementation, family, task, method, torch.bfloat16, ERRORS[torch.bfloat16][0])
 
 
 @needs_gpu
@@ -53,11 +54,19 @@ def test_flex_attention_on_a_gpu(family: str, task: str, method: str) -> None:
     same_on_a_gpu("flex_attention", family, task, method, torch.float32, 0.01)
 
 
-def same_on_a_gpu(implementation: str, family: str, task: str, method: str, dtype: torch.dtype, error: float) -> None:
+def same_on_a_gpu(
+    implementation: str,
+    family: str,
+    task: str,
+    method: str,
+    dtype: torch.dtype,
+    error: float,
+    device: str = "cuda",
+) -> None:
     """Outputs and gradients are those with sdpa, and generation is that of the uncached forward."""
-    models = [model_on(n, family, task, method, device="cuda", dtype=dtype) for n in ("sdpa", implementation)]
+    models = [model_on(n, family, task, method, device=device, dtype=dtype) for n in ("sdpa", implementation)]
     for side in ("right", "left"):
-        inputs = {name: tensor.cuda() for name, tensor in batch(texts(family, task), side).items()}
+        inputs = {name: tensor.to(device) for name, tensor in batch(texts(family, task), side).items()}
         (expected, expected_gradients), (found, gradients) = (run(model, task, inputs) for model in models)
         assert relative(found.float(), expected.float()) < error
         for name, gradient in gradients.items():
@@ -69,6 +78,14 @@ def same_on_a_gpu(implementation: str, family: str, task: str, method: str, dtyp
         settings |= {"return_dict_in_generate": True, "output_logits": True}
         expected, found = (torch.stack(m.generate(**inputs, **settings).logits[:1]) for m in models)
         assert relative(found.float(), expected.float()) < error
+
+
+@pytest.mark.parametrize(("family", "task", "method"), CASES)
+def test_what_a_gpu_is_tested_by(family: str, task: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with the kernels' stand-ins."""
+    flash.install(monkeypatch)
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", choose)
+    same_on_a_gpu("flash_attention_2", family, task, method, torch.float64, 1e-9, device="cpu")
 
 
 # torch 2.13 mixes up the names of lengths that vary in the C++ that it writes.

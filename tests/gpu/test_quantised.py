@@ -39,7 +39,7 @@ def quantised(folder: str, kind: str, device: torch.device) -> Any:
 
 def with_plain_weights(model: Any) -> Any:
     """The model with plain layers in place of quantised ones, whose weights are what these do to unit vectors."""
-    return with_layers(model, plain, lambda name, layer: is_replaced(name, layer))
+    return with_layers(model, lambda layer: plain(layer, model.dtype), is_replaced)
 
 
 def is_replaced(name: str, layer: nn.Module) -> bool:
@@ -47,9 +47,8 @@ def is_replaced(name: str, layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def plain(layer: Any) -> nn.Linear:
+def plain(layer: Any, dtype: torch.dtype) -> nn.Linear:
     device = next(layer.parameters()).device
-    dtype = layer.bias.dtype if layer.bias is not None else torch.float32
     weight = layer(torch.eye(layer.in_features, device=device, dtype=dtype)).T
     weight = weight if layer.bias is None else weight - layer.bias[:, None]
     made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).to(device, dtype)
