@@ -160,18 +160,18 @@ class PrefixTuningConfig(PromptLearningConfig):
         assert self.num_layers
         assert self.num_attention_heads
         assert self.token_dim
-        size = self.token_dim // self.num_attention_heads
-        if len(module.layers) == self.num_layers and is_uniform(module.layers, self.num_attention_heads, size):
+        heads, size = self.num_attention_heads, self.token_dim // self.num_attention_heads
+        if len(module.layers) == self.num_layers and is_uniform(module.layers, heads, size):
             return prompt
-        fitting = [layer for layer in module.layers if fits(layer, self.num_attention_heads, size)]
-        if prompt.shape[1:] != (self.num_layers * 2 * self.token_dim,) or not fitting:
+        fitting = [layer for layer in module.layers if fits(layer, heads, size)]
+        if prompt.shape[1:] != (self.num_layers * 2 * heads * size,) or not fitting:
             return prompt
         if len(fitting) < len(module.layers):
             self.layers = [layer.index for layer in fitting]
             # transformers counts positions by the first layer's cache.
             self.shift_positions = self.shift_positions and fitting[0] is module.layers[0]
             module.limit_to(fitting, self)
-        return cut_out(prompt.view(len(prompt), self.num_layers, 2, self.num_attention_heads, size), fitting)
+        return cut_out(prompt.view(len(prompt), self.num_layers, 2, heads, size), fitting)
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
