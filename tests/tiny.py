@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
@@ -74,3 +74,50 @@ def write_rows(file: Path, rows: int) -> str:
             middle = " ".join([WORDS[(i * 7 + k) % 7] for k in range(1 + i % 4)])
             writer.writerow([f"{'red' if i % 2 else 'blue'} {middle}", LABELS[1 - i % 2]])
     return str(file)
+
+
+CHATML = (
+    "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+"""A chat template as ChatML's, with white space behind the end of a turn."""
+MARKED = CHATML.replace(
+    "{{ message.role }} {{ message.content }}</s>\n",
+    "{% if message.role == 'assistant' %}assistant {% generation %}{{ message.content }}</s>{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ message.role }} {{ message.content }}</s>\n{% endif %}",
+)
+"""The same, which marks the assistant's turns."""
+
+
+def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """One token a word, space, newline or end of a turn."""
+    words = ["<pad>", "</s>", "<unk>", "<s>", "\n", "system", "user", "assistant", *WORDS]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = Split(" ", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_chat_model(folder: Path, template: str | None = CHATML, **llama: Any) -> str:
+    """A Llama in a folder with a tokenizer that has a chat template."""
+    torch.manual_seed(0)
+    words = chat_tokenizer(template)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=3,
+        initializer_range=0.3,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        **{"max_position_embeddings": 128, **llama},
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)

@@ -43,6 +43,8 @@ class Adapter:
     """The method's module, a ``Method``."""
     heads: dict[str, nn.Module]
     """Trained fp32 copies of the base model's heads, by module name."""
+    chat_template: str | None = None
+    """The chat template that it was trained with; None where it was not, or where a folder does not say."""
 
     @classmethod
     def new(cls, config: PeftConfig, backbone: Backbone, *, is_saved: bool = False) -> Adapter:

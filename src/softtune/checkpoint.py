@@ -1,8 +1,8 @@
 """Adapter folders in PEFT's format, and the training state beside them.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (what inference needs; PEFT reads both),
-``softtune_config.json`` (fields that PEFT lacks, what the base model was loaded in, and a sample by which it is
-recognized),
+``softtune_config.json`` (fields that PEFT lacks, what the base model was loaded in, the chat template of training, and
+a sample by which the base model is recognized),
 ``training_state.safetensors`` where training needs more tensors than inference, and a model card. Weights are
 safetensors only: a pickled file is refused unread, unless the caller passes ``allow_pickle=True``.
 
@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,9 @@ from softtune.load_options import own_quantization
 from softtune.methods.base import CONFIG_NAME, OWN_CONFIG_NAME, PeftConfig
 from softtune.methods.initialization import OWN_KEY, PROMPT_KEY, WEIGHTS_NAME
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 STATE_NAME = "training_state.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 SAMPLE_KEY = "embedding_sample"
@@ -43,6 +46,8 @@ ROWS_KEY = "embedding_rows"
 """Number of rows of the sampled embedding; rows that were added or removed since are not compared."""
 DTYPE_KEY, QUANTIZATION_KEY = "base_model_dtype", "base_model_quantization"
 """What the base model was loaded in when the adapter was trained; folders from before have neither."""
+CHAT_TEMPLATE_KEY = "chat_template"
+"""The chat template that the adapter was trained with; left out where it was trained without."""
 SAMPLE_TOLERANCE = 0.05
 """Difference of two embedding samples (precision, quantisation), relative to the largest value, up to which they count
 as the same base model's."""
@@ -92,7 +97,10 @@ def _save(folder: Path, adapter: Adapter, backbone: Backbone, *, also_pickled: b
             write(stage / STATE_NAME, adapter.training_state())
         model_card(folder / CARD_NAME, config, backbone).save(stage / CARD_NAME)
         rows = backbone.embedding.num_embeddings
-        config.write(stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows, **_precision(backbone)})
+        template = {} if adapter.chat_template is None else {CHAT_TEMPLATE_KEY: adapter.chat_template}
+        config.write(
+            stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows, **_precision(backbone), **template}
+        )
     gone = {STATE_NAME: not adapter.is_reparameterised, PICKLED_NAME: not also_pickled}
     for name in (name for name, is_gone in gone.items() if is_gone):
         (folder / name).unlink(missing_ok=True)  # left by another adapter that was saved here before
@@ -112,6 +120,16 @@ def _warn_of_precision(folder: str | os.PathLike[str], notes: Mapping[str, Any],
         was, is_now = (" and ".join(filter(None, [each[QUANTIZATION_KEY], each[DTYPE_KEY]])) for each in (then, now))
         says = f"the adapter in {folder} was trained on its base model in {was}, which is in {is_now} now"
         warnings.warn(f"{says}: expect somewhat other outputs", stacklevel=4)
+
+
+def warn_of_chat_template(folder: str | os.PathLike[str], adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn if an adapter was trained with another chat template than a tokenizer's."""
+    if adapter.chat_template is None:
+        return
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if template != adapter.chat_template:
+        says = f"the adapter in {folder} was trained with another chat template than the tokenizer's"
+        warnings.warn(f"{says}: expect other outputs", stacklevel=3)
 
 
 def _name_of_base(config: PeftConfig, backbone: Backbone) -> str | None:
@@ -149,6 +167,8 @@ def load(folder: str | os.PathLike[str], adapter: Adapter, *, allow_pickle: bool
     saved = weights(folder, allow_pickle=allow_pickle, **hub)
     state = storage.locate(folder, STATE_NAME, **hub) if adapter.is_reparameterised else None
     fill(adapter, saved, read(state) if state else None)
+    notes = storage.locate(folder, OWN_CONFIG_NAME, is_optional=True, **hub)
+    adapter.chat_template = storage.read_json(notes).get(CHAT_TEMPLATE_KEY) if notes else None
 
 
 def weights(folder: str | os.PathLike[str], *, allow_pickle: bool = False, **hub: Any) -> dict[str, Tensor]:

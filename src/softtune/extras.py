@@ -29,9 +29,9 @@ EXTRAS = {
     "cli": Extra("the command line", ("typer", "rich"), includes=("metrics",)),
     "serve": Extra(
         "the server",
-        ("fastapi", "starlette", "uvicorn", "prometheus_client", "anyio", "jinja2", "fsspec", "tokenizers"),
+        ("fastapi", "starlette", "uvicorn", "prometheus_client", "anyio", "fsspec", "tokenizers"),
     ),
-    "experiments": Extra("an experiment or report", ("matplotlib", "jinja2", "psutil"), includes=("metrics",)),
+    "experiments": Extra("an experiment or report", ("matplotlib", "psutil"), includes=("metrics",)),
     "sweep": Extra("a search", ("optuna",)),
     "ray": Extra("running on Ray", ("ray",)),
     "vllm": Extra("the engine vllm", ("vllm",)),

@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset
 
 from softtune.cli.loading import load_trained
-from softtune.data import IGNORED, Example
+from softtune.data import Example
+from softtune.data.encoding import IGNORED
 from softtune.errors import RequestError
 from softtune.evaluation.answers import Answers, answer
 from softtune.serving.registry import Version

@@ -79,7 +79,7 @@ def _parameter(name: str, model: type[BaseModel] = Recipe) -> Parameter:
     choices = _choices(field.annotation)
     listed = f" One of {', '.join(choices)}." if choices else ""
     shown = field.default.value if isinstance(field.default, Enum) else field.default
-    default = "" if field.is_required() or shown is None else f" [default: {shown}]"
+    default = "" if field.is_required() or shown in (None, "") else f" [default: {shown}]"
     panel = {"rich_help_panel": "The base model"} if name in LoadFields.model_fields else {}
     return option(name, str | None, None, help=escape(f"{field.description}{listed}{default}"), **panel)
 

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softtune import checkpoint
 from softtune.data import load_records
 from softtune.data.formats import SELF_NAMED, quoted
 from softtune.errors import ConfigError, DataError
@@ -47,7 +48,9 @@ def load_trained(adapter: Path, model: str | None, **load: Any) -> Trained:
     base, tokenizer = _load_base(model or recipe.model, recipe.model, recipe.task, options, recipe.num_labels)
     loaded = PeftModel(base).eval()
     for name in recipe.adapter_names:
-        loaded.load_adapter(adapter if name == "default" else adapter / name, name)
+        folder = adapter if name == "default" else adapter / name
+        loaded.load_adapter(folder, name)
+        checkpoint.warn_of_chat_template(folder, loaded.adapter(name), tokenizer)
     return Trained(recipe, fitted(recipe.definition, loaded), loaded, tokenizer)
 
 

@@ -66,10 +66,11 @@ def command(
         console.print(f"{len(given)} records, of which {len(records)} are different: others add references to these.")
     if answers.truncated:
         console.print(f"{answers.truncated} of {len(records)} records were cut to fit.")
-    if (column := trained.task.label_column) in records.column_names:
-        quality = judge(trained.task, records, answers)
+    if (task := trained.task).has_references(records):
+        quality = judge(task, records, answers)
         show_quality(quality)
-        show_mistakes(quality, answered, [*trained.task.columns, column, "answer"], _rows(trained.task, given))
+        columns = [*dict.fromkeys([*task.columns, task.label_column, "answer"])]
+        show_mistakes(quality, answered, columns, _rows(task, given))
 
 
 @contextmanager
@@ -117,11 +118,13 @@ def _checked(task: Task, records: Dataset) -> Dataset:
     """
     if taken := {"answer", "probability"} & set(records.column_names):
         raise DataError(f"the data has a column {min(taken)!r}, where the answers go", "rename it")
-    if task.label_column not in records.column_names:
+    if not task.has_references(records):
         return records
     try:
         each_row(records, [*task.columns, task.label_column], task.reference)
     except DataError as error:
+        if task.label_column in task.columns:
+            raise
         raise DataError(f"{error}; or leave out the column {task.label_column!r}, and nothing is measured") from error
     return with_all_references(records, task) if task.merges_references else records
 

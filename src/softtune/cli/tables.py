@@ -125,7 +125,7 @@ def _between(metric: str, interval: tuple[float, float]) -> str:
 def in_cell(value: Any) -> str:
     """A value as one line of a cell: the words of a list are joined by spaces, its texts by bars."""
     values = value if isinstance(value, list) else [value]
-    parts = [str(part["text"] if isinstance(part, dict) and "text" in part else part) for part in values]
+    parts = [str(part.get("text", part.get("content", part)) if isinstance(part, dict) else part) for part in values]
     text = (" | " if any(" " in part for part in parts) else " ").join(parts)
     return shortened(" ".join(text.split()), LONGEST)
 

@@ -7,6 +7,9 @@ The space before an answer. Byte-level BPE encodes " complaint" as one token, so
 belongs to the answer: it is removed from the prompt and put in front of the answer. Training on
 "Label :" + " complaint" and predicting after "Label :" then use the same tokens. If the answer still changes how the
 prompt before it is tokenized (nothing separates the two), the answer is tokenized on its own.
+
+In a conversation (``chat``) the filled template is the user's turn, the answer the assistant's, and the text that is
+tokenized is what the tokenizer's chat template makes of both, with its own special tokens and end of the answer.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from softtune.data.chat import ASSISTANT, Chat, render, turn_after, user_turn_start
 from softtune.data.records import cell_text
 from softtune.data.templates import Template
 from softtune.errors import DataError
@@ -79,7 +84,15 @@ def encode_apart(
 
 def longest(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of tokens of the longest text."""
-    return max(len(_ids(text, tokenizer)) for text in texts)
+    return max(len(token_ids(text, tokenizer)) for text in texts)
+
+
+@lru_cache(maxsize=8)
+def longest_turn(texts: tuple[str, ...], chat: Chat, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of tokens of the longest text as the assistant's turn with its end; cached, as every record needs it."""
+    messages = chat.messages("a")
+    turns = [turn_after(messages, {"role": ASSISTANT, "content": text}, tokenizer) for text in texts]
+    return max(len(_answer_ids(before, turn, tokenizer)) for before, turn in turns)
 
 
 def encode(
@@ -91,6 +104,7 @@ def encode(
     max_length: int,
     room: int = 0,
     add_eos: bool = False,
+    chat: Chat | None = None,
 ) -> Example:
     """Encode one record in at most ``max_length`` tokens, virtual tokens not counted.
 
@@ -99,23 +113,45 @@ def encode(
 
     The special tokens that the tokenizer puts first (BOS, CLS) come first, also before virtual tokens at the start.
     Those that it puts last (SEP) come last if there is no ``answer``; an example with one ends with it, or with EOS if
-    ``add_eos``. An answer of "" leaves the prompt open for generation, whatever the tokenizer puts last.
+    ``add_eos``. An answer of "" leaves the prompt open for generation, whatever the tokenizer puts last. With ``chat``,
+    special tokens and the answer's end are those of the chat template.
     Records that are too long are truncated at the ends of their fields, the longest first.
 
     Raises:
         DataError: the record lacks a column or has no text in it, the input has no tokens, template and answer alone
-            are too long, or the tokenizer is a slow one or has no EOS to add.
+            are too long, or the tokenizer is a slow one, has no EOS to add, or a chat template that does not fit.
     """
-    if not tokenizer.is_fast:
-        raise DataError("the tokenizer is a slow one, which tells no character offsets; load a fast one")
+    check_fast(tokenizer)
     template.check(record.keys())
+    if chat is not None:
+        tokens, target = _in_chat(template, record, tokenizer, chat, answer or "")
+        return _example(tokens, target, target, max_length=max_length, room=room)
     first, last = _special_tokens(tokenizer)
     text, tokens = _prompt(template, record, tokenizer)
     tokens = [*(_Token(token, _WORD) for token in first), *tokens]
     target = _answer_ids(text, template.separator + answer, tokenizer) if answer else []
     if answer is not None and add_eos:
         target.append(_eos(tokenizer))
-    ending = last if answer is None else target
+    return _example(tokens, last if answer is None else target, target, max_length=max_length, room=room)
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer tells character offsets.
+
+    Raises:
+        DataError: it does not.
+    """
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer is a slow one, which tells no character offsets; load a fast one")
+
+
+class _Token(NamedTuple):
+    id: int
+    owner: int
+
+
+def _example(tokens: list[_Token], ending: list[int], target: list[int], *, max_length: int, room: int) -> Example:
+    """A prompt's tokens, truncated to leave room for what follows; the labels are on ``target``, if there is one."""
     kept = _cut(tokens, max_length, reserved=max(len(ending), room))
     prompt_ids = [token.id for token in kept if token.owner != _VIRTUAL]
     if not prompt_ids + ending:
@@ -123,14 +159,49 @@ def encode(
     return Example(
         input_ids=prompt_ids + ending,
         labels=[IGNORED] * len(prompt_ids) + (target or [IGNORED] * len(ending)),
-        prompt_positions=_positions(kept) if template.num_virtual_tokens else None,
+        prompt_positions=_positions(kept) if len(prompt_ids) < len(kept) else None,
         truncated=len(tokens) - len(kept),
     )
 
 
-class _Token(NamedTuple):
-    id: int
-    owner: int
+def _in_chat(
+    template: Template, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: Chat, answer: str
+) -> tuple[list[_Token], list[int]]:
+    """The tokens of a conversation up to where the assistant's turn begins, and the ids of that turn, if any."""
+    text, owners = _filled(template, record)
+    messages = chat.messages(text)
+    if answer:
+        prompt, turn = turn_after(messages, {"role": ASSISTANT, "content": answer}, tokenizer)
+    else:
+        prompt, turn = render(messages, tokenizer, add_generation_prompt=True), ""
+    tokens = _tokenize(prompt, _owners_in(prompt, text, owners, user_turn_start(chat, tokenizer)), tokenizer)
+    return tokens, _answer_ids(prompt, turn, tokenizer) if turn else []
+
+
+def _filled(template: Template, record: Mapping[str, Any]) -> tuple[str, list[int]]:
+    """A template without places of virtual tokens as text, and what each character belongs to."""
+    text, owners = "", list[int]()
+    for index, part in enumerate(template.parts):
+        value = cell_text(record, part.value) if part.kind == "field" else part.value
+        text, owners = text + value, owners + ([index] * len(value) if part.kind == "field" else _own(value))
+    return text, owners
+
+
+def _owners_in(prompt: str, text: str, owners: list[int], start: int) -> list[int]:
+    """What each character of a rendered conversation belongs to, in which ``text`` begins at ``start``.
+
+    Chat templates may remove the white space around a text. What they change otherwise belongs to no field.
+    """
+    around, stripped = _own(prompt), text.strip()
+    for part, skipped in ((text, 0), (stripped, len(text) - len(text.lstrip()))):
+        if prompt.startswith(part, start):
+            return around[:start] + owners[skipped : skipped + len(part)] + around[start + len(part) :]
+    return around
+
+
+def _own(text: str) -> list[int]:
+    """What characters belong to that are no field's."""
+    return [_SPACE if char.isspace() else _WORD for char in text]
 
 
 def _prompt(
@@ -147,7 +218,7 @@ def _prompt(
             value = cell_text(record, part.value)
             text, owners = text + value, owners + [index] * len(value)
         else:
-            text, owners = text + part.value, owners + [_SPACE if char.isspace() else _WORD for char in part.value]
+            text, owners = text + part.value, owners + _own(part.value)
     text = text.removesuffix(template.separator)
     return text, tokens + _tokenize(text, owners, tokenizer)
 
@@ -166,14 +237,15 @@ def _tokenize(text: str, owners: list[int], tokenizer: PreTrainedTokenizerBase) 
     return [_Token(*token) for token in zip(encoding["input_ids"], whose, strict=True)]
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text, without special tokens that the tokenizer would put around it."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _answer_ids(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The answer's token ids after the prompt; tokenized on its own where it changes the prompt's tokens."""
-    before, whole = _ids(prompt, tokenizer), _ids(prompt + answer, tokenizer)
-    return whole[len(before) :] if whole[: len(before)] == before else _ids(answer, tokenizer)
+    before, whole = token_ids(prompt, tokenizer), token_ids(prompt + answer, tokenizer)
+    return whole[len(before) :] if whole[: len(before)] == before else token_ids(answer, tokenizer)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

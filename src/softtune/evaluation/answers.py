@@ -245,10 +245,9 @@ def judge(task: Task, records: Dataset, answers: Answers) -> Quality:
 
 def _likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, records: Dataset) -> Tensor | None:
     """[B, 2] see ``Answers``."""
-    column = task.label_column
-    if not task.num_new_tokens or column not in records.column_names:
+    if not task.num_new_tokens or not task.has_references(records):
         return None
-    if any(text in (None, "", []) for text in records[column]):
+    if any(text in (None, "", []) for text in records[task.label_column]):
         return None
     requests = [task.reference_request(record, tokenizer) for record in records]
     rows = [request.examples for request in requests if request is not None]

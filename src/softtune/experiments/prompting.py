@@ -35,6 +35,8 @@ def answer_alone(case: Case, progress: Progress) -> list[Outcome]:
         UnsupportedModelError: the task has a head, or the shots leave a record no room.
     """
     shots, recipe = PROMPTS[case.entry], case.recipe
+    if shots and not recipe.definition.has_template:
+        raise UnsupportedModelError("conversations have no template that rows could stand in", "leave this entry out")
     if recipe.task.has_head:
         raise UnsupportedModelError("a head that is not trained answers nothing", "leave this entry out")
     base, tokenizer = load_base_model(

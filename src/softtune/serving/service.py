@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from softtune import checkpoint
 from softtune.backbone import Backbone
 from softtune.data import Template
 from softtune.data.encoding import has_places_within
@@ -297,10 +298,11 @@ class Service:
             kind = config.task_type or TaskType.CAUSAL_LM
             engine = self._engine_for(kind, recipe)
             adapter = prompt_export.load_adapter(engine.backbone, folder)
+            checkpoint.warn_of_chat_template(folder, adapter, self.tokenizer)
             virtual = getattr(config, "num_virtual_tokens", 0)
             positions = engine.backbone.max_positions
             task = None if recipe is None else fitted_beside(recipe.definition, positions, virtual)
-            template = Template("" if recipe is None else recipe.template)
+            template = Template("" if recipe is None or recipe.uses_chat_template else recipe.template)
             within = self.with_tokenizer(partial(has_places_within, template))
             if within and task is not None and task.endpoint is None:
                 raise UnsupportedModelError(

@@ -6,17 +6,19 @@ Import what ``__all__`` names from here; the modules are internal.
 
 from softtune.tasks.base import Prediction, Task
 from softtune.tasks.choices import ChoiceTask
+from softtune.tasks.conversations import ConversationTask
 from softtune.tasks.labels import LabelTask
 from softtune.tasks.metrics import Quality
 from softtune.tasks.spans import SpanTask
 from softtune.tasks.tags import TagTask
 from softtune.tasks.texts import TextTask
 
-KINDS: list[type[Task]] = [TagTask, SpanTask, ChoiceTask, TextTask, LabelTask]
+KINDS: list[type[Task]] = [TagTask, SpanTask, ConversationTask, ChoiceTask, TextTask, LabelTask]
 """Every kind of task; a recipe is of the first that fits it."""
 
 __all__ = [
     "ChoiceTask",
+    "ConversationTask",
     "LabelTask",
     "Prediction",
     "Quality",

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from softtune.data.chat import Chat
 from softtune.data.encoding import Example
 from softtune.methods import TaskType
 from softtune.tasks.metrics import Quality
 from softtune.tasks.requests import Loglikelihood, Request
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -51,6 +53,8 @@ class Task(ABC):
     """What the server's documentation says of the endpoint."""
     bare_template: ClassVar[str | None] = None
     """A template of the kind that has columns and nothing else; None where any template fits."""
+    has_template: ClassVar[bool] = True
+    """Whether a template formats its records, and a column of its own has the reference."""
     asks_for: ClassVar[str] = "texts"
     """What the endpoint answers with, in a word."""
     kind: TaskType
@@ -82,6 +86,10 @@ class Task(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """The columns that prediction needs."""
+
+    def has_references(self, records: Dataset) -> bool:
+        """Whether records have references, which their answers can be measured by."""
+        return self.label_column in records.column_names
 
     @property
     def num_new_tokens(self) -> int:
@@ -190,3 +198,13 @@ class Task(ABC):
         Raises:
             DataError: two answers are the same tokens.
         """
+
+
+def chat_of(recipe: Any) -> Chat | None:
+    """How a recipe puts a template's text into a conversation; None if it does not."""
+    return Chat(recipe.system) if recipe.chat else None
+
+
+def described_chat(chat: Chat | None) -> dict[str, Any]:
+    """What a server tells its clients of it."""
+    return {} if chat is None else {"chat": True, "system": chat.system}

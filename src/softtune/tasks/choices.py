@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from softtune.data.encoding import Example, encode
+from softtune.data.chat import Chat
+from softtune.data.encoding import Example, encode, longest, longest_turn
 from softtune.data.records import cell_text
 from softtune.data.templates import Template
 from softtune.errors import DataError
 from softtune.methods import TaskType
-from softtune.tasks.base import Prediction
+from softtune.tasks.base import Prediction, chat_of, described_chat
 from softtune.tasks.labels import Classification
 from softtune.tasks.requests import Loglikelihood
 
@@ -32,6 +33,8 @@ class ChoiceTask(Classification):
     a choice."""
     max_length: int
     """Tokens of a record with a choice at most."""
+    chat: Chat | None = None
+    """How the text becomes a conversation, whose next turn is the choice; None for a text that the choice continues."""
 
     kind = TaskType.CAUSAL_LM
 
@@ -48,6 +51,7 @@ class ChoiceTask(Classification):
             choices=recipe.choices,
             label_column=recipe.label_column,
             max_length=recipe.max_length,
+            chat=chat_of(recipe),
         )
 
     @property
@@ -88,15 +92,28 @@ class ChoiceTask(Classification):
         return [self.encode(record, tokenizer, self.reference(record))]
 
     def encode(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, choice: str) -> Example:
-        """Encode a record with one of its choices and EOS, which tells a choice from a longer one that begins like it.
+        """Encode a record with one of its choices and EOS, which tells a choice from a longer one that begins like it,
+        or the end that the chat template writes.
 
         The record's text is truncated alike for every choice.
         """
-        answers = [self.template.separator + one for one in self.choices_in(record)]
-        room = max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]) + 1
         return encode(
-            self.template, record, tokenizer, answer=choice, max_length=self.max_length, room=room, add_eos=True
+            self.template,
+            record,
+            tokenizer,
+            answer=choice,
+            max_length=self.max_length,
+            room=self._room(record, tokenizer),
+            add_eos=True,
+            chat=self.chat,
         )
+
+    def _room(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
+        """Number of tokens of a record's longest choice, with its end."""
+        choices = self.choices_in(record)
+        if self.chat is not None:
+            return longest_turn(tuple(choices), self.chat, tokenizer)
+        return longest([self.template.separator + choice for choice in choices], tokenizer) + 1
 
     def requests(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Loglikelihood]:
         """See ``Task``."""
@@ -119,7 +136,7 @@ class ChoiceTask(Classification):
 
     def describe(self) -> dict[str, Any]:
         """See ``Task``."""
-        return {"template": self.template.text, "choices": self.choices}
+        return {"template": self.template.text, "choices": self.choices, **described_chat(self.chat)}
 
     def answer_text(self, record: Mapping[str, Any]) -> str:
         """What a labelled record's text continues with."""

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softtune.data.encoding import IGNORED, Example, encode, encode_apart, longest
+from softtune.data.chat import Chat
+from softtune.data.encoding import IGNORED, Example, encode, encode_apart, longest, longest_turn
 from softtune.data.records import cell_text, text_of
 from softtune.data.templates import Template, Verbalizer
 from softtune.errors import DataError
 from softtune.methods import TaskType
-from softtune.tasks.base import Prediction, Task
+from softtune.tasks.base import Prediction, Task, chat_of, described_chat
 from softtune.tasks.metrics import LABEL_METRICS, Quality, label_quality
 from softtune.tasks.requests import Classify, Loglikelihood, Request
 
@@ -61,6 +62,8 @@ class LabelTask(Classification):
     """Tokens of a label at most, where it is encoded apart from the record; None for no limit."""
     is_calibrated: bool = False
     """Whether labels' probabilities are divided by those for a record without content."""
+    chat: Chat | None = None
+    """How the text becomes a conversation, whose next turn is the label; None for a text that the label continues."""
 
     @classmethod
     def fits(cls, recipe: Any) -> bool:
@@ -78,6 +81,7 @@ class LabelTask(Classification):
             verbalizer=Verbalizer(labels) if isinstance(labels, dict) else Verbalizer.from_labels(labels),
             max_length=recipe.max_length,
             is_calibrated=recipe.calibrate,
+            chat=chat_of(recipe),
         )
 
     @property
@@ -136,6 +140,7 @@ class LabelTask(Classification):
                 max_length=self.max_length,
                 room=self._room(tokenizer),
                 add_eos=self.verbalizer.needs_end and label is not None,
+                chat=self.chat,
             )
         target: str | int | None = None
         if label is not None:
@@ -168,7 +173,7 @@ class LabelTask(Classification):
 
     def describe(self) -> dict[str, Any]:
         """See ``Task``."""
-        return {"template": self.template.text, "labels": self.verbalizer.words}
+        return {"template": self.template.text, "labels": self.verbalizer.words, **described_chat(self.chat)}
 
     def answer_text(self, record: Mapping[str, Any]) -> str:
         """What a labelled record's text continues with."""
@@ -188,7 +193,9 @@ class LabelTask(Classification):
                 )
 
     def _room(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Number of tokens of the longest label, with EOS where labels need it."""
+        """Number of tokens of the longest label, with EOS where labels need it, or as the chat template ends them."""
+        if self.chat is not None:
+            return longest_turn(tuple(self.verbalizer.words.values()), self.chat, tokenizer)
         label_words = tuple(self.template.separator + word for word in self.verbalizer.words.values())
         return _longest(label_words, tokenizer) + self.verbalizer.needs_end
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from softtune.data.chat import Chat
 from softtune.data.encoding import IGNORED, Example, encode, encode_apart
 from softtune.data.records import cell_text, each_row
 from softtune.data.templates import Template
 from softtune.errors import DataError
 from softtune.methods import TaskType
-from softtune.tasks.base import Prediction, Task
+from softtune.tasks.base import Prediction, Task, chat_of, described_chat
 from softtune.tasks.metrics import TEXT_METRICS, Quality, text_quality
 from softtune.tasks.requests import Generate, Loglikelihood
 
@@ -22,8 +24,52 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class Generation(Task):
+    """Answers with a generated text."""
+
+    max_new_tokens: int
+    """Tokens to generate at most."""
+
+    metrics = TEXT_METRICS
+
+    @property
+    def num_new_tokens(self) -> int:
+        """See ``Task``."""
+        return self.max_new_tokens
+
+    @property
+    def writes(self) -> bool:
+        """See ``Task``."""
+        return True
+
+    def requests(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Generate]:
+        """See ``Task``."""
+        return [Generate(self.prompt(record, tokenizer), self.max_new_tokens)]
+
+    def process(
+        self,
+        record: Mapping[str, Any],
+        requests: Sequence[Any],
+        results: Sequence[Any],
+        baseline: Sequence[Any] | None = None,
+    ) -> Prediction:
+        """See ``Task``."""
+        return Prediction(answer=results[0], truncated=requests[0].example.truncated)
+
+    def measure(
+        self, references: Sequence[Sequence[str]], answers: Sequence[str], likelihoods: Tensor | None = None
+    ) -> Quality:
+        """See ``Task``."""
+        return text_quality(references, answers, likelihoods)
+
+    def answer_text(self, record: Mapping[str, Any]) -> str:
+        """What a labelled record's text continues with."""
+        text: str = self.reference(record)[0]
+        return text
+
+
 @dataclass(frozen=True, kw_only=True)
-class TextTask(Task):
+class TextTask(Generation):
     """Generates a text for each record."""
 
     kind: TaskType
@@ -38,8 +84,9 @@ class TextTask(Task):
     """Tokens to generate at most."""
     max_answer: int | None = None
     """Tokens of a reference at most, where it is encoded apart from the record; None for no limit."""
-
-    metrics = TEXT_METRICS
+    chat: Chat | None = None
+    """How the record's text becomes a conversation, whose next turn is the reference; None for a text that the
+    reference continues."""
 
     @classmethod
     def fits(cls, recipe: Any) -> bool:
@@ -55,17 +102,8 @@ class TextTask(Task):
             label_column=recipe.label_column,
             max_length=recipe.max_length,
             max_new_tokens=recipe.max_new_tokens,
+            chat=chat_of(recipe),
         )
-
-    @property
-    def num_new_tokens(self) -> int:
-        """See ``Task``."""
-        return self.max_new_tokens
-
-    @property
-    def writes(self) -> bool:
-        """See ``Task``."""
-        return True
 
     @property
     def merges_references(self) -> bool:
@@ -107,38 +145,21 @@ class TextTask(Task):
                 answer=text or "",
                 max_length=self.max_length,
                 add_eos=text is not None,
+                chat=self.chat,
             )
         return encode_apart(
             self.template, record, tokenizer, answer=text, max_length=self.max_length, max_answer=self.max_answer
         )
 
-    def requests(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Generate]:
-        """See ``Task``."""
-        return [Generate(self.encode(record, tokenizer), self.max_new_tokens)]
-
     def prompt(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
         """See ``Task``."""
         return self.encode(record, tokenizer)
 
-    def process(
-        self,
-        record: Mapping[str, Any],
-        requests: Sequence[Any],
-        results: Sequence[Any],
-        baseline: Sequence[Any] | None = None,
-    ) -> Prediction:
-        """See ``Task``."""
-        return Prediction(answer=results[0], truncated=requests[0].example.truncated)
-
-    def measure(
-        self, references: Sequence[Sequence[str]], answers: Sequence[str], likelihoods: Tensor | None = None
-    ) -> Quality:
-        """See ``Task``."""
-        return text_quality(references, answers, likelihoods)
-
     def reference_request(self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Loglikelihood:
         """See ``Task``. Of a reference count about as many tokens as may be generated, and its end where it is among
         them."""
+        if self.chat is not None:
+            return Loglikelihood([self._with_turn(record, self.reference(record)[0], tokenizer)])
         is_apart = self.kind is TaskType.SEQ_2_SEQ_LM
         wide = self if is_apart else replace(self, max_length=self.max_length + self.max_new_tokens)
         return Loglikelihood([wide._with_reference(record, self.reference(record)[0], tokenizer)])
@@ -154,13 +175,16 @@ class TextTask(Task):
         is_end = isinstance(labels, list) and labels[-1] == tokenizer.eos_token_id
         return replace(example, labels=[*labels[:-1], IGNORED]) if is_end else example
 
+    def _with_turn(self, record: Mapping[str, Any], text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+        """A record as for generation, with the first tokens of a reference as the assistant's turn."""
+        prompt = self.encode(record, tokenizer)
+        whole = replace(self, max_length=sys.maxsize).encode(record, tokenizer, text=text)
+        turn = [label for label in whole.labels if label != IGNORED][: self.max_new_tokens]
+        return replace(prompt, input_ids=prompt.input_ids + turn, labels=prompt.labels + turn)
+
     def describe(self) -> dict[str, Any]:
         """See ``Task``."""
-        return {"template": self.template.text}
-
-    def answer_text(self, record: Mapping[str, Any]) -> str:
-        """What a labelled record's text continues with."""
-        return self.reference(record)[0]
+        return {"template": self.template.text, **described_chat(self.chat)}
 
 
 def with_all_references(records: Dataset, task: Task) -> Dataset:

@@ -50,6 +50,7 @@ HINTS = {
     "validation_size": "name a number of rows of 1 or more, or a share of them between 0 and 1",
     "shares": "name each label's share, such as {spam: 0.3, ham: 0.7}",
     "train": "name a file or a hub data set, or list several",
+    "messages": "name the column with conversations, or list those with prompt and completion",
     "device_map": "write auto, balanced, balanced_low_0 or sequential, or name a device for each module",
     "max_memory": "name each device's, such as {0: 20GiB, cpu: 60GiB}",
     "report_to": "list tensorboard, wandb or both, such as [tensorboard]",
@@ -166,6 +167,10 @@ class Recipe(LoadFields, RecipeFields):
         """
         kept = {*LoadFields.model_fields} - {*OF_THE_MACHINE, "trust_remote_code"}
         return LoadOptions(**{**{name: getattr(self, name) for name in kept}, **changes})
+
+    @property
+    def uses_chat_template(self) -> bool:
+        return self.chat or self.messages is not None
 
     @property
     def has_trunk_cache(self) -> bool:

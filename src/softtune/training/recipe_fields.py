@@ -55,11 +55,19 @@ class RecipeFields(BaseModel):
     """Share of each label in that sample; by default as in the data."""
     shots: Annotated[int, Field(ge=1)] | None = None
     """Train on a random sample of this many rows of each label."""
-    template: str
+    template: str = ""
     """How a record is formatted: {column} for a field, {prompt:N} for N virtual tokens. For TOKEN_CLS the column with
     the words, such as {tokens}; for QUESTION_ANS those with the question and the text, such as {question} {context}."""
-    label_column: str
+    label_column: str = ""
     """The column with the label, the tags, the answers, the right choice, or one or several texts to write."""
+    chat: bool = False
+    """Put the template's text through the tokenizer's chat template as the user's turn, and the label, choice or text
+    as the assistant's."""
+    messages: str | Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
+    """Instead of a template: the column with a conversation, a list of {role, content}, or the two columns with its
+    prompt and its completion. The assistant's turns are trained on, through the tokenizer's chat template."""
+    system: str | None = None
+    """System prompt for chat, and for messages that have none."""
     labels: list[str] | dict[str, str] | None = None
     """The labels or tags, or a word for each label; leave out to train on free text, choices or parts of a text."""
     choices: str | None = None
@@ -71,7 +79,8 @@ class RecipeFields(BaseModel):
     unanswerable: bool = False
     """For QUESTION_ANS, whether there are questions without an answer."""
     max_length: Annotated[int, Field(ge=4)] = 128
-    """Tokens of a record at most; fields are truncated to fit, template and label never."""
+    """Tokens of a record at most; fields are truncated to fit, template and label never. Conversations lose their
+    oldest exchanges."""
     method: PeftType = PeftType.PREFIX_TUNING
     """The method."""
     options: dict[str, Any] = {}

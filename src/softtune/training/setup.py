@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from softtune import compat
 from softtune.adapter import Adapter
 from softtune.data import Collator, Example
+from softtune.data.chat import chat_template_of
 from softtune.data.records import each_row
 from softtune.evaluation.answers import answer, fitted, judge
 from softtune.methods import TaskType
@@ -193,6 +194,9 @@ class BaseModels:
             adapters[name] = PeftModel(base, recipe.config(), name).adapter(name)
         assert self._first is not None
         base, tokenizer = self._first
+        if recipe.uses_chat_template:
+            for adapter in adapters.values():
+                adapter.chat_template = chat_template_of(tokenizer)
         return PeftModel.from_adapters(base, adapters), tokenizer
 
     def _load(self, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

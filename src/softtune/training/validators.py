@@ -43,6 +43,12 @@ NEEDS: dict[str, tuple[Callable[[RecipeFields], bool], str]] = {
     ),
     "hub_model_id": (lambda r: r.push_to_hub, "names what push_to_hub uploads to: set it too, or drop this"),
     "hub_private_repo": (lambda r: r.push_to_hub, "is for what push_to_hub uploads to: set it too, or drop this"),
+    "chat": (
+        lambda r: r.task is TaskType.CAUSAL_LM and r.messages is None,
+        "is for a template whose answer a decoder writes: set task: CAUSAL_LM, and drop messages, or drop chat",
+    ),
+    "messages": (lambda r: r.task is TaskType.CAUSAL_LM, "are for a decoder: set task: CAUSAL_LM"),
+    "system": (lambda r: r.chat or r.messages is not None, "is for conversations: set chat or messages, or drop it"),
     "stride": (lambda r: r.task is TaskType.QUESTION_ANS, "is for QUESTION_ANS: drop it"),
     "unanswerable": (lambda r: r.task is TaskType.QUESTION_ANS, "is for QUESTION_ANS: drop it"),
     "max_new_tokens": (_writes_texts, "is for texts that a language model writes: drop it, or the labels or choices"),
