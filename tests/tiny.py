@@ -83,7 +83,8 @@ CHATML = (
 """A chat template as ChatML's, with white space behind the end of a turn."""
 MARKED = CHATML.replace(
     "{{ message.role }} {{ message.content }}</s>\n",
-    "{% if message.role == 'assistant' %}assistant {% generation %}{{ message.content }}</s>{% endgeneration %}{{ '\\n' }}"
+    "{% if message.role == 'assistant' %}assistant {% generation %}{{ message.content }}</s>{% endgeneration %}"
+    "{{ '\\n' }}"
     "{% else %}{{ message.role }} {{ message.content }}</s>\n{% endif %}",
 )
 """The same, which marks the assistant's turns."""

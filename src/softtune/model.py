@@ -192,6 +192,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             adapter = self.adapter(adapter_name)
             adapter.check_config(config)
             checkpoint.load(model_id, adapter, allow_pickle=allow_pickle, **hub)
+            self.chat_templates[adapter_name] = adapter.chat_template
             return LoadResult()
         new_config = dataclasses.replace(config, inference_mode=not is_trainable)
         adapter = self._new_adapter(adapter_name, new_config, is_saved=True)

@@ -42,6 +42,8 @@ class AdapterState(nn.Module):
         self.prompt_encoder = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.peft_config: dict[str, PeftConfig] = {}
+        self.chat_templates: dict[str, str | None] = {}
+        """The chat template that each adapter was trained with; see ``Adapter``."""
         self.active_adapter = ""
         """The name of the active adapter; empty if there is none."""
         self.gradient_watch = GradientWatch()
@@ -60,7 +62,8 @@ class AdapterState(nn.Module):
         own_heads = self.heads[adapter_name]
         assert isinstance(own_heads, nn.ModuleDict)
         heads = {name.replace("/", "."): head for name, head in own_heads.items()}
-        return Adapter(self.peft_config[adapter_name], self.prompt_encoder[adapter_name], heads)
+        module, template = self.prompt_encoder[adapter_name], self.chat_templates[adapter_name]
+        return Adapter(self.peft_config[adapter_name], module, heads, template)
 
     @property
     def base_model(self) -> Any:
@@ -173,7 +176,8 @@ class AdapterState(nn.Module):
                 self.set_adapter(others[0])
             else:
                 self.active_adapter = ""
-        del self.peft_config[adapter_name], self.prompt_encoder[adapter_name], self.heads[adapter_name]
+        for part in (self.peft_config, self.chat_templates, self.prompt_encoder, self.heads):
+            del part[adapter_name]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train or freeze adapters, active or not. In a batch of several, each gets the gradients of its own rows.
@@ -223,6 +227,7 @@ class AdapterState(nn.Module):
 
     def _register(self, name: str, adapter: Adapter) -> None:
         self.peft_config[name] = adapter.config
+        self.chat_templates[name] = adapter.chat_template
         self.prompt_encoder[name] = adapter.module.train(self.training)
         heads = {n.replace(".", "/"): head for n, head in adapter.heads.items()}
         self.heads[name] = nn.ModuleDict(heads).train(self.training)

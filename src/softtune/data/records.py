@@ -39,7 +39,7 @@ def check_columns(wanted: Iterable[str], columns: Collection[str]) -> None:
     Raises:
         DataError: a column is missing; the message suggests the closest name.
     """
-    missing = [name for name in wanted if name not in columns]
+    missing = [name for name in dict.fromkeys(wanted) if name not in columns]
     if not missing:
         return
     close = [match for name in missing for match in difflib.get_close_matches(name, columns, n=1)]
