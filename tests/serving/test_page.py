@@ -12,6 +12,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from tests.serving.test_http import generated, serving
 from tests.serving.test_tasks import LABELLED, ROWS, trained
+from tests.tiny import save_chat_model
 from tests.training.test_recipe_task import recipe
 
 BROWSER = shutil.which("chromium")
@@ -100,3 +101,23 @@ def test_the_page_takes_one_choice_a_line(page: Page, llama: str, tmp_path: Path
         page.wait_for_selector(".bar")
         shown = [bar.inner_text() for bar in page.query_selector_all(".bar span")]
         assert sorted(shown) == ["bad", "is", "the sky"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs the browser chromium")
+def test_the_page_asks_adapters_for_conversations_by_the_chat_template(page: Page, tmp_path: Path) -> None:
+    model, rows = save_chat_model(tmp_path / "model"), [{"x": "red", "y": "warm"}] * 8
+    own = recipe(tmp_path, model, rows, template="the {x}", label_column="y", chat=True, system="text")
+    with serving(model, trained(tmp_path / "adapters", {"talk": own})) as client:
+        messages = [{"role": "system", "content": "text"}, {"role": "user", "content": "the blue"}]
+        asked = {"model": "talk", "messages": messages, "temperature": 0, "max_tokens": 9}
+        expected = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#choices input:checked")
+        page.get_by_label("x", exact=True).fill("blue")
+        page.get_by_label("Tokens at most").fill("9")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_function("document.querySelectorAll('article').length === 1 && !asking")
+        shown = page.query_selector("article pre")
+        assert shown is not None
+        assert shown.inner_text().split() == expected.split()
+        assert expected

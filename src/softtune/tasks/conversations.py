@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from softtune.data.chat import ASSISTANT, Message, messages_in, with_system
+from softtune.data.chat import ASSISTANT, Chat, Message, messages_in, with_system
 from softtune.data.conversations import encode_conversation, encode_opening, encode_reply
 from softtune.data.encoding import Example
 from softtune.errors import DataError
 from softtune.methods import TaskType
+from softtune.tasks.base import described_chat
 from softtune.tasks.requests import Loglikelihood
 from softtune.tasks.texts import Generation
 
@@ -129,7 +130,7 @@ class ConversationTask(Generation):
 
     def describe(self) -> dict[str, Any]:
         """See ``Task``."""
-        return {"messages": self.prompt_column, "system": self.system}
+        return described_chat(Chat(self.system))
 
     def _prompt(self, record: Mapping[str, Any]) -> list[Message]:
         """The messages in the prompt's column, with the system prompt."""
