@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.serving.test_http import serving
 from tests.tiny import CHATML, MARKED, save_chat_model
 from transformers import AutoTokenizer
 
-from softtune import ConfigError, DataError, PeftModel
+from softtune import ConfigError, DataError, PeftModel, UnsupportedModelError
 from softtune.cli.loading import Trained, load_trained
 from softtune.data.encoding import IGNORED
 from softtune.evaluation.answers import answer, judge
@@ -260,6 +261,29 @@ def test_shots_stand_in_the_users_turn(models: dict[str, str], tmp_path: Path) -
     case = Case(name="few-shot", number=0, entry="few-shot", recipe=asked, seeds=1)
     [found] = answer_alone(case, lambda *_: None)
     assert 0 <= found.metrics["accuracy"] <= 1
+    rows, fields = KINDS["messages"]
+    asked = recipe(tmp_path, models["plain"], rows, **{**fields, "test_size": 3})
+    with pytest.raises(UnsupportedModelError, match="conversations have no template that rows could stand in: leave"):
+        answer_alone(replace(case, recipe=asked), lambda *_: None)
+    [found] = answer_alone(replace(case, recipe=asked, entry="zero-shot"), lambda *_: None)
+    assert found.metrics["perplexity"] > 1
+
+
+@pytest.mark.parametrize("kind", ["messages", "labels"])
+def test_other_commands_take_such_adapters(
+    kind: str, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(recipe(tmp_path, models["plain"], KINDS[kind][0], **KINDS[kind][1], epochs=1)).folder
+    assert run("inspect", str(folder)) == 0
+    assert run("report", str(folder)) == 0
+    assert run("bake", str(folder), "--model", models["plain"], "--to", str(tmp_path / "baked")) == 0, (
+        capsys.readouterr()
+    )
+    compared = ["--entries", "prefix-tuning,zero-shot", "--seeds", "1", "--test-size", "3", "--output", "compared"]
+    (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert run("compare", "recipe.yaml", *compared) == 0, capsys.readouterr()
 
 
 Change = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
