@@ -67,18 +67,26 @@ def test_the_assistants_turns_are_trained_on_with_their_ends(template: str) -> N
     assert shown(last, tokenizer)[1] == "is good</s>"
 
 
+def labelled_by(file: str) -> str:
+    """What is trained on of a conversation of two exchanges, by one of TRL's templates."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = (TEMPLATES / file).read_text(encoding="utf-8")
+    tokenizer.add_special_tokens({"extra_special_tokens": sorted({*SPECIAL.findall(tokenizer.chat_template)})})
+    messages = turns("my order never came", "a quick help", "thanks", "it's great!")
+    labels = encode_conversation(messages, tokenizer, max_length=9999).labels
+    return str(tokenizer.decode([label for label in labels if label != IGNORED]))
+
+
+def test_earlier_turns_that_are_written_otherwise_end_where_both_forms_do() -> None:
+    """Qwen3 puts empty thoughts in front of the last turn alone."""
+    assert labelled_by("qwen3.jinja") == "a quick help<|im_end|><think>\n\n</think>\n\nit's great!<|im_end|>"
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_labels_by_difference_are_those_that_trls_templates_mark(name: str) -> None:
     """But for white space around the special tokens."""
-    messages = turns("my order never came", "a quick help", "thanks", "it's great!")
-    found = []
-    for file in (f"{name}.jinja", f"{name}_training.jinja"):
-        tokenizer = byte_level()
-        tokenizer.chat_template = (TEMPLATES / file).read_text(encoding="utf-8")
-        tokenizer.add_special_tokens({"extra_special_tokens": sorted({*SPECIAL.findall(tokenizer.chat_template)})})
-        example = encode_conversation(messages, tokenizer, max_length=9999)
-        labels = tokenizer.decode([label for label in example.labels if label != IGNORED])
-        found.append(re.sub(r"\s*(<[^>]*>)\s*", r"\1", labels).strip())
+    by_difference, marked = (labelled_by(file) for file in (f"{name}.jinja", f"{name}_training.jinja"))
+    found = [re.sub(r"\s*(<[^>]*>)\s*", r"\1", labels).strip() for labels in (by_difference, marked)]
     assert found[0] == found[1]
     assert re.sub(r"<[^>]*>", "|", found[0]).strip("|") == "a quick help|it's great!"
 

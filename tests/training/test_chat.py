@@ -26,6 +26,7 @@ from softtune.experiments.cases import Case
 from softtune.experiments.prompting import answer_alone
 from softtune.serving.service import Service
 from softtune.tasks import ConversationTask
+from softtune.tasks.requests import Loglikelihood
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 
@@ -284,6 +285,24 @@ def test_other_commands_take_such_adapters(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         assert run("compare", "recipe.yaml", *compared) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind", ["labels", "choices"])
+def test_every_label_follows_the_same_text(kind: str, models: dict[str, str]) -> None:
+    """Also where the text is cut, to leave room for the longest."""
+    words = ["warm", "good and bad and cold"]
+    fields = {**KINDS[kind][1], **({"labels": words} if kind == "labels" else {}), "max_length": 26}
+    task = Recipe.from_fields({**FIELDS, **fields}).definition
+    record = {"x": " ".join(["red"] * 9), "y": "warm", "options": words}
+    tokenizer = AutoTokenizer.from_pretrained(models["plain"])
+    [request] = task.requests(record, tokenizer)
+    assert isinstance(request, Loglikelihood)
+    counts = [sum(label != IGNORED for label in example.labels) for example in request.examples]
+    assert counts == [2, 10]
+    texts = [example.input_ids[:-count] for example, count in zip(request.examples, counts, strict=True)]
+    assert texts[0] == texts[1]
+    assert max(len(example.input_ids) for example in request.examples) == 26
+    assert all(example.truncated for example in request.examples)
 
 
 Change = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
