@@ -17,7 +17,7 @@ import yaml
 from tests.distributed.test_recipes import assert_same_folder, fields_of
 from tests.tiny import save_models
 
-TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 MOST_SECONDS = 60

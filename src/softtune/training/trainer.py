@@ -163,10 +163,11 @@ class AdapterTrainer(Trainer):
         accelerate fills that batch up with rows from the beginning, for parts of equal size.
         """
         state = self.accelerator.gradient_state
-        if ranks.count() == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if ranks.count() == 1 or not state.end_of_dataloader:
             return 0
-        rows = num_rows(batch)
-        return min(max((ranks.index() + 1) * rows - int(state.remainder), 0), rows)
+        own = num_rows(batch)
+        last = len(state.active_dataloader.dataset) % (own * ranks.count())
+        return min(max((ranks.index() + 1) * own - last, 0), own) if last else 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
