@@ -35,6 +35,11 @@ OTHERS = {
     "m._forward_hooks",
     "m._forward_pre_hooks",
     "tensor._version",
+    "part._non_persistent_buffers_set",
+    "state._is_root",  # FSDP2's
+    "state._lazy_init",
+    "state._state_ctx",
+    "_state(unit)._fsdp_param_groups",
 }
 """Private attributes of other libraries."""
 WITH_PEFTS_NAMES = (

@@ -422,7 +422,7 @@ def test_a_server_of_an_offloaded_model_moves_its_inputs(
 
     base, _ = load_base_model(models["llama"], options=LoadOptions(device="cpu"))
     expected = base(torch.tensor([[5, 6, 7]])).logits[0]
-    backbone = Backbone.of(cpu_offload(base, execution_device=torch.device("cpu")))
+    backbone = Backbone.shared(cpu_offload(base, execution_device=torch.device("cpu")))
     pool = KVPool(backbone, 64)
     prompt = LoadedPrompt.from_prompt(pool, Prompt(num_virtual_tokens=0))
     chunk = ScheduledChunk(sequence=TokenSequence.from_input_ids(prompt, [5, 6, 7]), count=3, keep=3)

@@ -168,7 +168,7 @@ def test_a_server_generates_the_same(
 
 
 def test_bitfit_sees_the_widths_of_all_layers(quantisation: Quantisation, folder: str) -> None:
-    slots = [Backbone.of(m).bias_slots() for m in (quantisation.load(folder), quantisation.dequantised(folder))]
+    slots = [Backbone.shared(m).bias_slots() for m in (quantisation.load(folder), quantisation.dequantised(folder))]
     found, expected = ([(s.name, s.role, s.width, s.has_bias) for s in each] for each in slots)
     assert found == expected
 

@@ -1,4 +1,4 @@
-"""``python -m softtune``, for torchrun and accelerate, which start modules."""
+"""``python -m softtune``, for torchrun and accelerate, which start modules. Internal."""
 
 from softtune_command import main
 

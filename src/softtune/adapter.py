@@ -147,8 +147,8 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {
         f"{prefix}.{name}" if prefix else name: tensor.detach()
         for prefix, part in module.named_modules(remove_duplicate=False)
-        for name, tensor in {**part._parameters, **part._buffers}.items()
-        if tensor is not None and name not in part._non_persistent_buffers_set
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        if name not in part._non_persistent_buffers_set
     }
 
 

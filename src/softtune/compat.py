@@ -452,6 +452,13 @@ def sharded_models_allowed(arguments: TrainingArguments) -> Iterator[None]:
         arguments.save_only_model = before
 
 
+def sharded_over(processes: int) -> Any:
+    """The argument ``distributed_config`` of ``from_pretrained`` that shards a model over so many processes."""
+    from transformers.distributed import configuration_utils
+
+    return configuration_utils.DistributedConfig(fsdp_size=processes)
+
+
 def console_callbacks() -> list[type]:
     """The Trainer callbacks that print."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback

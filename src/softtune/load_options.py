@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from transformers import BitsAndBytesConfig, PretrainedConfig, TorchAoConfig
-from transformers.distributed.configuration_utils import DistributedConfig
 
+from softtune.compat import sharded_over
 from softtune.errors import ConfigError
 from softtune.extras import missing
 
@@ -176,7 +176,7 @@ class LoadOptions(LoadFields):
         dtype = self._dtype(device, config)
         arguments: dict[str, Any] = {"dtype": dtype}
         if self.fsdp:
-            arguments["distributed_config"] = DistributedConfig(fsdp_size=num_processes())
+            arguments["distributed_config"] = sharded_over(num_processes())
         elif self.device_map is not None:
             arguments |= {"device_map": self.device_map, "max_memory": self.max_memory}
         elif device.type != "cpu" or self.quantization or own:  # a quantised model would go to a GPU by itself
