@@ -35,7 +35,7 @@ from softtune.adapter_context import (
 from softtune.backbone import Backbone
 from softtune.backbone.sharding import is_sharded, set_root
 from softtune.compat import PushToHubMixin
-from softtune.errors import AdapterError, ConfigError
+from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
 from softtune.injection.provenance import BASE
 from softtune.injection.tensor_store import TensorStore
@@ -99,7 +99,16 @@ class PeftModel(PushToHubMixin, PeftNames):
 
     @__class__.setter
     def __class__(self, shown: type) -> None:
-        """Take a class that was made of the shown one, as FSDP2's ``fully_shard`` does to a module."""
+        """Take a class that was made of the shown one, as FSDP2's ``fully_shard`` does to a module.
+
+        Raises:
+            UnsupportedModelError: the weights are not there yet, and would not come by the adapters' ``state_dict``.
+        """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise UnsupportedModelError(
+                "a model with adapters cannot be sharded before its weights are there",
+                "switch cpu_ram_efficient_loading off, or shard the base model as it is loaded",
+            )
         bases = tuple(type(self) if base is self.__class__ else base for base in shown.__bases__)
         object.__dict__["__class__"].__set__(self, type(shown.__name__, bases, dict(vars(shown))))
         set_root(self.backbone.model, self)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -31,7 +34,7 @@ CONFIGS: dict[str, PeftConfig] = {
     "P-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=16),
     "BitFit": BitFitConfig(task_type="CAUSAL_LM", add_missing=True),
 }
-WAYS = ("DDP", "sharded before", "sharded after", "sharded before and after")
+WAYS = ("DDP", "sharded before", "sharded after", "sharded before and after", "sharded after by accelerate")
 """When the base model is sharded, relative to the adapter."""
 Step = tuple[float, dict[str, Tensor], list[int], dict[str, Tensor]]
 """The loss, the gradients by the name of the parameter, generated ids, and the tensors of the saved adapter."""
@@ -72,7 +75,9 @@ def shared_step(way: str, method: str, folder: Path, precision: str | None = Non
     if "before" in way:
         _shard(base, base, **policies)
     model = adapted(base, method)
-    if "after" in way:
+    if way.endswith("accelerate"):
+        sharded_by_accelerate(model, **policies)
+    elif "after" in way:
         _shard(base, model, **policies)
     rank, size = dist.get_rank(), dist.get_world_size()
     own = {name: rows.chunk(size)[rank] for name, rows in batch().items()}
@@ -80,6 +85,28 @@ def shared_step(way: str, method: str, folder: Path, precision: str | None = Non
     if way == "sharded before":  # the adapter is whole in each process
         gradients = {name: _mean(gradient) for name, gradient in gradients.items()}
     return float(_mean(torch.tensor(loss))), gradients, written, saved
+
+
+def sharded_by_accelerate(model: Any, *, early: bool = False, **policies: Any) -> None:
+    """Shard a model as an ``Accelerator`` does, which would ask for a GPU.
+
+    Args:
+        model: the model with its adapter.
+        early: by ``cpu_ram_efficient_loading``.
+        policies: of ``fully_shard``.
+    """
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=early,
+        cpu_offload=policies.get("offload_policy", False),
+        mixed_precision_policy=policies.get("mp_policy"),
+    )
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    rank = dist.get_rank()
+    settings = {"mixed_precision": "no", "is_main_process": rank == 0, "device": torch.device("cpu")}
+    fsdp2_prepare_model(SimpleNamespace(state=state, **settings), model)
 
 
 def _shard(base: LlamaForCausalLM, root: nn.Module, **policies: Any) -> None:

@@ -7,9 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from softtune import PromptTuningConfig, get_peft_model
+from softtune.errors import UnsupportedModelError
+from softtune.pretrained import LoadOptions
 from tests.distributed.processes import Processes
-from tests.distributed.sharded import CONFIGS, WAYS, shared_step, whole_step
+from tests.distributed.sharded import (
+    CONFIGS,
+    WAYS,
+    adapted,
+    base_model,
+    batch,
+    sharded_by_accelerate,
+    shared_step,
+    whole_step,
+)
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -51,3 +64,34 @@ def test_mixed_precision_stays_as_close_as_bfloat16_is(
     for found in processes.run(shared_step, way, method, tmp_path / "two", "bfloat16"):
         assert found[0] == pytest.approx(loss, rel=1e-2)
         assert_close(found[1], gradients, 0.15)
+
+
+def test_weights_that_come_later_are_refused(processes: Processes) -> None:
+    for message in processes.run(_early):
+        assert message == (
+            "a model with adapters cannot be sharded before its weights are there: "
+            "switch cpu_ram_efficient_loading off, or shard the base model as it is loaded"
+        )
+
+
+def _early() -> str:
+    with pytest.raises(UnsupportedModelError) as caught:
+        sharded_by_accelerate(adapted(base_model(), "prefix"), early=True)
+    return str(caught.value)
+
+
+def test_each_process_holds_a_part_of_the_weights(processes: Processes, tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path)
+    total = sum(p.numel() for p in base_model().parameters())
+    for held in processes.run(_held, tmp_path):
+        assert held == total // 2
+
+
+def _held(folder: Path) -> int:
+    """The numbers that a process holds, after a step, of a base model that it has loaded sharded."""
+    config = AutoConfig.from_pretrained(folder)
+    arguments = LoadOptions(fsdp=True).arguments(config)
+    model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    trained = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    trained.train()(**batch()).loss.backward()
+    return sum(p.to_local().numel() for p in model.parameters())

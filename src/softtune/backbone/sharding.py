@@ -19,12 +19,16 @@ _ROOTS: WeakKeyDictionary[nn.Module, Callable[[], nn.Module | None]] = WeakKeyDi
 
 
 def set_root(model: nn.Module, root: nn.Module) -> None:
-    """Note that a base model's outermost sharded module is ``root``, around it. It has run no forward yet."""
+    """Note that a base model's outermost sharded module is ``root``, around it, which has run no forward yet.
+
+    It also gathers its weights for ``generate``, as for ``forward``.
+    """
     for unit in _units(model):
         state = _state(unit)
         state._is_root = None  # the model's may have been, when its layers were observed
         state._state_ctx = type(state._state_ctx)()
     _ROOTS[model] = ref(root)
+    sys.modules["torch.distributed.fsdp"].register_fsdp_forward_method(root, "generate")
 
 
 @contextmanager

@@ -102,6 +102,13 @@ class PrefixLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append a text's keys and values. The prefix takes their precision, which FSDP2 may have lowered."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
+
     def get_seq_length(self) -> int:
         return super().get_seq_length() - self.length
 
