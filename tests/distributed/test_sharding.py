@@ -19,6 +19,7 @@ from tests.distributed.sharded import (
     adapted,
     base_model,
     batch,
+    interrupted_losses,
     sharded_by_accelerate,
     shared_step,
     whole_step,
@@ -64,6 +65,13 @@ def test_mixed_precision_stays_as_close_as_bfloat16_is(
     for found in processes.run(shared_step, way, method, tmp_path / "two", "bfloat16"):
         assert found[0] == pytest.approx(loss, rel=1e-2)
         assert_close(found[1], gradients, 0.15)
+
+
+@pytest.mark.parametrize("way", ["sharded before", "sharded after"])
+def test_training_goes_on_from_a_sharded_checkpoint(processes: Processes, way: str, tmp_path: Path) -> None:
+    expected = processes.run(interrupted_losses, way, "P-tuning", None)
+    assert processes.run(interrupted_losses, way, "P-tuning", tmp_path / "checkpoint") == expected
+    assert expected[0][-1] < expected[0][0]
 
 
 def test_weights_that_come_later_are_refused(processes: Processes) -> None:

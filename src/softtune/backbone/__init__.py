@@ -35,7 +35,7 @@ from softtune.backbone.quantization import has_backward, is_packed, quantized_la
 from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot, bias_slots
 from softtune.backbone.routing import forget_configs, install
 from softtune.backbone.session import model_session
-from softtune.backbone.sharding import whole
+from softtune.backbone.sharding import unpartitioned, whole
 from softtune.backbone.stack import (
     AttentionLayer,
     Place,
@@ -356,7 +356,7 @@ class Backbone:
                 as then, except those of rows that no longer exist. By default the current number.
             size: number of values.
         """
-        with align_module_device(self.embedding):
+        with align_module_device(self.embedding), unpartitioned(self.embedding):
             weights = whole(self.embedding.weight.detach()).flatten()
             numbers = weights.numel() if rows is None else rows * self.embedding.embedding_dim
             picks = torch.linspace(0, numbers - 1, size + 2, dtype=torch.float64).long()[1:-1]

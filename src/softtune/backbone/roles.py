@@ -125,6 +125,7 @@ def _output_width(module: nn.Module) -> int | None:
         return int(module.out_features)  # type: ignore[arg-type]
     if weight is None:
         return None
+    shape = getattr(weight, "ds_shape", weight.shape)  # of a weight that ZeRO-3 shards
     if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight transposed
-        return int(weight.shape[1])
-    return int(getattr(module, "out_channels", weight.shape[0]))
+        return int(shape[1])
+    return int(getattr(module, "out_channels", shape[0]))

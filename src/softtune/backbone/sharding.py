@@ -1,4 +1,4 @@
-"""FSDP2's sharded weights: gathers those that a call reads without a hook of FSDP2.
+"""Sharded weights, of FSDP2 and of DeepSpeed's ZeRO-3: gathers those that are read outside of a ``forward``.
 
 FSDP2 gathers a unit's weights when the unit's own ``forward`` is called. softtune also reads embeddings, and runs a
 stack or its layers without the model around them. Knows nothing about adapters.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -53,12 +53,25 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards a model or parts of it."""
-    return bool(_units(_root(model)))
+    """Whether a model or parts of it are sharded."""
+    return bool(_units(_root(model))) or is_partitioned(model)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 shards a model or parts of it."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextmanager
+def unpartitioned(*modules: nn.Module) -> Iterator[None]:
+    """Gather what ZeRO-3 shards of some modules for the length of the block, which all processes must enter."""
+    parameters = [parameter for module in modules for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    with sys.modules["deepspeed"].zero.GatheredParameters(parameters) if parameters else nullcontext():
+        yield
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all shards; all processes must call this for a sharded one."""
+    """A tensor with all of FSDP2's shards; all processes must call this for a sharded one."""
     full: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
 
