@@ -96,7 +96,7 @@ class RecipeFields(BaseModel):
     max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Steps to train, whatever epochs says."""
     batch_size: Annotated[int, Field(ge=1, le=10**6)] = 4
-    """Rows of a forward and backward pass."""
+    """Rows of a forward and backward pass, of all processes together."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=10**6)] = 1
     """Batches of a step, whose gradients are added up: the loss is the mean over the labels of all of them."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "sgd"] | None = None
