@@ -20,6 +20,7 @@ from tests.tiny import save_models
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+pytestmark = pytest.mark.slow
 MOST_SECONDS = 60
 """For all processes to end in, after a signal or the death of one."""
 

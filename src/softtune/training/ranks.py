@@ -84,24 +84,25 @@ def by_first(work: Callable[[], T]) -> T:
     Raises:
         SofttuneError: the work raised it; in all processes.
     """
-    result: list[Any] = [None]
+    outcome: list[Any] = [None, None]
     if is_first():
         try:
-            result = [work()]
+            outcome[0] = work()
         except SofttuneError as error:
-            result = [error]
+            outcome[1] = error
     if count() > 1:
         with _talking():
-            dist.broadcast_object_list(result)
-    if isinstance(result[0], SofttuneError):
-        raise result[0]
-    found: T = result[0]
+            dist.broadcast_object_list(outcome)
+    result, raised = outcome
+    if raised is not None:
+        raise raised
+    found: T = result
     return found
 
 
-def any_of(flag: bool, device: torch.device) -> bool:
+def any_of(flag: bool) -> bool:
     """Whether a flag is set in any process."""
-    return flag if count() == 1 else bool(total(torch.tensor(float(flag), device=device)))
+    return flag if count() == 1 else bool(total(torch.tensor(float(flag))))
 
 
 def total(number: Tensor) -> Tensor:

@@ -362,7 +362,7 @@ class InterruptSaver(TrainerCallback):
         self._begun[id(args)] = self._begun.get(id(args), 0) + 1
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.interrupted = ranks.any_of(self.interrupted, args.device)
+        self.interrupted = ranks.any_of(self.interrupted)
         if self.interrupted and self._begun[id(args)] == max(self._begun.values()):
             control.should_save = control.should_training_stop = True
 
