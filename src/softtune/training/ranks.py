@@ -55,8 +55,7 @@ def gathered(own: T) -> list[T]:
     """What every process has, in the order of the processes."""
     every: list[Any] = [own] * count()
     if count() > 1:
-        with _talking():
-            dist.all_gather_object(every, own)
+        dist.all_gather_object(every, own)
     return every
 
 
@@ -91,8 +90,7 @@ def by_first(work: Callable[[], T]) -> T:
         except SofttuneError as error:
             outcome[1] = error
     if count() > 1:
-        with _talking():
-            dist.broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome)
     result, raised = outcome
     if raised is not None:
         raise raised
@@ -110,8 +108,7 @@ def total(number: Tensor) -> Tensor:
     if count() == 1:
         return number
     moved = number.to(PartialState().device, copy=True)
-    with _talking():
-        dist.all_reduce(moved)
+    dist.all_reduce(moved)
     return moved.to(number.device)
 
 
@@ -126,11 +123,18 @@ def joined() -> Iterator[None]:
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
-    """Raise an error of softtune where another process does not answer."""
+def needing_all() -> Iterator[None]:
+    """Tell in the block where another process has ended.
+
+    Raises:
+        SofttuneError: it has.
+    """
     try:
         yield
     except RuntimeError as error:
+        is_lost = isinstance(error, dist.DistError) or any(name in str(error) for name in ("by peer", "gloo"))
+        if count() == 1 or not is_lost:
+            raise
         raise SofttuneError(
             f"another process of this run has ended ({in_one_line(error)})",
             "see what it says, and go on with --resume",

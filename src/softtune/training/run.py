@@ -86,6 +86,7 @@ def train_all(
     Raises:
         ConfigError: as from ``train``, or two recipes differ in a setting that they must share, or have one output.
         CheckpointError, DataError, MissingExtraError, KeyboardInterrupt: as from ``train``.
+        SofttuneError: another process of the run has ended.
     """
     check_compatible(recipes)
     ranks.start(recipes[0].load_options.torch_device)
@@ -95,7 +96,8 @@ def train_all(
     left = [folder for folder in folders if not folder.is_finished]
     repositories = ranks.by_first(lambda: create_repositories([folder.recipe for folder in left]))
     try:
-        results = dict(zip(left, _train(left, before, progress), strict=True))
+        with ranks.needing_all():
+            results = dict(zip(left, _train(left, before, progress), strict=True))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(what_is_kept(folders)) from None
     for folder, result in results.items():
