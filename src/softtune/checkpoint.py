@@ -91,6 +91,7 @@ def _unsharded(adapter: Adapter, backbone: Backbone) -> Adapter:
         copied = Adapter.new(adapter.config, backbone, is_saved=True)
         for module, source in zip((copied.module, *copied.heads.values()), modules, strict=True):
             _copy(tensors_of(module), tensors_of(source))
+    copied.chat_template = adapter.chat_template
     return copied
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from softtune.errors import SofttuneError
 from softtune.training import Recipe, ranks, train
+from softtune.training.loss_weight import loss_divisors
 from tests.distributed.processes import Processes
 from tests.tiny import TEMPLATE, save_models, write_rows
 
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "dropout_rate": 0.0}
 RECIPES: dict[str, dict[str, Any]] = {
     "prefix": {"model": "llama", "patience": 3},
+    "many validated": {"model": "llama", "patience": 9, "validation_size": 13, "metric_for_best_model": "accuracy"},
     "prefix, sharded": {"model": "llama", "patience": 3, "fsdp": True},
     "prompt, sharded": {"model": "llama", "method": "PROMPT_TUNING", "fsdp": True},
     "accumulated": {"model": "llama", "gradient_accumulation_steps": 3, "method": "P_TUNING"},
@@ -92,6 +96,20 @@ def assert_same_folder(found: Path, expected: Path) -> None:
     ours, theirs = (json.loads((folder / "history.json").read_text()) for folder in (found, expected))
     for name, steps in theirs.items():
         assert ours[name] == [pytest.approx(step, rel=1e-4) for step in steps]
+
+
+def test_a_part_without_labels_counts_nothing(processes: Processes, tmp_path: Path) -> None:
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([[-100, 4, 5], [-100, 6, -100]])}
+    found = processes.run(_divisors, batch, True)
+    assert [math.isinf(divisor) for [divisor] in found] == [False, True]
+    assert found[0] == [0.5]  # the mean over two processes is the loss of the first
+    assert all(math.isnan(divisor) for [divisor] in processes.run(_divisors, batch, False))
+
+
+def _divisors(batch: dict[str, torch.Tensor], first_has_labels: bool) -> list[float]:
+    if not (ranks.is_first() and first_has_labels):
+        batch = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    return loss_divisors([batch], shifts_labels=True)
 
 
 def test_a_batch_that_does_not_divide_is_refused(processes: Processes, models: dict[str, str], tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def serving(
     app = create_app(
         service, adapters, Settings(**{"admin_keys": ("boss",), "seconds": 20.0, "grace": 1.0, **settings})
     )
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    # Its own log_config closes all handlers, and that of absl, which rouge-score brings, would close the test's stderr.
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import typer
 
-from softtune.errors import SofttuneError
+from softtune.errors import ConfigError, SofttuneError
 from softtune.extras import require
 
 INTERRUPTED = 130
@@ -26,6 +27,8 @@ def load(name: str) -> Any:
     """Load a command by its name."""
     with _errors_in_one_line():
         require(*([NEEDS[name]] if name in NEEDS else []), "cli")
+        if name != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError(f"softtune {name} runs in one process", "start it without torchrun")
         command = module_of(name).command
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command(name)(_errors_in_one_line()(command))

@@ -29,16 +29,20 @@ def with_flags(command: Callable[..., None], own: Sequence[Parameter]) -> None:
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
+LOAD_FLAGS = [name for name in LoadFields.model_fields if name != "fsdp"]
+"""The fields of ``LoadOptions`` that are for one process."""
+
+
 def with_load_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every field of ``LoadOptions``; it takes those that are given as ``load``."""
+    """Give a command of one process an option for every field of ``LoadOptions``; it takes those given as ``load``."""
 
     @wraps(command)
     def with_load(*args: Any, **options: Any) -> None:
-        flags = {name: options.pop(name) for name in LoadFields.model_fields}
+        flags = {name: options.pop(name) for name in LOAD_FLAGS}
         command(*args, load=overrides(flags, LoadFields), **options)
 
     own = [parameter for parameter in signature(command, eval_str=True).parameters.values() if parameter.name != "load"]
-    parameters = [*own, *(_parameter(name, LoadFields) for name in LoadFields.model_fields)]
+    parameters = [*own, *(_parameter(name, LoadFields) for name in LOAD_FLAGS)]
     with_load.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     with_load.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_load

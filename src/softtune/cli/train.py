@@ -67,6 +67,8 @@ def _measure(recipes: Sequence[Recipe], resume: bool, profile: bool, find_learni
     """Profile the steps of a recipe, or run its learning rate range test, and print the results."""
     if len(recipes) > 1:
         raise ConfigError("one recipe is measured at a time", "name one")
+    if num_processes() > 1:
+        raise ConfigError("a recipe is measured in one process", "start it without torchrun")
     if resume:
         raise ConfigError("--resume goes on with a run, and to measure begins none", "leave out one of the two")
     os.environ.setdefault("KINETO_LOG_LEVEL", str(SILENT))

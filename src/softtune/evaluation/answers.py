@@ -61,6 +61,7 @@ class Answers:
     @classmethod
     def joined(cls, parts: Sequence[Answers]) -> Answers:
         """The predictions for a data set of whose rows each part has predicted the next ones."""
+        parts = [part for part in parts if part.texts] or [*parts[:1]]
         scores = [part.scores for part in parts if part.scores is not None]
         likelihoods = [part.likelihoods for part in parts if part.likelihoods is not None]
         return cls(

@@ -51,7 +51,8 @@ def check_processes(recipes: Sequence[Recipe]) -> None:
     """Check that the processes that torchrun or accelerate has started can share the batches.
 
     Raises:
-        ConfigError: a batch does not divide among them, or accelerate is to wrap the base model.
+        ConfigError: a batch does not divide among them, all are told one place for their base models, or accelerate is
+            to wrap them.
     """
     if ranks.count() == 1:
         return
@@ -62,6 +63,14 @@ def check_processes(recipes: Sequence[Recipe]) -> None:
                 "set fsdp in the recipe, and start it by torchrun",
             )
     for recipe in recipes:
+        for name, value in {
+            "device": recipe.device if ":" in recipe.device else None,
+            "device_map": recipe.device_map,
+        }.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name} is {value!r}, and {ranks.count()} processes each have a place of their own", f"drop {name}"
+                )
         if recipe.batch_size % ranks.count():
             raise ConfigError(
                 f"batch_size is {recipe.batch_size}, which {ranks.count()} processes cannot share evenly",

@@ -142,8 +142,8 @@ class RunFolder:
             histories: losses by step of each adapter.
         """
         model.save_pretrained(self.path, is_main_process=ranks.is_first())
-        if ranks.is_first():
-            self._finish(histories)
+        ranks.wait_for_everyone()  # who may still load the best checkpoint
+        ranks.by_first(lambda: self._finish(histories))
 
     def _finish(self, histories: Sequence[list[dict[str, float]]]) -> None:
         with storage.staged(self.path) as stage:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from softtune.errors import ConfigError, TrainingError
 from softtune.formatting import in_one_line
+from softtune.training import ranks
 from softtune.training.folder import LOGS
 from softtune.training.recipe import CHECKPOINTS, Recipe
 from softtune.training.report import Report
@@ -43,27 +44,34 @@ def create_repositories(recipes: Sequence[Recipe]) -> dict[str, str]:
     return {recipe.output: _create(recipe) for recipe in pushed}
 
 
-def push(report: Report, repository: str) -> Report | TrainingError:
-    """Upload a finished run's folder.
+def pushed(report: Report, repository: str) -> Report | TrainingError:
+    """Upload a finished run's folder, by the main process.
 
     Args:
         report: the run's report.
         repository: the repository's name.
 
     Returns:
-        The report with the repository's address, or an error that says how to upload the folder later.
+        The report with the repository's name, or an error that says how to upload the folder later.
     """
+    try:
+        ranks.by_first(lambda: _push(report.folder, repository))
+    except TrainingError as error:
+        return error
+    return replace(report, repository=repository)
+
+
+def _push(folder: Path, repository: str) -> None:
     try:
         HfApi().upload_folder(
             repo_id=repository,
-            folder_path=report.folder,
+            folder_path=folder,
             commit_message="Upload what softtune trained",
             ignore_patterns=[f"{LOGS}/**", f"{CHECKPOINTS}/**"],
         )
     except Exception as error:  # the hub's HTTP client, and so its types, change with the hub's version
-        what = f"the adapter is saved in {report.folder}, and not pushed ({in_one_line(error)})"
-        return TrainingError(what, f"upload it by hf upload {repository} {report.folder}")
-    return replace(report, repository=repository)
+        what = f"the adapter is saved in {folder}, and not pushed ({in_one_line(error)})"
+        raise TrainingError(what, f"upload it by hf upload {repository} {folder}") from error
 
 
 def _name(recipe: Recipe) -> str:

@@ -29,6 +29,9 @@ def loss_divisors(batches: Sequence[Batch], *, shifts_labels: bool, surplus: int
         shifts_labels: whether the loss compares each label with the logits of the token before, so that the first
             column of labels does not count.
         surplus: rows at the end of the last batch that do not count; see ``without_labels``.
+
+    Returns:
+        A divisor for each batch, infinite for one without labels; NaN if the update has none.
     """
     if len(batches) < 2 and ranks.count() == 1:
         return [1.0] * len(batches)  # without a look at the labels, which a device would have to wait for
@@ -59,7 +62,18 @@ def without_labels(batch: Batch, surplus: int) -> Batch:
     return {**batch, **blanked}
 
 
+def with_a_label(batch: Batch) -> Batch:
+    """A batch with a label, for a loss that is a number; where it has none of its own, it counts nothing."""
+    labels = batch.get("labels")
+    if labels is None or bool(labels.ne(IGNORED).any()):
+        return batch
+    labels = labels.clone()
+    labels[..., -1] = 0
+    return {**batch, "labels": labels}
+
+
 def num_rows(batch: Batch) -> int:
+    """The number of a batch's rows."""
     return len(next(iter(batch.values())))
 
 

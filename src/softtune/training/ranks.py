@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from softtune.formatting import in_one_line
 from softtune.load_options import num_processes
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=2)
+"""After which a process that does not answer counts as hung; others may evaluate or upload for long."""
 
 
 def start(device: torch.device) -> None:
@@ -28,7 +31,7 @@ def start(device: torch.device) -> None:
         device: where this process computes; decides how the processes communicate.
     """
     if num_processes() > 1:
-        PartialState(cpu=device.type == "cpu")
+        PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 
 def count() -> int:
@@ -96,6 +99,12 @@ def by_first(work: Callable[[], T]) -> T:
         raise raised
     found: T = result
     return found
+
+
+def wait_for_everyone() -> None:
+    """Wait until all processes have come here."""
+    if count() > 1:
+        PartialState().wait_for_everyone()
 
 
 def any_of(flag: bool) -> bool:

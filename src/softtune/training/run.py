@@ -8,22 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
 
-from softtune.backbone.sharding import is_sharded
 from softtune.errors import AdapterError, TrainingError
 from softtune.evaluation.answers import Answers, judge
-from softtune.evaluation.ensemble import answer_each, by_mean, by_vote
+from softtune.evaluation.ensemble import by_mean, by_vote
 from softtune.extras import require
 from softtune.injection.provenance import BASE
 from softtune.tasks.metrics import LOSS, Quality
 from softtune.training import ranks
 from softtune.training.compatibility import check_compatible, check_processes
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
-from softtune.training.hub import create_repositories, push
+from softtune.training.hub import create_repositories, pushed
 from softtune.training.multi_run import train_together
 from softtune.training.progress import EVALUATING, EVALUATING_BASE_MODEL, Phase, Progress
 from softtune.training.recipe import Recipe
@@ -102,7 +100,7 @@ def train_all(
         raise KeyboardInterrupt(what_is_kept(folders)) from None
     for folder, result in results.items():
         if folder.recipe.push_to_hub and isinstance(result, Report) and result.finished:
-            results[folder] = ranks.by_first(partial(push, result, repositories[folder.recipe.output]))
+            results[folder] = pushed(result, repositories[folder.recipe.output])
     return [results.get(folder) for folder in folders]
 
 
@@ -228,7 +226,7 @@ def _errors(
 def _error(trainer: AdapterTrainer, start: str | None, interrupt: InterruptSaver) -> TrainingError | None:
     """Train an adapter, unless an interrupt has ended all training; return the error that ends its own."""
     try:
-        if not interrupt.interrupted:
+        if not interrupt.agreed():
             trainer.train(resume_from_checkpoint=start)
     except TrainingError as error:
         return error
@@ -283,19 +281,7 @@ def _answers(setup: Setup, phase: Phase, names: Sequence[str]) -> list[Answers]:
     """Predict the evaluation rows with each of these adapters."""
     rows = setup.rows.evaluation
     assert rows is not None
-    is_shared = not is_sharded(setup.model)  # by processes that call the base model when they have rows for it
-    rows = rows.select(ranks.part(len(rows))) if is_shared else rows
-    total = len(names) * len(rows)
-    setup.progress(phase, 0, total, "")
-    own = answer_each(
-        setup.model,
-        setup.tokenizer,
-        setup.task,
-        rows,
-        names=names,
-        advance=lambda done: setup.progress(phase, done, total, ""),
-    )
-    return [Answers.joined(parts) for parts in zip(*ranks.gathered(own), strict=True)] if is_shared else own
+    return setup.answers(setup.model, rows, names, phase)
 
 
 def _judged(setup: Setup, answers: Answers) -> Quality:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,18 +14,22 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from softtune import compat
 from softtune.adapter import Adapter
+from softtune.backbone.sharding import is_sharded
 from softtune.data import Collator, Example
 from softtune.data.chat import chat_template_of
 from softtune.data.records import each_row
-from softtune.evaluation.answers import answer, fitted, judge
+from softtune.errors import AdapterError
+from softtune.evaluation.answers import Answers, fitted, judge
+from softtune.evaluation.ensemble import answer_each
 from softtune.methods import TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.tasks import Task
 from softtune.tasks.metrics import LOSS, direction
 from softtune.tasks.texts import with_all_references
+from softtune.training import ranks
 from softtune.training.folder import RunFolder
-from softtune.training.progress import TRAINING, Progress
+from softtune.training.progress import TRAINING, Phase, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.rows import check_every_label, fingerprints, split_rows, training_and_evaluation_rows
 from softtune.training.trainer import (
@@ -159,7 +164,7 @@ class Setup:
                 *([EvaluationSaver()] if recipe.is_validated else []),
                 *([EarlyStoppingCallback(recipe.patience)] if recipe.patience is not None else []),
                 ProgressReporter(lambda *step: self.progress(phase, *step)),
-                *trackers(recipe.report_to, self.folder.logs(name)),
+                *trackers(recipe.report_to if ranks.is_first() else [], self.folder.logs(name)),
             ],
         )
 
@@ -167,7 +172,42 @@ class Setup:
         """The task's metrics of a model's adapter on the validation rows."""
         rows = self.rows.validation
         rows = with_all_references(rows, self.task) if self.task.merges_references else rows
-        return judge(self.task, rows, answer(model, self.tokenizer, self.task, rows)).metrics
+        [answers] = self.answers(model, rows, model.active_adapters)
+        return judge(self.task, rows, answers).metrics
+
+    def answers(
+        self, model: PeftModel, rows: Dataset, names: Sequence[str], phase: Phase | None = None
+    ) -> list[Answers]:
+        """Predict rows with each of several adapters; several processes share them, unless each must run all.
+
+        Args:
+            model: the model.
+            rows: the rows.
+            names: the adapters.
+            phase: what is told to be done; by default nothing.
+
+        Raises:
+            AdapterError: an adapter's outputs contain NaN.
+        """
+        is_shared = not is_sharded(model)
+        own = rows.select(ranks.part(len(rows))) if is_shared else rows
+        total = len(names) * len(own)
+
+        def advance(done: int) -> None:
+            if phase is not None:
+                self.progress(phase, done, total, "")
+
+        advance(0)
+        found: list[Answers] | AdapterError
+        try:
+            found = answer_each(model, self.tokenizer, self.task, own, names=names, advance=advance)
+        except AdapterError as error:
+            found = error
+        every = ranks.gathered(found) if is_shared else [found]
+        for part in every:
+            if isinstance(part, AdapterError):
+                raise part
+        return [Answers.joined(parts) for parts in zip(*every, strict=True)]
 
 
 class Models(Protocol):

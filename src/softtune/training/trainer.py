@@ -6,6 +6,7 @@ Knows nothing about recipes, files or templates. Letters: B rows, T tokens.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -38,7 +39,7 @@ from softtune.gradients import describe, without_gradient
 from softtune.model import PeftModel
 from softtune.tasks.metrics import LOSS, METRICS
 from softtune.training import ranks
-from softtune.training.loss_weight import Batch, loss_divisors, num_rows, without_labels
+from softtune.training.loss_weight import Batch, loss_divisors, num_rows, with_a_label, without_labels
 from softtune.training.sampler import LengthGroupedSampler
 
 EVALUATION_BATCH = 8
@@ -84,6 +85,8 @@ class AdapterTrainer(Trainer):
         with compat.sharded_models_allowed(kwargs["args"]):
             super().__init__(model=model, **kwargs)
         self.is_distributed_loading_by_transformers = False  # what is trained is not sharded
+        if ranks.count() > 1:
+            self.gather_function = self._once_a_row
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         if ranks.count() > 1:  # training_step averages the gradients, since a wrapper would also handle the base model
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -148,14 +151,23 @@ class AdapterTrainer(Trainer):
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Collect the batches of the next update, and weigh their losses by their labels."""
+        """Collect the batches of the next update, and weigh their losses by their labels.
+
+        Raises:
+            DataError: no process has a label to learn from.
+        """
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         assert isinstance(self.model, PeftModel)
         surplus = self._surplus(batches[-1]) if batches else 0
         batches = [*batches[:-1], *(without_labels(batch, surplus) for batch in batches[-1:])]
-        shifts = self.model.backbone.continues_text
-        self._divisors = iter(loss_divisors(batches, shifts_labels=shifts, surplus=surplus))
-        return batches, num_items
+        divisors = loss_divisors(batches, shifts_labels=self.model.backbone.continues_text, surplus=surplus)
+        if any(map(math.isnan, divisors)):
+            raise self._no_label()
+        self._divisors = iter(divisors)
+        return [with_a_label(batch) for batch in batches] if ranks.count() > 1 else batches, num_items
+
+    def _no_label(self) -> DataError:
+        return DataError(f"no label in the batch of step {self.state.global_step + 1}", "drop rows without an answer")
 
     def _surplus(self, batch: Batch) -> int:
         """The rows at the end of this process's part of a batch that the last batch of the data set lacks.
@@ -191,9 +203,7 @@ class AdapterTrainer(Trainer):
             TrainingError: the loss is NaN or infinite, or trained parameters got no gradient in the first step.
         """
         if isinstance(labels := inputs.get("labels"), Tensor) and bool((labels == IGNORED).all()):
-            raise DataError(
-                f"no label in the batch of step {self.state.global_step + 1}", "drop rows without an answer"
-            )
+            raise self._no_label()
         # The Trainer divides the loss by this number of batches, as if all had as many labels.
         self.current_gradient_accumulation_steps: Any = next(self._divisors, 1)
         if self.gradients is None:
@@ -264,9 +274,15 @@ class AdapterTrainer(Trainer):
         surplus, shifts = self._surplus(inputs), self.model.backbone.continues_text
         rows = without_labels(inputs, surplus)
         [divisor] = loss_divisors([rows], shifts_labels=shifts, surplus=surplus)
-        loss, *others = super().prediction_step(model, dict(rows), *args, **kwargs)
+        loss, *others = super().prediction_step(model, dict(with_a_label(rows)), *args, **kwargs)
         assert loss is not None
         return (ranks.total(loss / divisor) / ranks.count(), *others)
+
+    def _once_a_row(self, losses: Tensor) -> Tensor:
+        """The losses of a validation batch, once for each of its rows; they are the same in all processes."""
+        state = self.accelerator.gradient_state
+        last = len(state.active_dataloader.dataset) % len(losses) if state.end_of_dataloader else 0
+        return losses[: last or len(losses)]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's evaluation loop with the prompt computed once, and measure the further metrics.
@@ -358,12 +374,20 @@ class InterruptSaver(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         self._restore()
 
+    def agreed(self) -> bool:
+        """Whether any process has been interrupted. All must ask this, and all know it then."""
+        if ranks.any_of(self.interrupted):
+            self.interrupted = True
+        return self.interrupted
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._begun.pop(id(args), None)
+
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._begun[id(args)] = self._begun.get(id(args), 0) + 1
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.interrupted = ranks.any_of(self.interrupted)
-        if self.interrupted and self._begun[id(args)] == max(self._begun.values()):
+        if self.agreed() and self._begun[id(args)] == max(self._begun.values()):
             control.should_save = control.should_training_stop = True
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
