@@ -122,7 +122,7 @@ def test_what_counts_as_a_label() -> None:
     labels = torch.tensor([[5, -100, 7], [-100, -100, 8]])
     assert num_labels({"labels": labels}, shifts_labels=False) == 3
     assert num_labels({"labels": labels}, shifts_labels=True) == 2
-    assert num_labels({"input_ids": labels, "start_positions": labels[:, 0]}, shifts_labels=False) == 2
+    assert num_labels({"input_ids": labels, "start_positions": labels[:, 1]}, shifts_labels=False) == 2
     batches = [{"labels": torch.tensor([[1, 1, 1]])}, {"labels": torch.tensor([[-100, -100, 1]])}]
     assert loss_divisors(batches, shifts_labels=False) == [pytest.approx(4 / 3), pytest.approx(4)]
     assert loss_divisors([], shifts_labels=False) == []

@@ -190,10 +190,10 @@ def test_members_are_measured_each(fields: dict[str, Any]) -> None:
 def test_an_adapter_that_answers_no_numbers_at_an_evaluation(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise AdapterError("the outputs are no numbers")
 
-    monkeypatch.setattr("softtune.training.setup.answer", fail)
+    monkeypatch.setattr("softtune.training.setup.answer_each", fail)
     with pytest.raises(
         TrainingError, match="are no numbers: lower the learning rate; the adapter is kept as it was at"
     ):

@@ -85,8 +85,6 @@ class AdapterTrainer(Trainer):
         with compat.sharded_models_allowed(kwargs["args"]):
             super().__init__(model=model, **kwargs)
         self.is_distributed_loading_by_transformers = False  # what is trained is not sharded
-        if ranks.count() > 1:
-            self.gather_function = self._once_a_row
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
         if ranks.count() > 1:  # training_step averages the gradients, since a wrapper would also handle the base model
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -290,6 +288,8 @@ class AdapterTrainer(Trainer):
         Raises:
             TrainingError: the adapter's outputs contain NaN.
         """
+        if ranks.count() > 1:
+            self.gather_function = self._once_a_row  # until the loop ends
         with prompts_cached():
             output = super().evaluation_loop(*args, **kwargs)
             try:
