@@ -122,7 +122,7 @@ class LoadOptions(LoadFields):
         if self.fsdp and num_processes() == 1:
             raise ConfigError(
                 "fsdp shards over several processes, and this is one",
-                "start as many as there are GPUs by torchrun --nproc-per-node 8 -m softtune",
+                "start as many as there are GPUs, by torchrun --nproc-per-node 8 -m softtune train recipe.yaml",
             )
         if "bfloat16" in (self.dtype, self._needed_dtype) and not has_bfloat16(device):
             remedy = (

@@ -131,7 +131,8 @@ class PeftNames(AdapterState):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trained parameters, and of all parameters."""
-        counts = [(num_weights(p), p.requires_grad) for p in self.parameters()]
+        tied = {f"base_model.{name}" for name in getattr(self.get_base_model(), "all_tied_weights_keys", None) or ()}
+        counts = [(num_weights(p), p.requires_grad) for name, p in self.named_parameters() if name not in tied]
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
