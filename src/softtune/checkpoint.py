@@ -28,7 +28,7 @@ from torch import Tensor
 from softtune import storage
 from softtune.adapter import Adapter, tensors_of
 from softtune.backbone import Backbone
-from softtune.backbone.sharding import gathered, is_partitioned, is_sharded, unpartitioned
+from softtune.backbone.sharding import is_partitioned, is_sharded, unpartitioned, unsharded
 from softtune.card import CARD_NAME, model_card
 from softtune.errors import AdapterMismatchError, CheckpointError
 from softtune.formatting import in_one_line
@@ -75,10 +75,10 @@ def save(
         CheckpointError: ``folder`` is a file.
     """
     if is_main_process:
-        with gathered(backbone.model):
+        with unsharded(backbone.model):
             _save(Path(folder), _unsharded(adapter, backbone), backbone, also_pickled=also_pickled)
     elif is_sharded(backbone.model):
-        with gathered(backbone.model), TemporaryDirectory() as nowhere:
+        with unsharded(backbone.model), TemporaryDirectory() as nowhere:
             _save(Path(nowhere), _unsharded(adapter, backbone), backbone, also_pickled=also_pickled)
 
 

@@ -107,7 +107,7 @@ def test_a_part_without_labels_counts_nothing(processes: Processes, tmp_path: Pa
 
 
 def _divisors(batch: dict[str, torch.Tensor], first_has_labels: bool) -> list[float]:
-    if not (ranks.is_first() and first_has_labels):
+    if not (ranks.is_main_process() and first_has_labels):
         batch = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     return loss_divisors([batch], shifts_labels=True)
 
@@ -144,6 +144,6 @@ def _refusal(fields: dict[str, Any], output: Path) -> str:
 
 
 def _refusal_of_other_data(fields: dict[str, Any], folder: Path) -> str:
-    if not ranks.is_first():
+    if not ranks.is_main_process():
         fields = {**fields, "train": write_rows(folder / "others.csv", 44)}
     return _refusal(fields, folder / "out")

@@ -35,7 +35,7 @@ from softtune.backbone.quantization import has_backward, is_packed, quantized_la
 from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot, bias_slots
 from softtune.backbone.routing import forget_configs, install
 from softtune.backbone.session import model_session
-from softtune.backbone.sharding import unpartitioned, whole
+from softtune.backbone.sharding import full_tensor, unpartitioned
 from softtune.backbone.stack import (
     AttentionLayer,
     Place,
@@ -357,7 +357,7 @@ class Backbone:
             size: number of values.
         """
         with align_module_device(self.embedding), unpartitioned(self.embedding):
-            weights = whole(self.embedding.weight.detach()).flatten()
+            weights = full_tensor(self.embedding.weight.detach()).flatten()
             numbers = weights.numel() if rows is None else rows * self.embedding.embedding_dim
             picks = torch.linspace(0, numbers - 1, size + 2, dtype=torch.float64).long()[1:-1]
             picks = picks[picks < weights.numel()]

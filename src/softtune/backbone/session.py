@@ -18,7 +18,7 @@ from torch import nn
 
 from softtune.backbone.quantization import unpacked
 from softtune.backbone.routing import routed
-from softtune.backbone.sharding import gathered
+from softtune.backbone.sharding import unsharded
 
 
 class ModelSession:
@@ -57,7 +57,7 @@ _SESSIONS: WeakKeyDictionary[nn.Module, _Sessions] = WeakKeyDictionary()
 def model_session(model: nn.Module) -> Iterator[ModelSession]:
     """Open a session with a base model for the length of the block. It begins with no hooks of outer sessions."""
     sessions = _SESSIONS.setdefault(model, _Sessions())
-    with sessions.lock, routed(model), unpacked(model), gathered(model):
+    with sessions.lock, routed(model), unpacked(model), unsharded(model):
         for outer in sessions.open[-1:]:
             outer.suspend()
         session = ModelSession()

@@ -32,7 +32,7 @@ def set_root(model: nn.Module, root: nn.Module) -> None:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Gather the weights that a base model's layers do not hold, for the length of the block.
 
     The layers gather their own when they run. Nothing is done for a model that is not sharded.
@@ -70,7 +70,7 @@ def unpartitioned(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with all of FSDP2's shards; all processes must call this for a sharded one."""
     full: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()

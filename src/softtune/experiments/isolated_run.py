@@ -20,12 +20,13 @@ from softtune.experiments.outcomes import Outcome
 from softtune.methods.initialization import WEIGHTS_NAME
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
+from softtune.training.callbacks import InterruptSaver
 from softtune.training.compatibility import check_compatible
 from softtune.training.folder import RunFolder
 from softtune.training.progress import Progress
 from softtune.training.recipe import Recipe
 from softtune.training.setup import BaseModels, Rows, Setup
-from softtune.training.trainer import AdapterTrainer, InterruptSaver
+from softtune.training.trainer import AdapterTrainer
 
 
 class _Prepared:

@@ -54,7 +54,7 @@ def check_processes(recipes: Sequence[Recipe]) -> None:
         ConfigError: a batch does not divide among them, all are told one place for their base models, or accelerate is
             to wrap them.
     """
-    if ranks.count() == 1:
+    if ranks.world_size() == 1:
         return
     for plugin in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
@@ -69,12 +69,13 @@ def check_processes(recipes: Sequence[Recipe]) -> None:
         }.items():
             if value is not None:
                 raise ConfigError(
-                    f"{name} is {value!r}, and {ranks.count()} processes each have a place of their own", f"drop {name}"
+                    f"{name} is {value!r}, and {ranks.world_size()} processes each have a place of their own",
+                    f"drop {name}",
                 )
-        if recipe.batch_size % ranks.count():
+        if recipe.batch_size % ranks.world_size():
             raise ConfigError(
-                f"batch_size is {recipe.batch_size}, which {ranks.count()} processes cannot share evenly",
-                f"set a multiple of {ranks.count()}",
+                f"batch_size is {recipe.batch_size}, which {ranks.world_size()} processes cannot share evenly",
+                f"set a multiple of {ranks.world_size()}",
             )
 
 

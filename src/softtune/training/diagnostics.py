@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from softtune.errors import ConfigError
+from softtune.training.callbacks import InterruptSaver
 from softtune.training.folder import RunFolder
 from softtune.training.learning_rate import RangeTest, range_test
 from softtune.training.profile import Profile, profile
 from softtune.training.recipe import Recipe
 from softtune.training.setup import BaseModels, Rows, Setup
-from softtune.training.trainer import AdapterTrainer, InterruptSaver
+from softtune.training.trainer import AdapterTrainer
 
 
 def profile_recipe(recipe: Recipe) -> Profile:

@@ -141,9 +141,9 @@ class RunFolder:
             model: the base model with the trained adapters.
             histories: losses by step of each adapter.
         """
-        model.save_pretrained(self.path, is_main_process=ranks.is_first())
+        model.save_pretrained(self.path, is_main_process=ranks.is_main_process())
         ranks.wait_for_everyone()  # who may still load the best checkpoint
-        ranks.by_first(lambda: self._finish(histories))
+        ranks.on_main_process(lambda: self._finish(histories))
 
     def _finish(self, histories: Sequence[list[dict[str, float]]]) -> None:
         with storage.staged(self.path) as stage:

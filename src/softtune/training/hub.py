@@ -55,7 +55,7 @@ def pushed(report: Report, repository: str) -> Report | TrainingError:
         The report with the repository's name, or an error that says how to upload the folder later.
     """
     try:
-        ranks.by_first(lambda: _push(report.folder, repository))
+        ranks.on_main_process(lambda: _push(report.folder, repository))
     except TrainingError as error:
         return error
     return replace(report, repository=repository)

@@ -33,12 +33,12 @@ def loss_divisors(batches: Sequence[Batch], *, shifts_labels: bool, surplus: int
     Returns:
         A divisor for each batch, infinite for one without labels; NaN if the update has none.
     """
-    if len(batches) < 2 and ranks.count() == 1:
+    if len(batches) < 2 and ranks.world_size() == 1:
         return [1.0] * len(batches)  # without a look at the labels, which a device would have to wait for
     counts = torch.stack([num_labels(batch, shifts_labels=shifts_labels) for batch in batches])
     if surplus == num_rows(batches[-1]):
         counts[-1] = 0
-    divisors: list[float] = (ranks.total(counts.sum()) / ranks.count() / counts).tolist()
+    divisors: list[float] = (ranks.all_reduce(counts.sum()) / ranks.world_size() / counts).tolist()
     return divisors
 
 

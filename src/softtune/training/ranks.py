@@ -34,30 +34,30 @@ def start(device: torch.device) -> None:
         PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 
-def count() -> int:
+def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def index() -> int:
+def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def part(rows: int) -> range:
     """The indices of this process's part of some rows: neighbours, as many as in other parts or one more or less."""
-    return range(rows * index() // count(), rows * (index() + 1) // count())
+    return range(rows * rank() // world_size(), rows * (rank() + 1) // world_size())
 
 
-def is_first() -> bool:
-    """Whether this process is the first one, which alone writes files and reports."""
-    return index() == 0
+def is_main_process() -> bool:
+    """Whether this process is the one that writes files and reports, which is the first."""
+    return rank() == 0
 
 
-def gathered(own: T) -> list[T]:
+def all_gather(own: T) -> list[T]:
     """What every process has, in the order of the processes."""
-    every: list[Any] = [own] * count()
-    if count() > 1:
+    every: list[Any] = [own] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(every, own)
     return every
 
@@ -71,28 +71,28 @@ def check_same(fingerprints: Sequence[Mapping[str, str]]) -> None:
     Raises:
         DataError: they have not.
     """
-    for number, others in enumerate(gathered(fingerprints)):
+    for number, others in enumerate(all_gather(fingerprints)):
         for own, other in zip(fingerprints, others, strict=True):
             if differing := [name for name in own if own[name] != other.get(name)]:
                 raise DataError(
-                    f"process {number} has other {differing[0]} data than process {index()}",
+                    f"process {number} has other {differing[0]} data than process {rank()}",
                     "give every machine the same files",
                 )
 
 
-def by_first(work: Callable[[], T]) -> T:
-    """Let the first process alone do a piece of work, and return its result in all.
+def on_main_process(work: Callable[[], T]) -> T:
+    """Let the main process alone do a piece of work, and return its result in all.
 
     Raises:
         SofttuneError: the work raised it; in all processes.
     """
     outcome: list[Any] = [None, None]
-    if is_first():
+    if is_main_process():
         try:
             outcome[0] = work()
         except SofttuneError as error:
             outcome[1] = error
-    if count() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(outcome)
     result, raised = outcome
     if raised is not None:
@@ -103,18 +103,18 @@ def by_first(work: Callable[[], T]) -> T:
 
 def wait_for_everyone() -> None:
     """Wait until all processes have come here."""
-    if count() > 1:
+    if world_size() > 1:
         PartialState().wait_for_everyone()
 
 
 def any_of(flag: bool) -> bool:
     """Whether a flag is set in any process."""
-    return flag if count() == 1 else bool(total(torch.tensor(float(flag))))
+    return flag if world_size() == 1 else bool(all_reduce(torch.tensor(float(flag))))
 
 
-def total(number: Tensor) -> Tensor:
+def all_reduce(number: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
-    if count() == 1:
+    if world_size() == 1:
         return number
     moved = number.to(PartialState().device, copy=True)
     dist.all_reduce(moved)
@@ -127,7 +127,7 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
-        if count() > 1:
+        if world_size() > 1:
             dist.destroy_process_group()
 
 
@@ -142,7 +142,7 @@ def needing_all() -> Iterator[None]:
         yield
     except RuntimeError as error:
         is_lost = isinstance(error, dist.DistError) or any(name in str(error) for name in ("by peer", "gloo"))
-        if count() == 1 or not is_lost:
+        if world_size() == 1 or not is_lost:
             raise
         raise SofttuneError(
             f"another process of this run has ended ({in_one_line(error)})",
@@ -153,8 +153,8 @@ def needing_all() -> Iterator[None]:
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace the gradients by their mean over all processes, in one message."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if count() == 1 or not gradients:
+    if world_size() == 1 or not gradients:
         return
-    flat = total(torch.cat([gradient.flatten().float() for gradient in gradients])) / count()
+    flat = all_reduce(torch.cat([gradient.flatten().float() for gradient in gradients])) / world_size()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))

@@ -47,7 +47,7 @@ def save_results(recipe: Recipe, report: Report, histories: Sequence[Sequence[Ma
     for folder, metrics in zip(folders, members, strict=True) if report.after else ():
         text, results = _text(recipe, report, metrics), _eval_results(recipe, metrics)
         with storage.staged(folder) as stage:
-            with_results(folder / CARD_NAME, text, report.folder.name, results).save(stage / CARD_NAME)
+            with_results(folder / CARD_NAME, text, report.folder.resolve().name, results).save(stage / CARD_NAME)
 
 
 def _metrics(recipe: Recipe, report: Report, histories: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Any]:

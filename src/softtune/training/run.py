@@ -19,6 +19,7 @@ from softtune.extras import require
 from softtune.injection.provenance import BASE
 from softtune.tasks.metrics import LOSS, Quality
 from softtune.training import ranks
+from softtune.training.callbacks import InterruptSaver
 from softtune.training.compatibility import check_compatible, check_processes
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
 from softtune.training.hub import create_repositories, pushed
@@ -28,7 +29,7 @@ from softtune.training.recipe import Recipe
 from softtune.training.report import Evaluation, Report
 from softtune.training.results import save_results
 from softtune.training.setup import BaseModels, Rows, Setup
-from softtune.training.trainer import AdapterTrainer, InterruptSaver
+from softtune.training.trainer import AdapterTrainer
 
 Result = Report | TrainingError
 """A recipe's report, or the error that ended its training while the other recipes went on."""
@@ -90,9 +91,9 @@ def train_all(
     ranks.start(recipes[0].load_options.torch_device)
     check_processes(recipes)
     folders = [RunFolder(recipe, resume if isinstance(resume, str) else None) for recipe in recipes]
-    ranks.by_first(lambda: check_folders(folders, resume=bool(resume)))
+    ranks.on_main_process(lambda: check_folders(folders, resume=bool(resume)))
     left = [folder for folder in folders if not folder.is_finished]
-    repositories = ranks.by_first(lambda: create_repositories([folder.recipe for folder in left]))
+    repositories = ranks.on_main_process(lambda: create_repositories([folder.recipe for folder in left]))
     try:
         with ranks.needing_all():
             results = dict(zip(left, _train(left, before, progress), strict=True))
@@ -123,7 +124,7 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
         alike = (b for s, b in zip(setups, befores, strict=False) if s.asks_as(setup))
         befores.append(_begin(setup, next(alike, None) if before else {}))
     for folder in folders:
-        ranks.by_first(folder.drop_later)
+        ranks.on_main_process(folder.drop_later)
     fits = _fit(setups)
     for setup, fit in zip(setups, fits, strict=True):
         if fit.finished:
@@ -155,7 +156,7 @@ def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
     if setup.rows.evaluation and known is None:
         [answers] = _answers(setup, EVALUATING_BASE_MODEL, [BASE])
         metrics = _judged(setup, answers).metrics
-    ranks.by_first(lambda: setup.folder.begin(metrics, setup.rows.fingerprints))
+    ranks.on_main_process(lambda: setup.folder.begin(metrics, setup.rows.fingerprints))
     return metrics
 
 
@@ -213,7 +214,7 @@ def _errors(
     trainers: Sequence[AdapterTrainer], starts: Sequence[str | None], interrupt: InterruptSaver
 ) -> list[TrainingError | None]:
     """Train adapters at once, or where several processes share their batches one after the other."""
-    if len(trainers) > 1 and ranks.count() == 1:
+    if len(trainers) > 1 and ranks.world_size() == 1:
         return train_together(trainers, starts)
     errors = []
     for trainer, start in zip(trainers, starts, strict=True):
@@ -259,7 +260,7 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
         seconds=fit.seconds,
     )
     if fit.finished:
-        ranks.by_first(lambda: save_results(setup.recipe, report, fit.histories))
+        ranks.on_main_process(lambda: save_results(setup.recipe, report, fit.histories))
     return report
 
 

@@ -28,18 +28,12 @@ from softtune.tasks import Task
 from softtune.tasks.metrics import LOSS, direction
 from softtune.tasks.texts import with_all_references
 from softtune.training import ranks
+from softtune.training.callbacks import EvaluationSaver, InterruptSaver, ProgressReporter, trackers
 from softtune.training.folder import RunFolder
 from softtune.training.progress import TRAINING, Phase, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.rows import check_every_label, fingerprints, split_rows, training_and_evaluation_rows
-from softtune.training.trainer import (
-    AdapterTrainer,
-    EvaluationSaver,
-    InterruptSaver,
-    ProgressReporter,
-    trackers,
-    training_arguments,
-)
+from softtune.training.trainer import AdapterTrainer, training_arguments
 
 LABEL_NAMES = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
 """Keys of the labels in a batch, for tasks whose key is not ``labels``."""
@@ -164,7 +158,7 @@ class Setup:
                 *([EvaluationSaver()] if recipe.is_validated else []),
                 *([EarlyStoppingCallback(recipe.patience)] if recipe.patience is not None else []),
                 ProgressReporter(lambda *step: self.progress(phase, *step)),
-                *trackers(recipe.report_to if ranks.is_first() else [], self.folder.logs(name)),
+                *trackers(recipe.report_to if ranks.is_main_process() else [], self.folder.logs(name)),
             ],
         )
 
@@ -203,7 +197,7 @@ class Setup:
             found = answer_each(model, self.tokenizer, self.task, own, names=names, advance=advance)
         except AdapterError as error:
             found = error
-        every = ranks.gathered(found) if is_shared else [found]
+        every = ranks.all_gather(found) if is_shared else [found]
         for part in every:
             if isinstance(part, AdapterError):
                 raise part

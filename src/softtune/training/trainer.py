@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,8 +19,6 @@ from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -86,7 +80,9 @@ class AdapterTrainer(Trainer):
             super().__init__(model=model, **kwargs)
         self.is_distributed_loading_by_transformers = False  # what is trained is not sharded
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's answers
-        if ranks.count() > 1:  # training_step averages the gradients, since a wrapper would also handle the base model
+        if (
+            ranks.world_size() > 1
+        ):  # training_step averages the gradients, since a wrapper would also handle the base model
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         for callback in compat.console_callbacks():
             self.remove_callback(callback)
@@ -162,7 +158,7 @@ class AdapterTrainer(Trainer):
         if any(map(math.isnan, divisors)):
             raise self._no_label()
         self._divisors = iter(divisors)
-        return [with_a_label(batch) for batch in batches] if ranks.count() > 1 else batches, num_items
+        return [with_a_label(batch) for batch in batches] if ranks.world_size() > 1 else batches, num_items
 
     def _no_label(self) -> DataError:
         return DataError(f"no label in the batch of step {self.state.global_step + 1}", "drop rows without an answer")
@@ -173,11 +169,11 @@ class AdapterTrainer(Trainer):
         accelerate fills that batch up with rows from the beginning, for parts of equal size.
         """
         state = self.accelerator.gradient_state
-        if ranks.count() == 1 or not state.end_of_dataloader:
+        if ranks.world_size() == 1 or not state.end_of_dataloader:
             return 0
         own = num_rows(batch)
-        last = len(state.active_dataloader.dataset) % (own * ranks.count())
-        return min(max((ranks.index() + 1) * own - last, 0), own) if last else 0
+        last = len(state.active_dataloader.dataset) % (own * ranks.world_size())
+        return min(max((ranks.rank() + 1) * own - last, 0), own) if last else 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -208,8 +204,8 @@ class AdapterTrainer(Trainer):
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         else:
             loss = self.gradients(compat.prepared_inputs(self, inputs))
-        if ranks.count() > 1:
-            loss = ranks.total(loss.clone()) / ranks.count()
+        if ranks.world_size() > 1:
+            loss = ranks.all_reduce(loss.clone()) / ranks.world_size()
             if self.accelerator.sync_gradients:
                 ranks.average_gradients([p for p in self.model.parameters() if p.requires_grad])  # type: ignore[union-attr]
         if not torch.isfinite(loss):
@@ -265,7 +261,7 @@ class AdapterTrainer(Trainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Compute the loss of a validation batch, over the labels of all processes."""
-        if ranks.count() == 1:
+        if ranks.world_size() == 1:
             found: tuple[Any, ...] = super().prediction_step(model, inputs, *args, **kwargs)
             return found
         assert isinstance(self.model, PeftModel)
@@ -274,7 +270,7 @@ class AdapterTrainer(Trainer):
         [divisor] = loss_divisors([rows], shifts_labels=shifts, surplus=surplus)
         loss, *others = super().prediction_step(model, dict(with_a_label(rows)), *args, **kwargs)
         assert loss is not None
-        return (ranks.total(loss / divisor) / ranks.count(), *others)
+        return (ranks.all_reduce(loss / divisor) / ranks.world_size(), *others)
 
     def _once_a_row(self, losses: Tensor) -> Tensor:
         """The losses of a validation batch, once for each of its rows; they are the same in all processes."""
@@ -288,7 +284,7 @@ class AdapterTrainer(Trainer):
         Raises:
             TrainingError: the adapter's outputs contain NaN.
         """
-        if ranks.count() > 1:
+        if ranks.world_size() > 1:
             self.gather_function = self._once_a_row  # until the loop ends
         with prompts_cached():
             output = super().evaluation_loop(*args, **kwargs)
@@ -323,7 +319,7 @@ class AdapterTrainer(Trainer):
             output_dir or str(self.args.output_dir),
             self.model.adapter(name),
             self.model.backbone,
-            is_main_process=ranks.is_first(),
+            is_main_process=ranks.is_main_process(),
         )
 
     def load_adapter(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -349,93 +345,6 @@ def kept_logits(model: PeftModel, batch: Mapping[str, Any]) -> dict[str, int]:
     if not model.keeps_logits or labels is None or text is None or labels.shape != text.shape:
         return {}
     return {"logits_to_keep": answer_width(labels)}
-
-
-class InterruptSaver(TrainerCallback):
-    """Ends training with a checkpoint after the current step on Ctrl-C or SIGTERM within its block.
-
-    Runs that step together all end after the same step, and so do all processes of a run. A second Ctrl-C interrupts at
-    once, except among several processes, to each of which torchrun passes on the Ctrl-C that it has got already.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: dict[int, Any] = {}
-        self._begun: dict[int, int] = {}
-        """Steps that each Trainer has begun, by the ``id`` of its arguments."""
-
-    def __enter__(self) -> InterruptSaver:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._interrupt) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def agreed(self) -> bool:
-        """Whether any process has been interrupted. All must ask this, and all know it then."""
-        if ranks.any_of(self.interrupted):
-            self.interrupted = True
-        return self.interrupted
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._begun.pop(id(args), None)
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._begun[id(args)] = self._begun.get(id(args), 0) + 1
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.agreed() and self._begun[id(args)] == max(self._begun.values()):
-            control.should_save = control.should_training_stop = True
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.interrupted = True
-        if ranks.count() == 1:
-            self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-
-class EvaluationSaver(TrainerCallback):
-    """Saves a checkpoint at every evaluation, so that the best one is there to be kept."""
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_save = True
-
-
-class ProgressReporter(TrainerCallback):
-    """Calls a function with each step's number, the number of steps, and the latest loss and tokens/s as text."""
-
-    def __init__(self, report: Callable[[int, int, str], None]) -> None:
-        self.report = report
-        self._start = (0.0, 0)
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._start = (time.perf_counter(), state.num_input_tokens_seen)
-        self.report(state.global_step, state.max_steps, "")
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" in (logs or {}):
-            then, seen = self._start
-            speed = (state.num_input_tokens_seen - seen) / (time.perf_counter() - then)
-            self.report(state.global_step, state.max_steps, f"loss {float(logs['loss']):.3f}, {speed:.0f} tokens/s")
-
-
-def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """Make the Trainer's callbacks for TensorBoard, which writes into ``folder``, and W&B."""
-    callbacks: list[TrainerCallback] = []
-    if "tensorboard" in names:
-        from torch.utils.tensorboard import SummaryWriter
-
-        callbacks.append(compat.tracking_callback("tensorboard")(SummaryWriter(folder)))
-    if "wandb" in names:
-        callbacks.append(compat.tracking_callback("wandb")())
-    return callbacks
 
 
 def checkpoints_in(folder: str | os.PathLike[str]) -> list[Path]:
@@ -478,8 +387,8 @@ def training_arguments(
         restore_callback_states_from_checkpoint=True,
         save_strategy="steps",
         report_to="none",
-        accelerator_config={"split_batches": ranks.count() > 1},  # a batch is shared by all processes
-        per_device_eval_batch_size=-(-EVALUATION_BATCH // ranks.count()) * ranks.count(),
+        accelerator_config={"split_batches": ranks.world_size() > 1},  # a batch is shared by all processes
+        per_device_eval_batch_size=-(-EVALUATION_BATCH // ranks.world_size()) * ranks.world_size(),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
