@@ -17,6 +17,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedCo
 
 from softtune import ConfigError, PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from softtune.backbone import Backbone
+from softtune.cli.flags import LOAD_FLAGS
 from softtune.data import Example
 from softtune.errors import MissingExtraError, SofttuneError
 from softtune.evaluation.predict import score_head, score_spans, score_tokens, write_texts
@@ -333,7 +334,8 @@ def test_every_command_has_the_flags(name: str, models: dict[str, str], capsys: 
 
     assert run(name, "--help") == 0
     shown = capsys.readouterr().out
-    assert all(f"--{field.replace('_', '-')}" in shown for field in LoadFields.model_fields)
+    assert all(f"--{field.replace('_', '-')}" in shown for field in LOAD_FLAGS)
+    assert "--fsdp" not in shown  # it is for several processes
     given = {"bake": ["x", "--model", "m", "--to", "t"], "serve": ["--model", models["llama"]]}
     given |= {"check": [models["llama"]]}
     if name in given:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from softtune import ConfigError
+from softtune.errors import MissingExtraError
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.http.app import Settings
 from softtune.serving.replicas import run
@@ -52,5 +52,5 @@ def test_requests_do_not_load_adapters_into_one_of_several() -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"replicas need the package of Ray Serve: pip install 'softtune\[ray\]'"):
+    with pytest.raises(MissingExtraError, match=r"running on Ray needs ray\[serve\]: pip install 'softtune\[ray\]'"):
         run("any", [], EngineConfig(), Settings(), replicas=2, host="127.0.0.1", port=1)
