@@ -280,7 +280,8 @@ class PeftModel(PushToHubMixin, PeftNames):
         Raises:
             DataError: the input is empty, mask, positions or labels do not fit it, or positions exceed the model's
                 maximum.
-            UnsupportedModelError: the prompt did not reach the layers, or ``torch`` makes a graph that cannot be right.
+            UnsupportedModelError: the prompt did not reach the layers, ``torch`` makes a graph that cannot be right, or
+                an adapter is trained on quantised layers without a gradient.
             AdapterError: ``adapter_names`` has an unknown name, another number of rows, or adapters of several tasks.
         """
         given = {
@@ -297,10 +298,13 @@ class PeftModel(PushToHubMixin, PeftNames):
         if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
         check_cache_provenance(kwargs, batch)
+        trained = self._trained(batch)
+        if trained:
+            self.backbone.check_gradients()
         with apply_adapters(self.backbone, batch, inputs, self._layer_cache):
             output = self.backbone.model(return_dict=True, **kwargs)
         tag_cache(output, batch)
-        self._watch(output, batch)
+        self._watch(output, batch, trained)
         return output if return_dict is not False else output.to_tuple()
 
     def generate(
@@ -335,14 +339,18 @@ class PeftModel(PushToHubMixin, PeftNames):
         tag_cache(generated, batch)
         return generated
 
-    def _watch(self, output: Any, batch: BatchAdapters) -> None:
+    def _trained(self, batch: BatchAdapters) -> dict[str, Tensor]:
+        """The trained tensors of a batch's adapters; none where no backward pass can follow or a graph is made."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return {}
+        adapters = {name: adapter for name, adapter in batch.adapters.items() if adapter is not None}
+        return {f"{name}.{key}": p for name, adapter in adapters.items() for key, p in adapter.trained.items()}
+
+    def _watch(self, output: Any, batch: BatchAdapters, trained: Mapping[str, Tensor]) -> None:
         """Warn after the first backward pass if trained tensors of the batch's adapters got no gradient."""
-        if self.gradient_watch.is_over or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.gradient_watch.is_over or not trained:
             return
         adapters = {name: adapter for name, adapter in batch.adapters.items() if adapter is not None}
-        trained = {f"{name}.{key}": p for name, adapter in adapters.items() for key, p in adapter.trained.items()}
-        if not trained:
-            return
 
         def cut_off(idle: Sequence[str]) -> list[str]:
             names = {name: [key.removeprefix(f"{name}.") for key in idle] for name in adapters}

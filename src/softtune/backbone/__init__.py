@@ -31,6 +31,7 @@ from softtune.backbone.generation import counting_words
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.observation import seen_attention, seen_outputs
 from softtune.backbone.outputs import Outputs, with_rows
+from softtune.backbone.quantization import has_backward, is_packed, quantized_layers
 from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot, bias_slots
 from softtune.backbone.session import model_session
 from softtune.backbone.stack import (
@@ -257,6 +258,36 @@ class Backbone:
     def _observed_keys_and_values(self, **inputs: Tensor) -> dict[Place, tuple[Tensor, Tensor]]:
         return {s.layer.place: (s.key, s.value) for s in seen_attention(self.model, self.stacks, **inputs)}
 
+    def check_gradients(self) -> None:
+        """Check that gradients pass through the quantised layers.
+
+        Each layer is observed once; whether its weights are packed is looked up at every call.
+
+        Raises:
+            UnsupportedModelError: they do not, so that an adapter would not be trained, or by wrong gradients.
+        """
+        if packed := [name for name, layer in self._quantized_layers.items() if is_packed(layer)]:
+            raise UnsupportedModelError(
+                f"bitsandbytes has packed the weights of {_and_others(packed)} for inference, which have no gradient",
+                "load the base model again and evaluate it through its PeftModel, which keeps them unpacked",
+            )
+        if self._layers_without_backward:
+            raise UnsupportedModelError(
+                f"no gradient passes through the quantised weights of {_and_others(self._layers_without_backward)}",
+                "train on a base model whose weights alone are quantised, such as by bitsandbytes, or, where nothing "
+                "is to be trained, call it under torch.no_grad()",
+            )
+
+    @cached_property
+    def _quantized_layers(self) -> dict[str, nn.Module]:
+        return quantized_layers(self.model)
+
+    @cached_property
+    def _layers_without_backward(self) -> list[str]:
+        with model_session(self.model):
+            layers = self._quantized_layers.items()
+            return [name for name, layer in layers if not has_backward(layer, self.model.dtype, self.device)]
+
     @property
     def head_names(self) -> list[str]:
         """Names of the modules that the task's class adds to the base model: a classifier, a span head; no language
@@ -332,6 +363,10 @@ class Backbone:
 
 _SHARED: WeakKeyDictionary[PreTrainedModel, tuple[Modules, Callable[[], Backbone | None]]] = WeakKeyDictionary()
 """The backbones in use, by base model: the modules that each describes, and a weak reference to it."""
+
+
+def _and_others(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more layers" if len(names) > 1 else names[0]
 
 
 def _check_transformer(model: Any) -> None:

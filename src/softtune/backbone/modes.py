@@ -8,11 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
+from softtune.backbone.quantization import unpacked
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, for the length of the block."""
-    with _in_mode(model, training=False), torch.no_grad():
+    """Evaluation mode without gradients, for the length of the block, with 4-bit weights left as they are."""
+    with _in_mode(model, training=False), unpacked(model), torch.no_grad():
         yield
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softtune.backbone.quantization import is_quantized
+
 QUERY, KEY, VALUE = "query", "key", "value"
 ATTENTION_OUTPUT, INTERMEDIATE, OUTPUT, LAYER_NORM = "attention_output", "intermediate", "output", "layer_norm"
 ROLES = (QUERY, KEY, VALUE, ATTENTION_OUTPUT, INTERMEDIATE, OUTPUT, LAYER_NORM)
@@ -108,7 +110,11 @@ def _number(attention: Any, names: tuple[str, ...]) -> int | None:
 def _output_width(module: nn.Module) -> int | None:
     """The number of output features, for kinds of module that can have a bias; None for others."""
     weight: Any = getattr(module, "weight", None)
-    if weight is None or isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding):
+        return None
+    if is_quantized(module):  # a packed weight has another shape
+        return int(module.out_features)  # type: ignore[arg-type]
+    if weight is None:
         return None
     if hasattr(module, "nf"):  # transformers' Conv1D keeps its weight transposed
         return int(weight.shape[1])

@@ -3,7 +3,7 @@
 Hooks affect everything that runs through a module. So a call opens a session, a re-entrant lock on the base model:
 other threads wait until it ends, and its hooks are suspended during nested calls, such as those that a logits processor
 makes in ``generate``. A model's attention is routed through softtune in sessions alone, so that between them nothing
-of it is changed.
+of it is changed. 4-bit weights are not packed for inference there, so that training goes on after an evaluation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from softtune.backbone.interface import routed
+from softtune.backbone.quantization import unpacked
 
 
 class ModelSession:
@@ -55,7 +56,7 @@ _SESSIONS: WeakKeyDictionary[nn.Module, _Sessions] = WeakKeyDictionary()
 def model_session(model: nn.Module) -> Iterator[ModelSession]:
     """Open a session with a base model for the length of the block. It begins with no hooks of outer sessions."""
     sessions = _SESSIONS.setdefault(model, _Sessions())
-    with sessions.lock, routed(model):
+    with sessions.lock, routed(model), unpacked(model):
         for outer in sessions.open[-1:]:
             outer.suspend()
         session = ModelSession()
