@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from softtune.backbone.quantization import plain_parts
 from softtune.methods import TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model, locate_base_model
@@ -21,7 +22,8 @@ class Bases:
     def __init__(self, name: str) -> None:
         self.name = name
         self._models: dict[tuple[TaskType, int | None], PeftModel] = {}
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, list[Tensor]] = {}
+        """The plain tensors of each parameter, by its name."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def model(self, task: TaskType, num_labels: int | None = None) -> PeftModel:
@@ -55,6 +57,13 @@ class Bases:
     def _share(self, base: nn.Module) -> None:
         """Replace a new model's parameters by equal ones that are loaded already."""
         for name, parameter in base.named_parameters():
-            known = self._tensors.setdefault(name, parameter.data)
-            if known.shape == parameter.shape and torch.equal(known, parameter):
-                parameter.data = known
+            places = plain_parts(parameter)
+            own = [getattr(tensor, part) for tensor, part in places]
+            known = self._tensors.setdefault(name, own)
+            if len(known) == len(own) and all(map(_is_same, known, own)):
+                for (tensor, part), shared in zip(places, known, strict=True):
+                    setattr(tensor, part, shared)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
