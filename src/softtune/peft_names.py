@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softtune.backbone.quantization import num_weights
 from softtune.card import CARD_NAME, model_card
 from softtune.compat import DynamicCache
 from softtune.errors import AdapterError
@@ -130,7 +131,7 @@ class PeftNames(AdapterState):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trained parameters, and of all parameters."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        counts = [(num_weights(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
