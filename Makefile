@@ -95,7 +95,7 @@ bench-vllm: $(VLLM)/.models
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python benchmarks/engines.py
 	$(VLLM)/bin/python benchmarks/tables.py
 
-# Memory of quantised base models, three minutes.
+# Memory of quantised base models, five minutes.
 bench-quant: $(QUANT)/.library
 	OMP_NUM_THREADS=1 $(QUANT)/bin/python benchmarks/quantised.py
 	$(QUANT)/bin/python benchmarks/tables.py

@@ -17,6 +17,7 @@ SECTIONS = {
     "serving": "Many adapters served",
     "engines": "Two engines",
     "modes": "Gradient checkpointing, bfloat16, compilation",
+    "quantised": "Quantised base models",
     "steps_sms_spam": "Half of the steps: SMS spam",
     "steps_sst2": "Half of the steps: SST-2",
     "steps_methods": "Learning rates by method: SMS spam",
@@ -28,10 +29,10 @@ def main() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`, `make bench-serve`, `make bench-vllm` and `make bench-steps`, from",
-        "[benchmarks/results](../benchmarks/results), with the packages of the commit's constraints.txt. Sections of",
-        "`be74683` are of transformers 5.24.0 and peft 0.21.2, which trains there as before; what it generates with a",
-        "prefix is the base model's text (see [Coming from PEFT](peft.md)), as fast as that.",
+        "Written by `make bench`, `make bench-serve`, `make bench-vllm`, `make bench-quant` and `make bench-steps`,",
+        "from [benchmarks/results](../benchmarks/results), with the packages of the commit's constraints.txt.",
+        "Sections of `be74683` are of transformers 5.24.0 and peft 0.21.2, which trains there as before; what it",
+        "generates with a prefix is the base model's text (see [Coming from PEFT](peft.md)), as fast as that.",
         "",
     ]
     for name, title in SECTIONS.items():
