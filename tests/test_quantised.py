@@ -12,6 +12,7 @@ import softtune.serving.bases
 from softtune import PeftModel, UnsupportedModelError, get_peft_model
 from softtune.backbone import Backbone, evaluating, model_session
 from softtune.backbone.quantization import has_backward, unpacked
+from softtune.compat import enable_checkpointing
 from softtune.methods import PeftConfig
 from tests.families import CAUSAL_LM, METHODS, batch, scramble, trained
 from tests.quantised import (
@@ -76,6 +77,18 @@ def test_gradients_are_those_of_dequantised_weights(quantisation: Quantisation, 
     whole = [torch.cat([x.flatten() for x in each.values()]) for each in (found, expected)]
     assert whole[1].norm() > 0
     assert distance(*whole) < TOLERANCE
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(quantisation: Quantisation, folder: str, is_reentrant: bool) -> None:
+    base = quantisation.load(folder)
+    before, model = tensors_of(base), scramble(get_peft_model(base, config("prefix"))).train()
+    expected = gradients(model)
+    enable_checkpointing(model, use_reentrant=is_reentrant)
+    found = gradients(model)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    after = tensors_of(base)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def learn(model: PeftModel, steps: int) -> list[float]:
