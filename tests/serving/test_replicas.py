@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from softtune.errors import MissingExtraError
+from softtune.errors import ConfigError, MissingExtraError
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.http.app import Settings
 from softtune.serving.replicas import run
