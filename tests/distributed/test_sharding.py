@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from softtune import PromptTuningConfig, get_peft_model
 from softtune.errors import UnsupportedModelError
@@ -103,3 +103,20 @@ def _held(folder: Path) -> int:
     trained = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     trained.train()(**batch()).loss.backward()
     return sum(p.to_local().numel() for p in model.parameters())
+
+
+def test_tied_weights_count_once(processes: Processes, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **size))
+    base.save_pretrained(tmp_path)
+    expected = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    for counts in processes.run(_counts, tmp_path):
+        assert counts == expected.get_nb_trainable_parameters()
+
+
+def _counts(folder: Path) -> tuple[int, int]:
+    arguments = LoadOptions(fsdp=True).arguments(AutoConfig.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    trained = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    return trained.get_nb_trainable_parameters()
