@@ -29,7 +29,7 @@ from softtune.serving.service import Service
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
 from softtune.training.trainer import training_arguments
-from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
+from tests.tiny import recipe_fields, save_models
 
 OTHER_DTYPE = "was trained on its base model in bfloat16, which is in float32 now: expect somewhat other outputs"
 
@@ -45,22 +45,6 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("softtune.load_options.has_bfloat16", lambda device: device.type != "cuda")
-
-
-def recipe_fields(model: str, folder: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": model,
-        "train": write_rows(folder / "rows.csv", 16),
-        "test_size": 4,
-        "template": TEMPLATE,
-        "label_column": "label",
-        "labels": list(LABELS),
-        "max_length": 24,
-        "learning_rate": 0.02,
-        "output": str(folder / "adapter"),
-        "options": {"num_virtual_tokens": 3},
-        **changes,
-    }
 
 
 @pytest.mark.parametrize(

@@ -122,3 +122,20 @@ def save_chat_model(folder: Path, template: str | None = CHATML, **llama: Any) -
     LlamaForCausalLM(config).save_pretrained(folder)
     words.save_pretrained(folder)
     return str(folder)
+
+
+def recipe_fields(model: str, folder: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe of 16 rows for one of ``save_models``."""
+    return {
+        "model": model,
+        "train": write_rows(folder / "rows.csv", 16),
+        "test_size": 4,
+        "template": TEMPLATE,
+        "label_column": "label",
+        "labels": list(LABELS),
+        "max_length": 24,
+        "learning_rate": 0.02,
+        "output": str(folder / "adapter"),
+        "options": {"num_virtual_tokens": 3},
+        **changes,
+    }

@@ -96,7 +96,7 @@ def apply_adapters(
         check_graph(backbone, inputs.text)
         install(backbone.model)
     adapters, as_kv = list(batch.adapters.values()), inputs.columns is None and not is_exporting()
-    if torch.is_grad_enabled() and is_sharded(backbone.model):
+    if as_kv and torch.is_grad_enabled() and is_sharded(backbone.model):
         as_kv = False  # FSDP2 gathers a layer's weights for a gradient at its output alone, not at its keys
     with model_session(backbone.model) as session:
         prompts = [Prompt() if a is None else _prompt(backbone, a, as_kv=as_kv) for a in adapters]

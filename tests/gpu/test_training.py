@@ -13,7 +13,7 @@ from softtune.training.recipe import Recipe
 from softtune.training.run import train
 from tests.families import CAUSAL_LM, METHODS, assert_same_gradients, base_model, cases, trained
 from tests.gpu.running import inputs_on, output_on, pair, to_cpu
-from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
+from tests.tiny import LABELS, recipe_fields, save_models
 
 CASES = cases(tuple(METHODS), ("llama", "bert", "t5"))
 STEPS = 3
@@ -60,7 +60,7 @@ def test_a_recipe_trains_and_predicts_on_the_device(device: torch.device, tmp_pa
     base = save_models(tmp_path / "models", attention_dropout=0.0)["llama"]
     scores = []
     for name, output in ((device.type, "here"), ("cpu", "there")):
-        fields = recipe_fields(base, tmp_path, device=name, output=str(tmp_path / output), dtype="float32")
+        fields = recipe_fields(base, tmp_path, device=name, output=str(tmp_path / output), dtype="float32", epochs=2)
         train(Recipe.model_validate(fields))
         model, tokenizer = load_base_model(base, options=LoadOptions(device=name, dtype="float32"))
         assert model.device.type == name
@@ -75,19 +75,3 @@ def next_words(model: PeftModel, ids: list[int], words: list[list[int]]) -> torc
     with torch.no_grad():
         logits = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().log_softmax(-1).cpu()
     return logits[[word[0] for word in words]]
-
-
-def recipe_fields(model: str, folder: Path, **changes: object) -> dict[str, object]:
-    return {
-        "model": model,
-        "train": write_rows(folder / "rows.csv", 16),
-        "test_size": 4,
-        "template": TEMPLATE,
-        "label_column": "label",
-        "labels": list(LABELS),
-        "max_length": 24,
-        "epochs": 2,
-        "learning_rate": 0.02,
-        "options": {"num_virtual_tokens": 3},
-        **changes,
-    }

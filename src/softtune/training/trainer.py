@@ -168,12 +168,16 @@ class AdapterTrainer(Trainer):
 
         accelerate fills that batch up with rows from the beginning, for parts of equal size.
         """
-        state = self.accelerator.gradient_state
-        if ranks.world_size() == 1 or not state.end_of_dataloader:
+        if ranks.world_size() == 1:
             return 0
         own = num_rows(batch)
-        last = len(state.active_dataloader.dataset) % (own * ranks.world_size())
-        return min(max((ranks.rank() + 1) * own - last, 0), own) if last else 0
+        last = self._rows_of(own * ranks.world_size())
+        return min(max((ranks.rank() + 1) * own - last, 0), own)
+
+    def _rows_of(self, full: int) -> int:
+        """The rows of the current batch over all processes, where a batch that is not the last has ``full``."""
+        state = self.accelerator.gradient_state
+        return (len(state.active_dataloader.dataset) % full if state.end_of_dataloader else 0) or full
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -207,7 +211,8 @@ class AdapterTrainer(Trainer):
         if ranks.world_size() > 1:
             loss = ranks.all_reduce(loss.clone()) / ranks.world_size()
             if self.accelerator.sync_gradients:
-                ranks.average_gradients([p for p in self.model.parameters() if p.requires_grad])  # type: ignore[union-attr]
+                assert isinstance(self.model, PeftModel)
+                ranks.average_gradients([p for p in self.model.parameters() if p.requires_grad])
         if not torch.isfinite(loss):
             raise self._blown_up(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         if not self._learns:
@@ -274,9 +279,7 @@ class AdapterTrainer(Trainer):
 
     def _once_a_row(self, losses: Tensor) -> Tensor:
         """The losses of a validation batch, once for each of its rows; they are the same in all processes."""
-        state = self.accelerator.gradient_state
-        last = len(state.active_dataloader.dataset) % len(losses) if state.end_of_dataloader else 0
-        return losses[: last or len(losses)]
+        return losses[: self._rows_of(len(losses))]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's evaluation loop with the prompt computed once, and measure the further metrics.
