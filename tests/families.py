@@ -68,8 +68,10 @@ from transformers import (
 
 from softtune import (
     BitFitConfig,
+    CombinedConfig,
     PeftConfig,
     PeftModel,
+    PrefixMemoryConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -693,11 +695,23 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "p_tuning_v2": lambda **k: PTuningV2Config(num_virtual_tokens=P, **k),
     "bitfit": lambda **k: BitFitConfig(**k),
     "bitfit_added": lambda **k: BitFitConfig(add_missing=True, **k),
+    "memory": lambda **k: PrefixMemoryConfig(**k),
+    "combined": lambda **k: CombinedConfig(
+        parts=[
+            PrefixTuningConfig(num_virtual_tokens=P),
+            PromptTuningConfig(num_virtual_tokens=2),
+            BitFitConfig(add_missing=True),
+            PrefixMemoryConfig(),
+        ],
+        **k,
+    ),
 }
 
 INPUT_METHODS = ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only")
+TERM_METHODS = ("memory", "combined")
+"""Methods that add to the outputs of attention, in models that call the attention interface."""
 PREFIX_METHODS = ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2")
-KINDS = ("prompt", "prompt_suffix", "prefix", "infix", "prefix_last", "bitfit_added")
+KINDS = ("prompt", "prompt_suffix", "prefix", "infix", "prefix_last", "bitfit_added", "memory", "combined")
 """One method for each way into the base model; the others differ in how they compute what goes in."""
 THOROUGH = ("gpt2", "llama", "bloom", "bert", "t5")
 """Families whose contract with every method is part of the default suite."""
@@ -719,6 +733,10 @@ def takes(family: str, method: str) -> bool:
     row = FAMILIES[family]
     if method == "infix" and not is_decoder_only(family):
         return False
+    if method in TERM_METHODS and (not row.reachable or "prefix" in row.refused):
+        return False
+    if method == "combined" and "prompt" in row.refused:
+        return False
     return method not in row.refused and (method != "bitfit" or row.has_biases)
 
 
@@ -726,7 +744,7 @@ def refusals() -> list[tuple[str, str, str]]:
     """Every family, a method that it cannot take, and what the refusal says to do instead."""
     general = {"bitfit": "add_missing=True", "infix": "use placement='prefix'"}
     return [
-        (family, method, row.refused.get(method) or general[method])
+        (family, method, row.refused.get(method) or general.get(method) or "use P")
         for family, row in FAMILIES.items()
         for method in METHODS
         if not takes(family, method)

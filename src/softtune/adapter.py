@@ -99,15 +99,14 @@ class Adapter:
     def cut_off(self, idle: Collection[str]) -> list[str]:
         """Names of the tensors that should have got a gradient, among trained ones whose gradient is missing or zero.
 
-        Every tensor of a prompt gets a gradient in each step. Bias changes and heads are named only if none of them got
-        one, since single ones may be without: an expert's that no token reached, a bias that the softmax cancels, a
-        part of a head that the loss does not use.
+        Those for which ``PeftConfig.needs_gradient`` does not hold, and heads, are named only if none of them got one,
+        since single ones may be without, such as a part of a head that the loss does not use.
         """
         in_module = [name for name, _ in self.module.named_parameters() if name in self.trained]
         heads = [name for name in self.trained if name not in in_module]
         lost = [name for name in in_module if name in idle]
-        if not self.config.is_prompt_learning and len(lost) < len(in_module):
-            lost = []
+        if len(lost) < len(in_module):
+            lost = [name for name in lost if self.config.needs_gradient(name)]
         return lost + (heads if all(name in idle for name in heads) else [])
 
     def untie(self) -> None:

@@ -30,6 +30,7 @@ from softtune.compat import INSTALLED, class_name, is_tested, tested
 from softtune.errors import SofttuneError, UnsupportedModelError
 from softtune.formatting import in_one_line
 from softtune.methods import BitFitConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
+from softtune.methods.base import Prompt
 from softtune.promises import (
     PROMISES,
     Adapted,
@@ -122,8 +123,9 @@ def _acts_on_text(backbone: Backbone, config: PeftConfig) -> bool:
     if config.is_prompt_learning:
         return True
     reading = {module for stack in backbone.stacks for module in stack.module.modules()}
-    slots = [slot for slot, _ in config.build(backbone).prompt().additions]  # type: ignore[operator]
-    return any(backbone.model.get_submodule(slot.module) in reading for slot in slots)
+    prompt: Prompt = config.build(backbone).prompt()  # type: ignore[operator]
+    slots = [slot for slot, _ in prompt.additions]
+    return bool(prompt.terms) or any(backbone.model.get_submodule(slot.module) in reading for slot in slots)
 
 
 def _language_model(backbone: Backbone) -> Backbone:

@@ -16,7 +16,7 @@ from softtune.compat import DynamicCache
 from softtune.injection.arrangement import Arrangement
 from softtune.injection.cache import PrefixCache
 from softtune.injection.columns import Columns
-from softtune.injection.prefixes import Prefixes
+from softtune.injection.prefixes import Prefixes, check_reached
 from softtune.injection.rows import RowPrompts
 from softtune.injection.step import Step
 from softtune.methods.base import Prompt
@@ -99,9 +99,9 @@ def test_a_layer_that_did_not_call_is_told() -> None:
     wrapper = prefixes.attention(arrangement)
     wrapper.reached |= {id(a.module) for a in backbone.attention_layers[:-1]}
     with pytest.raises(UnsupportedModelError, match="did not reach every layer"):
-        prefixes.check_reached(wrapper, {})
+        check_reached(prefixes.stack, prefixes.layers, wrapper, {})
     wrapper.reached.add(id(backbone.attention_layers[-1].module))
-    prefixes.check_reached(wrapper, {})
+    check_reached(prefixes.stack, prefixes.layers, wrapper, {})
 
 
 def test_cross_attention_is_expected_where_there_is_an_encoder() -> None:
@@ -110,9 +110,9 @@ def test_cross_attention_is_expected_where_there_is_an_encoder() -> None:
     prefixes, arrangement = arranged(backbone, [prefix(cross, 2)] * 3, site=1)
     wrapper = prefixes.attention(arrangement)
     assert {*wrapper.crossing} == {a.module for a in cross}
-    prefixes.check_reached(wrapper, {})
+    check_reached(prefixes.stack, prefixes.layers, wrapper, {})
     with pytest.raises(UnsupportedModelError, match="did not reach"):
-        prefixes.check_reached(wrapper, {"encoder_hidden_states": torch.zeros(3, 2, 8)})
+        check_reached(prefixes.stack, prefixes.layers, wrapper, {"encoder_hidden_states": torch.zeros(3, 2, 8)})
 
 
 def test_layers_without_the_interface_get_a_cache() -> None:

@@ -67,7 +67,7 @@ def _forward(
     project = _project_fused if hasattr(module, "in_proj") else _project
     query, key, value, bias = project(module, hidden_states, relative_pos, embeddings if module.pos_att_type else None)
     attend = Attention(_attend, MaskForm.DENSE)
-    output, weights = wrapper(attend, module, query, key, value, mask, position_bias=bias)
+    output, weights = wrapper(attend, module, query, key, value, mask, position_bias=bias, scaling=1.0)
     return output.flatten(2), weights if output_attentions else None
 
 

@@ -214,8 +214,9 @@ class AttentionRecorder:
     """A wrapper that records every call's module, key and value, and changes nothing."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, Tensor, Tensor, bool]] = []
-        """Module, key [B, H, S, K], value [B, H, S, V], and whether the keys come from another sequence."""
+        self.calls: list[tuple[nn.Module, Tensor, Tensor, bool, int]] = []
+        """Module, key [B, H, S, K], value [B, H, S, V], whether the keys come from another sequence, and the number of
+        query heads."""
 
     def __call__(
         self,
@@ -227,5 +228,5 @@ class AttentionRecorder:
         attention_mask: Mask,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        self.calls.append((module, key, value, query.shape[-2] != key.shape[-2]))
+        self.calls.append((module, key, value, query.shape[-2] != key.shape[-2], query.shape[1]))
         return attend(module, query, key, value, attention_mask, **kwargs)

@@ -44,7 +44,7 @@ def keys_and_values(
     recorder, output = _observe(model, stacks, inputs)
     if recorder.calls:
         calls = _by_place(recorder, stacks)
-        return {place: (key[0], value[0]) for place, (_, key, value) in calls.items()}
+        return {place: (key[0], value[0]) for place, (_, key, value, _) in calls.items()}
     return {seen.layer.place: (seen.key, seen.value) for seen in _cached(compat.cache_of(output))}
 
 
@@ -126,8 +126,8 @@ def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) 
     """The layers that called the attention interface."""
     first: dict[int, int] = {}
     seen = []
-    for (site, index), (module, key, value) in _by_place(recorder, stacks).items():
-        facts = _facts(module, key, value, recorder, cache)
+    for (site, index), (module, key, value, query_heads) in _by_place(recorder, stacks).items():
+        facts = _facts(module, key, value, recorder, cache) | {"query_heads": query_heads}
         if facts["is_shared"]:
             source = first.setdefault(key.data_ptr(), index)
             facts["shared_from"] = None if source == index else source
@@ -135,16 +135,18 @@ def _recorded(recorder: AttentionRecorder, stacks: Sequence[Stack], cache: Any) 
     return seen
 
 
-def _by_place(recorder: AttentionRecorder, stacks: Sequence[Stack]) -> dict[Place, tuple[nn.Module, Tensor, Tensor]]:
-    """Each layer's module, keys [1, H, T, K] and values, in the order of the calls."""
+def _by_place(
+    recorder: AttentionRecorder, stacks: Sequence[Stack]
+) -> dict[Place, tuple[nn.Module, Tensor, Tensor, int]]:
+    """Each layer's module, keys [1, H, T, K], values and number of query heads, in the order of the calls."""
     sites = {module: stack.site for stack in stacks for module in stack.module.modules()}
     # ALBERT calls one module for every layer: its layers share a prefix.
     calls = {call[0]: call for call in reversed(recorder.calls)}
     count: Counter[Site] = Counter()
     found = {}
-    for module, key, value, other in reversed(calls.values()):
+    for module, key, value, other, query_heads in reversed(calls.values()):
         site = Site.CROSS if other and sites[module] is Site.DECODER else sites[module]
-        found[site, count[site]] = (module, key, value)
+        found[site, count[site]] = (module, key, value, query_heads)
         count[site] += 1
     return found
 

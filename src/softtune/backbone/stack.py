@@ -52,6 +52,8 @@ class AttentionLayer:
     """H, the number of key/value heads."""
     key_size: int
     value_size: int
+    query_heads: int = 0
+    """The number of query heads; 0 where it was not observed."""
     module: nn.Module | None = None
     """The module that calls the attention interface; None in models that take a prefix only as a cache."""
 

@@ -180,8 +180,13 @@ def _lay_together(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check_columns(columns: Tensor, prompts: Sequence[Prompt]) -> None:
-    sizes = {p.num_virtual_tokens for p in prompts if p.vectors is not None or p.after_text}
+    sizes = {p.prefix_length if p.vectors is None else len(p.vectors) for p in prompts if _has_place(p)}
     if not sizes:
         raise DataError("prompt_positions is for virtual tokens among the words, this adapter has none", "leave it out")
     if sizes != {columns.shape[-1]} or columns.dim() != 2:
         raise DataError(f"prompt_positions {list(columns.shape)} do not fit", f"give {max(sizes)} for each row")
+
+
+def _has_place(prompt: Prompt) -> bool:
+    """Whether a prompt's virtual tokens have a place in the text."""
+    return prompt.vectors is not None or prompt.after_text

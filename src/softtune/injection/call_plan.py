@@ -20,6 +20,7 @@ from softtune.backbone import Backbone, Site, Stack, is_reentrant
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import UnsupportedModelError
 from softtune.injection.arrangement import Arrangement
+from softtune.injection.attention_terms import TermAttention, terms_of
 from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.cache import as_long_as, begin_with, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
@@ -33,7 +34,7 @@ from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import RowPrompts, multiplied
 from softtune.injection.step import Call, Step, features_of, masks_of
 from softtune.injection.trim import Trim
-from softtune.methods.base import Prompt
+from softtune.methods.base import KeyValue, Prompt
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class CallPlan:
     arrangement: Arrangement
     shortened: Trim | Pack | None
     """The columns that the layers do not see, or the pack in place of rows and columns."""
-    wrapper: PrefixAttention | PackedAttention | None
+    wrapper: PrefixAttention | PackedAttention | TermAttention | None
     anchor: Anchor | None
     """Passes gradients to the prompts through reentrant checkpointing."""
     states: Tensor | None = None
@@ -100,6 +101,9 @@ class CallPlanner:
         sites = (stack.site, Site.CROSS) if stack.is_causal else (stack.site,)
         places = {place for prompt in prompts for place in prompt.prefixes if place[0] in sites}
         self.layers = [a for a in backbone.attention_layers if a.place in places] if places else []
+        terms = {place for prompt in prompts for place in prompt.terms if place[0] in sites}
+        self.term_layers = [a for a in backbone.attention_layers if a.place in terms] if terms else []
+        self.terms = [terms_of(prompt, self.term_layers) for prompt in prompts]
         self.prompts = RowPrompts.from_prompts(prompts, self.layers, stack, reads=reads_input)
         self._check_support(backbone)
         self.prefixes = Prefixes(stack, self.layers)
@@ -126,6 +130,11 @@ class CallPlanner:
     @property
     def acts(self) -> bool:
         """Whether any prompt must reach the stack."""
+        return self.has_virtual_tokens or bool(self.term_layers)
+
+    @property
+    def has_virtual_tokens(self) -> bool:
+        """Whether any prompt has virtual tokens here, which take positions of the text."""
         return bool(self.layers) or self.prompts.vectors is not None
 
     def plan(self, call: Call, columns: Columns, outer: OuterCall) -> CallPlan:
@@ -151,22 +160,29 @@ class CallPlanner:
         prompts = self.pick_prompts(step)
         columns = columns.in_call(step, prompts, shortened if isinstance(shortened, Trim) else None)
         arrangement = Arrangement(step, prompts, columns)
-        if self.acts and not outer.has_positions:
+        if self.has_virtual_tokens and not outer.has_positions:
             self.positions.count_text(call, arrangement)
-        anchor = self._anchor(call, prompts) if is_reentrant(self.stack.module) else None
-        if anchor is not None:
-            arrangement = replace(arrangement, prompts=replace(prompts, prefixes=anchor.prefixes))
+        anchor, terms = None, self.terms
+        if is_reentrant(self.stack.module):
+            anchor = self._anchor(call, prompts)
+            prefixes = {place: KeyValue(*map(anchor.leaf, prefix)) for place, prefix in prompts.prefixes.items()}
+            arrangement = replace(arrangement, prompts=replace(prompts, prefixes=prefixes))
+            terms = [{module: term.map(anchor.leaf) for module, term in of_one.items()} for of_one in terms]
         arrangement = replace(arrangement, layout=self._lay_out(call, arrangement))
         self.positions.check(call, arrangement)
         self.positions.place(call, arrangement)
         self._make_room(call, arrangement)
         states: Tensor | None = None
-        wrapper: PrefixAttention | PackedAttention | None
+        wrapper: PrefixAttention | PackedAttention | TermAttention | None
         if isinstance(shortened, Pack):
             states = self._fill(shortened, call, step, depth, anchor)
             wrapper = self._packed_attention(shortened, arrangement)
         else:
             wrapper = self._prefix_attention(call, arrangement)
+        if self.term_layers:
+            rows = None if self.rows is None else multiplied(self.rows, step.rows)
+            packed = shortened.rows if isinstance(shortened, Pack) else None
+            wrapper = TermAttention(wrapper, terms, rows if rows is None or packed is None else rows[packed], packed=packed is not None)
         if wrapper is not None and not self.stack.is_disentangled:
             call[WRAPPER] = wrapper
         return CallPlan(
@@ -199,7 +215,7 @@ class CallPlanner:
         Raises:
             UnsupportedModelError: it keeps states, and the call has a cache.
         """
-        if self.acts and self.stack.keeps_states and call.get("cache") is not None:
+        if self.has_virtual_tokens and self.stack.keeps_states and call.get("cache") is not None:
             raise UnsupportedModelError(
                 f"{type(self.stack.module).__name__} keeps states beside its cache, which know nothing of virtual "
                 "tokens",
@@ -260,7 +276,9 @@ class CallPlanner:
             raise UnsupportedModelError(
                 "layers share keys, whose gradients reentrant checkpointing loses", "enable it with use_reentrant=False"
             )
-        anchor = Anchor(dict(row_prompts.prefixes))
+        of_prefixes = [part for prefix in row_prompts.prefixes.values() for part in prefix]
+        of_terms = [part for of_one in self.terms for term in of_one.values() for part in term.tensors]
+        anchor = Anchor([*of_prefixes, *of_terms])
         if call.get("inputs_embeds") is not None:
             call["inputs_embeds"] = anchor.tie(call["inputs_embeds"])
         return anchor

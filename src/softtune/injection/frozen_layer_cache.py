@@ -136,7 +136,7 @@ def untouched(prompts: Sequence[Prompt]) -> int:
     """Number of a decoder's first layers that none of a batch's prompts reaches."""
     if any(p.vectors is not None or p.after_text for p in prompts):
         return 0
-    return min((index for p in prompts for _, index in p.prefixes), default=0)
+    return min((index for p in prompts for _, index in (*p.prefixes, *p.terms)), default=0)
 
 
 def _firsts(positions: Tensor, mask: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ class Positions:
                 "virtual tokens among the words have no place among the positions of pictures", "use PrefixTuningConfig"
             )
         else:
-            in_slots = layout.merge(shift.expand_as(positions), torch.zeros_like(row_prompts.is_vector))
+            of_vectors = row_prompts.shift[:, None].to(step.device) * row_prompts.is_vector
+            in_slots = layout.merge(shift.expand_as(positions), of_vectors)
             positions = layout.merge_positions(positions) + in_slots
         if (limit := self.stack.table_size) is not None:  # only padding is beyond it
             positions = positions.clamp(max=self.stack.first_position + limit - 1)

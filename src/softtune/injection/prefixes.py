@@ -16,6 +16,7 @@ from softtune import compat
 from softtune.backbone import AttentionLayer, Site, Stack
 from softtune.errors import UnsupportedModelError
 from softtune.injection.arrangement import Arrangement
+from softtune.injection.attention_terms import TermAttention
 from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.cache import PrefixCache, own_cache
 from softtune.injection.graphs import holds
@@ -77,19 +78,6 @@ class Prefixes:
                 "run rows with other prefixes in batches of their own, and leave out shift_positions",
             )
 
-    def check_reached(self, wrapper: PrefixAttention | PackedAttention, call: Call) -> None:
-        """Check that each layer that has a prefix has called the wrapper, unless layers are dropped at random.
-
-        Raises:
-            UnsupportedModelError: a layer has not.
-        """
-        crossing = call.get("encoder_hidden_states") is not None
-        expected = {id(a.module) for a in self.layers if a.site is not Site.CROSS or crossing}
-        if expected - wrapper.reached and not self.stack.drops_layers:
-            raise UnsupportedModelError(
-                "the prefix did not reach every layer", "add the adapter after all changes to the base model's modules"
-            )
-
     def _visible(self, arrangement: Arrangement) -> dict[nn.Module, Tensor]:
         """[B or 1, T or 1, P] which tokens see a module's prefix; no entry where all see all of it."""
         step, row_prompts, layout = arrangement.step, arrangement.prompts, arrangement.layout
@@ -124,3 +112,19 @@ class Prefixes:
         }
         biases = {kind: self.stack.prefix_bias(kind[0], positions, kind[1]) for kind in {*kinds.values()}}
         return {module: biases[kind] for module, kind in kinds.items()}
+
+
+def check_reached(
+    stack: Stack, layers: Sequence[AttentionLayer], wrapper: PrefixAttention | PackedAttention | TermAttention, call: Call
+) -> None:
+    """Check that each layer for which there is a prompt has called the wrapper, unless layers are dropped at random.
+
+    Raises:
+        UnsupportedModelError: a layer has not.
+    """
+    crossing = call.get("encoder_hidden_states") is not None
+    expected = {id(a.module) for a in layers if a.site is not Site.CROSS or crossing}
+    if expected - wrapper.reached and not stack.drops_layers:
+        raise UnsupportedModelError(
+            "the prompt did not reach every layer", "add the adapter after all changes to the base model's modules"
+        )

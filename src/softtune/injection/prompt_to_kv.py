@@ -12,11 +12,14 @@ from softtune.methods.base import KeyValue, Prompt
 
 
 def prompt_to_kv(backbone: Backbone, prompt: Prompt) -> Prompt:
-    """Turn a prompt's vectors into a prefix. Where they cannot be one, or layers are dropped at random, the prompt is
-    returned as it is."""
+    """Turn a prompt's vectors into a prefix. Where they cannot be one, layers are dropped at random, or the prompt has
+    more than vectors, which would change their keys and values, it is returned as it is."""
     if (
         prompt.vectors is None
         or prompt.after_text
+        or prompt.prefixes
+        or prompt.additions
+        or prompt.terms
         or not backbone.is_pure_attention_decoder
         or backbone.stacks[0].drops_layers
     ):

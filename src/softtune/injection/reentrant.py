@@ -2,34 +2,35 @@
 
 Such a layer first runs without gradients. It runs again, with a backward pass of its own, when the gradient of its
 output arrives. A tensor that reaches it other than as an argument must be a leaf of the graph, and its input must
-require a gradient. So prefixes go in as leaves, and an anchor at the layers' input passes on the gradients that the
+require a gradient. So prompts go in as leaves, and an anchor at the layers' input passes on the gradients that the
 leaves have accumulated: its backward runs after that of all layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from softtune.backbone import Place
-from softtune.methods.base import KeyValue
-
 
 class Anchor:
-    """Leaves in place of prefixes, whose gradients it passes back to the prefixes.
+    """Leaves in place of a prompt's tensors, whose gradients it passes back to them.
 
     Args:
-        prefixes: each layer's prefix, with gradients.
+        tensors: the tensors, with gradients.
     """
 
-    def __init__(self, prefixes: dict[Place, KeyValue]) -> None:
-        self._tensors = [part for prefix in prefixes.values() for part in prefix]
-        self._leaves = [part.detach().requires_grad_(part.requires_grad) for part in self._tensors]
-        pairs = zip(self._leaves[::2], self._leaves[1::2], strict=True)
-        self.prefixes = {place: KeyValue(*pair) for place, pair in zip(prefixes, pairs, strict=True)}
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._leaves = [part.detach().requires_grad_(part.requires_grad) for part in tensors]
+        self._by_id = {id(part): leaf for part, leaf in zip(tensors, self._leaves, strict=True)}
+
+    def leaf(self, tensor: Tensor) -> Tensor:
+        """The leaf in place of one of the tensors."""
+        return self._by_id[id(tensor)]
 
     def tie(self, states: Tensor) -> Tensor:
         """The layers' input [B, S, D], whose backward passes the leaves' gradients back."""

@@ -63,9 +63,7 @@ class RowPrompts:
         device = _device(prompts)
         counts = [len(p.vectors) if reads and p.vectors is not None else 0 for p in prompts]
         has_prefix = [any(a.place in p.prefixes for a in layers if a.site is stack.site) for p in prompts]
-        shift = [
-            p.num_virtual_tokens if h and p.shifts_positions else 0 for p, h in zip(prompts, has_prefix, strict=True)
-        ]
+        shift = [p.prefix_length if h and p.shifts_positions else 0 for p, h in zip(prompts, has_prefix, strict=True)]
         lengths = {a.place: tuple(_length(p, a) for p in prompts) for a in layers}
         return cls(
             vectors=_stack_vectors(prompts, counts, front=stack.is_causal) if any(counts) else None,
@@ -101,11 +99,12 @@ class RowPrompts:
 def _device(prompts: Sequence[Prompt]) -> torch.device:
     parts = [p.vectors for p in prompts] + [kv.key for p in prompts for kv in p.prefixes.values()]
     parts += [added for p in prompts for _, added in p.additions]
+    parts += [part for p in prompts for part in (*p.memories.values(), *(kv.key for kv in p.gated.values()))]
     return next((part.device for part in parts if part is not None), torch.device("cpu"))
 
 
 def _length(prompt: Prompt, layer: AttentionLayer) -> int:
-    return prompt.num_virtual_tokens if layer.place in prompt.prefixes else 0
+    return prompt.prefixes[layer.place].key.shape[1] if layer.place in prompt.prefixes else 0
 
 
 def _is_real(counts: Sequence[int], device: torch.device, *, front: bool) -> Tensor:

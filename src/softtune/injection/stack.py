@@ -25,6 +25,7 @@ from softtune.injection.call_plan import CallPlan, CallPlanner, OuterCall
 from softtune.injection.columns import Columns
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
 from softtune.injection.layout import Layout
+from softtune.injection.prefixes import check_reached
 from softtune.injection.step import Call, Step
 from softtune.methods.base import Prompt
 
@@ -93,7 +94,8 @@ class StackInjection:
         self.finished = plan
         self._skipping.close()
         if plan.wrapper is not None:
-            self.planner.prefixes.check_reached(plan.wrapper, kwargs)
+            planner = self.planner
+            check_reached(self.stack, [*planner.layers, *planner.term_layers], plan.wrapper, kwargs)
         return self._restore(plan, kwargs, output)
 
     def _apply(self, plan: CallPlan) -> Call:

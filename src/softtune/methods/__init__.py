@@ -2,8 +2,10 @@
 
 from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
 from softtune.methods.bitfit import BitFitConfig
+from softtune.methods.combined import CombinedConfig
 from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from softtune.methods.p_tuning_v2 import PTuningV2Config
+from softtune.methods.prefix_memory import PrefixMemoryConfig
 from softtune.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from softtune.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 
@@ -14,16 +16,20 @@ PEFT_TYPE_TO_CONFIG_MAPPING.update(
         PeftType.P_TUNING: PromptEncoderConfig,
         PeftType.P_TUNING_V2: PTuningV2Config,
         PeftType.BITFIT: BitFitConfig,
+        PeftType.PREFIX_MEMORY: PrefixMemoryConfig,
+        PeftType.COMBINED: CombinedConfig,
     }
 )
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "BitFitConfig",
+    "CombinedConfig",
     "PTuningV2Config",
     "PeftConfig",
     "PeftType",
     "PrefixEncoder",
+    "PrefixMemoryConfig",
     "PrefixTuningConfig",
     "PromptEmbedding",
     "PromptEncoder",

@@ -62,6 +62,8 @@ class PeftType(str, Enum):
     PREFIX_TUNING = "PREFIX_TUNING"
     P_TUNING_V2 = "P_TUNING_V2"
     BITFIT = "BITFIT"
+    PREFIX_MEMORY = "PREFIX_MEMORY"
+    COMBINED = "COMBINED"
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
@@ -79,22 +81,47 @@ class KeyValue(NamedTuple):
     """[H, P, V]"""
 
 
+class GatedKeyValue(NamedTuple):
+    """Keys and values of one attention layer with a softmax of their own, whose result a gate scales."""
+
+    key: Tensor
+    """[H, P, K]"""
+    value: Tensor
+    """[H, P, V]"""
+    gate: Tensor
+    """[1], or one for each query head [Q]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What an adapter contributes to a batch, without the batch dimension."""
 
     num_virtual_tokens: int = 0
-    """P; 0 where the method has no virtual tokens."""
+    """Number of virtual tokens: of ``vectors`` and of ``prefixes`` together; 0 where the method has none."""
     vectors: Tensor | None = None
     """[P, D] virtual tokens among the input embeddings."""
     prefixes: Mapping[tuple[Site, int], KeyValue] = field(default_factory=dict)
     """Keys and values that precede a layer's own, by site and layer."""
     additions: Sequence[tuple[BiasSlot, Tensor]] = ()
     """Bias changes [width], added to the output of a module that has a bias or could have one."""
+    memories: Mapping[tuple[Site, int], Tensor] = field(default_factory=dict)
+    """Matrices [Q or H, K, V] that map a layer's queries to what is added to its attention's output."""
+    gated: Mapping[tuple[Site, int], GatedKeyValue] = field(default_factory=dict)
+    """Keys and values that a layer's queries attend to apart from the text."""
     after_text: bool = False
     """Whether the virtual tokens follow the text (suffix, infix) instead of preceding it."""
     shifts_positions: bool = True
     """Whether a prefix takes the positions 0 .. P-1, so that the text starts at position P."""
+
+    @property
+    def prefix_length(self) -> int:
+        """P, the number of virtual tokens of a prefix; 0 where there is none."""
+        return next((pair.key.shape[1] for pair in self.prefixes.values()), 0)
+
+    @property
+    def terms(self) -> set[tuple[Site, int]]:
+        """The attention layers to whose outputs something is added, by site and layer."""
+        return {*self.memories, *self.gated}
 
 
 class Method(Protocol):
@@ -200,6 +227,18 @@ class PeftConfig(PushToHubMixin):
         """Whether the head that the task's model class adds is trained with the adapter."""
         return self.task_type is not None and self.task_type.has_head
 
+    def needs_gradient(self, name: str) -> bool:
+        """Whether a parameter of the module, by its name, gets a gradient in every step.
+
+        Every tensor of a prompt does. Other ones may be without: an expert's that no token reached, a bias that the
+        softmax cancels.
+        """
+        return self.is_prompt_learning
+
+    def learning_rate_ratio(self, name: str) -> float:
+        """The factor of the learning rate with which a parameter of the module is trained, by its name."""
+        return 1.0
+
     @property
     def kind(self) -> str:
         """The method's name, followed by the values of the fields in ``ways``."""
@@ -238,11 +277,10 @@ class PeftConfig(PushToHubMixin):
         """All fields, with enum members replaced by their values."""
         return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(self).items()}
 
-    @classmethod
-    def peak_learning_rate(cls, task: TaskType) -> float:
+    def peak_learning_rate(self, task: TaskType) -> float:
         """Default peak learning rate for a task."""
-        beside_head = cls.learning_rate_beside_head if task.has_head else None
-        return beside_head or cls.learning_rate
+        beside_head = self.learning_rate_beside_head if task.has_head else None
+        return beside_head or self.learning_rate
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:

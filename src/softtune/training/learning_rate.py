@@ -67,7 +67,7 @@ def range_test(trainer: AdapterTrainer) -> RangeTest:
     """
     optimizer = trainer.create_optimizer()
     for group in optimizer.param_groups:
-        group["lr"] = LOWEST
+        group["lr"] *= LOWEST / trainer.args.learning_rate
     growth = (HIGHEST / LOWEST) ** (1 / (STEPS - 1))
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: growth**step)
     trainer.args.max_steps, trainer.args.save_strategy = STEPS, "no"

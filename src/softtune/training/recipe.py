@@ -218,7 +218,7 @@ class Recipe(LoadFields, RecipeFields):
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate or config_class_of(self.method).peak_learning_rate(self.task)
+        return self.learning_rate or self.config().peak_learning_rate(self.task)
 
     @property
     def definition(self) -> Task:

@@ -126,6 +126,18 @@ class AdapterTrainer(Trainer):
             super().train(resume_from_checkpoint=resume_from_checkpoint)
         self._check_numbers()
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimiser, in which parts of a combined adapter have learning rates of their own."""
+        is_new, optimizer = self.optimizer is None, super().create_optimizer(*args, **kwargs)
+        if is_new:
+            assert isinstance(self.model, PeftModel)
+            adapter = self.model.adapter(self.model.active_adapter)
+            own = set(map(id, adapter.module.parameters()))
+            named = {id(x): name for name, x in adapter.trained.items() if id(x) in own}
+            ratios = {key: adapter.config.learning_rate_ratio(name) for key, name in named.items()}
+            optimizer.param_groups = [part for group in optimizer.param_groups for part in _by_rate(group, ratios)]
+        return optimizer
+
     def _frozen_layer_cache(self) -> AbstractContextManager[Any]:
         if self.gradients is not None or not any(self.trunk_cache):
             return nullcontext()
@@ -402,3 +414,11 @@ def training_arguments(
     if eval_steps is not None:
         arguments.eval_steps = eval_steps
     return arguments
+
+
+def _by_rate(group: dict[str, Any], ratios: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Split an optimiser's group by the factors of its parameters' learning rates; by ``id``, 1 where there is none."""
+    by_ratio: dict[float, list[Tensor]] = {}
+    for parameter in group["params"]:
+        by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
+    return [{**group, "params": params, "lr": group["lr"] * ratio} for ratio, params in by_ratio.items()]
