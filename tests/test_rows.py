@@ -20,6 +20,7 @@ from softtune import (
     DataError,
     PeftModel,
     PrefixTuningConfig,
+    PromptLearningConfig,
     PromptTuningConfig,
     UnsupportedModelError,
     get_peft_model,
@@ -64,7 +65,7 @@ def mixed(
     model = PeftModel(base or base_model(family, task))
     for number, kind in enumerate(kinds):
         config = METHODS[kind](task_type=task)
-        if hasattr(config, "num_virtual_tokens"):
+        if isinstance(config, PromptLearningConfig):
             config = dataclasses.replace(config, num_virtual_tokens=1 + 2 * number)
         model.add_adapter(kind, config)
         model.set_adapter(kind)

@@ -1,7 +1,8 @@
-"""Prefixes, in two ways: as a ready cache of the model's own, and through an attention function made of loops."""
+"""Prefixes, in two ways: as a ready cache of the model's own, and through an attention function made of loops. The
+second way also adds terms to the outputs of single heads."""
 # ruff: noqa: F722
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -54,6 +55,8 @@ def causal_by_cache(
 
 
 _prefixes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+_terms: dict[nn.Module, Callable[[int, Tensor], Tensor]] = {}
+"""What is added to a head's output [V], by its number and a query [K] as the attention function gets it."""
 _hidden_before: dict[nn.Module, int] = {}
 _open_slots: set[int] = set()
 
@@ -96,7 +99,8 @@ def _naive(
                 scores = torch.cat([torch.full((length,), float("-inf")), scores[length:]])
             if s_aux is not None:
                 scores = torch.cat([scores, s_aux[n : n + 1]])
-            rows.append(torch.softmax(scores, dim=0)[: len(values)] @ values)
+            added = _terms[module](n, query[0, n, t]) if module in _terms else 0
+            rows.append(torch.softmax(scores, dim=0)[: len(values)] @ values + added)
         heads.append(torch.stack(rows))
     return torch.stack(heads, dim=1)[None], None
 
@@ -150,7 +154,8 @@ def _naive_disentangled(
                 score = score + key[n, s] @ queries_of_distance[n, back]
                 scores.append(score if attention_mask[0, 0, t, s] else score - float("inf"))
             weights = torch.softmax(torch.stack(scores) / (3 * query.shape[-1]) ** 0.5, dim=0)
-            rows.append(weights @ torch.cat([prefix_value[n], value[n]]))
+            added = _terms[module](n, query[n, t] / (3 * query.shape[-1]) ** 0.5) if module in _terms else 0
+            rows.append(weights @ torch.cat([prefix_value[n], value[n]]) + added)
         heads.append(torch.stack(rows))
     return torch.cat(heads, dim=-1)[None], None
 
@@ -165,9 +170,11 @@ def naive_prefixes(
     prefixes: dict[str, tuple[Tensor, Tensor]],
     hidden_before: int = 0,
     open_slots: tuple[int, ...] = (),
+    terms: dict[str, Callable[[int, Tensor], Tensor]] | None = None,
 ) -> Iterator[PreTrainedModel]:
-    """The model with a prefix before each named module's keys, which queries before ``hidden_before`` do not see, and
-    with slots that windows end for no query."""
+    """The model with a prefix before each named module's keys, which queries before ``hidden_before`` do not see, with
+    slots that windows end for no query, and with terms that are added to the heads' outputs."""
+    _terms.update({model.base_model.get_submodule(name): term for name, term in (terms or {}).items()})
     _open_slots.update(open_slots)
     for module in model.modules():
         if hasattr(module, "config"):
@@ -187,6 +194,7 @@ def naive_prefixes(
         for module in own:
             del vars(module)["forward"]
         _prefixes.clear()
+        _terms.clear()
         _hidden_before.clear()
         _open_slots.clear()
         _bias_owners.clear()

@@ -53,6 +53,10 @@ def assert_same(found: Prompt, expected: Prompt) -> None:
     for place, states in expected.prefixes.items():
         for part, other in zip(found.prefixes[place], states, strict=True):
             assert torch.equal(part, other)
+    assert found.terms == expected.terms
+    assert all(torch.equal(memory, expected.memories[place]) for place, memory in found.memories.items())
+    for place, gated in found.gated.items():
+        assert all(torch.equal(*pair) for pair in zip(gated, expected.gated[place], strict=True))
     by_name = [{slot.name: added for slot, added in prompt.additions} for prompt in (found, expected)]
     assert by_name[0].keys() == by_name[1].keys()
     assert all(torch.equal(added, by_name[1][name]) for name, added in by_name[0].items())

@@ -34,7 +34,7 @@ from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import RowPrompts, multiplied
 from softtune.injection.step import Call, Step, features_of, masks_of
 from softtune.injection.trim import Trim
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.base import Prompt
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,7 @@ class CallPlanner:
         anchor, terms = None, self.terms
         if is_reentrant(self.stack.module):
             anchor = self._anchor(call, prompts)
-            prefixes = {place: KeyValue(*map(anchor.leaf, prefix)) for place, prefix in prompts.prefixes.items()}
-            arrangement = replace(arrangement, prompts=replace(prompts, prefixes=prefixes))
+            arrangement = replace(arrangement, prompts=replace(prompts, prefixes=anchor.prefixes))
             terms = [{module: term.map(anchor.leaf) for module, term in of_one.items()} for of_one in terms]
         arrangement = replace(arrangement, layout=self._lay_out(call, arrangement))
         self.positions.check(call, arrangement)
@@ -182,7 +181,9 @@ class CallPlanner:
         if self.term_layers:
             rows = None if self.rows is None else multiplied(self.rows, step.rows)
             packed = shortened.rows if isinstance(shortened, Pack) else None
-            wrapper = TermAttention(wrapper, terms, rows if rows is None or packed is None else rows[packed], packed=packed is not None)
+            wrapper = TermAttention(
+                wrapper, terms, rows if rows is None or packed is None else rows[packed], packed=packed is not None
+            )
         if wrapper is not None and not self.stack.is_disentangled:
             call[WRAPPER] = wrapper
         return CallPlan(
@@ -276,9 +277,8 @@ class CallPlanner:
             raise UnsupportedModelError(
                 "layers share keys, whose gradients reentrant checkpointing loses", "enable it with use_reentrant=False"
             )
-        of_prefixes = [part for prefix in row_prompts.prefixes.values() for part in prefix]
         of_terms = [part for of_one in self.terms for term in of_one.values() for part in term.tensors]
-        anchor = Anchor([*of_prefixes, *of_terms])
+        anchor = Anchor(row_prompts.prefixes, of_terms)
         if call.get("inputs_embeds") is not None:
             call["inputs_embeds"] = anchor.tie(call["inputs_embeds"])
         return anchor

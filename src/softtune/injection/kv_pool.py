@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from softtune.backbone import AttentionLayer, Backbone, Place
 from softtune.backbone.interface import WRAPPER, takes_any_mask
 from softtune.errors import UnsupportedModelError
+from softtune.injection.attention_terms import TermAttention, Terms
 from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.grouped_attention import GroupedAttention, RowGroup, alike_long
 from softtune.methods.base import KeyValue
@@ -97,9 +98,20 @@ class KVPool:
         return self._masks[1]
 
     @contextmanager
-    def reading(self, pieces: Sequence[PooledSequence]) -> Iterator[None]:
-        """Let a forward of the pieces' tokens [1, N], concatenated, continue their sequences, in a model session."""
-        wrapper, longest = PooledAttention(self, pieces), max(len(piece.slots) for piece in pieces)
+    def reading(
+        self, pieces: Sequence[PooledSequence], terms: Sequence[Terms] = (), rows: Tensor | None = None
+    ) -> Iterator[None]:
+        """Let a forward of the pieces' tokens [1, N], concatenated, continue their sequences, in a model session.
+
+        Args:
+            pieces: the next tokens of each sequence.
+            terms: what each adapter adds to the outputs of attention.
+            rows: [N] index of each token's adapter; None where there is only one.
+        """
+        wrapper: PooledAttention | TermAttention = PooledAttention(self, pieces)
+        if any(terms):
+            wrapper = TermAttention(wrapper, terms, rows, packed=True)
+        longest = max(len(piece.slots) for piece in pieces)
 
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, "attention_mask": self.masks(longest), "use_cache": False, WRAPPER: wrapper}

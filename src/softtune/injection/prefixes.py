@@ -115,7 +115,10 @@ class Prefixes:
 
 
 def check_reached(
-    stack: Stack, layers: Sequence[AttentionLayer], wrapper: PrefixAttention | PackedAttention | TermAttention, call: Call
+    stack: Stack,
+    layers: Sequence[AttentionLayer],
+    wrapper: PrefixAttention | PackedAttention | TermAttention,
+    call: Call,
 ) -> None:
     """Check that each layer for which there is a prompt has called the wrapper, unless layers are dropped at random.
 

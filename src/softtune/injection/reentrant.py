@@ -8,25 +8,30 @@ leaves have accumulated: its backward runs after that of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from softtune.backbone import Place
+from softtune.methods.base import KeyValue
+
 
 class Anchor:
     """Leaves in place of a prompt's tensors, whose gradients it passes back to them.
 
     Args:
-        tensors: the tensors, with gradients.
+        prefixes: each layer's prefix, with gradients.
+        others: further tensors, with gradients.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._leaves = [part.detach().requires_grad_(part.requires_grad) for part in tensors]
-        self._by_id = {id(part): leaf for part, leaf in zip(tensors, self._leaves, strict=True)}
+    def __init__(self, prefixes: Mapping[Place, KeyValue], others: Sequence[Tensor] = ()) -> None:
+        self._tensors = [*(part for prefix in prefixes.values() for part in prefix), *others]
+        self._leaves = [part.detach().requires_grad_(part.requires_grad) for part in self._tensors]
+        self._by_id = {id(part): leaf for part, leaf in zip(self._tensors, self._leaves, strict=True)}
+        self.prefixes = {place: KeyValue(*map(self.leaf, prefix)) for place, prefix in prefixes.items()}
 
     def leaf(self, tensor: Tensor) -> Tensor:
         """The leaf in place of one of the tensors."""

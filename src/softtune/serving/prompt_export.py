@@ -18,10 +18,10 @@ from torch import Tensor
 from softtune import checkpoint, self_check
 from softtune.adapter import Adapter
 from softtune.adapter_context import computed_prompt
-from softtune.backbone import AttentionLayer, Backbone, model_session
+from softtune.backbone import AttentionLayer, Backbone, Place, model_session
 from softtune.errors import UnsupportedModelError
 from softtune.methods import PeftConfig
-from softtune.methods.base import Prompt
+from softtune.methods.base import GatedKeyValue, Prompt
 from softtune.methods.kv_layout import joined_prefix, split_prefix
 from softtune.model import PeftModel
 
@@ -72,6 +72,9 @@ def save_prompt(prompt: Prompt, backbone: Backbone, folder: Path) -> None:
     """Write an exported prompt into a folder."""
     layers = _layers(prompt, backbone)
     tensors = {f"addition.{slot.name}": added for slot, added in prompt.additions}
+    tensors |= {f"memory.{_name(place)}": memory for place, memory in prompt.memories.items()}
+    for place, gated in prompt.gated.items():
+        tensors |= {f"gated.{_name(place)}.{part}": tensor for part, tensor in gated._asdict().items()}
     if prompt.vectors is not None:
         tensors["vectors"] = prompt.vectors
     if layers:
@@ -95,14 +98,27 @@ def load_prompt(folder: Path, backbone: Backbone, *, with_prefix: bool = True) -
     layers = [backbone.attention_layers[number] for number in facts["layers"]] if with_prefix else []
     has_additions = any(name.startswith("addition.") for name in tensors)
     slots = {f"addition.{slot.name}": slot for slot in backbone.bias_slots()} if has_additions else {}
+    acting = backbone.attention_layers if any(name.startswith(("memory.", "gated.")) for name in tensors) else []
     return Prompt(
         num_virtual_tokens=facts["num_virtual_tokens"],
         vectors=tensors.get("vectors"),
         prefixes=split_prefix(tensors["prefix"], layers) if layers else {},
         additions=[(slots[name], added) for name, added in tensors.items() if name in slots],
+        memories={a.place: tensors[key] for a in acting if (key := f"memory.{_name(a.place)}") in tensors},
+        gated={
+            a.place: GatedKeyValue(*(tensors[f"gated.{_name(a.place)}.{part}"] for part in GatedKeyValue._fields))
+            for a in acting
+            if f"gated.{_name(a.place)}.gate" in tensors
+        },
         after_text=facts["after_text"],
         shifts_positions=facts["shifts_positions"],
     )
+
+
+def _name(place: Place) -> str:
+    """An attention layer's name in the file."""
+    site, index = place
+    return f"{site.value}.{index}"
 
 
 def _layers(prompt: Prompt, backbone: Backbone) -> Sequence[AttentionLayer]:

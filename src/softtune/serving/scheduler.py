@@ -36,6 +36,7 @@ class CachedPrompt:
         self._pool = pool
         self.loaded = LoadedPrompt.from_prompt(pool, prompt)
         tensors = [added for _, added in prompt.additions] + ([] if prompt.vectors is None else [prompt.vectors])
+        tensors += [tensor for term in self.loaded.terms.values() for tensor in term.tensors]
         self.nbytes = len(self.loaded.slots) * pool.token_bytes + sum(tensor.nbytes for tensor in tensors)
 
     def release(self) -> None:
@@ -110,5 +111,5 @@ class Scheduler:
 
     def _load(self, version: Version) -> CachedPrompt:
         prompt = prompt_export.load_prompt(version.folder, self._backbone)
-        self._make_room(prompt.num_virtual_tokens if prompt.prefixes else 0, keep=[])
+        self._make_room(prompt.prefix_length, keep=[])
         return CachedPrompt(self.pool, prompt)

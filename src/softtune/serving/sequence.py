@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softtune.backbone import Backbone, Place, model_session
+from softtune.injection.attention_terms import Terms, terms_of
 from softtune.injection.kv_pool import KVPool, PooledSequence
 from softtune.injection.modules import Additions, ModuleChanges
 from softtune.methods.base import Prompt
@@ -34,11 +35,13 @@ class LoadedPrompt:
     after_text: bool
     """Whether virtual tokens follow the text."""
     additions: Additions
+    terms: Terms
+    """What is added to the outputs of attention layers."""
 
     @classmethod
     def from_prompt(cls, pool: KVPool, prompt: Prompt) -> LoadedPrompt:
         """Write a prompt's prefix into the KV pool, which must have room for it."""
-        slots = pool.allocate(prompt.num_virtual_tokens if prompt.prefixes else 0)
+        slots = pool.allocate(prompt.prefix_length)
         if prompt.prefixes:
             pool.write_prefix(prompt.prefixes, slots)
         return cls(
@@ -48,6 +51,7 @@ class LoadedPrompt:
             vectors=prompt.vectors,
             after_text=prompt.after_text,
             additions=prompt.additions,
+            terms=terms_of(prompt, [*pool.layers.values()]),
         )
 
 
@@ -143,9 +147,10 @@ def run_chunks(backbone: Backbone, pool: KVPool, chunks: Sequence[ScheduledChunk
         "position_ids": torch.tensor([positions], device=device) + backbone.stacks[0].first_position,
         "logits_to_keep": torch.tensor(logits_to_keep, dtype=torch.long, device=device),
     }
+    distinct, rows = _distinct(prompts, device)
     with model_session(backbone.model) as session:
-        session.attach(partial(pool.reading, pieces))
-        session.attach(_changes(backbone, prompts).applied)
+        session.attach(partial(pool.reading, pieces, [prompt.terms for prompt in distinct], rows))
+        session.attach(_changes(backbone, distinct, rows).applied)
         logits = backbone.model(**call, use_cache=False).logits[0]
     return list(logits.split([chunk.keep for chunk in chunks]))
 
@@ -164,11 +169,15 @@ def _inputs(backbone: Backbone, ids: Tensor, prompts: Sequence[LoadedPrompt]) ->
     return {"inputs_embeds": vectors}
 
 
-def _changes(backbone: Backbone, prompts: Sequence[LoadedPrompt]) -> ModuleChanges:
+def _distinct(prompts: Sequence[LoadedPrompt], device: torch.device) -> tuple[list[LoadedPrompt], Tensor | None]:
+    """The distinct prompts of tokens, and [N] the index of each token's among them; None where there is only one."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    rows = [numbers[prompt] for prompt in prompts]
+    return list(numbers), torch.tensor(rows, device=device) if len(numbers) > 1 else None
+
+
+def _changes(backbone: Backbone, prompts: Sequence[LoadedPrompt], rows: Tensor | None) -> ModuleChanges:
     """The adapters' additions to the outputs of modules, for each token."""
     if not any(prompt.additions for prompt in prompts):
         return ModuleChanges(backbone, [], [])
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    rows = [numbers[prompt] for prompt in prompts]
-    placed = torch.tensor(rows, device=backbone.device) if len(numbers) > 1 else None
-    return ModuleChanges(backbone, [prompt.additions for prompt in numbers], [{}] * len(numbers), placed)
+    return ModuleChanges(backbone, [prompt.additions for prompt in prompts], [{}] * len(prompts), rows)

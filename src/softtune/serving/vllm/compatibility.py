@@ -44,6 +44,10 @@ def check(prompt: Prompt, backbone: Backbone) -> None:
 def _obstacle(prompt: Prompt, backbone: Backbone) -> str | None:
     if prompt.additions:
         return "trained biases"
+    if prompt.terms:
+        return "terms outside of the softmax of attention"
+    if prompt.vectors is not None and prompt.prefixes:
+        return "both a prefix and vectors"
     if prompt.vectors is not None:
         return None if backbone.has_plain_words else "vectors beside words that the model scales"
     if prompt.after_text:
