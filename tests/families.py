@@ -67,6 +67,7 @@ from transformers import (
 )
 
 from softtune import (
+    BeftConfig,
     BitFitConfig,
     PeftConfig,
     PeftModel,
@@ -522,7 +523,7 @@ FAMILIES = {
         tasks=(CAUSAL_LM,),
         has_biases=False,  # but for those that the layers read off modules instead of calling them
         positions="none",
-        refused=NO_PREFIX,
+        refused=NO_PREFIX | {"beft": "name some by target_modules"},
     ),
     "roberta": Family(
         config=RobertaConfig,
@@ -693,6 +694,7 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "p_tuning_v2": lambda **k: PTuningV2Config(num_virtual_tokens=P, **k),
     "bitfit": lambda **k: BitFitConfig(**k),
     "bitfit_added": lambda **k: BitFitConfig(add_missing=True, **k),
+    "beft": lambda **k: BeftConfig(**k),
 }
 
 INPUT_METHODS = ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only")
@@ -705,6 +707,8 @@ FAMILIAR = ("qwen3", "gemma3", "bart")
 """Families whose contract with KINDS is part of the default suite."""
 DAILY = ("prompt", "prefix")
 """Methods with which the contract of every other family is part of the default suite."""
+BY_MODULE = ("bitfit", "bitfit_added", "beft")
+"""Methods that change single modules, whose tensors go by the modules' names."""
 REPARAMETERISED = ("p_tuning_mlp", "p_tuning_lstm", "prefix_projection")
 CONTRACT = (CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS)
 """Tasks that the contract runs over; the other heads have tests of their own."""

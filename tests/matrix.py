@@ -44,6 +44,7 @@ COLUMNS = {
     "P-tuning v2": ("p_tuning_v2",),
     "BitFit": ("bitfit",),
     "BitFit, added": ("bitfit_added",),
+    "BEFT": ("beft",),
 }
 REFUSED = "\N{EN DASH}"
 CENSUS = "## Every architecture"

@@ -33,6 +33,7 @@ from softtune.kv_prefix import (
 )
 from softtune.methods import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
+    BeftConfig,
     BitFitConfig,
     PeftConfig,
     PeftType,
@@ -86,6 +87,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BeftConfig",
     "BitFitConfig",
     "CheckpointError",
     "ConfigError",

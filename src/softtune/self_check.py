@@ -9,6 +9,7 @@ Internal.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import os
@@ -118,11 +119,12 @@ def check(
 
 
 def _acts_on_text(backbone: Backbone, config: PeftConfig) -> bool:
-    """Whether a method affects text: all biases of a model may be in its vision encoder."""
+    """Whether a method affects text: all modules that it changes may be in a vision encoder."""
     if config.is_prompt_learning:
         return True
     reading = {module for stack in backbone.stacks for module in stack.module.modules()}
-    slots = [slot for slot, _ in config.build(backbone).prompt().additions]  # type: ignore[operator]
+    prompt = copy.copy(config).build(backbone).prompt()  # type: ignore[operator]
+    slots = [slot for slot, _ in (*prompt.additions, *prompt.scalings)]
     return any(backbone.model.get_submodule(slot.module) in reading for slot in slots)
 
 
@@ -138,10 +140,11 @@ def _language_model(backbone: Backbone) -> Backbone:
 
 
 def _disturb(adapter: Adapter) -> None:
-    """Set parameters that start at zero to random values, so that the adapter has an effect."""
+    """Move parameters that start at zero or one to random values, so that the adapter has an effect."""
     for parameter in adapter.module.parameters():
-        if not bool(parameter.any()):
-            torch.nn.init.normal_(parameter, std=0.1)
+        for start in (0.0, 1.0):
+            if bool((parameter == start).all()):
+                torch.nn.init.normal_(parameter, mean=start, std=0.1)
 
 
 def _refusal(backbone: Backbone, config: PeftConfig, adapt: Adapt, name: str, outcome: Broken) -> str:

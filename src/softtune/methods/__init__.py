@@ -1,6 +1,7 @@
 """The methods, one file per paper. Internal: import from ``softtune``."""
 
 from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
+from softtune.methods.beft import BeftConfig
 from softtune.methods.bitfit import BitFitConfig
 from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from softtune.methods.p_tuning_v2 import PTuningV2Config
@@ -14,11 +15,13 @@ PEFT_TYPE_TO_CONFIG_MAPPING.update(
         PeftType.P_TUNING: PromptEncoderConfig,
         PeftType.P_TUNING_V2: PTuningV2Config,
         PeftType.BITFIT: BitFitConfig,
+        PeftType.BEFT: BeftConfig,
     }
 )
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "BeftConfig",
     "BitFitConfig",
     "PTuningV2Config",
     "PeftConfig",

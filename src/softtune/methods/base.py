@@ -62,6 +62,7 @@ class PeftType(str, Enum):
     PREFIX_TUNING = "PREFIX_TUNING"
     P_TUNING_V2 = "P_TUNING_V2"
     BITFIT = "BITFIT"
+    BEFT = "BEFT"
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
@@ -91,6 +92,8 @@ class Prompt:
     """Keys and values that precede a layer's own, by site and layer."""
     additions: Sequence[tuple[BiasSlot, Tensor]] = ()
     """Bias changes [width], added to the output of a module that has a bias or could have one."""
+    scalings: Sequence[tuple[BiasSlot, Tensor]] = ()
+    """Factors [width] of a module's output or input. A module's own output is scaled first, then a bias is added."""
     after_text: bool = False
     """Whether the virtual tokens follow the text (suffix, infix) instead of preceding it."""
     shifts_positions: bool = True
@@ -149,6 +152,8 @@ class PeftConfig(PushToHubMixin):
     is_adaption_prompt: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ()
     """Fields that decide how the prompt enters the base model."""
+    tensor_name: ClassVar[str | None] = None
+    """What PEFT names the method's tensors in files, behind the module that each changes; None for other methods."""
 
     def __post_init__(self) -> None:
         own_type = type(self).__dataclass_fields__["peft_type"].default
@@ -225,6 +230,14 @@ class PeftConfig(PushToHubMixin):
             module: the adapter's module, which takes the shape of the prompt where PEFT gives layers none.
         """
         return prompt
+
+    def to_saved(self, state: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+        """Convert the module's inference state to the tensors of a saved adapter."""
+        return state
+
+    def from_saved(self, state: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+        """Convert the tensors of a saved adapter, without heads, to the module's inference state."""
+        return state
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
