@@ -69,6 +69,7 @@ from transformers import (
 from softtune import (
     BeftConfig,
     BitFitConfig,
+    IA3Config,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -523,7 +524,7 @@ FAMILIES = {
         tasks=(CAUSAL_LM,),
         has_biases=False,  # but for those that the layers read off modules instead of calling them
         positions="none",
-        refused=NO_PREFIX | {"beft": "name some by target_modules"},
+        refused=NO_PREFIX | dict.fromkeys(("beft", "ia3"), "name some by target_modules"),
     ),
     "roberta": Family(
         config=RobertaConfig,
@@ -695,11 +696,12 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "bitfit": lambda **k: BitFitConfig(**k),
     "bitfit_added": lambda **k: BitFitConfig(add_missing=True, **k),
     "beft": lambda **k: BeftConfig(**k),
+    "ia3": lambda **k: IA3Config(**k),
 }
 
 INPUT_METHODS = ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only")
 PREFIX_METHODS = ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2")
-KINDS = ("prompt", "prompt_suffix", "prefix", "infix", "prefix_last", "bitfit_added")
+KINDS = ("prompt", "prompt_suffix", "prefix", "infix", "prefix_last", "bitfit_added", "ia3")
 """One method for each way into the base model; the others differ in how they compute what goes in."""
 THOROUGH = ("gpt2", "llama", "bloom", "bert", "t5")
 """Families whose contract with every method is part of the default suite."""
@@ -707,7 +709,7 @@ FAMILIAR = ("qwen3", "gemma3", "bart")
 """Families whose contract with KINDS is part of the default suite."""
 DAILY = ("prompt", "prefix")
 """Methods with which the contract of every other family is part of the default suite."""
-BY_MODULE = ("bitfit", "bitfit_added", "beft")
+BY_MODULE = ("bitfit", "bitfit_added", "beft", "ia3")
 """Methods that change single modules, whose tensors go by the modules' names."""
 REPARAMETERISED = ("p_tuning_mlp", "p_tuning_lstm", "prefix_projection")
 CONTRACT = (CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS)

@@ -188,7 +188,11 @@ def test_a_config_is_left_as_it_was_and_the_adapters_says_what_was_found(tmp_pat
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"target_modules": ["nowhere"]}, ConfigError, r"no module \['nowhere'\]: see named_modules"),
+        (
+            {"target_modules": ["nowhere"]},
+            ConfigError,
+            r"no module \['nowhere'\] that is not excluded or trained as a whole: see named_modules",
+        ),
         ({"target_modules": "nowhere.*"}, ConfigError, r"no module 'nowhere\.\*'"),
         (
             {"target_modules": ["embed_tokens"]},

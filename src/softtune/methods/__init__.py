@@ -3,6 +3,7 @@
 from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
 from softtune.methods.beft import BeftConfig
 from softtune.methods.bitfit import BitFitConfig
+from softtune.methods.ia3 import IA3Config
 from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from softtune.methods.p_tuning_v2 import PTuningV2Config
 from softtune.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
@@ -16,6 +17,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING.update(
         PeftType.P_TUNING_V2: PTuningV2Config,
         PeftType.BITFIT: BitFitConfig,
         PeftType.BEFT: BeftConfig,
+        PeftType.IA3: IA3Config,
     }
 )
 
@@ -23,6 +25,7 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "BeftConfig",
     "BitFitConfig",
+    "IA3Config",
     "PTuningV2Config",
     "PeftConfig",
     "PeftType",

@@ -63,6 +63,7 @@ class PeftType(str, Enum):
     P_TUNING_V2 = "P_TUNING_V2"
     BITFIT = "BITFIT"
     BEFT = "BEFT"
+    IA3 = "IA3"
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:

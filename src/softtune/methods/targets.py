@@ -52,18 +52,22 @@ class TargetConfig(PeftConfig):
 
         Raises:
             UnsupportedModelError: the config names no module, and the base model has none of the method's roles.
-            ConfigError: the base model has no module of such a name.
+            ConfigError: the base model has no module of such a name, or all are left out.
         """
         if self.target_modules is None and not default:
             raise UnsupportedModelError(
                 f"{type(backbone.model).__name__} has no modules for {kinds}", "name some by target_modules"
             )
         if self.target_modules is None:
-            return [n for n in dict.fromkeys(slot.module for slot in default) if not self._is_excluded(n, backbone)]
-        names = self.named(backbone, self.target_modules)
+            places = dict.fromkeys(slot.module for slot in default)
+            names = [name for name in places if not self._is_excluded(name, backbone)]
+        else:
+            names = self.named(backbone, self.target_modules)
         if not names:
+            wanted = f"for {kinds}" if self.target_modules is None else repr(self.target_modules)
             raise ConfigError(
-                f"target_modules: the base model has no module {self.target_modules!r}", "see named_modules()"
+                f"target_modules: the base model has no module {wanted} that is not excluded or trained as a whole",
+                "see named_modules()",
             )
         return names
 

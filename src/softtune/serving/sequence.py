@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softtune.backbone import Backbone, Place, model_session
 from softtune.injection.kv_pool import KVPool, PooledSequence
-from softtune.injection.modules import Additions, ModuleChanges
+from softtune.injection.modules import Additions, ModuleChanges, Scalings
 from softtune.methods.base import Prompt
 
 
@@ -34,6 +34,7 @@ class LoadedPrompt:
     after_text: bool
     """Whether virtual tokens follow the text."""
     additions: Additions
+    scalings: Scalings = ()
 
     @classmethod
     def from_prompt(cls, pool: KVPool, prompt: Prompt) -> LoadedPrompt:
@@ -48,6 +49,7 @@ class LoadedPrompt:
             vectors=prompt.vectors,
             after_text=prompt.after_text,
             additions=prompt.additions,
+            scalings=prompt.scalings,
         )
 
 
@@ -165,10 +167,11 @@ def _inputs(backbone: Backbone, ids: Tensor, prompts: Sequence[LoadedPrompt]) ->
 
 
 def _changes(backbone: Backbone, prompts: Sequence[LoadedPrompt]) -> ModuleChanges:
-    """The adapters' additions to the outputs of modules, for each token."""
-    if not any(prompt.additions for prompt in prompts):
+    """The adapters' changes at modules, for each token."""
+    if not any(prompt.additions or prompt.scalings for prompt in prompts):
         return ModuleChanges(backbone, [], [])
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     rows = [numbers[prompt] for prompt in prompts]
     placed = torch.tensor(rows, device=backbone.device) if len(numbers) > 1 else None
-    return ModuleChanges(backbone, [prompt.additions for prompt in numbers], [{}] * len(numbers), placed)
+    additions, scalings = [prompt.additions for prompt in numbers], [prompt.scalings for prompt in numbers]
+    return ModuleChanges(backbone, additions, [{}] * len(numbers), placed, scalings=scalings)

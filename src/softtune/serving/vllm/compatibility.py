@@ -44,6 +44,8 @@ def check(prompt: Prompt, backbone: Backbone) -> None:
 def _obstacle(prompt: Prompt, backbone: Backbone) -> str | None:
     if prompt.additions:
         return "trained biases"
+    if prompt.scalings:
+        return "trained factors"
     if prompt.vectors is not None:
         return None if backbone.has_plain_words else "vectors beside words that the model scales"
     if prompt.after_text:
