@@ -67,8 +67,11 @@ from transformers import (
 )
 
 from softtune import (
+    AdaptionPromptConfig,
+    BeftConfig,
     BitFitConfig,
     CombinedConfig,
+    IA3Config,
     PeftConfig,
     PeftModel,
     PrefixMemoryConfig,
@@ -524,7 +527,7 @@ FAMILIES = {
         tasks=(CAUSAL_LM,),
         has_biases=False,  # but for those that the layers read off modules instead of calling them
         positions="none",
-        refused=NO_PREFIX,
+        refused=NO_PREFIX | dict.fromkeys(("beft", "ia3"), "name some by target_modules"),
     ),
     "roberta": Family(
         config=RobertaConfig,
@@ -695,23 +698,27 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "p_tuning_v2": lambda **k: PTuningV2Config(num_virtual_tokens=P, **k),
     "bitfit": lambda **k: BitFitConfig(**k),
     "bitfit_added": lambda **k: BitFitConfig(add_missing=True, **k),
+    "adaption_prompt": lambda **k: AdaptionPromptConfig(adapter_len=P, gate="head", **k),
     "memory": lambda **k: PrefixMemoryConfig(**k),
     "combined": lambda **k: CombinedConfig(
         parts=[
             PrefixTuningConfig(num_virtual_tokens=P),
             PromptTuningConfig(num_virtual_tokens=2),
             BitFitConfig(add_missing=True),
+            IA3Config(),
             PrefixMemoryConfig(),
         ],
         **k,
     ),
+    "beft": lambda **k: BeftConfig(**k),
+    "ia3": lambda **k: IA3Config(**k),
 }
 
 INPUT_METHODS = ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only")
-TERM_METHODS = ("memory", "combined")
+TERM_METHODS = ("memory", "adaption_prompt", "combined")
 """Methods that add to the outputs of attention, in models that call the attention interface."""
 PREFIX_METHODS = ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2")
-KINDS = ("prompt", "prompt_suffix", "prefix", "infix", "prefix_last", "bitfit_added", "memory", "combined")
+KINDS = ("prompt", "prompt_suffix", "prefix", "infix", "prefix_last", "bitfit_added", "ia3", "memory", "combined")
 """One method for each way into the base model; the others differ in how they compute what goes in."""
 THOROUGH = ("gpt2", "llama", "bloom", "bert", "t5")
 """Families whose contract with every method is part of the default suite."""
@@ -719,6 +726,8 @@ FAMILIAR = ("qwen3", "gemma3", "bart")
 """Families whose contract with KINDS is part of the default suite."""
 DAILY = ("prompt", "prefix")
 """Methods with which the contract of every other family is part of the default suite."""
+BY_MODULE = ("bitfit", "bitfit_added", "beft", "ia3", *TERM_METHODS)
+"""Methods that change single modules, or whose tensors go by the modules' names or by their parts."""
 REPARAMETERISED = ("p_tuning_mlp", "p_tuning_lstm", "prefix_projection")
 CONTRACT = (CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS)
 """Tasks that the contract runs over; the other heads have tests of their own."""

@@ -29,7 +29,7 @@ from tests.tiny import tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 OTHER_METHODS = re.compile(
-    r"(Ada|Arrow|BOFT|BdLo|Beft|C3A|CPT|Cartridge|Deft|Delora|Eva|FourierFT|Frod|Glora|Gralora|HRA|Hira|IA3|Kasa|LNT|Lily"
+    r"(Ada|Arrow|BOFT|BdLo|C3A|CPT|Cartridge|Deft|Delora|Eva|FourierFT|Frod|Glora|Gralora|HRA|Hira|Kasa|LNT|Lily"
     r"|LoHa|LoKr|LoftQ|Lora|Miss|Montec|Multitask|OFT|OSF|Peanut|Poly|Psoft|Pvera|RandLora|Road|Shadow|Shira|Supert"
     r"|TinyLora|Trainable|UniLora|VBLoRA|Vel|Vera|WaveFT|XLora|PeftMixed)|.*(lora|loftq|eva|arrow|cartridge|kappa)"
 )
@@ -39,7 +39,9 @@ LEFT_OUT = {
     "PEFT_TYPE_TO_TUNER_MAPPING": "prompts have no tuner: their modules are made by their configs",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "no cache is rearranged for a model family",
     "bloom_model_postprocess_past_key_value": "no cache is rearranged for a model family",
-    "NoMatchingPeftModuleError": "nothing is looked for by target_modules",
+    "BeftModel": "a model with any adapter is a PeftModel",
+    "IA3Model": "a model with any adapter is a PeftModel",
+    "NoMatchingPeftModuleError": "a module that is not found is a ConfigError",
     "PeftError": "errors are softtune's: SofttuneError and those below it",
     "PeftWarning": "warnings are UserWarnings",
     "cast_mixed_precision_params": "adapters are fp32 beside a base model of any precision",
@@ -87,7 +89,9 @@ def test_methods_and_attributes_of_models(theirs: type) -> None:
         assert takes_all or {*needed} <= {*mine}, name
 
 
-@pytest.mark.parametrize("name", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize(
+    "name", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "BeftConfig", "IA3Config"]
+)
 def test_fields_and_methods_of_configs(name: str) -> None:
     own, theirs = getattr(softtune, name), getattr(peft, name)
     assert {f.name for f in dataclasses.fields(theirs)} <= {f.name for f in dataclasses.fields(own)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -132,10 +132,21 @@ class Adapter:
             self.module.train(training)
         return state
 
+    def split(self, saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tensors of a saved adapter: those of the module, and those of the heads."""
+        own = self.config.tensor_names
+        is_head = {k: k.startswith("base_model.") and k.rpartition(".")[2] not in own for k in saved}
+        return {k: x for k, x in saved.items() if not is_head[k]}, {k: x for k, x in saved.items() if is_head[k]}
+
+    @property
+    def _head_prefix(self) -> str:
+        """What PEFT puts in front of a head's name."""
+        return "base_model.model." if self.config.tensor_names else "base_model."
+
     def head_state(self) -> dict[str, Tensor]:
         """The heads' tensors, under PEFT's names."""
         return {
-            f"base_model.{name}.{key}": tensor
+            f"{self._head_prefix}{name}.{key}": tensor
             for name, head in self.heads.items()
             for key, tensor in tensors_of(head).items()
         }

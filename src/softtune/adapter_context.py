@@ -188,8 +188,9 @@ def computed_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool) -> Pro
 def _changes(
     backbone: Backbone, adapters: Sequence[Adapter | None], prompts: Sequence[Prompt], rows: Tensor | None = None
 ) -> ModuleChanges:
-    """The changes that adapters and their prompts make to the outputs of single modules."""
-    return ModuleChanges(backbone, [p.additions for p in prompts], [a.heads if a else {} for a in adapters], rows)
+    """The changes that adapters and their prompts make at single modules."""
+    heads = [a.heads if a else {} for a in adapters]
+    return ModuleChanges(backbone, [p.additions for p in prompts], heads, rows, scalings=[p.scalings for p in prompts])
 
 
 def check_frozen_layer_cache(layer_cache: FrozenLayerCache, adapters: Sequence[Adapter]) -> None:

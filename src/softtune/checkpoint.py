@@ -160,7 +160,7 @@ def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
     state = adapter.inference_state()
     if PROMPT_KEY in state and not adapter.config.is_readable_by_peft(backbone):
         state = {OWN_KEY: state[PROMPT_KEY]}
-    return {**state, **adapter.head_state()}
+    return {**adapter.config.to_saved(state, adapter.module), **adapter.head_state()}
 
 
 def load(folder: str | os.PathLike[str], adapter: Adapter, *, allow_pickle: bool = False, **hub: Any) -> None:
@@ -217,11 +217,11 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
         AdapterMismatchError: names or shapes do not fit.
         CheckpointError: the adapter has an encoder and there is no training state for it.
     """
-    heads = {k: v for k, v in state.items() if k.startswith("base_model.")}
+    inference_state, heads = adapter.split(state)
     _check(adapter.head_state(), heads)
     if _differ_where_tied(adapter.head_state(), heads):
         adapter.untie()  # PEFT has trained them separately
-    inference_state = {k: v for k, v in state.items() if not k.startswith("base_model.")}
+    inference_state = adapter.config.from_saved(inference_state, adapter.module)
     if OWN_KEY in inference_state:
         inference_state[PROMPT_KEY] = inference_state.pop(OWN_KEY)
     elif PROMPT_KEY in inference_state:

@@ -9,6 +9,7 @@ Internal.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import os
@@ -30,7 +31,6 @@ from softtune.compat import INSTALLED, class_name, is_tested, tested
 from softtune.errors import SofttuneError, UnsupportedModelError
 from softtune.formatting import in_one_line
 from softtune.methods import BitFitConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
-from softtune.methods.base import Prompt
 from softtune.promises import (
     PROMISES,
     Adapted,
@@ -119,12 +119,12 @@ def check(
 
 
 def _acts_on_text(backbone: Backbone, config: PeftConfig) -> bool:
-    """Whether a method affects text: all biases of a model may be in its vision encoder."""
+    """Whether a method affects text: all modules that it changes may be in a vision encoder."""
     if config.is_prompt_learning:
         return True
     reading = {module for stack in backbone.stacks for module in stack.module.modules()}
-    prompt: Prompt = config.build(backbone).prompt()  # type: ignore[operator]
-    slots = [slot for slot, _ in prompt.additions]
+    prompt = copy.deepcopy(config).build(backbone).prompt()  # type: ignore[operator]
+    slots = [slot for slot, _ in (*prompt.additions, *prompt.scalings)]
     return bool(prompt.terms) or any(backbone.model.get_submodule(slot.module) in reading for slot in slots)
 
 
@@ -140,10 +140,11 @@ def _language_model(backbone: Backbone) -> Backbone:
 
 
 def _disturb(adapter: Adapter) -> None:
-    """Set parameters that start at zero to random values, so that the adapter has an effect."""
+    """Move parameters that start at zero or one to random values, so that the adapter has an effect."""
     for parameter in adapter.module.parameters():
-        if not bool(parameter.any()):
-            torch.nn.init.normal_(parameter, std=0.1)
+        for start in (0.0, 1.0):
+            if bool((parameter == start).all()):
+                torch.nn.init.normal_(parameter, mean=start, std=0.1)
 
 
 def _refusal(backbone: Backbone, config: PeftConfig, adapt: Adapt, name: str, outcome: Broken) -> str:

@@ -60,7 +60,6 @@ def prompt(vectors: int = 0, prefix: int = 0, *, after_text: bool = False, shift
         vectors=torch.zeros(vectors, 4) if vectors else None,
         after_text=after_text,
         additions=(),
-        terms={},
     )
 
 

@@ -9,7 +9,7 @@ Internal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -30,9 +30,9 @@ from softtune.backbone.checkpointing import (
 from softtune.backbone.generation import counting_words
 from softtune.backbone.modes import evaluating, training
 from softtune.backbone.observation import keys_and_values, seen_attention, seen_outputs
-from softtune.backbone.outputs import Outputs, with_rows
+from softtune.backbone.outputs import Observed, Outputs, with_rows
 from softtune.backbone.quantization import has_backward, is_packed, quantized_layers
-from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot, bias_slots
+from softtune.backbone.roles import CHANNELS_FIRST, BiasSlot, bias_slots, module_slots, role_slots
 from softtune.backbone.routing import forget_configs, install
 from softtune.backbone.session import model_session
 from softtune.backbone.sharding import full_tensor, unpartitioned
@@ -305,24 +305,52 @@ class Backbone:
 
     def bias_slots(self) -> list[BiasSlot]:
         """Every module output below the head that has a bias, or could be given one."""
+        return self._below_heads(bias_slots(self.model, self._prefix))
+
+    def role_slots(self, roles: Collection[str], *, is_input: bool = False) -> list[BiasSlot]:
+        """The outputs, or inputs, of the modules of some roles below the head; see ``roles.role_slots``."""
+        return self._below_heads(role_slots(self.model, self._prefix, roles, is_input=is_input))
+
+    def module_slots(
+        self, name: str, roles: Collection[str] | None = None, *, is_input: bool = False
+    ) -> list[BiasSlot]:
+        """The slots of one module by name, wherever it is; see ``roles.module_slots``.
+
+        Empty where the module's output, or input, cannot be changed.
+        """
+        return self._that_fit(module_slots(self.model, name, roles, is_input=is_input))
+
+    def slot(self, name: str, *, is_input: bool = False) -> BiasSlot:
+        """A slot by its ``name``, which was one of ``bias_slots``, ``role_slots`` or ``module_slots``."""
+        parent, _, last = name.rpartition(".")
+        is_module = hasattr(self.model.get_submodule(parent), last)
+        (slot,) = module_slots(self.model, *((name,) if is_module else (parent, [last])), is_input=is_input)
+        return slot
+
+    @property
+    def _prefix(self) -> str:
+        """What the names of the modules below the head begin with."""
         prefix = self.model.base_model_prefix
-        prefix = f"{prefix}." if hasattr(self.model, prefix) else ""
+        return f"{prefix}." if hasattr(self.model, prefix) else ""
+
+    def _below_heads(self, slots: Sequence[BiasSlot]) -> list[BiasSlot]:
+        """Drop the slots of heads, and of modules whose output, or input, cannot be changed."""
         heads = set(self.head_names)
-        slots = [s for s in bias_slots(self.model, prefix) if s.module.split(".")[0] not in heads]
+        slots = [s for s in slots if s.module.split(".")[0] not in heads]
         if self.is_encoder_decoder:  # a decoder does not read the pooler of a BERT before it
             slots = [s for s in slots if ".pooler." not in s.module]
         return self._that_fit(slots)
 
-    def _that_fit(self, slots: list[BiasSlot]) -> list[BiasSlot]:
-        """Drop the slots of modules whose output cannot be changed.
+    def _that_fit(self, slots: Sequence[BiasSlot]) -> list[BiasSlot]:
+        """Drop the slots of modules whose output, or input, cannot be changed.
 
         Some modules do not return a feature vector for each token. Others are never called, since the module around
         them reads their weights.
         """
 
         def fits(slot: BiasSlot) -> bool:
-            if (calls := self._outputs.get(slot.module)) is None:
-                return slot.module.rpartition(".")[0] not in self._outputs
+            if (calls := self._calls(slot.is_input).get(slot.module)) is None:
+                return slot.module.rpartition(".")[0] not in self._observed.outputs
             if isinstance(self.model.get_submodule(slot.module), CHANNELS_FIRST):
                 return False
             return all(c.width is not None and (slot.index is not None or c.width == slot.width) for c in calls)
@@ -335,16 +363,28 @@ class Backbone:
 
         Below the head this is observed; the head's modules are all included.
         """
-        below = set(self.model.base_model.modules())
-        above = {name for name, module in self.model.named_modules() if module not in below}
-        return with_rows(self.model, self._outputs) | above
-
-    def is_by_head(self, name: str) -> bool:
-        """Whether a module's output is [B, heads, T, ...], as that of a query norm may be."""
-        return any(call.is_by_head for call in self._outputs.get(name, ()))
+        return with_rows(self.model, self._observed.outputs) | self._above
 
     @cached_property
-    def _outputs(self) -> Outputs:
+    def row_inputs(self) -> frozenset[str]:
+        """Names of the modules whose first argument keeps the rows in order; see ``row_modules``."""
+        return with_rows(self.model, self._observed.inputs) | self._above
+
+    @property
+    def _above(self) -> set[str]:
+        """Names of the head's modules."""
+        below = set(self.model.base_model.modules())
+        return {name for name, module in self.model.named_modules() if module not in below}
+
+    def is_by_head(self, name: str, *, is_input: bool = False) -> bool:
+        """Whether a module's output, or input, is [B, heads, T, ...], as that of a query norm may be."""
+        return any(call.is_by_head for call in self._calls(is_input).get(name, ()))
+
+    def _calls(self, is_input: bool) -> Outputs:
+        return self._observed.inputs if is_input else self._observed.outputs
+
+    @cached_property
+    def _observed(self) -> Observed:
         with model_session(self.model), evaluating(self.model):
             return seen_outputs(self.model, self.stacks)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from softtune import compat
 from softtune.backbone.disentangled import wrap_disentangled_attention
 from softtune.backbone.interface import WRAPPER, AttentionRecorder
-from softtune.backbone.outputs import TOKENS, Outputs, observing
+from softtune.backbone.outputs import TOKENS, Observed, observing
 from softtune.backbone.refusal import reading_text
 from softtune.backbone.stack import AttentionLayer, Place, Site, Stack, device_of
 
@@ -73,16 +73,16 @@ def _observe(
         return recorder, _run(model, stacks, inputs, **{"use_cache": True} if _is_decoder(stacks) else {})
 
 
-def seen_outputs(model: PreTrainedModel, stacks: Sequence[Stack]) -> Outputs:
-    """Observe the outputs of all modules of the base model for two rows of seven tokens."""
+def seen_outputs(model: PreTrainedModel, stacks: Sequence[Stack]) -> Observed:
+    """Observe the outputs and inputs of all modules of the base model for two rows of seven tokens."""
     embeddings = [stack.module.get_input_embeddings() for stack in stacks]
     ids = stacks[0].some_ids(2 * TOKENS).view(2, TOKENS)
     with (
         reading_text(model, lambda: _run(model, stacks, {"input_ids": ids})),
-        observing(model, embeddings) as outputs,
+        observing(model, embeddings) as observed,
     ):
         _run(model, stacks, {"input_ids": ids})
-    return outputs
+    return observed
 
 
 def _is_decoder(stacks: Sequence[Stack]) -> bool:

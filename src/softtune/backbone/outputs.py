@@ -1,4 +1,4 @@
-"""Observes the outputs of a model's modules in a forward of two rows. Letters: B rows, T tokens.
+"""Observes the outputs and inputs of a model's modules in a forward of two rows. Letters: B rows, T tokens.
 
 The embeddings of the second row are NaN, which spreads to everything that is computed from them. Where NaN comes out
 shows whether a module keeps the rows apart, however it arranges them.
@@ -12,13 +12,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 Outputs = dict[str, list["Output"]]
-"""Outputs by module name, one for each call; modules that were not called are missing."""
+"""Outputs, or inputs, by module name, one for each call; modules that were not called are missing."""
+
+
+class Observed(NamedTuple):
+    """What went out of a model's modules, and what went in."""
+
+    outputs: Outputs
+    inputs: Outputs
+    """The first argument of each call."""
 
 
 TOKENS = 7
@@ -27,7 +35,7 @@ TOKENS = 7
 
 @dataclass(frozen=True)
 class Output:
-    """The layout of what one call of a module returned."""
+    """The layout of what one call of a module returned, or was given."""
 
     width: int | None
     """The number of features; None where the output is not a tensor of two or more dimensions."""
@@ -48,31 +56,32 @@ class Output:
 
 
 @contextmanager
-def observing(model: nn.Module, embeddings: Iterable[nn.Module]) -> Iterator[Outputs]:
-    """Collect the outputs of all modules in the block, where the embeddings of the second of two rows are NaN.
+def observing(model: nn.Module, embeddings: Iterable[nn.Module]) -> Iterator[Observed]:
+    """Collect outputs and inputs of all modules in the block, where the embeddings of the second of two rows are NaN.
 
     Args:
         model: the model.
         embeddings: the modules that embed ids [B, T].
     """
-    outputs: Outputs = {}
+    observed = Observed({}, {})
 
     def set_nan(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
         return embedded.index_fill(0, torch.tensor([1], device=embedded.device), float("nan"))
 
-    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        outputs.setdefault(name, []).append(Output.from_output(output))
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        observed.outputs.setdefault(name, []).append(Output.from_output(output))
+        observed.inputs.setdefault(name, []).append(Output.from_output(next(iter((*args, *kwargs.values())), None)))
 
     with ExitStack() as stack:
         for embedding in set(embeddings):
             stack.callback(embedding.register_forward_hook(set_nan).remove)
         for name, module in model.named_modules():
-            stack.callback(module.register_forward_hook(partial(note, name)).remove)
-        yield outputs
+            stack.callback(module.register_forward_hook(partial(note, name), with_kwargs=True).remove)
+        yield observed
 
 
 def with_rows(model: nn.Module, outputs: Outputs) -> frozenset[str]:
-    """Names of the modules whose outputs keep the rows in order in every call, as do all modules of their kind.
+    """Names of the modules whose outputs, or inputs, keep the rows in order in every call, as do all of their kind.
 
     Modules are of one kind where their names differ only in numbers. By chance one expert may get the tokens of all
     rows, but not every expert does.

@@ -16,12 +16,13 @@ from softtune.backbone import Backbone, Site
 from softtune.cli.console import console, quiet, show_pairs
 from softtune.cli.flags import with_load_flags
 from softtune.cli.loading import check_single, load_adapter
-from softtune.evaluation.inspection import bias_changes, nearest_words, prefix_norms
+from softtune.evaluation.inspection import deviations, mean_changes, nearest_words, prefix_norms
 from softtune.formatting import in_units
 from softtune.methods import PeftConfig
 from softtune.methods.base import KeyValue
 from softtune.training.recipe import check_finished
 
+BIASES, FACTORS = "Mean absolute change of the biases", "Mean distance of the factors from 1"
 NEIGHBOURS = 5
 """Number of nearest vocabulary entries to show for each virtual token."""
 
@@ -50,8 +51,9 @@ def command(
         _show_words(loaded.backbone, prompt.vectors, tokenizer)
     elif prompt.prefixes:
         _show_norms(prompt.prefixes)
-    elif changes := bias_changes(prompt.additions):
-        show_pairs("Mean absolute change of the biases", [(role, f"{c:.2e}") for role, c in changes.items()])
+    for title, changes in ((BIASES, prompt.additions), (FACTORS, deviations(prompt.scalings))):
+        if by_role := mean_changes(changes):
+            show_pairs(title, [(role, f"{c:.2e}") for role, c in by_role.items()])
 
 
 def _show_words(backbone: Backbone, vectors: Tensor, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,5 @@
-"""Inspects a trained adapter: vocabulary entries nearest to its virtual tokens, norms by layer, bias changes by role.
+"""Inspects a trained adapter: vocabulary entries nearest to its virtual tokens, norms by layer, changes of biases and
+factors by role.
 
 Letters: P virtual tokens, D embedding size.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from softtune.backbone import Backbone, Site
-from softtune.injection.modules import Additions
+from softtune.injection.modules import Additions, Scalings
 from softtune.methods.base import KeyValue
 
 
@@ -44,19 +45,24 @@ def prefix_norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> dict[tuple[Si
     }
 
 
-def bias_changes(additions: Additions) -> dict[str, float]:
-    """The mean absolute change of the biases of each role."""
+def deviations(scalings: Scalings) -> Additions:
+    """By how much factors differ from 1."""
+    return [(slot, factor - 1) for slot, factor in scalings]
+
+
+def mean_changes(changes: Additions) -> dict[str, float]:
+    """The mean absolute change, of biases or of factors, of each role."""
     by_role: dict[str, list[Tensor]] = defaultdict(list)
-    for slot, change in additions:
+    for slot, change in changes:
         by_role[slot.role or "other"].append(change.detach().abs())
     return {role: _mean(parts) for role, parts in by_role.items()}
 
 
-def bias_changes_by_layer(additions: Additions) -> dict[str, dict[int, float]]:
-    """The mean absolute change of the biases by role and layer; biases outside of layers are left out (Ben Zaken et al.
-    2022, figure 2)."""
+def mean_changes_by_layer(changes: Additions) -> dict[str, dict[int, float]]:
+    """The mean absolute change, of biases or of factors, by role and layer; those outside of layers are left out (Ben
+    Zaken et al. 2022, figure 2)."""
     by_place: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    for slot, change in additions:
+    for slot, change in changes:
         if number := re.search(r"\.(\d+)\.", f".{slot.module}."):
             by_place[slot.role or "other"][int(number[1])].append(change.detach().abs())
     return {

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softtune import storage
 from softtune.backbone import Backbone, Site
-from softtune.evaluation.inspection import bias_changes_by_layer, nearest_words, prefix_norms
+from softtune.evaluation.inspection import deviations, mean_changes_by_layer, nearest_words, prefix_norms
 from softtune.experiments.figures import filled
 from softtune.experiments.page import Page, Table
 from softtune.experiments.pictures import Picture, Point, curves, heat, places
@@ -73,8 +73,9 @@ def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
             return [_words(model.backbone, prompt.vectors, tokenizer)]
         if prompt.prefixes:
             return [_norms(prompt.prefixes)]
-        changes = bias_changes_by_layer(prompt.additions)
-    return [biases(_cells(changes))] if changes else []
+        changes, factors = (mean_changes_by_layer(x) for x in (prompt.additions, deviations(prompt.scalings)))
+    drawn = [biases(_cells(changes))] if changes else []
+    return drawn + ([_factors(_cells(factors))] if factors else [])
 
 
 def _loaded(folder: Path, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -121,6 +122,11 @@ def biases(cells: Mapping[str, Mapping[str, float]]) -> Picture:
     return heat("Mean absolute change of the biases", filled(cells), across="layer", down="", form=".1e")
 
 
+def _factors(cells: Mapping[str, Mapping[str, float]]) -> Picture:
+    """A heat map of the mean distance of the factors from 1, by role and layer."""
+    return heat("Mean distance of the factors from 1", filled(cells), across="layer", down="", form=".1e")
+
+
 def bias_cells(folder: Path) -> dict[str, dict[str, float]]:
     """The mean absolute change of a BitFit adapter's biases, by role and layer.
 
@@ -129,7 +135,7 @@ def bias_cells(folder: Path) -> dict[str, dict[str, float]]:
         ConfigError: its base model is not found.
     """
     model, _ = _loaded(folder, Recipe.from_adapter(folder))
-    return _cells(bias_changes_by_layer(_module(model).prompt().additions))
+    return _cells(mean_changes_by_layer(_module(model).prompt().additions))
 
 
 def _cells(changes: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:

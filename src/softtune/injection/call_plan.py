@@ -164,10 +164,12 @@ class CallPlanner:
             self.positions.count_text(call, arrangement)
         anchor, terms = None, self.terms
         if is_reentrant(self.stack.module):
-            anchor = self._anchor(call, prompts)
+            anchor = self._anchor(prompts)
             arrangement = replace(arrangement, prompts=replace(prompts, prefixes=anchor.prefixes))
             terms = [{module: term.map(anchor.leaf) for module, term in of_one.items()} for of_one in terms]
         arrangement = replace(arrangement, layout=self._lay_out(call, arrangement))
+        if anchor is not None and call.get("inputs_embeds") is not None:
+            call["inputs_embeds"] = anchor.tie(call["inputs_embeds"])
         self.positions.check(call, arrangement)
         self.positions.place(call, arrangement)
         self._make_room(call, arrangement)
@@ -267,7 +269,7 @@ class CallPlanner:
 
     # Gradients
 
-    def _anchor(self, call: Call, row_prompts: RowPrompts) -> Anchor:
+    def _anchor(self, row_prompts: RowPrompts) -> Anchor:
         """Let gradients reach the prompts through reentrant checkpointing.
 
         Raises:
@@ -278,10 +280,7 @@ class CallPlanner:
                 "layers share keys, whose gradients reentrant checkpointing loses", "enable it with use_reentrant=False"
             )
         of_terms = [part for of_one in self.terms for term in of_one.values() for part in term.tensors]
-        anchor = Anchor(row_prompts.prefixes, of_terms)
-        if call.get("inputs_embeds") is not None:
-            call["inputs_embeds"] = anchor.tie(call["inputs_embeds"])
-        return anchor
+        return Anchor(row_prompts.prefixes, of_terms)
 
     # Virtual tokens among the words
 

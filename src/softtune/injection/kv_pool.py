@@ -108,9 +108,8 @@ class KVPool:
             terms: what each adapter adds to the outputs of attention.
             rows: [N] index of each token's adapter; None where there is only one.
         """
-        wrapper: PooledAttention | TermAttention = PooledAttention(self, pieces)
-        if any(terms):
-            wrapper = TermAttention(wrapper, terms, rows, packed=True)
+        pooled = PooledAttention(self, pieces)
+        wrapper = TermAttention(pooled, terms, rows, packed=True) if any(terms) else pooled
         longest = max(len(piece.slots) for piece in pieces)
 
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

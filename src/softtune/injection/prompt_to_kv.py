@@ -19,6 +19,7 @@ def prompt_to_kv(backbone: Backbone, prompt: Prompt) -> Prompt:
         or prompt.after_text
         or prompt.prefixes
         or prompt.additions
+        or prompt.scalings
         or prompt.terms
         or not backbone.is_pure_attention_decoder
         or backbone.stacks[0].drops_layers

@@ -98,8 +98,8 @@ class RowPrompts:
 
 def _device(prompts: Sequence[Prompt]) -> torch.device:
     parts = [p.vectors for p in prompts] + [kv.key for p in prompts for kv in p.prefixes.values()]
-    parts += [added for p in prompts for _, added in p.additions]
     parts += [part for p in prompts for part in (*p.memories.values(), *(kv.key for kv in p.gated.values()))]
+    parts += [tensor for p in prompts for _, tensor in (*p.additions, *p.scalings)]
     return next((part.device for part in parts if part is not None), torch.device("cpu"))
 
 

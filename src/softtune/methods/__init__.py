@@ -1,8 +1,11 @@
 """The methods, one file per paper. Internal: import from ``softtune``."""
 
+from softtune.methods.adaption_prompt import AdaptionPromptConfig
 from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
+from softtune.methods.beft import BeftConfig
 from softtune.methods.bitfit import BitFitConfig
 from softtune.methods.combined import CombinedConfig
+from softtune.methods.ia3 import IA3Config
 from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from softtune.methods.p_tuning_v2 import PTuningV2Config
 from softtune.methods.prefix_memory import PrefixMemoryConfig
@@ -16,15 +19,21 @@ PEFT_TYPE_TO_CONFIG_MAPPING.update(
         PeftType.P_TUNING: PromptEncoderConfig,
         PeftType.P_TUNING_V2: PTuningV2Config,
         PeftType.BITFIT: BitFitConfig,
+        PeftType.ADAPTION_PROMPT: AdaptionPromptConfig,
         PeftType.PREFIX_MEMORY: PrefixMemoryConfig,
         PeftType.COMBINED: CombinedConfig,
+        PeftType.BEFT: BeftConfig,
+        PeftType.IA3: IA3Config,
     }
 )
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "AdaptionPromptConfig",
+    "BeftConfig",
     "BitFitConfig",
     "CombinedConfig",
+    "IA3Config",
     "PTuningV2Config",
     "PeftConfig",
     "PeftType",

@@ -39,6 +39,7 @@ class AdaptionPromptConfig(PeftConfig):
     learning_rate: ClassVar[float] = 1e-2
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = True
+    tensor_names: ClassVar[tuple[str, ...]] = ("adaption_prompt", "adaption_gate")
     ways: ClassVar[tuple[str, ...]] = ("gate",)
     target_modules: str | None = None
     """Name of the attention module within a layer; by default all that the model has."""
@@ -189,4 +190,7 @@ class AdaptionPrompt(nn.Module):
 
 def _name_of(backbone: Backbone, layer: AttentionLayer) -> str:
     """The path of a layer's attention module in the base model."""
-    return next(name for name, module in backbone.model.named_modules() if module is layer.module)
+    names = {module: name for name, module in backbone.model.named_modules()}
+    assert layer.module is not None
+    name: str = names[layer.module]
+    return name

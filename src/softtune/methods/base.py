@@ -62,8 +62,11 @@ class PeftType(str, Enum):
     PREFIX_TUNING = "PREFIX_TUNING"
     P_TUNING_V2 = "P_TUNING_V2"
     BITFIT = "BITFIT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
     PREFIX_MEMORY = "PREFIX_MEMORY"
     COMBINED = "COMBINED"
+    BEFT = "BEFT"
+    IA3 = "IA3"
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
@@ -108,6 +111,8 @@ class Prompt:
     """Matrices [Q or H, K, V] that map a layer's queries to what is added to its attention's output."""
     gated: Mapping[tuple[Site, int], GatedKeyValue] = field(default_factory=dict)
     """Keys and values that a layer's queries attend to apart from the text."""
+    scalings: Sequence[tuple[BiasSlot, Tensor]] = ()
+    """Factors [width] of a module's output or input. A module's own output is scaled first, then a bias is added."""
     after_text: bool = False
     """Whether the virtual tokens follow the text (suffix, infix) instead of preceding it."""
     shifts_positions: bool = True
@@ -176,6 +181,8 @@ class PeftConfig(PushToHubMixin):
     is_adaption_prompt: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ()
     """Fields that decide how the prompt enters the base model."""
+    tensor_names: ClassVar[tuple[str, ...]] = ()
+    """What PEFT names the method's tensors in files, behind the module that each changes; empty for other methods."""
 
     def __post_init__(self) -> None:
         own_type = type(self).__dataclass_fields__["peft_type"].default
@@ -264,6 +271,14 @@ class PeftConfig(PushToHubMixin):
             module: the adapter's module, which takes the shape of the prompt where PEFT gives layers none.
         """
         return prompt
+
+    def to_saved(self, state: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+        """Convert the module's inference state to the tensors of a saved adapter."""
+        return state
+
+    def from_saved(self, state: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+        """Convert the tensors of a saved adapter, without heads, to the module's inference state."""
+        return state
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ depend on what follows. Letters: P virtual tokens, D hidden size, W numbers of o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from softtune import checkpoint, self_check
 from softtune.adapter import Adapter
 from softtune.adapter_context import computed_prompt
 from softtune.backbone import AttentionLayer, Backbone, Place, model_session
+from softtune.backbone.roles import BiasSlot
 from softtune.errors import UnsupportedModelError
 from softtune.methods import PeftConfig
 from softtune.methods.base import GatedKeyValue, Prompt
@@ -26,6 +27,8 @@ from softtune.methods.kv_layout import joined_prefix, split_prefix
 from softtune.model import PeftModel
 
 PROMPT_NAME = "prompt.safetensors"
+ADDITION, SCALING, INPUT_SCALING = "addition.", "scaling.", "input_scaling."
+"""What the keys of tensors begin with that belong to slots."""
 
 
 def load_adapter(backbone: Backbone, folder: Path) -> Adapter:
@@ -71,10 +74,11 @@ def export_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool = True) -
 def save_prompt(prompt: Prompt, backbone: Backbone, folder: Path) -> None:
     """Write an exported prompt into a folder."""
     layers = _layers(prompt, backbone)
-    tensors = {f"addition.{slot.name}": added for slot, added in prompt.additions}
-    tensors |= {f"memory.{_name(place)}": memory for place, memory in prompt.memories.items()}
+    tensors = {f"memory.{_name(place)}": memory for place, memory in prompt.memories.items()}
     for place, gated in prompt.gated.items():
         tensors |= {f"gated.{_name(place)}.{part}": tensor for part, tensor in gated._asdict().items()}
+    tensors |= {f"{ADDITION}{slot.name}": added for slot, added in prompt.additions}
+    tensors |= {f"{_scaling_key(slot)}{slot.name}": factor for slot, factor in prompt.scalings}
     if prompt.vectors is not None:
         tensors["vectors"] = prompt.vectors
     if layers:
@@ -96,20 +100,19 @@ def load_prompt(folder: Path, backbone: Backbone, *, with_prefix: bool = True) -
         names = [name for name in opened.keys() if with_prefix or name != "prefix"]  # noqa: SIM118
         tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
     layers = [backbone.attention_layers[number] for number in facts["layers"]] if with_prefix else []
-    has_additions = any(name.startswith("addition.") for name in tensors)
-    slots = {f"addition.{slot.name}": slot for slot in backbone.bias_slots()} if has_additions else {}
     acting = backbone.attention_layers if any(name.startswith(("memory.", "gated.")) for name in tensors) else []
     return Prompt(
         num_virtual_tokens=facts["num_virtual_tokens"],
         vectors=tensors.get("vectors"),
         prefixes=split_prefix(tensors["prefix"], layers) if layers else {},
-        additions=[(slots[name], added) for name, added in tensors.items() if name in slots],
         memories={a.place: tensors[key] for a in acting if (key := f"memory.{_name(a.place)}") in tensors},
         gated={
             a.place: GatedKeyValue(*(tensors[f"gated.{_name(a.place)}.{part}"] for part in GatedKeyValue._fields))
             for a in acting
             if f"gated.{_name(a.place)}.gate" in tensors
         },
+        additions=_at_slots(tensors, ADDITION, backbone),
+        scalings=_at_slots(tensors, SCALING, backbone) + _at_slots(tensors, INPUT_SCALING, backbone),
         after_text=facts["after_text"],
         shifts_positions=facts["shifts_positions"],
     )
@@ -119,6 +122,16 @@ def _name(place: Place) -> str:
     """An attention layer's name in the file."""
     site, index = place
     return f"{site.value}.{index}"
+
+
+def _scaling_key(slot: BiasSlot) -> str:
+    return INPUT_SCALING if slot.is_input else SCALING
+
+
+def _at_slots(tensors: Mapping[str, Tensor], kind: str, backbone: Backbone) -> list[tuple[BiasSlot, Tensor]]:
+    """The tensors whose keys begin with ``kind``, with the slots that the keys name."""
+    names = {name: name.removeprefix(kind) for name in tensors if name.startswith(kind)}
+    return [(backbone.slot(name, is_input=kind == INPUT_SCALING), tensors[key]) for key, name in names.items()]
 
 
 def _layers(prompt: Prompt, backbone: Backbone) -> Sequence[AttentionLayer]:

@@ -35,8 +35,9 @@ class CachedPrompt:
     def __init__(self, pool: KVPool, prompt: Prompt) -> None:
         self._pool = pool
         self.loaded = LoadedPrompt.from_prompt(pool, prompt)
-        tensors = [added for _, added in prompt.additions] + ([] if prompt.vectors is None else [prompt.vectors])
+        tensors = [tensor for _, tensor in (*prompt.additions, *prompt.scalings)]
         tensors += [tensor for term in self.loaded.terms.values() for tensor in term.tensors]
+        tensors += [] if prompt.vectors is None else [prompt.vectors]
         self.nbytes = len(self.loaded.slots) * pool.token_bytes + sum(tensor.nbytes for tensor in tensors)
 
     def release(self) -> None:

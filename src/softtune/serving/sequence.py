@@ -16,7 +16,7 @@ from torch import Tensor
 from softtune.backbone import Backbone, Place, model_session
 from softtune.injection.attention_terms import Terms, terms_of
 from softtune.injection.kv_pool import KVPool, PooledSequence
-from softtune.injection.modules import Additions, ModuleChanges
+from softtune.injection.modules import Additions, ModuleChanges, Scalings
 from softtune.methods.base import Prompt
 
 
@@ -35,7 +35,8 @@ class LoadedPrompt:
     after_text: bool
     """Whether virtual tokens follow the text."""
     additions: Additions
-    terms: Terms
+    scalings: Scalings = ()
+    terms: Terms = field(default_factory=dict)
     """What is added to the outputs of attention layers."""
 
     @classmethod
@@ -52,6 +53,7 @@ class LoadedPrompt:
             after_text=prompt.after_text,
             additions=prompt.additions,
             terms=terms_of(prompt, [*pool.layers.values()]),
+            scalings=prompt.scalings,
         )
 
 
@@ -177,7 +179,8 @@ def _distinct(prompts: Sequence[LoadedPrompt], device: torch.device) -> tuple[li
 
 
 def _changes(backbone: Backbone, prompts: Sequence[LoadedPrompt], rows: Tensor | None) -> ModuleChanges:
-    """The adapters' additions to the outputs of modules, for each token."""
-    if not any(prompt.additions for prompt in prompts):
+    """The adapters' changes at modules, for each token."""
+    if not any(prompt.additions or prompt.scalings for prompt in prompts):
         return ModuleChanges(backbone, [], [])
-    return ModuleChanges(backbone, [prompt.additions for prompt in prompts], [{}] * len(prompts), rows)
+    additions, scalings = [prompt.additions for prompt in prompts], [prompt.scalings for prompt in prompts]
+    return ModuleChanges(backbone, additions, [{}] * len(prompts), rows, scalings=scalings)

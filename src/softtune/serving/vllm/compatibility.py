@@ -48,6 +48,8 @@ def _obstacle(prompt: Prompt, backbone: Backbone) -> str | None:
         return "terms outside of the softmax of attention"
     if prompt.vectors is not None and prompt.prefixes:
         return "both a prefix and vectors"
+    if prompt.scalings:
+        return "trained factors"
     if prompt.vectors is not None:
         return None if backbone.has_plain_words else "vectors beside words that the model scales"
     if prompt.after_text:
