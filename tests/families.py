@@ -446,7 +446,16 @@ FAMILIES = {
         plain_cache=False,
         takes_vectors=False,
         refused=dict.fromkeys(
-            ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only"), "use PrefixTuningConfig"
+            (
+                "prompt",
+                "prompt_suffix",
+                "p_tuning_mlp",
+                "p_tuning_lstm",
+                "embedding_only",
+                "combined",
+                "adaption_prompt",
+            ),
+            "use PrefixTuningConfig",
         ),
     ),
     "phi3": llama_like(Phi3Config, fused=one_after_another(4, 2)),
@@ -480,6 +489,7 @@ FAMILIES = {
         },
         attention={"decoder": [Attention(SELF_ATTENTION, (0, 1), 4, 12, 6)]},
         plain_cache=False,  # but a latent that they are computed from
+        refused={"adaption_prompt": "use PrefixTuningConfig"},
     ),
     "qwen3_next": llama_like(
         Qwen3NextConfig,
@@ -743,8 +753,6 @@ def takes(family: str, method: str) -> bool:
     if method == "infix" and not is_decoder_only(family):
         return False
     if method in TERM_METHODS and (not row.reachable or "prefix" in row.refused):
-        return False
-    if method == "combined" and "prompt" in row.refused:
         return False
     return method not in row.refused and (method != "bitfit" or row.has_biases)
 

@@ -211,13 +211,23 @@ def test_positions_are_for_virtual_tokens_of_one_number() -> None:
     torch.testing.assert_close(mixed_rows[1:], model(ids[1:]).logits)
 
 
-@pytest.mark.parametrize("kinds", [("prefix", "p_tuning_v2"), ("prompt", "prefix_last"), ("prefix", "bitfit_added")])
-def test_rows_train_under_checkpointing(kinds: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("prefix", "p_tuning_v2"),
+        ("prompt", "prefix_last"),
+        ("prefix", "bitfit_added"),
+        ("prefix", "prompt_suffix"),
+        ("memory", "adaption_prompt", "combined"),
+    ],
+)
+def test_rows_train_under_checkpointing(kinds: tuple[str, ...], reentrant: bool) -> None:
     found = []
     for checkpointed in (False, True):
         model, names = mixed("llama", CAUSAL_LM, kinds)
         if checkpointed:
-            enable_checkpointing(model, use_reentrant=False)
+            enable_checkpointing(model, use_reentrant=reentrant)
         inputs = batch(rows_for("llama", CAUSAL_LM, len(names)))
         model.train()(**inputs, labels=inputs["input_ids"], adapter_names=names).loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})

@@ -16,7 +16,7 @@ from softtune.backbone import Backbone, Site
 from softtune.cli.console import console, quiet, show_pairs
 from softtune.cli.flags import with_load_flags
 from softtune.cli.loading import check_single, load_adapter
-from softtune.evaluation.inspection import deviations, mean_changes, nearest_words, prefix_norms
+from softtune.evaluation.inspection import deviations, mean_changes, nearest_words, prefix_norms, term_sizes
 from softtune.formatting import in_units
 from softtune.methods import PeftConfig
 from softtune.methods.base import KeyValue
@@ -49,8 +49,10 @@ def command(
     prompt = loaded.adapter(loaded.active_adapter).module.prompt()
     if prompt.vectors is not None:
         _show_words(loaded.backbone, prompt.vectors, tokenizer)
-    elif prompt.prefixes:
+    if prompt.prefixes:
         _show_norms(prompt.prefixes)
+    if sizes := term_sizes(prompt):
+        _show_terms(sizes)
     for title, changes in ((BIASES, prompt.additions), (FACTORS, deviations(prompt.scalings))):
         if by_role := mean_changes(changes):
             show_pairs(title, [(role, f"{c:.2e}") for role, c in by_role.items()])
@@ -69,4 +71,12 @@ def _show_norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> None:
     table = Table("site", "layer", "keys", "values", title="Mean norms of the prefix", title_justify="left")
     for (site, layer), (key, value) in prefix_norms(prefixes).items():
         table.add_row(site.value, str(layer), f"{key:.2f}", f"{value:.2f}")
+    console.print(table)
+
+
+def _show_terms(sizes: Mapping[tuple[Site, int], Mapping[str, float]]) -> None:
+    names = [name for name in ("memory", "gate") if any(name in size for size in sizes.values())]
+    table = Table("site", "layer", *names, title="What is added to attention's outputs", title_justify="left")
+    for (site, layer), size in sizes.items():
+        table.add_row(site.value, str(layer), *(f"{size[name]:.2e}" if name in size else "" for name in names))
     console.print(table)

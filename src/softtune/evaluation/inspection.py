@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from softtune.backbone import Backbone, Site
 from softtune.injection.modules import Additions, Scalings
-from softtune.methods.base import KeyValue
+from softtune.methods.base import KeyValue, Prompt
 
 
 def nearest_words(backbone: Backbone, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -43,6 +43,20 @@ def prefix_norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> dict[tuple[Si
         place: (float(kv.key.norm(dim=-1).mean()), float(kv.value.norm(dim=-1).mean()))
         for place, kv in prefixes.items()
     }
+
+
+def term_sizes(prompt: Prompt) -> dict[tuple[Site, int], dict[str, float]]:
+    """By layer, what adds to the outputs of attention: the mean norm of a head's memory, and the mean absolute gate."""
+    sizes: dict[tuple[Site, int], dict[str, float]] = {place: {} for place in sorted(prompt.terms, key=_depth)}
+    for place, memory in prompt.memories.items():
+        sizes[place]["memory"] = float(memory.detach().flatten(1).norm(dim=1).mean())
+    for place, gated in prompt.gated.items():
+        sizes[place]["gate"] = float(gated.gate.detach().abs().mean())
+    return sizes
+
+
+def _depth(place: tuple[Site, int]) -> tuple[int, int]:
+    return list(Site).index(place[0]), place[1]
 
 
 def deviations(scalings: Scalings) -> Additions:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softtune import storage
 from softtune.backbone import Backbone, Site
-from softtune.evaluation.inspection import deviations, mean_changes_by_layer, nearest_words, prefix_norms
+from softtune.evaluation.inspection import deviations, mean_changes_by_layer, nearest_words, prefix_norms, term_sizes
 from softtune.experiments.figures import filled
 from softtune.experiments.page import Page, Table
 from softtune.experiments.pictures import Picture, Point, curves, heat, places
@@ -69,12 +69,15 @@ def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
     model, tokenizer = _loaded(folder, recipe)
     with torch.no_grad():
         prompt = _module(model).prompt()
+        drawn = []
         if prompt.vectors is not None:
-            return [_words(model.backbone, prompt.vectors, tokenizer)]
+            drawn.append(_words(model.backbone, prompt.vectors, tokenizer))
         if prompt.prefixes:
-            return [_norms(prompt.prefixes)]
+            drawn.append(_norms(prompt.prefixes))
+        if sizes := term_sizes(prompt):
+            drawn.append(_terms(sizes))
         changes, factors = (mean_changes_by_layer(x) for x in (prompt.additions, deviations(prompt.scalings)))
-    drawn = [biases(_cells(changes))] if changes else []
+    drawn += [biases(_cells(changes))] if changes else []
     return drawn + ([_factors(_cells(factors))] if factors else [])
 
 
@@ -115,6 +118,14 @@ def _norms(prefixes: Mapping[tuple[Site, int], KeyValue]) -> Picture:
         lines.setdefault(f"keys, {site.value}", []).append(Point(layer, key))
         lines.setdefault(f"values, {site.value}", []).append(Point(layer, value))
     return curves("Norms of the prefix by layer", lines, across="layer", up="mean norm over heads and tokens")
+
+
+def _terms(sizes: Mapping[tuple[Site, int], Mapping[str, float]]) -> Picture:
+    lines: dict[str, list[Point]] = {}
+    for (site, layer), size in sizes.items():
+        for name, value in size.items():
+            lines.setdefault(f"{name}, {site.value}", []).append(Point(layer, value))
+    return curves("What is added to attention's outputs, by layer", lines, across="layer", up="norm, or absolute gate")
 
 
 def biases(cells: Mapping[str, Mapping[str, float]]) -> Picture:

@@ -47,6 +47,8 @@ class AdaptionPromptConfig(PeftConfig):
     """P, the number of virtual tokens of a layer, 10 as in the paper. PEFT has no default."""
     adapter_layers: PositiveInt | None = None
     """Number of layers that get virtual tokens, counted from the top; by default all. PEFT has no default."""
+    modules_to_save: list[str] | None = field(default=None, metadata=OURS)
+    """Further modules of the base model to train and save, which PEFT's config of this method lacks."""
     gate: Literal["layer", "head"] = field(default="layer", metadata=OURS)
     """Whether a layer has one gate, as in PEFT, or one for each query head, as in the paper."""
 
@@ -131,7 +133,7 @@ class Projection:
         Raises:
             UnsupportedModelError: its keys or values are no projections of the hidden states.
         """
-        name, size = _name_of(backbone, layer), backbone.stacks[-1].embedding.embedding_dim
+        name = _name_of(backbone, layer)
         slots = {s.role: s for s in backbone.role_slots((KEY, VALUE)) if s.module.startswith(f"{name}.")}
         widths = {KEY: layer.heads * layer.key_size, VALUE: layer.heads * layer.value_size}
         if any(role not in slots or slots[role].width != width for role, width in widths.items()):
@@ -141,6 +143,7 @@ class Projection:
             )
         found = slots[KEY], slots[VALUE]
         key, value = (backbone.model.get_submodule(slot.module) for slot in found)
+        size = backbone.slot(found[0].module, is_input=True).width
         return cls(name, layer, size, (key, value), found)
 
     def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
