@@ -21,6 +21,7 @@ from softtune.methods.base import OURS, Method, PeftConfig, PeftType, Prompt, Ta
 
 _OF_THE_WHOLE = ("task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision")
 """Fields that the combined config has for all of its parts."""
+DEFAULT_PARTS = (PeftType.PREFIX_TUNING, PeftType.IA3)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,8 +36,9 @@ class CombinedConfig(PeftConfig):
     """
 
     peft_type: PeftType = PeftType.COMBINED
-    parts: list[Any] = field(default_factory=list, metadata=OURS)
-    """The parts: configs, or their fields as a mapping with ``peft_type``. Each method once."""
+    parts: list[Any] = field(default_factory=lambda: [{"peft_type": name} for name in DEFAULT_PARTS], metadata=OURS)
+    """The parts: configs, or their fields as a mapping with ``peft_type``. Each method once. By default a prefix, and
+    factors of keys, values and feed-forward layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
