@@ -68,6 +68,7 @@ from transformers import (
 
 from softtune import (
     BitFitConfig,
+    CartridgeConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -268,7 +269,7 @@ ENCODER_TASKS = (SEQ_CLS, TOKEN_CLS, QUESTION_ANS)
 # Cached keys and values are the only way in, and they come for all layers and in front of the text.
 ALL_OR_NONE = {"infix": "placement='prefix'", "prefix_last": "drop layers"}
 NO_PREFIX = dict.fromkeys(
-    ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2"), "use PromptTuningConfig"
+    ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2", "cartridge"), "use PromptTuningConfig"
 )
 
 
@@ -693,10 +694,11 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "p_tuning_v2": lambda **k: PTuningV2Config(num_virtual_tokens=P, **k),
     "bitfit": lambda **k: BitFitConfig(**k),
     "bitfit_added": lambda **k: BitFitConfig(add_missing=True, **k),
+    "cartridge": lambda **k: CartridgeConfig(num_virtual_tokens=P, **k),
 }
 
 INPUT_METHODS = ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only")
-PREFIX_METHODS = ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2")
+PREFIX_METHODS = ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2", "cartridge")
 KINDS = ("prompt", "prompt_suffix", "prefix", "infix", "prefix_last", "bitfit_added")
 """One method for each way into the base model; the others differ in how they compute what goes in."""
 THOROUGH = ("gpt2", "llama", "bloom", "bert", "t5")

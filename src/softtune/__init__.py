@@ -16,6 +16,7 @@ from softtune.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from softtune.compose import compose_cartridge_adapters
 from softtune.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -34,6 +35,8 @@ from softtune.kv_prefix import (
 from softtune.methods import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     BitFitConfig,
+    CartridgeConfig,
+    CartridgeEncoder,
     PeftConfig,
     PeftType,
     PrefixEncoder,
@@ -87,6 +90,8 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -113,6 +118,7 @@ __all__ = [
     "TaskType",
     "TrainingError",
     "UnsupportedModelError",
+    "compose_cartridge_adapters",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
