@@ -789,12 +789,13 @@ def adapted(family: str, task: str, method: str, seed: int = 1, **overrides: Any
 
 
 def scramble(model: PeftModel, seed: int = 1) -> PeftModel:
-    """Set everything that the active adapter trains to random numbers."""
+    """Set everything that the active adapter trains, and its frozen tokens, to random numbers."""
     generator = torch.Generator().manual_seed(seed)
+    trained_tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = [b for name, b in model.named_buffers() if name.startswith(f"prompt_encoder.{model.active_adapter}.")]
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+        for tensor in (*trained_tensors, *kept):
+            tensor.copy_(0.4 * torch.randn(tensor.shape, generator=generator))
     return model
 
 
