@@ -124,8 +124,8 @@ class SavedPrompt(NamedTuple):
     """[P, D] or [P, W], in fp32."""
     is_own: bool
     """Whether it is in a layout of softtune's that PEFT cannot read."""
-    config: dict[str, Any]
-    """The fields of softtune's config beside it that PEFT lacks, where they are not at their defaults."""
+    config: dict[str, Any] | None
+    """The fields that PEFT lacks, where they are not at their defaults; None where there is no config of softtune's."""
 
 
 def read_prompt(path: str | os.PathLike[str], backbone: Backbone) -> SavedPrompt:
@@ -155,7 +155,7 @@ def read_prompt(path: str | os.PathLike[str], backbone: Backbone) -> SavedPrompt
             f"the adapter in {path} was trained on another base model, with other word embeddings",
             "start from an adapter of this one",
         )
-    return SavedPrompt(prompt.float(), PROMPT_KEY not in tensors, notes.get("config", {}))
+    return SavedPrompt(prompt.float(), PROMPT_KEY not in tensors, notes.get("config", {}) if notes_path else None)
 
 
 def check_shape(prompt: Tensor, shape: Sequence[int], path: str | os.PathLike[str]) -> None:

@@ -18,7 +18,7 @@ from softtune.backbone import Backbone, Site
 from softtune.errors import AdapterMismatchError, ConfigError
 from softtune.methods import initialization as init
 from softtune.methods.base import OURS, PromptLearningConfig
-from softtune.methods.kv_layout import Layers, choose_layers, from_peft_layout, is_even
+from softtune.methods.kv_layout import Layers, choose_layers, from_peft_layout, is_even, joined_prefix, split_prefix
 
 Start = Literal["random", "zero", "vocabulary", "text", "file"]
 _NEEDS: dict[Start, tuple[str, str]] = {
@@ -94,16 +94,21 @@ class KeyValueConfig(PromptLearningConfig):
         return init.fill(init.text_ids(self.init_text, tokenizer)[0], self.num_virtual_tokens)
 
     def _saved_states(self, module: Any, backbone: Backbone) -> Tensor:
-        """[P, W] the prefix of ``init_file``; [P, D] where the module's virtual tokens are at the input."""
+        """[P, W] the prefix of ``init_file``; [P, D] where the module's virtual tokens are at the input.
+
+        Where the file has a prefix for more layers than this one, each layer starts from its own.
+        """
         path, shape = self.init_file or "", module().shape
         prompt, is_own, fields = init.read_prompt(path, backbone)
         layers = list(getattr(module, "layers", ()))
         reached = layers
-        if layers and is_own and fields:
-            reached = choose_layers(backbone, fields.get("layers"), fields.get("sites"))
-        elif layers and not is_own:
+        if layers and not is_own:
             prompt, reached = from_peft_layout(prompt, self, layers)
-        if [layer.place for layer in reached] != [layer.place for layer in layers]:
+        elif layers and fields is not None:
+            reached = choose_layers(backbone, fields.get("layers"), fields.get("sites"))
+            if set(layers) <= set(reached) and prompt.shape[1:] == (sum(layer.width for layer in reached),):
+                prompt, reached = joined_prefix(split_prefix(prompt, reached), layers), layers
+        if reached != layers:
             raise AdapterMismatchError(
                 f"the prefix in {path} is for other layers than this one", "set layers and sites as they are there"
             )
