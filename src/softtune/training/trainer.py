@@ -118,6 +118,7 @@ class AdapterTrainer(Trainer):
         Raises:
             TrainingError: nothing is trained; see also the class.
         """
+        assert isinstance(self.model, PeftModel)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise TrainingError("the adapter has nothing to train", "lower num_frozen_tokens, or load it to be trained")
         if resume_from_checkpoint is not None:
@@ -126,7 +127,6 @@ class AdapterTrainer(Trainer):
                 self.state = state
                 self.load_best()
                 return
-        assert isinstance(self.model, PeftModel)
         # training_step raises an error instead of the watch's warning
         with self._frozen_layer_cache(), self.model.gradient_watch.suspended():
             super().train(resume_from_checkpoint=resume_from_checkpoint)
