@@ -90,14 +90,11 @@ def test_pefts_layout_of_uneven_layers_is_read_once_saved_here(tmp_path: Path) -
     scramble(peft.get_peft_model(base_model("gemma4", CAUSAL_LM), config)).save_pretrained(str(tmp_path / "theirs"))
     loaded = PeftModel.from_pretrained(base_model("gemma4", CAUSAL_LM), tmp_path / "theirs")
     loaded.save_pretrained(tmp_path / "ours")
-    layers = loaded.peft_config["default"].layers  # type: ignore[attr-defined]
-    for name in ("theirs", "ours"):
-        fields = {"num_virtual_tokens": P, "init_file": str(tmp_path / name), "layers": layers}
-        if name == "theirs":
-            with pytest.raises(CheckpointError, match="holds the shape"):
-                started("gemma4", CAUSAL_LM, PTuningV2Config(**fields))
-        else:
-            assert torch.equal(prompt_of(started("gemma4", CAUSAL_LM, PTuningV2Config(**fields))), prompt_of(loaded))
+    fields = {"num_virtual_tokens": P, "layers": loaded.peft_config["default"].layers}  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match="holds the shape"):
+        started("gemma4", CAUSAL_LM, PTuningV2Config(init_file=str(tmp_path / "theirs"), **fields))
+    model = started("gemma4", CAUSAL_LM, PTuningV2Config(init_file=str(tmp_path / "ours"), **fields))
+    assert torch.equal(prompt_of(model), prompt_of(loaded))
 
 
 @pytest.mark.parametrize("method", PREFIXES)
@@ -190,6 +187,14 @@ def test_p_tuning_starts_from_vectors(source: str, encoder: str, tmp_path: Path)
     saved.save_pretrained(tmp_path)
     config = PromptEncoderConfig(num_virtual_tokens=P, encoder_reparameterization_type=encoder, init_file=str(tmp_path))
     torch.testing.assert_close(prompt_of(started("llama", CAUSAL_LM, config)), prompt_of(saved), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["prompt", "p_tuning_mlp", "embedding_only"])
+def test_an_embedding_only_prefix_starts_from_vectors(source: str, tmp_path: Path) -> None:
+    saved = adapted("llama", CAUSAL_LM, source)
+    saved.save_pretrained(tmp_path)
+    config = PrefixTuningConfig(num_virtual_tokens=P, embedding_only=True, init_file=str(tmp_path))
+    assert torch.equal(prompt_of(started("llama", CAUSAL_LM, config)), prompt_of(saved))
 
 
 @pytest.mark.parametrize("method", [PromptEncoderConfig, PromptTuningConfig])

@@ -171,7 +171,7 @@ def check_shape(prompt: Tensor, shape: Sequence[int], path: str | os.PathLike[st
         )
 
 
-def vectors_from_file(path: str | os.PathLike[str], shape: tuple[int, int], backbone: Backbone) -> Tensor:
+def from_file(path: str | os.PathLike[str], shape: tuple[int, int], backbone: Backbone) -> Tensor:
     """[P, D] the virtual tokens of a saved adapter; see ``read_prompt``.
 
     Raises:

@@ -74,7 +74,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         """
         if self.init_file is not None:
             shape = self.num_virtual_tokens, backbone.embedding.embedding_dim
-            module.start_from(init.vectors_from_file(self.init_file, shape, backbone))
+            module.start_from(init.from_file(self.init_file, shape, backbone))
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
         return backbone.has_plain_words

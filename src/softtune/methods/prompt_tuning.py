@@ -120,7 +120,7 @@ class PromptTuningConfig(PromptLearningConfig):
                 labels = self.prompt_tuning_init_labels or []
                 return init.label_vectors(backbone, labels, size, self._tokenizer(backbone))
             case PromptTuningInit.FILE:
-                return init.vectors_from_file(self.prompt_tuning_init_file or "", (size, dim), backbone)
+                return init.from_file(self.prompt_tuning_init_file or "", (size, dim), backbone)
 
     def _tokenizer(self, backbone: Backbone) -> PreTrainedTokenizerBase:
         return init.load_tokenizer(self.tokenizer_name_or_path or backbone.model.name_or_path, self.tokenizer_kwargs)
