@@ -70,6 +70,7 @@ from softtune import (
     AdaptionPromptConfig,
     BeftConfig,
     BitFitConfig,
+    CartridgeConfig,
     CombinedConfig,
     IA3Config,
     PeftConfig,
@@ -273,7 +274,7 @@ ENCODER_TASKS = (SEQ_CLS, TOKEN_CLS, QUESTION_ANS)
 # Cached keys and values are the only way in, and they come for all layers and in front of the text.
 ALL_OR_NONE = {"infix": "placement='prefix'", "prefix_last": "drop layers"}
 NO_PREFIX = dict.fromkeys(
-    ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2"), "use PromptTuningConfig"
+    ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2", "cartridge"), "use PromptTuningConfig"
 )
 
 
@@ -722,12 +723,13 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     ),
     "beft": lambda **k: BeftConfig(**k),
     "ia3": lambda **k: IA3Config(**k),
+    "cartridge": lambda **k: CartridgeConfig(num_virtual_tokens=P, **k),
 }
 
 INPUT_METHODS = ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only")
 TERM_METHODS = ("memory", "adaption_prompt", "combined")
 """Methods that add to the outputs of attention, in models that call the attention interface."""
-PREFIX_METHODS = ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2")
+PREFIX_METHODS = ("prefix", "prefix_projection", "infix", "prefix_last", "p_tuning_v2", "cartridge")
 KINDS = ("prompt", "prompt_suffix", "prefix", "infix", "prefix_last", "bitfit_added", "ia3", "memory", "combined")
 """One method for each way into the base model; the others differ in how they compute what goes in."""
 THOROUGH = ("gpt2", "llama", "bloom", "bert", "t5")
@@ -822,12 +824,13 @@ def adapted(family: str, task: str, method: str, seed: int = 1, **overrides: Any
 
 
 def scramble(model: PeftModel, seed: int = 1) -> PeftModel:
-    """Set everything that the active adapter trains to random numbers."""
+    """Set everything that the active adapter trains, and its frozen tokens, to random numbers."""
     generator = torch.Generator().manual_seed(seed)
+    trained_tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = [b for name, b in model.named_buffers() if name.startswith(f"prompt_encoder.{model.active_adapter}.")]
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+        for tensor in (*trained_tensors, *kept):
+            tensor.copy_(0.4 * torch.randn(tensor.shape, generator=generator))
     return model
 
 

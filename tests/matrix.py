@@ -46,6 +46,7 @@ COLUMNS = {
     "BitFit, added": ("bitfit_added",),
     "BEFT": ("beft",),
     "IA3": ("ia3",),
+    "cartridge": ("cartridge",),
 }
 REFUSED = "\N{EN DASH}"
 CENSUS = "## Every architecture"
@@ -69,8 +70,8 @@ The promises:
 
 The methods: prompt tuning with its virtual tokens in front of the text or as a suffix; P-tuning with an MLP and with an
 LSTM; prefix tuning plain, with its MLP (projection), as an infix, with embeddings only and in chosen layers; P-tuning
-v2; BitFit on the model's own biases, and with biases added where there are none; BEFT; IA3. Batches of several
-adapters (promise 2) mix prompt, suffix, prefix, infix, chosen layers, BitFit with added biases and IA3.
+v2; BitFit on the model's own biases, and with biases added where there are none; BEFT; IA3; cartridges. Batches of
+several adapters (promise 2) mix prompt, suffix, prefix, infix, chosen layers, BitFit with added biases and IA3.
 """
 
 Cell = tuple[str, str, int]

@@ -23,7 +23,7 @@ EXPECTED: dict[str, str] = {
     r"test_decoder_models\.py.*test_set_requires_grad_prompt_learning_raises": "set_requires_grad works for prompts",
     r"test_initialization\.py.*TestLoadPeftKeyMapping": "for models that are no transformers",
     r"test_config\.py.*test_set_attributes": "a method that there is not is refused",
-    r"test_config\.py.*test_from_json_file\[P(refix|rompt)TuningConfig": (
+    r"test_config\.py.*test_from_json_file\[(PrefixTuning|PromptTuning|PromptEncoder|Cartridge)Config": (
         "fields that PEFT lacks are not in the file that PEFT reads"
     ),
     r"test_config\.py.*test_prompt_encoder_warning_num_layers": "the config warns, when it is made",
@@ -33,6 +33,13 @@ EXPECTED: dict[str, str] = {
     r"test_decoder_models\.py.*test_prefix_tuning_offsets_position_ids_in_forward": (
         "replaces the base model's forward, which then passes its layers by"
     ),
+    r"test_cartridge\.py.*test_cartridge_offsets_position_ids_in_forward": (
+        "replaces the base model's forward, which then passes its layers by"
+    ),
+    r"test_cartridge\.py.*test_cartridge_prefill_4d_mask_uses_cache_position": (
+        "looks at how PEFT makes its inputs: softtune's prefix joins them in the stack"
+    ),
+    r"test_cartridge\.py.*test_cartridge_gradient_checkpointing_raises": "gradient checkpointing works with prefixes",
     r"test_decoder_models\.py.*test_prompt_tuning_config_invalid_args": "says the same in other words",
     r"test_initialization\.py.*test_use_prompt_tuning_init_text_raises": "the base model's tokenizer reads the text",
     r"test_decoder_models\.py.*test_prompt_tuning_prepare_inputs_for_generation_4d_attention_mask": (

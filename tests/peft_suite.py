@@ -31,7 +31,7 @@ import pytest
 from tests.peft_differences import EXPECTED, LEFT_OUT
 
 SUITE = "peft_tests"
-METHODS = {"PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"}
+METHODS = {"PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "CartridgeConfig"}
 BUILD = Path(__file__).parent.parent / "build" / "peft-suite"
 CACHE = BUILD / f"hub-{version('transformers')}"
 DEPRECATED = (".gradient_checkpointing_enable. is deprecated", ".is_gradient_checkpointing. is deprecated")

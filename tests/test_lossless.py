@@ -13,6 +13,7 @@ from tests.families import (
     BY_MODULE,
     CAUSAL_LM,
     FAMILIES,
+    PREFIX_METHODS,
     REPARAMETERISED,
     SEQ_CLS,
     adapted,
@@ -28,7 +29,7 @@ from tests.families import (
 )
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "softtune_config.json", "README.md"}
-READABLE = {"prompt", "p_tuning_mlp", "p_tuning_lstm", "prefix", "prefix_projection"}
+READABLE = {"prompt", "p_tuning_mlp", "p_tuning_lstm", "prefix", "prefix_projection", "cartridge"}
 
 
 def is_even(family: str) -> bool:
@@ -68,7 +69,7 @@ def test_files_and_keys(family: str, task: str, method: str, tmp_path: Path) -> 
     state = {"training_state.safetensors"} if method in REPARAMETERISED else set()
     assert {p.name for p in tmp_path.iterdir()} == FILES | state
     plain_words = FAMILIES[family].word_scale == 1.0 and (is_decoder_only(family) or not FAMILIES[family].window)
-    is_peft = method in READABLE and (is_even(family) if method.startswith("prefix") else plain_words)
+    is_peft = method in READABLE and (is_even(family) if method in PREFIX_METHODS else plain_words)
     expected = {"prompt_embeddings" if is_peft else "softtune.prompt_embeddings"}
     expected |= {f"base_model.{name}" for name in head_names(family, task)}
     assert keys(tmp_path / "adapter_model.safetensors") == expected

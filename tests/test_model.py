@@ -51,6 +51,8 @@ PUBLIC = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -77,6 +79,7 @@ PUBLIC = [
     "TaskType",
     "TrainingError",
     "UnsupportedModelError",
+    "compose_cartridge_adapters",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -327,6 +330,7 @@ def test_every_config_is_in_the_map() -> None:
         "PrefixTuningConfig",
         "PTuningV2Config",
         "BitFitConfig",
+        "CartridgeConfig",
     }
     for peft_type, config in softtune.PEFT_TYPE_TO_CONFIG_MAPPING.items():
         assert config().peft_type is peft_type

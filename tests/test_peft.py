@@ -49,13 +49,14 @@ CONFIGS = {
     "prefix_projection": lambda task: peft.PrefixTuningConfig(
         task_type=task, num_virtual_tokens=P, prefix_projection=True, encoder_hidden_size=9
     ),
+    "cartridge": lambda task: peft.CartridgeConfig(task_type=task, num_virtual_tokens=P),
 }
 INPUT = ("prompt", "p_tuning_mlp", "p_tuning_lstm")
 EVEN = {  # what PEFT needs of an encoder-decoder: equal depths and heads, d_kv = d_model / heads
     "t5": {"d_kv": 8, "num_layers": 2},
     **{family: {"encoder_layers": 3, "decoder_attention_heads": 4} for family in ("bart", "mbart")},
 }
-PREFIX = ("prefix", "prefix_projection")
+PREFIX = ("prefix", "prefix_projection", "cartridge")
 PEFT_CANNOT = {
     # It finds no sizes in the config.
     **dict.fromkeys(("mpt", "mamba", "encoder_decoder"), tuple(CONFIGS)),
@@ -161,7 +162,7 @@ def test_softtune_saves_peft_loads(family: str, task: str, method: str, tmp_path
 
 @pytest.mark.promise(4)
 @pytest.mark.parametrize("family", ["t5", "bart"])
-@pytest.mark.parametrize("method", ["prefix", "prefix_projection"])
+@pytest.mark.parametrize("method", ["prefix", "prefix_projection", "cartridge"])
 def test_encoder_decoder_prefix_of_peft(family: str, method: str, tmp_path: Path) -> None:
     """PEFT gives the decoder's own attention a prefix, and no other site."""
     theirs = in_peft(family, SEQ_2_SEQ_LM, method)

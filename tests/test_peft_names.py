@@ -29,9 +29,9 @@ from tests.tiny import tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 OTHER_METHODS = re.compile(
-    r"(Ada|Arrow|BOFT|BdLo|C3A|CPT|Cartridge|Deft|Delora|Eva|FourierFT|Frod|Glora|Gralora|HRA|Hira|Kasa|LNT|Lily"
+    r"(Ada|Arrow|BOFT|BdLo|C3A|CPT|Deft|Delora|Eva|FourierFT|Frod|Glora|Gralora|HRA|Hira|Kasa|LNT|Lily"
     r"|LoHa|LoKr|LoftQ|Lora|Miss|Montec|Multitask|OFT|OSF|Peanut|Poly|Psoft|Pvera|RandLora|Road|Shadow|Shira|Supert"
-    r"|TinyLora|Trainable|UniLora|VBLoRA|Vel|Vera|WaveFT|XLora|PeftMixed)|.*(lora|loftq|eva|arrow|cartridge|kappa)"
+    r"|TinyLora|Trainable|UniLora|VBLoRA|Vel|Vera|WaveFT|XLora|PeftMixed)|.*(lora|loftq|eva|arrow|kappa)"
 )
 """Names of methods that are no prompts of this library, and of what belongs to them."""
 LEFT_OUT = {
@@ -90,7 +90,16 @@ def test_methods_and_attributes_of_models(theirs: type) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "BeftConfig", "IA3Config"]
+    "name",
+    [
+        "PromptTuningConfig",
+        "PrefixTuningConfig",
+        "PromptEncoderConfig",
+        "CartridgeConfig",
+        "AdaptionPromptConfig",
+        "BeftConfig",
+        "IA3Config",
+    ],
 )
 def test_fields_and_methods_of_configs(name: str) -> None:
     own, theirs = getattr(softtune, name), getattr(peft, name)
@@ -360,8 +369,9 @@ def test_a_model_card_is_written(tmp_path: Path) -> None:
 # A prefix from a text
 
 
-def test_a_prefix_starts_from_a_cache_as_in_peft() -> None:
-    model = get_peft_model(base_model("llama", CAUSAL_LM), METHODS["prefix"](task_type=CAUSAL_LM))
+@pytest.mark.parametrize("method", ["prefix", "cartridge"])
+def test_a_prefix_starts_from_a_cache_as_in_peft(method: str) -> None:
+    model = get_peft_model(base_model("llama", CAUSAL_LM), METHODS[method](task_type=CAUSAL_LM))
     ids = torch.randint(3, 50, (1, P + 4), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model.get_base_model()(ids, use_cache=True)
@@ -374,10 +384,10 @@ def test_a_prefix_starts_from_a_cache_as_in_peft() -> None:
     torch.testing.assert_close(model.eval()(ids[:, P:]).logits, whole.logits[:, P:], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_prefix_starts_from_the_first_tokens_of_a_text(family: str) -> None:
+@pytest.mark.parametrize(("family", "method"), [("llama", "prefix"), ("mistral", "prefix"), ("llama", "cartridge")])
+def test_a_prefix_starts_from_the_first_tokens_of_a_text(family: str, method: str) -> None:
     """Mistral's layers keep the last ones alone."""
-    model = get_peft_model(base_model(family, CAUSAL_LM), METHODS["prefix"](task_type=CAUSAL_LM)).train()
+    model = get_peft_model(base_model(family, CAUSAL_LM), METHODS[method](task_type=CAUSAL_LM)).train()
     words = tokenizer(ends=False)
     text = "the sky is blue and red and good text : label :"
     flat = softtune.initialize_kv_prefix_from_text(model, words, text=text)
@@ -385,6 +395,7 @@ def test_a_prefix_starts_from_the_first_tokens_of_a_text(family: str) -> None:
     with torch.no_grad():
         cache = cache_of(base_model(family, CAUSAL_LM)(ids, use_cache=True))
     assert torch.equal(flat, softtune.prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=P))
+    assert torch.equal(model.get_prompt_embedding_to_save("default"), flat)
     with pytest.raises(DataError, match="give one row of at least"):
         softtune.initialize_kv_prefix_from_text(model, words, text="red")
 

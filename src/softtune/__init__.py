@@ -16,6 +16,7 @@ from softtune.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from softtune.compose import compose_cartridge_adapters
 from softtune.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -36,6 +37,8 @@ from softtune.methods import (
     AdaptionPromptConfig,
     BeftConfig,
     BitFitConfig,
+    CartridgeConfig,
+    CartridgeEncoder,
     CombinedConfig,
     IA3Config,
     PeftConfig,
@@ -94,6 +97,8 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BeftConfig",
     "BitFitConfig",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "CheckpointError",
     "CombinedConfig",
     "ConfigError",
@@ -123,6 +128,7 @@ __all__ = [
     "TaskType",
     "TrainingError",
     "UnsupportedModelError",
+    "compose_cartridge_adapters",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from softtune.backbone import Backbone
 from softtune.errors import AdapterMismatchError, ConfigError
 from softtune.methods import PeftConfig
+from softtune.methods.base import InParts
 
 PEFT_HEAD_NAMES = ("classifier", "score")
 """Names that PEFT lists for every classifier, whether the model has them or not."""
@@ -115,8 +116,8 @@ class Adapter:
 
     @property
     def is_reparameterised(self) -> bool:
-        """Whether the module has more tensors than inference needs, such as an MLP behind the prompt."""
-        return len(self.training_state()) > len(self.inference_state())
+        """Whether the module has more than inference needs, such as an MLP behind the prompt."""
+        return not isinstance(self.module, InParts) and len(self.training_state()) > len(self.inference_state())
 
     def training_state(self) -> dict[str, Tensor]:
         """The module's own tensors."""
@@ -142,6 +143,15 @@ class Adapter:
     def _head_prefix(self) -> str:
         """What PEFT puts in front of a head's name."""
         return "base_model.model." if self.config.tensor_names else "base_model."
+
+    def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy what ``inference_state`` returned into the module, which must not be reparameterised."""
+        if isinstance(self.module, InParts):
+            self.module.load_inference_state(state)
+            return
+        own = self.inference_state()
+        for name, tensor in state.items():
+            own[name].data.copy_(tensor)
 
     def head_state(self) -> dict[str, Tensor]:
         """The heads' tensors, under PEFT's names."""

@@ -34,6 +34,7 @@ from softtune.errors import AdapterMismatchError, CheckpointError
 from softtune.formatting import in_one_line
 from softtune.load_options import own_quantization
 from softtune.methods.base import CONFIG_NAME, OWN_CONFIG_NAME, PeftConfig
+from softtune.methods.base_model_sample import may_be_base, sample_notes
 from softtune.methods.initialization import OWN_KEY, PROMPT_KEY, WEIGHTS_NAME
 
 if TYPE_CHECKING:
@@ -41,16 +42,10 @@ if TYPE_CHECKING:
 
 STATE_NAME = "training_state.safetensors"
 PICKLED_NAME = "adapter_model.bin"
-SAMPLE_KEY = "embedding_sample"
-ROWS_KEY = "embedding_rows"
-"""Number of rows of the sampled embedding; rows that were added or removed since are not compared."""
 DTYPE_KEY, QUANTIZATION_KEY = "base_model_dtype", "base_model_quantization"
 """What the base model was loaded in when the adapter was trained; folders from before have neither."""
 CHAT_TEMPLATE_KEY = "chat_template"
 """The chat template that the adapter was trained with; left out where it was trained without."""
-SAMPLE_TOLERANCE = 0.05
-"""Difference of two embedding samples (precision, quantisation), relative to the largest value, up to which they count
-as the same base model's."""
 
 
 def save(
@@ -109,11 +104,8 @@ def _save(folder: Path, adapter: Adapter, backbone: Backbone, *, also_pickled: b
         if adapter.is_reparameterised:
             write(stage / STATE_NAME, adapter.training_state())
         model_card(folder / CARD_NAME, config, backbone).save(stage / CARD_NAME)
-        rows = backbone.embedding.num_embeddings
         template = {} if adapter.chat_template is None else {CHAT_TEMPLATE_KEY: adapter.chat_template}
-        config.write(
-            stage, {SAMPLE_KEY: backbone.embedding_sample(), ROWS_KEY: rows, **_precision(backbone), **template}
-        )
+        config.write(stage, {**sample_notes(backbone), **_precision(backbone), **template})
     gone = {STATE_NAME: not adapter.is_reparameterised, PICKLED_NAME: not also_pickled}
     for name in (name for name, is_gone in gone.items() if is_gone):
         (folder / name).unlink(missing_ok=True)  # left by another adapter that was saved here before
@@ -228,7 +220,7 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
         inference_state[PROMPT_KEY] = adapter.config.from_peft(inference_state[PROMPT_KEY], adapter.module)
     _check(adapter.inference_state(), inference_state)
     if not adapter.is_reparameterised:
-        _copy(adapter.inference_state(), inference_state)
+        adapter.load_inference_state(inference_state)
     elif training_state is not None:
         _copy(adapter.training_state(), training_state)
     else:
@@ -261,11 +253,7 @@ def check_base_model(
         raise CheckpointError(f"{folder} has no {OWN_CONFIG_NAME}, and its prompt needs it", "copy the whole folder")
     notes = storage.read_json(path) if path else {}
     _warn_of_precision(folder, notes, backbone)
-    if (saved := notes.get(SAMPLE_KEY)) is None:
-        return
-    sample = backbone.embedding_sample(notes.get(ROWS_KEY))
-    drift = max((abs(a - b) for a, b in zip(saved, sample, strict=False)), default=0.0)
-    if not sample or drift > SAMPLE_TOLERANCE * max(abs(x) for x in saved):
+    if not may_be_base(notes, backbone):
         path = storage.locate(folder, CONFIG_NAME, **hub)
         name = storage.read_json(path).get("base_model_name_or_path") if path else None
         is_same = name == backbone.model.name_or_path

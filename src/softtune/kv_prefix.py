@@ -1,4 +1,4 @@
-"""PEFT's functions that initialize a prefix from a text's KV cache.
+"""PEFT's functions that initialize a prefix, be it a cartridge's, from a text's KV cache.
 
 Letters: H key/value heads, T tokens, P virtual tokens, K size of a key, W values of one virtual token over all layers.
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from softtune import compat
 from softtune.backbone import evaluating
 from softtune.errors import AdapterError, DataError
-from softtune.methods import PrefixEncoder
+from softtune.methods import CartridgeEncoder, PrefixEncoder
 from softtune.model import PeftModel
 
 
@@ -66,11 +66,11 @@ def initialize_kv_prefix_from_past_key_values(
         DataError: the cache does not fit.
     """
     module = _prefix(model, adapter_name)
-    size = num_virtual_tokens or len(module.embedding.weight)
-    flat = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=size)
-    if flat.shape != module.embedding.weight.shape:
+    shape = module().shape
+    flat = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=num_virtual_tokens or shape[0])
+    if flat.shape != shape:
         raise DataError(
-            f"past_key_values gives {list(flat.shape)} numbers, the prefix has {list(module.embedding.weight.shape)}",
+            f"past_key_values gives {list(flat.shape)} numbers, the prefix has {list(shape)}",
             "take the base model's own cache, and as many tokens",
         )
     module.start_from(flat)
@@ -103,7 +103,7 @@ def initialize_kv_prefix_from_text(
         AdapterError: no such adapter, or it is no plain prefix.
         DataError: the text is too short.
     """
-    size = len(_prefix(model, adapter_name).embedding.weight)
+    size = len(_prefix(model, adapter_name)())
     has_template = bool(use_chat_template and tokenizer.chat_template)
     if has_template:
         text = str(tokenizer.apply_chat_template([{"role": "system", "content": text}], tokenize=False))
@@ -116,7 +116,7 @@ def initialize_kv_prefix_from_text(
     )
 
 
-def _prefix(model: PeftModel, adapter_name: str | None) -> PrefixEncoder:
+def _prefix(model: PeftModel, adapter_name: str | None) -> PrefixEncoder | CartridgeEncoder:
     """The module of an adapter that is a plain prefix.
 
     Raises:
@@ -125,6 +125,8 @@ def _prefix(model: PeftModel, adapter_name: str | None) -> PrefixEncoder:
     name = adapter_name or model.active_adapter
     adapter = model.adapter(name)
     module = adapter.module
-    if not isinstance(module, PrefixEncoder) or module.transform is not None:
-        raise AdapterError(f"{name!r} is no plain prefix", "use PrefixTuningConfig without prefix_projection")
-    return module
+    if isinstance(module, CartridgeEncoder) or (isinstance(module, PrefixEncoder) and module.transform is None):
+        return module
+    raise AdapterError(
+        f"{name!r} is no plain prefix", "use CartridgeConfig, or PrefixTuningConfig without prefix_projection"
+    )

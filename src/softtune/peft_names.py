@@ -130,10 +130,11 @@ class PeftNames(AdapterState):
         return prompt
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The number of trained parameters, and of all parameters."""
+        """The number of trained parameters, and of all parameters, to which frozen virtual tokens count too."""
         tied = {f"base_model.{name}" for name in getattr(self.get_base_model(), "all_tied_weights_keys", None) or ()}
         counts = [(num_weights(p), p.requires_grad) for name, p in self.named_parameters() if name not in tied]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+        frozen_tokens = sum(buffer.numel() for buffer in self.prompt_encoder.buffers())
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts) + frozen_tokens
 
     def print_trainable_parameters(self) -> None:
         """Print both counts and the trained share, in PEFT's words."""

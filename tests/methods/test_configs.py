@@ -14,7 +14,7 @@ from tests.families import CAUSAL_LM, METHODS, SEQ_2_SEQ_LM, base_model
 import softtune
 from softtune import ConfigError, PeftConfig, PeftType, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-SHARED = ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"]
+SHARED = ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig", "CartridgeConfig"]
 OTHER_DEFAULTS = {"prompt_tuning_init": "softtune starts from the vocabulary", "num_virtual_tokens": "PEFT has none"}
 
 

@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "P-tuning v2": {"method": "P_TUNING_V2", "options": {"num_virtual_tokens": 3, "prefix_dropout": 0.2}},
     "prompt tuning": {"method": "PROMPT_TUNING", "options": {"num_virtual_tokens": 3}},
     "BitFit": {"method": "BITFIT", "options": {"add_missing": True}},
+    "cartridge": {"method": "CARTRIDGE", "options": {"num_virtual_tokens": 3}},
 }
 
 
@@ -121,6 +122,21 @@ def test_an_interrupted_and_resumed_run_equals_an_unbroken_one(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_cartridge_of_frozen_tokens_alone_is_refused(fields: dict[str, Any]) -> None:
+    frozen = {"method": "CARTRIDGE", "options": {"num_virtual_tokens": 3, "num_frozen_tokens": 3}}
+    with pytest.raises(TrainingError, match="has nothing to train: lower num_frozen_tokens"):
+        train(Recipe.from_fields(fields | frozen))
+
+
+def test_a_recipe_starts_from_another_tasks_prefix(fields: dict[str, Any], tmp_path: Path) -> None:
+    train(Recipe.from_fields({**fields, "options": {"num_virtual_tokens": 3}, "output": str(tmp_path / "first")}))
+    start = {"method": "CARTRIDGE", "learning_rate": 1e-9, "options": {"num_virtual_tokens": 3}}
+    start["options"]["init_file"] = str(tmp_path / "first")  # type: ignore[index]
+    train(Recipe.from_fields(fields | start))
+    first, second = (tensors(folder) for folder in (str(tmp_path / "first"), fields["output"]))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
 def test_an_unfinished_run_is_neither_overwritten_nor_mixed_up(fields: dict[str, Any]) -> None:
     recipe = Recipe.from_fields(fields)
     with pytest.raises(ConfigError, match="no unfinished run"):
@@ -180,7 +196,7 @@ def test_labels_that_the_tokenizer_does_not_tell_apart(
     assert not Path(fields["output"]).exists()
 
 
-@pytest.mark.parametrize("method", ["P_TUNING_V2", "BITFIT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"])
+@pytest.mark.parametrize("method", ["P_TUNING_V2", "BITFIT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CARTRIDGE"])
 def test_a_head_on_an_encoder(fields: dict[str, Any], models: dict[str, str], tmp_path: Path, method: str) -> None:
     """It is trained, and so is what the method adds."""
     options = {} if method == "BITFIT" else {"num_virtual_tokens": 3}

@@ -4,6 +4,7 @@ from softtune.methods.adaption_prompt import AdaptionPromptConfig
 from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
 from softtune.methods.beft import BeftConfig
 from softtune.methods.bitfit import BitFitConfig
+from softtune.methods.cartridge import CartridgeConfig, CartridgeEncoder
 from softtune.methods.combined import CombinedConfig
 from softtune.methods.ia3 import IA3Config
 from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
@@ -24,6 +25,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING.update(
         PeftType.COMBINED: CombinedConfig,
         PeftType.BEFT: BeftConfig,
         PeftType.IA3: IA3Config,
+        PeftType.CARTRIDGE: CartridgeConfig,
     }
 )
 
@@ -32,6 +34,8 @@ __all__ = [
     "AdaptionPromptConfig",
     "BeftConfig",
     "BitFitConfig",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "CombinedConfig",
     "IA3Config",
     "PTuningV2Config",

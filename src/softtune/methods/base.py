@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, get_type_hints, runtime_checkable
 
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class PeftType(str, Enum):
     COMBINED = "COMBINED"
     BEFT = "BEFT"
     IA3 = "IA3"
+    CARTRIDGE = "CARTRIDGE"
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
@@ -139,8 +140,18 @@ class Method(Protocol):
     def inference_state(self) -> dict[str, Tensor]:
         """The tensors that inference needs.
 
-        Where the module trains no others, they are its own parameters, so that writing to them changes the module.
+        Where the module trains no others, they are its own parameters, so that writing to them changes the module. A
+        module that keeps them in parts is ``InParts`` instead.
         """
+        ...
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A ``Method`` that keeps what inference needs in parts, such as frozen rows apart from trained ones."""
+
+    def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy what ``inference_state`` returned into the parts."""
         ...
 
 

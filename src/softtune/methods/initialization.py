@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from softtune import storage
 from softtune.backbone import Backbone, model_session
-from softtune.errors import CheckpointError, ConfigError
+from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError
+from softtune.methods.base import OWN_CONFIG_NAME
+from softtune.methods.base_model_sample import may_be_base
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROMPT_KEY = "prompt_embeddings"
@@ -115,13 +117,26 @@ def label_vectors(backbone: Backbone, labels: Sequence[str], size: int, tokenize
     return torch.cat([means, rest.to(means.device)])
 
 
-def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
-    """Load the prompt of a saved adapter from its folder, hub name or safetensors file.
+class SavedPrompt(NamedTuple):
+    """The prompt of a saved adapter, in the layout of its file."""
+
+    prompt: Tensor
+    """[P, D] or [P, W], in fp32."""
+    is_own: bool
+    """Whether it is in a layout of softtune's that PEFT cannot read."""
+    config: dict[str, Any] | None
+    """The fields that PEFT lacks, where they are not at their defaults; None where there is no config of softtune's."""
+
+
+def read_prompt(path: str | os.PathLike[str], backbone: Backbone) -> SavedPrompt:
+    """Read the prompt of a saved adapter from its folder, hub name or safetensors file.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or its prompt has another shape.
+        CheckpointError: there is no such file, it is damaged, or it holds no prompt.
+        AdapterMismatchError: the adapter was trained on another base model.
     """
-    file = storage.local(path) if str(path).endswith(".safetensors") else storage.locate(path, WEIGHTS_NAME)
+    is_file = str(path).endswith(".safetensors")
+    file = storage.local(path) if is_file else storage.locate(path, WEIGHTS_NAME)
     try:
         tensors = load_file(file) if file else {}
     except (OSError, SafetensorError) as error:
@@ -129,12 +144,43 @@ def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
             f"no prompt can be read from {path}", "name an adapter's folder or safetensors file"
         ) from error
     prompt = tensors.get(PROMPT_KEY, tensors.get(OWN_KEY))
-    if prompt is None or tuple(prompt.shape) != shape:
-        found = "no prompt" if prompt is None else f"the shape {tuple(prompt.shape)}"
-        raise CheckpointError(
-            f"{path} holds {found}, the config asks for {shape}", "change num_virtual_tokens or the file"
+    if prompt is None:
+        raise CheckpointError(f"{path} holds no prompt", "name a folder or file with a saved prompt")
+    beside = storage.local(path).parent if is_file else path
+    is_lone = is_file and not (storage.local(path).parent / OWN_CONFIG_NAME).is_file()
+    notes_path = None if is_lone else storage.locate(beside, OWN_CONFIG_NAME, is_optional=True)
+    notes = storage.read_json(notes_path) if notes_path else {}
+    if not may_be_base(notes, backbone):
+        raise AdapterMismatchError(
+            f"the adapter in {path} was trained on another base model, with other word embeddings",
+            "start from an adapter of this one",
         )
-    return prompt.float()
+    return SavedPrompt(prompt.float(), PROMPT_KEY not in tensors, notes.get("config", {}) if notes_path else None)
+
+
+def check_shape(prompt: Tensor, shape: Sequence[int], path: str | os.PathLike[str]) -> None:
+    """Check the shape of a prompt that was read from a file.
+
+    Raises:
+        CheckpointError: it is another than the config's.
+    """
+    if prompt.shape != torch.Size(shape):
+        raise CheckpointError(
+            f"{path} holds the shape {tuple(prompt.shape)}, the config asks for {tuple(shape)}",
+            "change num_virtual_tokens or the file",
+        )
+
+
+def from_file(path: str | os.PathLike[str], shape: tuple[int, int], backbone: Backbone) -> Tensor:
+    """[P, D] the virtual tokens of a saved adapter; see ``read_prompt``.
+
+    Raises:
+        CheckpointError: they cannot be read, or have another shape.
+        AdapterMismatchError: the adapter was trained on another base model.
+    """
+    prompt = read_prompt(path, backbone).prompt
+    check_shape(prompt, shape, path)
+    return prompt
 
 
 def fit_last_layer(network: nn.Sequential, inputs: Tensor, target: Tensor) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from softtune.backbone import AttentionLayer, Backbone, Place, Site
-from softtune.errors import ConfigError, UnsupportedModelError
-from softtune.methods.base import KeyValue, PromptLearningConfig
+from softtune.errors import AdapterError, AdapterMismatchError, ConfigError, UnsupportedModelError
+from softtune.methods.base import KeyValue, Prompt, PromptLearningConfig
 
 Layers = list[int] | str | None
 
@@ -76,6 +76,51 @@ def is_even(backbone: Backbone) -> bool:
     sizes = {(a.heads, size) for a in layers for size in (a.key_size, a.value_size)}
     depth = backbone.depth
     return len(sizes) == 1 and len(layers) == depth and all(a.is_cached for a in layers)
+
+
+def from_peft_layout(
+    prompt: Tensor, config: PromptLearningConfig, layers: Sequence[AttentionLayer]
+) -> tuple[Tensor, list[AttentionLayer]]:
+    """Convert a prefix from the layout of PEFT's files, which differs for encoder-decoders and for uneven layers.
+
+    In an encoder-decoder, PEFT repeats the tensor's 2·L parts once, and layer l of the decoder's self-attention reads
+    the parts 4l and 4l + 1. No other site gets a prefix. In a decoder such as Gemma 4, each layer reads as much of its
+    parts as it has room for, and layers that would need more get no prefix.
+
+    Args:
+        prompt: [P, W] a prefix as PEFT saves it; one that cannot be for this base model is returned as it is.
+        config: the sizes that PEFT reads it by.
+        layers: the layers that should get it.
+
+    Returns:
+        The flat prefix, and the layers that it is for.
+
+    Raises:
+        AdapterMismatchError: the layers are not those of the decoder's self-attention.
+    """
+    assert config.num_layers
+    assert config.num_attention_heads
+    assert config.token_dim
+    if config.num_transformer_submodules == 2:
+        if any(layer.site is not Site.DECODER for layer in layers):
+            raise AdapterMismatchError(
+                "PEFT's prefix is for the decoder's own attention", "set sites=['decoder'] in the config"
+            )
+        return _of_decoder(prompt, config.num_layers), list(layers)
+    heads, size = config.num_attention_heads, config.token_dim // config.num_attention_heads
+    fitting = [layer for layer in layers if fits(layer, heads, size)]
+    is_plain = len(layers) == config.num_layers and is_uniform(layers, heads, size)
+    if is_plain or prompt.shape[1:] != (config.num_layers * 2 * heads * size,) or not fitting:
+        return prompt, list(layers)
+    return cut_out(prompt.view(len(prompt), config.num_layers, 2, heads, size), fitting), fitting
+
+
+def _of_decoder(prompt: Tensor, num_layers: int) -> Tensor:
+    """[P, W] of a decoder's self-attention from PEFT's prefix [P, W] of an encoder-decoder."""
+    if prompt.dim() != 2 or prompt.shape[1] % (2 * num_layers):
+        return prompt
+    parts = prompt.view(len(prompt), 2 * num_layers, -1).repeat(1, 2, 1)
+    return parts.view(len(prompt), num_layers, 4, -1)[:, :, :2].flatten(1)
 
 
 def is_uniform(layers: Sequence[AttentionLayer], heads: int, size: int) -> bool:
@@ -143,3 +188,37 @@ def flat_prefix(backbone: Backbone, layers: Sequence[AttentionLayer], input_ids:
         )
     parts = [part[:, rows % part.shape[1]] for a in layers for part in computed[a.site, a.index]]
     return torch.cat([part.transpose(0, 1).reshape(len(input_ids), -1) for part in parts], dim=1).float()
+
+
+def composed(prompts: Sequence[Prompt]) -> Prompt:
+    """Put the prefixes of several prompts one behind the other, in the given order, as one prompt.
+
+    A key is as it was trained, after any rotary position embedding: each part keeps its own positions 0 .. P_i - 1, so
+    that the parts overlap. The text starts at the sum of all P_i behind parts that shift its positions, and at 0 behind
+    parts that do not. So the first part and the text are as far from each other as the other parts are long, which none
+    of them was trained with.
+
+    Raises:
+        AdapterError: there is no prompt, or one has more than a prefix in front of the text.
+        AdapterMismatchError: the prompts are for different layers or sizes of heads, or differ in whether the text's
+            positions are shifted.
+    """
+    if not prompts or any(p.vectors is not None or p.additions or p.after_text or not p.prefixes for p in prompts):
+        raise AdapterError("only prefixes in front of the text can stand one behind the other", "leave the others out")
+    first = prompts[0]
+    if len({p.shifts_positions for p in prompts}) > 1 or any(_sizes(p) != _sizes(first) for p in prompts):
+        raise AdapterMismatchError("the prefixes are for different layers or positions", "compose those of one kind")
+    by_place = {place: [p.prefixes[place] for p in prompts] for place in first.prefixes}
+    return Prompt(
+        num_virtual_tokens=sum(p.num_virtual_tokens for p in prompts),
+        prefixes={
+            place: KeyValue(torch.cat([p.key for p in pairs], dim=1), torch.cat([p.value for p in pairs], dim=1))
+            for place, pairs in by_place.items()
+        },
+        shifts_positions=first.shifts_positions,
+    )
+
+
+def _sizes(prompt: Prompt) -> dict[Place, tuple[int, int, int]]:
+    """H, K and V of each layer's prefix."""
+    return {place: (len(p.key), p.key.shape[2], p.value.shape[2]) for place, p in prompt.prefixes.items()}

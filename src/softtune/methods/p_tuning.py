@@ -8,7 +8,7 @@ Letters: P virtual tokens, D embedding size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from softtune.backbone import Backbone
 from softtune.methods import initialization as init
-from softtune.methods.base import PeftType, PositiveInt, Probability, Prompt, PromptLearningConfig
+from softtune.methods.base import OURS, PeftType, PositiveInt, Probability, Prompt, PromptLearningConfig
 from softtune.methods.prompt_tuning import settle_input
 
 
@@ -50,6 +50,9 @@ class PromptEncoderConfig(PromptLearningConfig):
     """Number of layers of the LSTM; the MLP always has three."""
     encoder_dropout: Probability = 0.0
     """Dropout between the LSTM's layers."""
+    init_file: str | None = field(default=None, metadata=OURS)
+    """The adapter folder, hub name or safetensors file with the virtual tokens to start from: the encoder's last layer
+    is fitted to them. By default the encoder's random output."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +64,17 @@ class PromptEncoderConfig(PromptLearningConfig):
         settle_input(self, backbone)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
         return PromptEncoder(self)
+
+    def initialize(self, module: PromptEncoder, backbone: Backbone) -> None:
+        """See ``PeftConfig.initialize``.
+
+        Raises:
+            CheckpointError: the prompt of ``init_file`` is missing, damaged or of another shape.
+            AdapterMismatchError: it is of another base model.
+        """
+        if self.init_file is not None:
+            shape = self.num_virtual_tokens, backbone.embedding.embedding_dim
+            module.start_from(init.from_file(self.init_file, shape, backbone))
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
         return backbone.has_plain_words
@@ -105,9 +119,20 @@ class PromptEncoder(nn.Module):
     def forward(self, indices: Tensor | None = None) -> Tensor:
         """Vectors [..., P, D] of virtual tokens [..., P]; [P, D] of all of them by default."""
         vectors: Tensor = self.embedding.weight if indices is None else self.embedding(indices)
-        if self.lstm_head is not None:
-            vectors = self.lstm_head(vectors)[0]
-        return self.mlp_head(vectors) if self.mlp_head is not None else vectors
+        encoded = self._encoded(vectors)
+        return self.mlp_head(encoded) if self.mlp_head is not None else encoded
+
+    def _encoded(self, vectors: Tensor) -> Tensor:
+        """What the linear layers read: the vectors, or the LSTM's output."""
+        return vectors if self.lstm_head is None else self.lstm_head(vectors)[0]
+
+    def start_from(self, vectors: Tensor) -> None:
+        """Initialize the parameters so that ``forward`` returns the vectors [P, D]."""
+        vectors = vectors.to(self.embedding.weight.device)
+        if self.mlp_head is None:
+            self.embedding.weight.data.copy_(vectors)
+        else:
+            init.fit_last_layer(self.mlp_head, self._encoded(self.embedding.weight), vectors)
 
     def prompt(self) -> Prompt:
         vectors = self()

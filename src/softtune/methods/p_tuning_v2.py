@@ -13,24 +13,25 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softtune.backbone import AttentionLayer, Backbone, Site
+from softtune.backbone import AttentionLayer, Backbone
 from softtune.methods import initialization as init
-from softtune.methods.base import OURS, PeftType, Probability, Prompt, PromptLearningConfig
-from softtune.methods.kv_layout import Layers, choose_layers, flat_prefix, settle_prefix, split_prefix
+from softtune.methods.base import OURS, PeftType, Probability, Prompt
+from softtune.methods.kv_config import KeyValueConfig
+from softtune.methods.kv_layout import choose_layers, flat_prefix, settle_prefix, split_prefix
 
 
 @dataclass(kw_only=True, eq=False)
-class PTuningV2Config(PromptLearningConfig):
-    """Config of P-tuning v2. The prompt is initialized with the keys and values of common words."""
+class PTuningV2Config(KeyValueConfig):
+    """Config of P-tuning v2. By default, the prompt is initialized with the keys and values of common words.
+
+    Raises:
+        ConfigError: a value is out of range, or two of them contradict each other.
+    """
 
     peft_type: PeftType = PeftType.P_TUNING_V2
     learning_rate: ClassVar[float] = 1e-2
     prefix_dropout: Probability | None = field(default=None, metadata=OURS)
     """Dropout on the prefix's keys and values in training; by default the model's own hidden dropout."""
-    layers: Layers = field(default=None, metadata=OURS)
-    """Layers that get a prefix: their numbers, ``"first:N"`` or ``"last:N"``; by default all."""
-    sites: list[Site] | None = field(default=None, metadata=OURS)
-    """Attention sites that get a prefix of their own: encoder, decoder, cross; by default all that the model has."""
 
     @property
     def trains_head(self) -> bool:
@@ -49,11 +50,6 @@ class PTuningV2Config(PromptLearningConfig):
             self.prefix_dropout = backbone.hidden_dropout
         return DeepPrompt(self.num_virtual_tokens, layers, self.prefix_dropout)
 
-    def initialize(self, module: DeepPrompt, backbone: Backbone) -> None:
-        """See ``PeftConfig.initialize``."""
-        input_ids = init.vocabulary_ids(backbone, self.num_virtual_tokens)
-        module.embedding.weight.data.copy_(flat_prefix(backbone, module.layers, input_ids))
-
 
 class DeepPrompt(nn.Module):
     """The trained prompt: one row of keys and values [W] for each virtual token.
@@ -70,8 +66,20 @@ class DeepPrompt(nn.Module):
         self.embedding = nn.Embedding(num_virtual_tokens, sum(layer.width for layer in layers))
         self.dropout = nn.Dropout(dropout)
 
+    def forward(self) -> Tensor:
+        """Flat keys and values [P, W], without dropout."""
+        return self.embedding.weight
+
+    def states_of_words(self, input_ids: Tensor, backbone: Backbone) -> Tensor:
+        """[P, W] keys and values that the frozen base model computes for token ids [P]."""
+        return flat_prefix(backbone, self.layers, input_ids)
+
+    def start_from(self, flat: Tensor) -> None:
+        """Initialize the parameters so that ``forward`` returns the prefix [P, W]."""
+        self.embedding.weight.data.copy_(flat)
+
     def prompt(self) -> Prompt:
-        flat = self.dropout(self.embedding.weight)
+        flat = self.dropout(self())
         return Prompt(num_virtual_tokens=len(flat), prefixes=split_prefix(flat, self.layers))
 
     def inference_state(self) -> dict[str, Tensor]:

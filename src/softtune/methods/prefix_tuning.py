@@ -11,29 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from softtune.backbone import AttentionLayer, Backbone, Site
-from softtune.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
+from softtune.backbone import AttentionLayer, Backbone
+from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
-from softtune.methods.base import OURS, PeftType, PositiveInt, Prompt, PromptLearningConfig
-from softtune.methods.kv_layout import (
-    Layers,
-    choose_layers,
-    cut_out,
-    fits,
-    flat_prefix,
-    is_even,
-    is_uniform,
-    settle_prefix,
-    split_prefix,
-)
+from softtune.methods.base import OURS, PeftType, PositiveInt, Prompt
+from softtune.methods.kv_config import PeftPrefixConfig, Start
+from softtune.methods.kv_layout import choose_layers, flat_prefix, settle_prefix, split_prefix
 from softtune.methods.prompt_tuning import check_vectors
 
 
 @dataclass(kw_only=True, eq=False)
-class PrefixTuningConfig(PromptLearningConfig):
+class PrefixTuningConfig(PeftPrefixConfig):
     """Config of prefix tuning.
 
     Raises:
@@ -46,41 +36,25 @@ class PrefixTuningConfig(PromptLearningConfig):
     """Width of the projection's hidden layer; by default ``token_dim``."""
     prefix_projection: bool = False
     """Train the prefix through an MLP (the paper's reparameterisation), dropped after training."""
-    init_weights: Literal["random", "zero", "vocabulary", "text"] | None = None
-    """Initialize from N(0, 1), with zeros, or with the keys and values of common words or of ``init_text``. By default:
-    the text if given, else common words; with a projection and no text, the projection's random output. PEFT's default
-    is random."""
-    init_text: str | None = field(default=None, metadata=OURS)
-    """The text whose keys and values initialize the prefix."""
-    tokenizer_name_or_path: str | None = field(default=None, metadata=OURS)
-    """Tokenizer of ``init_text``; by default the base model's."""
-    layers: Layers = field(default=None, metadata=OURS)
-    """Layers that get a prefix: their numbers, ``"first:N"`` or ``"last:N"``; by default all."""
-    sites: list[Site] | None = field(default=None, metadata=OURS)
-    """Attention sites that get a prefix of their own: encoder, decoder, cross; by default all that the model has."""
+    init_weights: Start | None = None
+    """Initialize from N(0, 1), with zeros, with the keys and values of common words or of ``init_text``, or with the
+    prefix in ``init_file``. By default: the text or file if given, else common words; with a projection and neither,
+    the projection's random output. PEFT's default is random."""
     placement: Literal["prefix", "infix"] = field(default="prefix", metadata=OURS)
     """Before the text, or between the text and the answer (the paper's infix; decoders only)."""
     embedding_only: bool = field(default=False, metadata=OURS)
     """Train vectors at the input layer only and let the layers propagate them (the paper's ablation)."""
-    shift_positions: bool = field(default=True, metadata=OURS)
-    """Let the text start at position P, as in the paper and PEFT, instead of at 0."""
 
     ways: ClassVar[tuple[str, ...]] = ("placement", "embedding_only", "shift_positions")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_weights == "text" and self.init_text is None:
-            raise ConfigError("init_weights = 'text' needs init_text", "write the words to start from")
-        if self.init_text is not None and self.init_weights not in (None, "text"):
-            raise ConfigError(f"init_weights = {self.init_weights!r} has no use for init_text", "drop one of them")
         if self.embedding_only and (self.layers or self.sites):
             raise ConfigError("embedding_only trains no layer", "drop layers and sites")
         if self.embedding_only and not self.shift_positions:
             raise ConfigError("embedding_only has its virtual tokens among the words", "drop shift_positions")
         if self.inference_mode:
             return  # a saved config keeps its values, and one of PEFT's also those without effect
-        if self.tokenizer_name_or_path is not None and self.init_text is None:
-            raise ConfigError("tokenizer_name_or_path is for init_text", "write one, or drop the tokenizer")
         # PEFT sets encoder_hidden_size to token_dim, with a projection and without.
         if not self.prefix_projection and self.encoder_hidden_size != self.token_dim:
             self._leave_out("for the projection, and left out: set prefix_projection=True", encoder_hidden_size=None)
@@ -108,80 +82,20 @@ class PrefixTuningConfig(PromptLearningConfig):
         settle_prefix(self, backbone)
         return PrefixEncoder(self, layers)
 
-    def initialize(self, module: PrefixEncoder | EmbeddingPrefix, backbone: Backbone) -> None:
-        """See ``PeftConfig.initialize``.
-
-        Raises:
-            ConfigError: ``init_text`` has no tokens, or no tokenizer.
-        """
-        start = self.init_weights or (
-            "text" if self.init_text else "random" if self.prefix_projection else "vocabulary"
-        )
-        if start == "zero":
-            module.start_from(torch.zeros_like(module().detach()))
-        elif start != "random":
-            module.start_from(module.states_of_words(self._initial_ids(backbone), backbone))
-
-    def _initial_ids(self, backbone: Backbone) -> Tensor:
-        """[P] token ids to initialize from: those of ``init_text``, or of common words."""
-        if self.init_text is None:
-            return init.vocabulary_ids(backbone, self.num_virtual_tokens)
-        tokenizer = init.load_tokenizer(self.tokenizer_name_or_path or backbone.model.name_or_path)
-        return init.fill(init.text_ids(self.init_text, tokenizer)[0], self.num_virtual_tokens)
+    @property
+    def default_start(self) -> Start:
+        """See ``KeyValueConfig.default_start``."""
+        return "random" if self.prefix_projection else "vocabulary"
 
     def is_readable_by_peft(self, backbone: Backbone) -> bool:
-        plain = self.placement == "prefix" and not self.embedding_only and self.shift_positions
-        return plain and self.layers is None and not backbone.is_encoder_decoder and is_even(backbone)
-
-    def from_peft(self, prompt: Tensor, module: Any) -> Tensor:
-        """See ``PeftConfig.from_peft``, which differs for an encoder-decoder, and for a decoder with uneven layers.
-
-        In an encoder-decoder, PEFT repeats the tensor's 2·L parts once, and layer l of the decoder's self-attention
-        reads the parts 4l and 4l + 1. No other site gets a prefix. In a decoder such as Gemma 4, each layer reads as
-        much of its parts as it has room for, and layers that would need more get no prefix. Where the first layer is
-        one of these, texts start at position 0.
-
-        Raises:
-            AdapterMismatchError: the config has other sites.
-        """
-        if self.num_transformer_submodules != 2:
-            return self._from_even(prompt, module)
-        if self.sites != [Site.DECODER]:
-            raise AdapterMismatchError(
-                "PEFT's prefix is for the decoder's own attention", "set sites=['decoder'] in the config"
-            )
-        assert self.num_layers
-        parts = prompt.view(len(prompt), 2 * self.num_layers, -1).repeat(1, 2, 1)
-        by_layer = parts.view(len(prompt), self.num_layers, 4, -1)
-        return by_layer[:, :, :2].flatten(1)
-
-    def _from_even(self, prompt: Tensor, module: Any) -> Tensor:
-        """[P, W] from PEFT's prompt, in which all layers of a decoder have keys and values of the same size."""
-        assert self.num_layers
-        assert self.num_attention_heads
-        assert self.token_dim
-        heads, size = self.num_attention_heads, self.token_dim // self.num_attention_heads
-        if len(module.layers) == self.num_layers and is_uniform(module.layers, heads, size):
-            return prompt
-        fitting = [layer for layer in module.layers if fits(layer, heads, size)]
-        if prompt.shape[1:] != (self.num_layers * 2 * heads * size,) or not fitting:
-            return prompt
-        if len(fitting) < len(module.layers):
-            self.layers = [layer.index for layer in fitting]
-            # transformers counts positions by the first layer's cache.
-            self.shift_positions = self.shift_positions and fitting[0] is module.layers[0]
-            module.limit_to(fitting, self)
-        return cut_out(prompt.view(len(prompt), self.num_layers, 2, heads, size), fitting)
+        plain = self.placement == "prefix" and not self.embedding_only
+        return plain and super().is_readable_by_peft(backbone)
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """See ``PeftConfig.implied_by_peft``.
-
-        In an encoder-decoder, only the decoder's self-attention gets a prefix. Without a projection there is no hidden
-        layer.
-        """
-        sites = {"sites": [Site.DECODER]} if values.get("num_transformer_submodules") == 2 else {}
-        return sites if values.get("prefix_projection") else {**sites, "encoder_hidden_size": None}
+        """See ``PeftPrefixConfig.implied_by_peft``. Without a projection there is no hidden layer."""
+        implied = super().implied_by_peft(values)
+        return implied if values.get("prefix_projection") else {**implied, "encoder_hidden_size": None}
 
 
 class PrefixEncoder(nn.Module):

@@ -34,7 +34,8 @@ class PromptTuningInit(str, Enum):
     LABELS = "LABELS"
     """The mean embedding of each class label's sub-tokens, then a vocabulary sample."""
     FILE = "FILE"
-    """The prompt saved in ``prompt_tuning_init_file``."""
+    """The virtual tokens saved in ``prompt_tuning_init_file``, of another task (SPoT: Vu et al. 2022, arXiv 2110.07904)
+    or of P-tuning."""
 
 
 _NEEDS = {
@@ -65,7 +66,7 @@ class PromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init_labels: list[str] | None = field(default=None, metadata=OURS)
     """The class labels for LABELS, as text."""
     prompt_tuning_init_file: str | None = field(default=None, metadata=OURS)
-    """The adapter folder or safetensors file for FILE."""
+    """The adapter folder, hub name or safetensors file for FILE."""
     tokenizer_name_or_path: str | None = None
     """Tokenizer for the text or labels, by default the base model's; for a vocabulary sample, by default none."""
     tokenizer_kwargs: dict[str, Any] | None = None
@@ -99,6 +100,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
         Raises:
             CheckpointError: the prompt of FILE is missing, damaged or of another shape.
+            AdapterMismatchError: it is of another base model.
             ConfigError: the text or a label has no tokens, or no tokenizer.
         """
         module.embedding.weight.data.copy_(self._start(backbone))
@@ -118,7 +120,7 @@ class PromptTuningConfig(PromptLearningConfig):
                 labels = self.prompt_tuning_init_labels or []
                 return init.label_vectors(backbone, labels, size, self._tokenizer(backbone))
             case PromptTuningInit.FILE:
-                return init.from_file(self.prompt_tuning_init_file or "", (size, dim))
+                return init.from_file(self.prompt_tuning_init_file or "", (size, dim), backbone)
 
     def _tokenizer(self, backbone: Backbone) -> PreTrainedTokenizerBase:
         return init.load_tokenizer(self.tokenizer_name_or_path or backbone.model.name_or_path, self.tokenizer_kwargs)

@@ -113,14 +113,20 @@ class AdapterTrainer(Trainer):
         return 0 < self.state.max_steps <= self.state.global_step or _is_out_of_patience(self.state)
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:  # type: ignore[override]
-        """Train with the trunk cache; only load the best checkpoint if early stopping had ended the resumed run."""
+        """Train with the trunk cache; only load the best checkpoint if early stopping had ended the resumed run.
+
+        Raises:
+            TrainingError: nothing is trained; see also the class.
+        """
+        assert isinstance(self.model, PeftModel)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise TrainingError("the adapter has nothing to train", "lower num_frozen_tokens, or load it to be trained")
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE_FILE)))
             if _is_out_of_patience(state):
                 self.state = state
                 self.load_best()
                 return
-        assert isinstance(self.model, PeftModel)
         # training_step raises an error instead of the watch's warning
         with self._frozen_layer_cache(), self.model.gradient_watch.suspended():
             super().train(resume_from_checkpoint=resume_from_checkpoint)
