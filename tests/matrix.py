@@ -47,6 +47,9 @@ COLUMNS = {
     "BEFT": ("beft",),
     "IA3": ("ia3",),
     "cartridge": ("cartridge",),
+    "LLaMA-Adapter": ("adaption_prompt",),
+    "memory": ("memory",),
+    "combined": ("combined",),
 }
 REFUSED = "\N{EN DASH}"
 CENSUS = "## Every architecture"
@@ -70,8 +73,10 @@ The promises:
 
 The methods: prompt tuning with its virtual tokens in front of the text or as a suffix; P-tuning with an MLP and with an
 LSTM; prefix tuning plain, with its MLP (projection), as an infix, with embeddings only and in chosen layers; P-tuning
-v2; BitFit on the model's own biases, and with biases added where there are none; BEFT; IA3; cartridges. Batches of
-several adapters (promise 2) mix prompt, suffix, prefix, infix, chosen layers, BitFit with added biases and IA3.
+v2; BitFit on the model's own biases, and with biases added where there are none; BEFT; IA3; cartridges; LLaMA-Adapter
+with a gate for each head; PrefixMemory-Tuning; a prefix, virtual tokens, biases, factors and a memory combined. Batches
+of several adapters (promise 2) mix prompt, suffix, prefix, infix, chosen layers, BitFit with added biases, IA3, memory
+and combined adapters.
 """
 
 Cell = tuple[str, str, int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,10 @@ def test_saved_and_loaded_is_the_same(family: str, task: str, method: str, tmp_p
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     heads = {f"{start}{n}" for n in head_names(family, task) for start in ("base_model.", "base_model.model.")}
     own = keys(tmp_path / "adapter_model.safetensors") - heads
-    assert len(list(loaded.prompt_encoder["default"].parameters())) == len(own)
+    tensors = {name for name, _ in loaded.prompt_encoder["default"].named_parameters()}
+    if method == "ia3":  # keys and values of a fused projection are in one tensor there
+        tensors = {re.sub(r"(c_attn|query_key_value)/(key|value)$", r"\1", name) for name in tensors}
+    assert len(tensors) == len(own)
 
 
 @pytest.mark.promise(4)

@@ -26,7 +26,7 @@ CASES = {
         *(ALONE, CONTROL, "prompt", "prompt_suffix", "p_tuning_mlp", "prefix", "infix"),
         *("p_tuning_v2", "bitfit_added", "prefix and prompt"),
     ],
-    "gpt2": [ALONE, "prompt", "prefix", "bitfit", "bitfit and bitfit_added"],
+    "gpt2": [ALONE, "prompt", "prefix", "bitfit", "bitfit and bitfit_added", "ia3", "ia3 and bitfit"],
     "bert": [ALONE, "prompt", "prefix", "bitfit", "bitfit and bitfit_added"],
 }
 """By family, what is counted: methods, or two of which each row of a batch has one."""

@@ -97,6 +97,13 @@ class Adapter:
         pairs = [(prefix + name, p) for prefix, part in parts.items() for name, p in part.named_parameters()]
         return {name: parameter for name, parameter in pairs if parameter.requires_grad}
 
+    @property
+    def num_trained(self) -> int | None:
+        """The number of values that a method without virtual tokens trains, without heads; None for the others."""
+        if self.config.is_prompt_learning:
+            return None
+        return sum(tensor.numel() for tensor in self.inference_state().values())
+
     def cut_off(self, idle: Collection[str]) -> list[str]:
         """Names of the tensors that should have got a gradient, among trained ones whose gradient is missing or zero.
 

@@ -20,13 +20,14 @@ BEGIN, END = "<!-- softtune writes what is between here -->", "<!-- and here -->
 RESULTS_BEGIN, RESULTS_END = "<!-- softtune train writes what is between here -->", "<!-- and there -->"
 
 
-def model_card(existing: Path, config: PeftConfig, backbone: Backbone) -> ModelCard:
+def model_card(existing: Path, config: PeftConfig, backbone: Backbone, num_trained: int | None = None) -> ModelCard:
     """Create or update an adapter's model card. Text that others wrote into an existing card is kept.
 
     Args:
         existing: path of the card, which may exist already.
         config: the adapter's config, as it is saved.
         backbone: the base model.
+        num_trained: how many values a method without virtual tokens trains.
     """
     card = ModelCard.load(existing) if existing.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
     data: Any = card.data
@@ -35,7 +36,7 @@ def model_card(existing: Path, config: PeftConfig, backbone: Backbone) -> ModelC
     data.tags = sorted({*(data.tags or []), f"base_model:adapter:{data.base_model}"})
     if config.task_type == "CAUSAL_LM":
         data.pipeline_tag = data.pipeline_tag or "text-generation"
-    card.text = _with_block(card.text, BEGIN, _description(config, backbone), END)
+    card.text = _with_block(card.text, BEGIN, _description(config, backbone, num_trained), END)
     return card
 
 
@@ -63,13 +64,14 @@ def _with_block(text: str, begin: str, block: str, end: str) -> str:
     return "\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _description(config: PeftConfig, backbone: Backbone) -> str:
+def _description(config: PeftConfig, backbone: Backbone, num_trained: int | None) -> str:
     """Markdown that describes the adapter's config, and how to load it."""
     assert config.peft_type is not None
     tokens = getattr(config, "num_virtual_tokens", None)
+    size = f", {tokens} virtual tokens" if tokens else f", {num_trained:,} trained values" if num_trained else ""
     facts = {
         "Base model": config.base_model_name_or_path or "not named",
-        "Method": config.peft_type.value + (f", {tokens} virtual tokens" if tokens else ""),
+        "Method": config.peft_type.value + size,
         "Task": config.task_type.value if config.task_type else type(backbone.model).__name__,
         "Trained with": f"softtune {metadata.version('softtune')}",
     }

@@ -103,7 +103,7 @@ def _save(folder: Path, adapter: Adapter, backbone: Backbone, *, also_pickled: b
             torch.save({name: tensor.cpu() for name, tensor in state.items()}, stage / PICKLED_NAME)
         if adapter.is_reparameterised:
             write(stage / STATE_NAME, adapter.training_state())
-        model_card(folder / CARD_NAME, config, backbone).save(stage / CARD_NAME)
+        model_card(folder / CARD_NAME, config, backbone, adapter.num_trained).save(stage / CARD_NAME)
         template = {} if adapter.chat_template is None else {CHAT_TEMPLATE_KEY: adapter.chat_template}
         config.write(stage, {**sample_notes(backbone), **_precision(backbone), **template})
     gone = {STATE_NAME: not adapter.is_reparameterised, PICKLED_NAME: not also_pickled}

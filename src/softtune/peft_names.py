@@ -95,7 +95,8 @@ class PeftNames(AdapterState):
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the active adapter's model card into a folder; text that others wrote into it is kept."""
         path = Path(output_dir) / CARD_NAME
-        model_card(path, self.active_peft_config, self.backbone).save(path)
+        adapter = self.adapter(self.active_adapter)
+        model_card(path, adapter.config, self.backbone, adapter.num_trained).save(path)
 
     def get_layer_status(self) -> Any:
         """Not supported for prompts, as in PEFT: they are not layers.

@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def trained(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An adapter of each kind that ``inspect`` shows in its own way."""
     folder = tmp_path_factory.mktemp("trained")
-    kinds = {"prefix": "PREFIX_TUNING", "words": "PROMPT_TUNING", "biases": "BITFIT"}
+    kinds = {"prefix": "PREFIX_TUNING", "words": "PROMPT_TUNING", "biases": "BITFIT", "factors": "IA3"}
     for name, method in kinds.items():
         recipe = write_recipe(folder / f"{name}.yaml", models["llama"], folder / name, method=method)
         assert run("train", recipe) == 0
@@ -47,7 +47,8 @@ def trained(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def write_recipe(file: Path, base: str, output: Path, **changes: Any) -> str:
-    options = {"add_missing": True} if changes.get("method") == "BITFIT" else {"num_virtual_tokens": 3}
+    own: dict[str, dict[str, Any]] = {"BITFIT": {"add_missing": True}, "BEFT": {}, "IA3": {}}
+    options = own.get(changes.get("method", ""), {"num_virtual_tokens": 3})
     fields = {
         "model": base,
         "train": write_rows(file.with_suffix(".csv"), 16),
@@ -337,6 +338,7 @@ def test_generate_writes_what_the_library_does(
         ("prefix", ["Mean norms of the prefix", "decoder", "prompt_embeddings", "3 x 48"]),
         ("words", ["nearest vocabulary entries", "3 x 24"]),
         ("biases", ["Mean absolute change", "query", "layer_norm"]),
+        ("factors", ["Mean distance", "key", "output"]),
     ],
 )
 def test_inspect_shows_config_sizes_and_states(

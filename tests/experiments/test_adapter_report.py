@@ -39,6 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ({}, ["loss_while_training.svg", "norms_of_the_prefix_by_layer.svg"]),
         ({"method": "PROMPT_TUNING"}, ["loss_while_training.svg", "virtual_tokens_and_their_nearest_words.svg"]),
         ({"method": "BITFIT"}, ["loss_while_training.svg", "mean_absolute_change_of_the_biases.svg"]),
+        ({"method": "IA3"}, ["loss_while_training.svg", "mean_distance_of_the_factors_from_1.svg"]),
         ({"ensemble": 2, "patience": 3, "save_steps": 1}, ["loss_while_training.svg"]),
     ],
 )

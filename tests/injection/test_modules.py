@@ -1,4 +1,4 @@
-"""Changed outputs of single modules, against outputs that are changed row by row."""
+"""Changed outputs and inputs of single modules, against those that are changed row by row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from softtune import UnsupportedModelError
 from softtune.backbone.roles import BiasSlot
 from softtune.compat import CHECKPOINT
-from softtune.injection.modules import Additions, ModuleChanges
+from softtune.injection.modules import Additions, ModuleChanges, Scalings
 
 WIDTH, ADAPTERS = 6, 3
 
@@ -44,10 +44,10 @@ class Base:
 
     def __init__(self, model: nn.Module, row_modules: tuple[str, ...] = ("layer.part", "head"), by_head: bool = False):
         self.model = model
-        self.row_modules = frozenset(row_modules)
+        self.row_modules = self.row_inputs = frozenset(row_modules)
         self.by_head = by_head
 
-    def is_by_head(self, name: str) -> bool:
+    def is_by_head(self, name: str, *, is_input: bool = False) -> bool:
         return self.by_head
 
 
@@ -56,13 +56,16 @@ def changes(
     biases: list[Additions] | None = None,
     heads: list[dict[str, nn.Module]] | None = None,
     rows: Tensor | None = None,
+    scalings: list[Scalings] | None = None,
 ) -> ModuleChanges:
     backbone: Any = base
-    return ModuleChanges(backbone, biases or [], heads or [], rows)
+    return ModuleChanges(backbone, biases or [], heads or [], rows, scalings=scalings or [])
 
 
-def slot(index: Tensor | None = None, role: str | None = None, width: int = WIDTH) -> BiasSlot:
-    return BiasSlot("layer.part", role, width, True, index)
+def slot(
+    index: Tensor | None = None, role: str | None = None, width: int = WIDTH, *, is_input: bool = False
+) -> BiasSlot:
+    return BiasSlot("layer.part", role, width, True, index, is_input=is_input)
 
 
 def added(width: int = WIDTH) -> Tensor:
@@ -198,6 +201,137 @@ def test_beams_multiply_rows() -> None:
     torch.testing.assert_close(found, each_row(x, [*biases], [1, 1, 0, 0]))
 
 
+# Factors
+
+
+class Exponential(nn.Module):
+    """A module that is not linear, whose argument may have a name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+def exponential(x: Tensor, factor: Tensor | None, *, is_input: bool) -> Tensor:
+    """What ``Exponential`` returns where a factor scales its input or output."""
+    factor = torch.ones(WIDTH) if factor is None else factor
+    return (x * factor).exp() if is_input else x.exp() * factor
+
+
+@pytest.mark.parametrize("is_input", [True, False])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_factor_scales_an_output_or_an_input(is_input: bool, by_name: bool) -> None:
+    model, factor, x = Model(Exponential()), added(), torch.randn(2, 3, WIDTH)
+    part = model.get_submodule("layer.part")
+    with changes(Base(model), scalings=[[(slot(is_input=is_input), factor)]]).applied():
+        found = part(x=x) if by_name else part(x)
+    expected = exponential(x, factor, is_input=is_input)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), [factor])
+    (found * weights).sum().backward()
+    torch.testing.assert_close(factor.grad, gradient)
+    assert torch.equal(part(x), x.exp())
+
+
+def test_factors_of_roles_scale_their_features() -> None:
+    model, x = Model(), torch.randn(2, 3, WIDTH)
+    roles = {"key": torch.tensor([4, 1]), "value": torch.tensor([0, 5, 2])}
+    factors = {role: added(len(index)) for role, index in roles.items()}
+    own: Scalings = [(slot(index, role, len(index)), factors[role]) for role, index in roles.items()]
+    with changes(Base(model), scalings=[own]).applied():
+        found = model(x)
+    expected = x.clone()
+    for role, index in roles.items():
+        for number, feature in enumerate(index.tolist()):
+            expected[..., feature] *= factors[role][number].detach()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("part", [nn.Conv1d(2, WIDTH, 1), nn.Conv2d(2, WIDTH, 1)])
+def test_factors_of_channels(part: nn.Module) -> None:
+    shape = {"Conv1d": (2, 2, 5), "Conv2d": (2, 2, 3, 4)}[type(part).__name__]
+    model, factor, x = Model(part), added(), torch.randn(*shape)
+    plain = model(x)
+    with changes(Base(model), scalings=[[(slot(), factor)]]).applied():
+        found = model(x)
+    for feature in range(WIDTH):
+        torch.testing.assert_close(found[:, feature], plain[:, feature] * factor[feature])
+
+
+def test_an_output_is_scaled_before_its_bias_is_added_and_a_copy_has_the_last_word() -> None:
+    model, x = Model(), torch.randn(2, WIDTH)
+    bias, factor, scaling = added(), added(), added()
+    own: list[Scalings] = [[(slot(is_input=True), scaling), (slot(), factor)]]
+    with changes(Base(model), [[(slot(), bias)]], scalings=own).applied():
+        torch.testing.assert_close(model(x), x * scaling * factor + bias)
+    copy = nn.Linear(WIDTH, WIDTH)
+    with changes(Base(model), [[(slot(), bias)]], [{"layer.part": copy}], scalings=own).applied():
+        torch.testing.assert_close(model(x), copy(x * scaling))
+
+
+@pytest.mark.parametrize("is_input", [True, False])
+def test_a_factor_is_multiplied_in_single_precision(is_input: bool) -> None:
+    model, factor, x = Model(), added(), torch.randn(2, WIDTH).bfloat16()
+    with changes(Base(model), scalings=[[(slot(is_input=is_input), factor)]]).applied():
+        found = model(x)
+    assert torch.equal(found, (x.float() * factor).bfloat16())
+    found.sum().backward()
+    assert factor.grad is not None
+    assert factor.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("is_input", [True, False])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 1], [2, 2, 0, 1], [2]])
+def test_every_row_gets_the_factor_of_its_adapter(arrangement: str, is_input: bool, rows: list[int]) -> None:
+    by_head, arrange, restore = ARRANGEMENTS[arrangement]
+    tokens = 1 if arrangement.startswith("one token") else 5
+    model, x = Model(Exponential()), torch.randn(len(rows), tokens, WIDTH)
+    factors = [added(), None, added()]
+    place = slot(is_input=is_input)
+    own: list[Scalings] = [[] if factor is None else [(place, factor)] for factor in factors]
+    with changes(Base(model, by_head=by_head), rows=torch.tensor(rows), scalings=own).applied():
+        found = restore(model(arrange(x))).view(x.shape)
+    each = [exponential(row, factors[n], is_input=is_input) for row, n in zip(x, rows, strict=True)]
+    torch.testing.assert_close(found, torch.stack(each))
+    given = [factor for factor in factors if factor is not None]
+    weights = torch.randn_like(x)
+    expected = torch.autograd.grad((torch.stack(each) * weights).sum(), given, allow_unused=True)
+    gradients = torch.autograd.grad((found * weights).sum(), given, allow_unused=True)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(_or_zero(gradient), _or_zero(other))
+
+
+def _or_zero(gradient: Tensor | None) -> Tensor:
+    return torch.zeros(WIDTH) if gradient is None else gradient
+
+
+def test_rows_of_an_input_that_does_not_keep_them_apart_are_refused() -> None:
+    model, x = Model(), torch.randn(2, WIDTH)
+    base = Base(model)
+    base.row_inputs = frozenset({"head"})
+    own: list[Scalings] = [[(slot(is_input=True), added())], []]
+    with (
+        changes(base, rows=torch.tensor([0, 1]), scalings=own).applied(),
+        pytest.raises(UnsupportedModelError, match=r"layer\.part does not compute row by row"),
+    ):
+        model(x)
+    with changes(base, scalings=own[:1]).applied():
+        assert model(x).shape == x.shape
+
+
+@pytest.mark.parametrize("is_input", [True, False])
+def test_factors_reach_parts_and_leave_nothing_behind(is_input: bool) -> None:
+    model, x = Model(), torch.randn(2, WIDTH)
+    some = changes(Base(model), scalings=[[(slot(is_input=is_input), added())]])
+    assert some.reach(model.layer)
+    assert not some.reach(model.head)
+    with some.applied():
+        assert not torch.equal(model(x), x)
+    assert torch.equal(model(x), x)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
 # Heads
 
 
@@ -329,6 +463,25 @@ class Checkpointed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = vars(self)[CHECKPOINT](self.run, x)
         return output
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_layer_is_scaled_again_when_it_runs_again(use_reentrant: bool) -> None:
+    model = Model(Checkpointed(use_reentrant=use_reentrant))
+    factors, x = [added(), added()], torch.randn(2, WIDTH, requires_grad=True)
+    places = [BiasSlot("layer.part.part", None, WIDTH, True, is_input=is_input) for is_input in (True, False)]
+    base = Base(model, row_modules=("layer.part.part",))
+    own: list[Scalings] = [[*zip(places, factors, strict=True)], []]
+    layer: Any = model.layer.part
+    with changes(base, rows=torch.tensor([1, 0]), scalings=own).applied():
+        output = model(x)
+    expected = torch.stack([layer.part(x[0]), layer.part(x[1] * factors[0]) * factors[1]]).sin()
+    torch.testing.assert_close(output, expected)
+    given = [x, layer.part.weight, *factors]
+    gradients = torch.autograd.grad(expected.cos().sum(), given)
+    output.cos().sum().backward()
+    for part, gradient in zip(given, gradients, strict=True):
+        torch.testing.assert_close(part.grad, gradient)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

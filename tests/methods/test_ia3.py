@@ -279,7 +279,9 @@ def test_a_config_is_left_as_it_was_and_the_adapters_says_what_was_found(tmp_pat
     assert (own.target_modules, own.feedforward_modules) == (["dense_4h_to_h", "query_key_value"], ["dense_4h_to_h"])
     assert own.fused_roles == ["key", "value"]
     assert isinstance(config, peft.IA3Config)
+    assert model.get_nb_trainable_parameters()[0] == 2 * (2 * 32 + 4 * 32)
     model.save_pretrained(tmp_path)
+    assert "Method: IA3, 384 trained values" in (tmp_path / "README.md").read_text()
     known = set(vars(peft.IA3Config())) | {"peft_version"}
     assert set(json.loads((tmp_path / "adapter_config.json").read_text())) <= known
 

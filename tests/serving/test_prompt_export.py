@@ -57,9 +57,10 @@ def assert_same(found: Prompt, expected: Prompt) -> None:
     assert all(torch.equal(memory, expected.memories[place]) for place, memory in found.memories.items())
     for place, gated in found.gated.items():
         assert all(torch.equal(*pair) for pair in zip(gated, expected.gated[place], strict=True))
-    by_name = [{slot.name: added for slot, added in prompt.additions} for prompt in (found, expected)]
-    assert by_name[0].keys() == by_name[1].keys()
-    assert all(torch.equal(added, by_name[1][name]) for name, added in by_name[0].items())
+    for pairs in ((found.additions, expected.additions), (found.scalings, expected.scalings)):
+        by_name = [{(slot.name, slot.is_input): tensor for slot, tensor in each} for each in pairs]
+        assert by_name[0].keys() == by_name[1].keys()
+        assert all(torch.equal(tensor, by_name[1][name]) for name, tensor in by_name[0].items())
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "p_tuning_lstm"])
@@ -71,22 +72,24 @@ def test_a_prompt_comes_back_from_its_file(backbone: Backbone, adapters: Path, t
 
 
 @pytest.mark.parametrize(
-    ("kind", "has_prefix", "has_vectors", "has_additions"),
+    ("kind", "has_prefix", "has_vectors", "changes"),
     [
-        ("prefix", True, False, False),
-        ("prompt", True, False, False),
-        ("p_tuning_lstm", True, False, False),
-        ("prompt_suffix", False, True, False),
-        ("bitfit_added", False, False, True),
+        ("prefix", True, False, None),
+        ("prompt", True, False, None),
+        ("p_tuning_lstm", True, False, None),
+        ("prompt_suffix", False, True, None),
+        ("bitfit_added", False, False, "additions"),
+        ("ia3", False, False, "scalings"),
     ],
 )
 def test_what_each_method_comes_to(
-    backbone: Backbone, adapters: Path, kind: str, has_prefix: bool, has_vectors: bool, has_additions: bool
+    backbone: Backbone, adapters: Path, kind: str, has_prefix: bool, has_vectors: bool, changes: str | None
 ) -> None:
     prompt = exported(backbone, adapters / kind)
-    assert prompt.num_virtual_tokens == (0 if has_additions else P)
+    assert prompt.num_virtual_tokens == (0 if changes else P)
     assert (len(prompt.prefixes) == 2, prompt.vectors is not None) == (has_prefix, has_vectors)
-    assert bool(prompt.additions) == has_additions
+    assert bool(prompt.additions) == (changes == "additions")
+    assert bool(prompt.scalings) == (changes == "scalings")
     tensors = [*(part for states in prompt.prefixes.values() for part in states), prompt.vectors]
     assert not any(tensor.requires_grad for tensor in tensors if tensor is not None)
 

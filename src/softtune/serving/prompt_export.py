@@ -27,6 +27,8 @@ from softtune.methods.kv_layout import joined_prefix, split_prefix
 from softtune.model import PeftModel
 
 PROMPT_NAME = "prompt.safetensors"
+GATED = ("key", "value", "gate")
+"""Names of the parts of a ``GatedKeyValue`` in the file."""
 ADDITION, SCALING, INPUT_SCALING = "addition.", "scaling.", "input_scaling."
 """What the keys of tensors begin with that belong to slots."""
 
@@ -76,7 +78,7 @@ def save_prompt(prompt: Prompt, backbone: Backbone, folder: Path) -> None:
     layers = _layers(prompt, backbone)
     tensors = {f"memory.{_name(place)}": memory for place, memory in prompt.memories.items()}
     for place, gated in prompt.gated.items():
-        tensors |= {f"gated.{_name(place)}.{part}": tensor for part, tensor in gated._asdict().items()}
+        tensors |= {f"gated.{_name(place)}.{part}": tensor for part, tensor in zip(GATED, gated, strict=True)}
     tensors |= {f"{ADDITION}{slot.name}": added for slot, added in prompt.additions}
     tensors |= {f"{_scaling_key(slot)}{slot.name}": factor for slot, factor in prompt.scalings}
     if prompt.vectors is not None:
@@ -107,7 +109,7 @@ def load_prompt(folder: Path, backbone: Backbone, *, with_prefix: bool = True) -
         prefixes=split_prefix(tensors["prefix"], layers) if layers else {},
         memories={a.place: tensors[key] for a in acting if (key := f"memory.{_name(a.place)}") in tensors},
         gated={
-            a.place: GatedKeyValue(*(tensors[f"gated.{_name(a.place)}.{part}"] for part in GatedKeyValue._fields))
+            a.place: GatedKeyValue(*(tensors[f"gated.{_name(a.place)}.{part}"] for part in GATED))
             for a in acting
             if f"gated.{_name(a.place)}.gate" in tensors
         },

@@ -17,6 +17,7 @@ REFUSED = {
     "infix": "vLLM takes no adapter with a prefix behind the text: serve it by the engine transformers",
     "prefix_last": "vLLM takes no adapter with a prefix in some layers alone: serve it by the engine transformers",
     "bitfit_added": "vLLM takes no adapter with trained biases: serve it by the engine transformers",
+    "ia3": "vLLM takes no adapter with trained factors: serve it by the engine transformers",
     "prompt_suffix": "prompt_suffix has vectors among the words: serve it by softtune serve",
 }
 
