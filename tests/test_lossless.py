@@ -27,7 +27,7 @@ from tests.families import (
 )
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "softtune_config.json", "README.md"}
-READABLE = {"prompt", "p_tuning_mlp", "p_tuning_lstm", "prefix", "prefix_projection"}
+READABLE = {"prompt", "p_tuning_mlp", "p_tuning_lstm", "prefix", "prefix_projection", "cpt"}
 
 
 def is_even(family: str) -> bool:

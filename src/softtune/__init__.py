@@ -34,6 +34,8 @@ from softtune.kv_prefix import (
 from softtune.methods import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     BitFitConfig,
+    CPTConfig,
+    CPTEmbedding,
     PeftConfig,
     PeftType,
     PrefixEncoder,
@@ -87,6 +89,8 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
+    "CPTConfig",
+    "CPTEmbedding",
     "CheckpointError",
     "ConfigError",
     "DataError",

@@ -231,6 +231,8 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
         _copy(adapter.inference_state(), inference_state)
     elif training_state is not None:
         _copy(adapter.training_state(), training_state)
+    elif recovered := adapter.config.recovered(adapter.module, inference_state):
+        _copy(adapter.training_state(), recovered)
     else:
         raise CheckpointError(
             "these weights hold the baked prompt but not the encoder behind it", "load them with is_trainable=False"

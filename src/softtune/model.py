@@ -42,6 +42,7 @@ from softtune.injection.tensor_store import TensorStore
 from softtune.inputs import Inputs
 from softtune.methods import PeftConfig, TaskType
 from softtune.options import LOADING_OPTIONS, check_options
+from softtune.own_loss import has_own_loss, own_loss
 from softtune.peft_names import PeftNames
 from softtune.views import peft_class_of, with_parameters_of
 
@@ -281,6 +282,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         prompt_positions: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
         return_dict: bool | None = None,
+        input_type_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the base model's ``forward`` with the active adapter. Outputs align with the caller's tokens.
@@ -299,6 +301,8 @@ class PeftModel(PushToHubMixin, PeftNames):
             adapter_names: B names, one for each row, whose outputs are the same as with that adapter alone.
                 ``"__base__"`` is the base model without an adapter. By default all rows have the active adapter.
             return_dict: False for a tuple.
+            input_type_mask: [B, T] types of the input's tokens for CPT's loss, as its ``cpt_tokens_type_mask``; by
+                default the labels say which are predicted.
             kwargs: further arguments of the base model's ``forward``; with ``logits_to_keep`` the loss covers the
                 labels of the kept logits only.
 
@@ -307,7 +311,8 @@ class PeftModel(PushToHubMixin, PeftNames):
                 maximum.
             UnsupportedModelError: the prompt did not reach the layers, ``torch`` makes a graph that cannot be right, or
                 an adapter is trained on quantised layers without a gradient.
-            AdapterError: ``adapter_names`` has an unknown name, another number of rows, or adapters of several tasks.
+            AdapterError: ``adapter_names`` has an unknown name, another number of rows, adapters of several tasks, or
+                labels for adapters with CPT's loss and others; or ``input_type_mask`` is given without such an adapter.
         """
         given = {
             "input_ids": input_ids,
@@ -322,12 +327,20 @@ class PeftModel(PushToHubMixin, PeftNames):
         keep = kwargs.get("logits_to_keep", 0)
         if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
+        is_own = has_own_loss(batch, inputs, input_type_mask)
+        num_items = kwargs.pop("num_items_in_batch", None) if is_own else None
+        if is_own:
+            del kwargs["labels"]
         check_cache_provenance(kwargs, batch)
         trained = self._trained(batch)
         if trained:
             self.backbone.check_gradients()
         with apply_adapters(self.backbone, batch, inputs, self._layer_cache):
             output = self.backbone.model(return_dict=True, **kwargs)
+        if is_own:
+            terms = {"kept": keep, "input_type_mask": input_type_mask, "num_items": num_items}
+            loss = own_loss(self.backbone, batch, inputs, output.logits, **terms)
+            output = type(output)(**{**output, "loss": loss})
         tag_cache(output, batch)
         self._watch(output, batch, trained)
         return output if return_dict is not False else output.to_tuple()

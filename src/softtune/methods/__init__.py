@@ -2,6 +2,7 @@
 
 from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
 from softtune.methods.bitfit import BitFitConfig
+from softtune.methods.cpt import CPTConfig, CPTEmbedding
 from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from softtune.methods.p_tuning_v2 import PTuningV2Config
 from softtune.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
@@ -14,12 +15,15 @@ PEFT_TYPE_TO_CONFIG_MAPPING.update(
         PeftType.P_TUNING: PromptEncoderConfig,
         PeftType.P_TUNING_V2: PTuningV2Config,
         PeftType.BITFIT: BitFitConfig,
+        PeftType.CPT: CPTConfig,
     }
 )
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "BitFitConfig",
+    "CPTConfig",
+    "CPTEmbedding",
     "PTuningV2Config",
     "PeftConfig",
     "PeftType",

@@ -30,6 +30,8 @@ from softtune.views import patch_peft, pefts_version, shared_config_class
 CONFIG_NAME = "adapter_config.json"
 OWN_CONFIG_NAME = "softtune_config.json"
 
+IGNORED = -100
+"""The label of a token that the loss leaves out."""
 OURS = {"ours": True}
 """Metadata of a field that PEFT does not know."""
 
@@ -62,6 +64,7 @@ class PeftType(str, Enum):
     PREFIX_TUNING = "PREFIX_TUNING"
     P_TUNING_V2 = "P_TUNING_V2"
     BITFIT = "BITFIT"
+    CPT = "CPT"
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
@@ -95,6 +98,20 @@ class Prompt:
     """Whether the virtual tokens follow the text (suffix, infix) instead of preceding it."""
     shifts_positions: bool = True
     """Whether a prefix takes the positions 0 .. P-1, so that the text starts at position P."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """The labels of a method's own loss: the weighted mean over those of the rows and, once a row, of the prompt."""
+
+    labels: Tensor
+    """[B, T] token ids, or ``IGNORED``."""
+    weights: Tensor
+    """[B, T]"""
+    prompt_labels: Tensor
+    """[P] token ids of the prompt's own labels, or ``IGNORED``; the first is not predicted."""
+    prompt_weights: Tensor
+    """[B, P]"""
 
 
 class Method(Protocol):
@@ -143,8 +160,12 @@ class PeftConfig(PushToHubMixin):
     """The same where a head is trained too; None where it is the same."""
     general_options: ClassVar[dict[str, Any]] = {}
     """Fields with which the method works on every base model that it can work on."""
+    is_for_any_rows: ClassVar[bool] = True
+    """Whether a comparison has the method where none is named: it needs nothing beside the rows of any task."""
     takes_placed_tokens: ClassVar[bool] = False
     """Whether a template may say where its virtual tokens stand."""
+    has_own_loss: ClassVar[bool] = False
+    """Whether calls with labels have the loss of the module's ``supervision`` instead of the base model's."""
     is_prompt_learning: ClassVar[bool] = True
     is_adaption_prompt: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ()
@@ -225,6 +246,10 @@ class PeftConfig(PushToHubMixin):
             module: the adapter's module, which takes the shape of the prompt where PEFT gives layers none.
         """
         return prompt
+
+    def recovered(self, module: Any, inference_state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """A module's own tensors, from those that inference needs; None where they do not follow."""
+        return None
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:
