@@ -69,6 +69,7 @@ from transformers import (
 from softtune import (
     BitFitConfig,
     CPTConfig,
+    MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -442,7 +443,7 @@ FAMILIES = {
         plain_cache=False,
         takes_vectors=False,
         refused=dict.fromkeys(
-            ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only", "cpt"),
+            ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only", "cpt", "multitask"),
             "use PrefixTuningConfig",
         ),
     ),
@@ -704,6 +705,7 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "bitfit": lambda **k: BitFitConfig(**k),
     "bitfit_added": lambda **k: BitFitConfig(add_missing=True, **k),
     "cpt": lambda **k: cpt(**k),
+    "multitask": lambda **k: MultitaskPromptTuningConfig(num_virtual_tokens=P, num_ranks=2, **k),
 }
 
 INPUT_METHODS = ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only")
@@ -714,7 +716,7 @@ THOROUGH = ("gpt2", "llama", "bloom", "bert", "t5")
 """Families whose contract with every method is part of the default suite."""
 FAMILIAR = ("qwen3", "gemma3", "bart")
 """Families whose contract with KINDS is part of the default suite."""
-LIKE_PROMPT = {"cpt": ("gpt2", "llama")}
+LIKE_PROMPT = {"cpt": ("gpt2", "llama"), "multitask": ("gpt2", "t5")}
 """Methods that go the way of "prompt", and the families whose contract with them is part of the default suite."""
 DAILY = ("prompt", "prefix")
 """Methods with which the contract of every other family is part of the default suite."""

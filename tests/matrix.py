@@ -45,6 +45,7 @@ COLUMNS = {
     "BitFit": ("bitfit",),
     "BitFit, added": ("bitfit_added",),
     "CPT": ("cpt",),
+    "MPT": ("multitask",),
 }
 REFUSED = "\N{EN DASH}"
 CENSUS = "## Every architecture"
@@ -68,8 +69,9 @@ The promises:
 
 The methods: prompt tuning with its virtual tokens in front of the text or as a suffix; P-tuning with an MLP and with an
 LSTM; prefix tuning plain, with its MLP (projection), as an infix, with embeddings only and in chosen layers; P-tuning
-v2; BitFit on the model's own biases, and with biases added where there are none; CPT, of causal language models.
-Batches of several adapters (promise 2) mix prompt, suffix, prefix, infix, chosen layers and BitFit with added biases.
+v2; BitFit on the model's own biases, and with biases added where there are none; CPT, of causal language models;
+MPT of one task. Batches of several adapters (promise 2) mix prompt, suffix, prefix, infix, chosen layers and BitFit
+with added biases.
 """
 
 Cell = tuple[str, str, int]

@@ -37,6 +37,7 @@ NAMES = {
         for n in (0, 1)
         for r in ("", "_reverse")
     },
+    "multitask": {"prefix_task_cols", "prefix_task_rows"},
     "prefix_projection": {f"transform.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")},
 }
 

@@ -30,7 +30,7 @@ from tests.tiny import tokenizer
 IDS = torch.tensor([[5, 6, 7, 8]])
 OTHER_METHODS = re.compile(
     r"(Ada|Arrow|BOFT|BdLo|Beft|C3A|Cartridge|Deft|Delora|Eva|FourierFT|Frod|Glora|Gralora|HRA|Hira|IA3|Kasa|LNT|Lily"
-    r"|LoHa|LoKr|LoftQ|Lora|Miss|Montec|Multitask|OFT|OSF|Peanut|Poly|Psoft|Pvera|RandLora|Road|Shadow|Shira|Supert"
+    r"|LoHa|LoKr|LoftQ|Lora|Miss|Montec|OFT|OSF|Peanut|Poly|Psoft|Pvera|RandLora|Road|Shadow|Shira|Supert"
     r"|TinyLora|Trainable|UniLora|VBLoRA|Vel|Vera|WaveFT|XLora|PeftMixed)|.*(lora|loftq|eva|arrow|cartridge|kappa)"
 )
 """Names of methods that are no prompts of this library, and of what belongs to them."""
@@ -87,7 +87,10 @@ def test_methods_and_attributes_of_models(theirs: type) -> None:
         assert takes_all or {*needed} <= {*mine}, name
 
 
-@pytest.mark.parametrize("name", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "CPTConfig"])
+@pytest.mark.parametrize(
+    "name",
+    ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "CPTConfig", "MultitaskPromptTuningConfig"],
+)
 def test_fields_and_methods_of_configs(name: str) -> None:
     own, theirs = getattr(softtune, name), getattr(peft, name)
     assert {f.name for f in dataclasses.fields(theirs)} <= {f.name for f in dataclasses.fields(own)}

@@ -36,6 +36,9 @@ from softtune.methods import (
     BitFitConfig,
     CPTConfig,
     CPTEmbedding,
+    MultitaskPromptEmbedding,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
     PeftConfig,
     PeftType,
     PrefixEncoder,
@@ -73,6 +76,7 @@ from softtune.peft_functions import (
     set_peft_model_state_dict,
     shift_tokens_right,
 )
+from softtune.task_adapter import add_task_adapter
 
 __version__ = "0.1.0"
 
@@ -94,6 +98,9 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PTuningV2Config",
     "PeftConfig",
     "PeftModel",
@@ -117,6 +124,7 @@ __all__ = [
     "TaskType",
     "TrainingError",
     "UnsupportedModelError",
+    "add_task_adapter",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",

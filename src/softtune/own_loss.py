@@ -91,7 +91,9 @@ def own_loss(
         assert adapter is not None
         rows = slice(None) if batch.rows is None else (batch.rows == number).to(device)
         found = adapter.module.supervision(labels[rows], None if types is None else types[rows])
-        prompt_logits = backbone.logits_of_vectors(adapter.module.prompt().vectors)
+        vectors = adapter.prompt().vectors
+        assert vectors is not None
+        prompt_logits = backbone.logits_of_vectors(vectors)
         for losses, is_label in (
             _of_rows(found, logits[rows], columns, is_first[rows]),
             _of_first(found, prompt_logits, columns, is_first[rows]),

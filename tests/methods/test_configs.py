@@ -15,7 +15,7 @@ import softtune
 from softtune import ConfigError, PeftConfig, PeftType, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 SHARED = ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"]
-BY_FIELDS = [*SHARED, "CPTConfig"]
+BY_FIELDS = [*SHARED, "CPTConfig", "MultitaskPromptTuningConfig"]
 """Configs that are PEFT's, field by field."""
 OTHER_DEFAULTS = {"prompt_tuning_init": "softtune starts from the vocabulary", "num_virtual_tokens": "PEFT has none"}
 

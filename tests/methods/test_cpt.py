@@ -405,7 +405,8 @@ def test_generation_is_pefts_and_of_the_text_in_front() -> None:
     assert torch.equal(found[:, 5:], expected)
     padded = ours.generate(**batch(rows, "left", width=8), max_new_tokens=6, do_sample=False)
     assert torch.equal(padded[:, 8:], expected)
-    written = theirs.eval().generate(**inputs, max_new_tokens=6, do_sample=False)
+    # Beside a cache, PEFT 0.21.2 inserts the prompt again at each step with transformers 5.24.
+    written = theirs.eval().generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False)
     assert torch.equal(found, written)
 
 

@@ -3,6 +3,11 @@
 from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
 from softtune.methods.bitfit import BitFitConfig
 from softtune.methods.cpt import CPTConfig, CPTEmbedding
+from softtune.methods.multitask_prompt_tuning import (
+    MultitaskPromptEmbedding,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+)
 from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from softtune.methods.p_tuning_v2 import PTuningV2Config
 from softtune.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
@@ -16,6 +21,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING.update(
         PeftType.P_TUNING_V2: PTuningV2Config,
         PeftType.BITFIT: BitFitConfig,
         PeftType.CPT: CPTConfig,
+        PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptTuningConfig,
     }
 )
 
@@ -24,6 +30,9 @@ __all__ = [
     "BitFitConfig",
     "CPTConfig",
     "CPTEmbedding",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PTuningV2Config",
     "PeftConfig",
     "PeftType",

@@ -65,6 +65,7 @@ class PeftType(str, Enum):
     P_TUNING_V2 = "P_TUNING_V2"
     BITFIT = "BITFIT"
     CPT = "CPT"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
@@ -118,7 +119,10 @@ class Method(Protocol):
     """Interface of an adapter's trained module."""
 
     def prompt(self) -> Prompt:
-        """The adapter's contribution to a batch. Called once per step."""
+        """The adapter's contribution to a batch. Called once per step.
+
+        Of a config with ``num_prompt_tasks`` it takes the number of the rows' task.
+        """
         ...
 
     def inference_state(self) -> dict[str, Tensor]:
@@ -227,6 +231,12 @@ class PeftConfig(PushToHubMixin):
         values = [getattr(self, name) for name in ("peft_type", *self.ways)]
         return " ".join(str(v.value if isinstance(v, Enum) else v) for v in values)
 
+    @property
+    def num_prompt_tasks(self) -> int | None:
+        """The number of tasks that share the adapter's prompt, of which ``task_ids`` names one a row; None where the
+        method knows no tasks."""
+        return None
+
     def probing(self) -> PeftConfig:
         """A small config of the same kind, for the self-check of a base model."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.ways}
@@ -246,6 +256,10 @@ class PeftConfig(PushToHubMixin):
             module: the adapter's module, which takes the shape of the prompt where PEFT gives layers none.
         """
         return prompt
+
+    def others_from_peft(self, others: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert the tensors beside the prompt, as ``from_peft`` does the prompt."""
+        return others
 
     def recovered(self, module: Any, inference_state: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """A module's own tensors, from those that inference needs; None where they do not follow."""

@@ -121,13 +121,7 @@ def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
     Raises:
         CheckpointError: there is no such file, it is damaged, or its prompt has another shape.
     """
-    file = storage.local(path) if str(path).endswith(".safetensors") else storage.locate(path, WEIGHTS_NAME)
-    try:
-        tensors = load_file(file) if file else {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"no prompt can be read from {path}", "name an adapter's folder or safetensors file"
-        ) from error
+    tensors = tensors_in(path)
     prompt = tensors.get(PROMPT_KEY, tensors.get(OWN_KEY))
     if prompt is None or tuple(prompt.shape) != shape:
         found = "no prompt" if prompt is None else f"the shape {tuple(prompt.shape)}"
@@ -135,6 +129,25 @@ def from_file(path: str | os.PathLike[str], shape: tuple[int, int]) -> Tensor:
             f"{path} holds {found}, the config asks for {shape}", "change num_virtual_tokens or the file"
         )
     return prompt.float()
+
+
+def tensors_in(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, from its folder, hub name or safetensors file; none where a folder has none.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is pickled.
+    """
+    if str(path).endswith((".bin", ".pt", ".pth", ".ckpt")):
+        raise CheckpointError(
+            f"{path} is pickled, which can run code", "convert its folder by softtune import FOLDER NEW"
+        )
+    file = storage.local(path) if str(path).endswith(".safetensors") else storage.locate(path, WEIGHTS_NAME)
+    try:
+        return load_file(file) if file else {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"no prompt can be read from {path}", "name an adapter's folder or safetensors file"
+        ) from error
 
 
 def fit_last_layer(network: nn.Sequential, inputs: Tensor, target: Tensor) -> None:
