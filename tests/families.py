@@ -72,7 +72,9 @@ from softtune import (
     BitFitConfig,
     CartridgeConfig,
     CombinedConfig,
+    CPTConfig,
     IA3Config,
+    MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
     PrefixMemoryConfig,
@@ -455,6 +457,8 @@ FAMILIES = {
                 "embedding_only",
                 "combined",
                 "adaption_prompt",
+                "cpt",
+                "multitask",
             ),
             "use PrefixTuningConfig",
         ),
@@ -692,6 +696,14 @@ if Version("5.24") > INSTALLED:  # GPT-J does not call the attention interface t
     unreachable = {"decoder": [Attention(None, (0, 1), 4, 8)]}
     FAMILIES["gptj"] = replace(FAMILIES["gptj"], attention=unreachable, refused=ALL_OR_NONE)
 
+
+def cpt(**fields: Any) -> CPTConfig:
+    """Demonstrations without labels of their own, whose tokens may change much."""
+    radii = {"opt_projection_epsilon": 60.0, "opt_projection_format_epsilon": 60.0}
+    tokens = {"cpt_token_ids": [3, 40, 17, 5, 61], "cpt_tokens_type_mask": [1, 2, 2, 3, 1]}
+    return CPTConfig(**{"task_type": CAUSAL_LM, **tokens, **radii, **fields})
+
+
 METHODS: dict[str, Callable[..., PeftConfig]] = {
     "prompt": lambda **k: PromptTuningConfig(num_virtual_tokens=P, **k),
     "prompt_suffix": lambda **k: PromptTuningConfig(num_virtual_tokens=P, placement="suffix", **k),
@@ -724,6 +736,8 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "beft": lambda **k: BeftConfig(**k),
     "ia3": lambda **k: IA3Config(**k),
     "cartridge": lambda **k: CartridgeConfig(num_virtual_tokens=P, **k),
+    "cpt": lambda **k: cpt(**k),
+    "multitask": lambda **k: MultitaskPromptTuningConfig(num_virtual_tokens=P, num_ranks=2, **k),
 }
 
 INPUT_METHODS = ("prompt", "prompt_suffix", "p_tuning_mlp", "p_tuning_lstm", "embedding_only")
@@ -736,11 +750,13 @@ THOROUGH = ("gpt2", "llama", "bloom", "bert", "t5")
 """Families whose contract with every method is part of the default suite."""
 FAMILIAR = ("qwen3", "gemma3", "bart")
 """Families whose contract with KINDS is part of the default suite."""
+LIKE_PROMPT = {"cpt": ("gpt2", "llama"), "multitask": ("gpt2", "t5")}
+"""Methods that go the way of "prompt", and the families whose contract with them is part of the default suite."""
 DAILY = ("prompt", "prefix")
 """Methods with which the contract of every other family is part of the default suite."""
 BY_MODULE = ("bitfit", "bitfit_added", "beft", "ia3", *TERM_METHODS)
 """Methods that change single modules, or whose tensors go by the modules' names or by their parts."""
-REPARAMETERISED = ("p_tuning_mlp", "p_tuning_lstm", "prefix_projection")
+REPARAMETERISED = ("p_tuning_mlp", "p_tuning_lstm", "prefix_projection", "cpt")
 CONTRACT = (CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS)
 """Tasks that the contract runs over; the other heads have tests of their own."""
 
@@ -752,7 +768,7 @@ def is_decoder_only(family: str) -> bool:
 def takes(family: str, method: str) -> bool:
     """Whether the family can take the method."""
     row = FAMILIES[family]
-    if method == "infix" and not is_decoder_only(family):
+    if method in ("infix", "cpt") and not is_decoder_only(family):
         return False
     if method in TERM_METHODS and (not row.reachable or "prefix" in row.refused):
         return False
@@ -761,7 +777,7 @@ def takes(family: str, method: str) -> bool:
 
 def refusals() -> list[tuple[str, str, str]]:
     """Every family, a method that it cannot take, and what the refusal says to do instead."""
-    general = {"bitfit": "add_missing=True", "infix": "use placement='prefix'"}
+    general = {"bitfit": "add_missing=True", "infix": "use placement='prefix'", "cpt": "use PromptTuningConfig"}
     return [
         (family, method, row.refused.get(method) or general.get(method) or "use P")
         for family, row in FAMILIES.items()
@@ -772,6 +788,8 @@ def refusals() -> list[tuple[str, str, str]]:
 
 def is_slow(family: str, task: str | None, method: str | None) -> bool:
     """Whether a case is left to the slow suite."""
+    if method in LIKE_PROMPT:
+        return family not in LIKE_PROMPT[method]
     if family in THOROUGH and task != (SEQ_CLS if family in ("bloom", "t5") else None):
         return False
     if family in FAMILIAR and method in (None, *KINDS) and task != (SEQ_CLS if is_decoder_only(family) else None):
@@ -790,7 +808,7 @@ def cases(
         for family in families
         for task in FAMILIES[family].tasks
         for method in methods
-        if task in tasks and takes(family, method)
+        if task in tasks and takes(family, method) and (method != "cpt" or task == CAUSAL_LM)
     ]
 
 

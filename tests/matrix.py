@@ -50,6 +50,8 @@ COLUMNS = {
     "LLaMA-Adapter": ("adaption_prompt",),
     "memory": ("memory",),
     "combined": ("combined",),
+    "CPT": ("cpt",),
+    "MPT": ("multitask",),
 }
 REFUSED = "\N{EN DASH}"
 CENSUS = "## Every architecture"
@@ -73,7 +75,8 @@ The promises:
 
 The methods: prompt tuning with its virtual tokens in front of the text or as a suffix; P-tuning with an MLP and with an
 LSTM; prefix tuning plain, with its MLP (projection), as an infix, with embeddings only and in chosen layers; P-tuning
-v2; BitFit on the model's own biases, and with biases added where there are none; BEFT; IA3; cartridges; LLaMA-Adapter
+v2; BitFit on the model's own biases, and with biases added where there are none; BEFT; IA3; cartridges; CPT, of
+causal language models; MPT of one task; LLaMA-Adapter
 with a gate for each head; PrefixMemory-Tuning; a prefix, virtual tokens, biases, factors and a memory combined. Batches
 of several adapters (promise 2) mix prompt, suffix, prefix, infix, chosen layers, BitFit with added biases, IA3, memory
 and combined adapters.

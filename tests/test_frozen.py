@@ -28,6 +28,7 @@ from tests.families import (
     trained,
 )
 
+MAIN = {"cartridge": "trainable_embedding", "cpt": "delta_embedding.weight"}
 NAMES = {
     "p_tuning_mlp": {f"mlp_head.{i}.{p}" for i in (0, 2, 4) for p in ("weight", "bias")},
     "p_tuning_lstm": {f"mlp_head.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
@@ -38,6 +39,7 @@ NAMES = {
         for n in (0, 1)
         for r in ("", "_reverse")
     },
+    "multitask": {"prefix_task_cols", "prefix_task_rows"},
     "prefix_projection": {f"transform.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")},
 }
 
@@ -69,7 +71,7 @@ def test_training_changes_the_adapter_alone(family: str, task: str, method: str)
 @pytest.mark.promise(1)
 @pytest.mark.parametrize(("family", "task", "method"), [c for c in cases() if c[2] not in BY_MODULE])
 def test_trained_parameters_by_name(family: str, task: str, method: str) -> None:
-    own = {"trainable_embedding" if method == "cartridge" else "embedding.weight"} | NAMES.get(method, set())
+    own = {MAIN.get(method, "embedding.weight")} | NAMES.get(method, set())
     expected = {f"prompt_encoder.default.{n}" for n in own}
     expected |= {f"heads.default.{n}" for n in head_names(family, task)}
     assert trained(adapted(family, task, method)).keys() == expected

@@ -30,7 +30,7 @@ from tests.families import (
 )
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "softtune_config.json", "README.md"}
-READABLE = {"prompt", "p_tuning_mlp", "p_tuning_lstm", "prefix", "prefix_projection", "cartridge"}
+READABLE = {"prompt", "p_tuning_mlp", "p_tuning_lstm", "prefix", "prefix_projection", "cartridge", "cpt", "multitask"}
 
 
 def is_even(family: str) -> bool:
@@ -75,6 +75,7 @@ def test_files_and_keys(family: str, task: str, method: str, tmp_path: Path) -> 
     plain_words = FAMILIES[family].word_scale == 1.0 and (is_decoder_only(family) or not FAMILIES[family].window)
     is_peft = method in READABLE and (is_even(family) if method in PREFIX_METHODS else plain_words)
     expected = {"prompt_embeddings" if is_peft else "softtune.prompt_embeddings"}
+    expected |= {"prefix_task_cols", "prefix_task_rows"} if method == "multitask" else set()
     expected |= {f"base_model.{name}" for name in head_names(family, task)}
     assert keys(tmp_path / "adapter_model.safetensors") == expected
 

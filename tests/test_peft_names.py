@@ -29,8 +29,8 @@ from tests.tiny import tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 OTHER_METHODS = re.compile(
-    r"(Ada|Arrow|BOFT|BdLo|C3A|CPT|Deft|Delora|Eva|FourierFT|Frod|Glora|Gralora|HRA|Hira|Kasa|LNT|Lily"
-    r"|LoHa|LoKr|LoftQ|Lora|Miss|Montec|Multitask|OFT|OSF|Peanut|Poly|Psoft|Pvera|RandLora|Road|Shadow|Shira|Supert"
+    r"(Ada|Arrow|BOFT|BdLo|C3A|Deft|Delora|Eva|FourierFT|Frod|Glora|Gralora|HRA|Hira|Kasa|LNT|Lily"
+    r"|LoHa|LoKr|LoftQ|Lora|Miss|Montec|OFT|OSF|Peanut|Poly|Psoft|Pvera|RandLora|Road|Shadow|Shira|Supert"
     r"|TinyLora|Trainable|UniLora|VBLoRA|Vel|Vera|WaveFT|XLora|PeftMixed)|.*(lora|loftq|eva|arrow|kappa)"
 )
 """Names of methods that are no prompts of this library, and of what belongs to them."""
@@ -97,6 +97,8 @@ def test_methods_and_attributes_of_models(theirs: type) -> None:
         "PromptEncoderConfig",
         "CartridgeConfig",
         "AdaptionPromptConfig",
+        "CPTConfig",
+        "MultitaskPromptTuningConfig",
         "BeftConfig",
         "IA3Config",
     ],

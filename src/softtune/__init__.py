@@ -40,7 +40,12 @@ from softtune.methods import (
     CartridgeConfig,
     CartridgeEncoder,
     CombinedConfig,
+    CPTConfig,
+    CPTEmbedding,
     IA3Config,
+    MultitaskPromptEmbedding,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
     PeftConfig,
     PeftType,
     PrefixEncoder,
@@ -79,6 +84,7 @@ from softtune.peft_functions import (
     set_peft_model_state_dict,
     shift_tokens_right,
 )
+from softtune.task_adapter import add_task_adapter
 
 __version__ = "0.1.0"
 
@@ -97,6 +103,8 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BeftConfig",
     "BitFitConfig",
+    "CPTConfig",
+    "CPTEmbedding",
     "CartridgeConfig",
     "CartridgeEncoder",
     "CheckpointError",
@@ -104,6 +112,9 @@ __all__ = [
     "ConfigError",
     "DataError",
     "IA3Config",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PTuningV2Config",
     "PeftConfig",
     "PeftModel",
@@ -128,6 +139,7 @@ __all__ = [
     "TaskType",
     "TrainingError",
     "UnsupportedModelError",
+    "add_task_adapter",
     "compose_cartridge_adapters",
     "get_base_model_state_dict",
     "get_layer_status",

@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate.hooks import remove_hook_from_module
@@ -17,9 +17,9 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from softtune.backbone import Backbone
-from softtune.errors import AdapterMismatchError, ConfigError
+from softtune.errors import AdapterError, AdapterMismatchError, ConfigError
 from softtune.methods import PeftConfig
-from softtune.methods.base import InParts
+from softtune.methods.base import InParts, Prompt
 
 PEFT_HEAD_NAMES = ("classifier", "score")
 """Names that PEFT lists for every classifier, whether the model has them or not."""
@@ -46,6 +46,8 @@ class Adapter:
     """Trained fp32 copies of the base model's heads, by module name."""
     chat_template: str | None = None
     """The chat template that it was trained with; None where it was not, or where a folder does not say."""
+    task: int | None = None
+    """The task whose prompt it contributes, of a method with several; None where there is one."""
 
     @classmethod
     def new(cls, config: PeftConfig, backbone: Backbone, *, is_saved: bool = False) -> Adapter:
@@ -74,6 +76,22 @@ class Adapter:
         copied: dict[int, Any] = {}  # one memo for all heads, so that tied parameters stay tied
         heads = {name: _copy_in_fp32(model.get_submodule(name), copied) for name in names}
         return cls(config, config.build(backbone).to(backbone.device), heads)
+
+    def of_task(self, task: int) -> Adapter:
+        """The adapter for rows of one of its tasks; as it is where its method knows no tasks.
+
+        Raises:
+            AdapterError: it has no such task.
+        """
+        tasks = self.config.num_prompt_tasks
+        if tasks is not None and not 0 <= task < tasks:
+            raise AdapterError(f"there is no task {task}, the adapter has {tasks}", "count its tasks from 0")
+        return self if tasks in (None, 1) else replace(self, task=task)
+
+    def prompt(self) -> Prompt:
+        """What it contributes to a batch; see ``Method``."""
+        prompt: Prompt = self.module.prompt() if self.task is None else self.module.prompt(self.task)
+        return prompt
 
     def check_config(self, config: PeftConfig) -> None:
         """Check that an adapter saved with this config can be loaded into this one.

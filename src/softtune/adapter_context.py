@@ -20,7 +20,7 @@ from softtune import compat
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone, Site, cached_length, evaluating, install, model_session
 from softtune.backbone.sharding import is_sharded
-from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
+from softtune.errors import AdapterError, ConfigError, DataError, UnsupportedModelError
 from softtune.injection import Injection
 from softtune.injection.frozen_layer_cache import FrozenLayerCache, untouched
 from softtune.injection.graphs import check_graph, is_exporting
@@ -31,8 +31,13 @@ from softtune.injection.provenance import BASE, AdapterNames, differ, joined_nam
 from softtune.inputs import Inputs
 from softtune.methods.base import Prompt
 
-_CACHED_PROMPTS: ContextVar[dict[nn.Module, Prompt] | None] = ContextVar("_CACHED_PROMPTS", default=None)
-"""Prompts by the adapter's module, within ``prompts_cached``."""
+_CACHED_PROMPTS: ContextVar[dict[tuple[nn.Module, int | None], Prompt] | None] = ContextVar(
+    "_CACHED_PROMPTS", default=None
+)
+"""Prompts by the adapter's module and task, within ``prompts_cached``."""
+
+OF_TASK = "/task "
+"""Between an adapter's name, in which there is no slash, and one of its tasks."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,31 @@ class BatchAdapters:
     """The adapters of a batch, and which of them each row has."""
 
     adapters: dict[str, Adapter | None]
-    """The distinct adapters by name; None for the base model."""
+    """The distinct adapters by name, of those with several tasks by name and task; None for the base model."""
     rows: Tensor | None = None
     """[B] index of each row's adapter in ``adapters``; None if all rows have the same."""
 
     @classmethod
-    def from_names(cls, names: Sequence[str], adapter: Callable[[str], Adapter]) -> BatchAdapters:
+    def from_names(
+        cls, names: Sequence[str], adapter: Callable[[str], Adapter], task_ids: Tensor | Sequence[int] | None = None
+    ) -> BatchAdapters:
         """Look up adapters by one name for each row, or one name for all rows.
 
+        Args:
+            names: the names.
+            adapter: finds an adapter by its name.
+            task_ids: [B] each row's task, for adapters with several.
+
         Raises:
-            AdapterError: a name is unknown, or the adapters are for several tasks.
+            AdapterError: a name or task is unknown, the adapters are for several kinds of tasks, or one has several
+                tasks and there are no ``task_ids``.
+            DataError: there is not one task for each row.
         """
-        adapters = {name: None if name == BASE else adapter(name) for name in names}
+        found = {name: None if name == BASE else adapter(name) for name in names}
+        ids = _task_ids(task_ids, names, list(found.values()))
+        names = [names[0]] * len(ids) if len(names) == 1 else names
+        each = [_of_task(name, found[name], task) for name, task in zip(names, ids, strict=True)]
+        adapters, names = dict(each), [name for name, _ in each]
         if len(tasks := {a.config.task_type for a in adapters.values() if a is not None}) > 1:
             raise AdapterError(
                 f"adapter_names mixes tasks ({', '.join(sorted(str(t and t.value) for t in tasks))})",
@@ -61,6 +79,11 @@ class BatchAdapters:
         return cls(adapters, torch.tensor([numbers[name] for name in names]) if len(adapters) > 1 else None)
 
     @property
+    def by_name(self) -> dict[str, Adapter]:
+        """The adapters by their own names, those with several tasks once, without the base model."""
+        return {name.partition(OF_TASK)[0]: a for name, a in self.adapters.items() if a is not None}
+
+    @property
     def adapter_names(self) -> AdapterNames:
         """The name of each row's adapter, or one name for all rows."""
         return self._each(list(self.adapters))
@@ -68,6 +91,36 @@ class BatchAdapters:
     def _each(self, names: Sequence[str]) -> AdapterNames:
         """For each row the element of ``names`` at its adapter's index, or the only element for all rows."""
         return tuple(names) if self.rows is None else tuple(names[i] for i in self.rows.tolist())
+
+
+def _task_ids(
+    task_ids: Tensor | Sequence[int] | None, names: Sequence[str], adapters: Sequence[Adapter | None]
+) -> list[int | None]:
+    """The task of each name, or of each row where there is one name for all."""
+    if task_ids is None:
+        return [None] * len(names)
+    if isinstance(task_ids, Tensor) and is_exporting():
+        raise UnsupportedModelError("a graph is for tasks that are fixed", "give task_ids as a list of numbers")
+    ids: list[Any] = task_ids.tolist() if isinstance(task_ids, Tensor) else list(task_ids)
+    if not isinstance(ids, list) or not all(isinstance(task, int) for task in ids) or len(names) not in (1, len(ids)):
+        raise DataError(f"task_ids {ids} are not one whole number for each row", "give [B], counted from 0")
+    real = [adapter for adapter in adapters if adapter is not None]
+    if real and all(adapter.config.num_prompt_tasks is None for adapter in real):
+        raise AdapterError("task_ids is for adapters with several tasks, and no row has one", "leave it out")
+    return ids
+
+
+def _of_task(name: str, adapter: Adapter | None, task: int | None) -> tuple[str, Adapter | None]:
+    """A row's adapter for its task, and what both are called."""
+    tasks = None if adapter is None else adapter.config.num_prompt_tasks
+    if adapter is None or tasks is None:
+        return name, adapter
+    if task is None and tasks > 1:
+        raise AdapterError(
+            f"adapter {name!r} has {tasks} tasks, and no row says which", "give each row's, as in task_ids=[0, 2]"
+        )
+    found = adapter.of_task(task or 0)
+    return (name if found.task is None else f"{name}{OF_TASK}{found.task}"), found
 
 
 @contextmanager
@@ -169,16 +222,16 @@ def _prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool) -> Prompt:
     With ``as_kv``, virtual tokens at the input become keys and values where possible, computed with the adapter's heads
     in place of the base model's modules.
     """
-    known, module = _CACHED_PROMPTS.get(), adapter.module
-    if known is None or not as_kv or module.training or torch.is_grad_enabled():
+    known, key = _CACHED_PROMPTS.get(), (adapter.module, adapter.task)
+    if known is None or not as_kv or adapter.module.training or torch.is_grad_enabled():
         return computed_prompt(backbone, adapter, as_kv=as_kv)
-    if module not in known:
-        known[module] = computed_prompt(backbone, adapter, as_kv=as_kv)
-    return known[module]
+    if key not in known:
+        known[key] = computed_prompt(backbone, adapter, as_kv=as_kv)
+    return known[key]
 
 
 def computed_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool) -> Prompt:
-    prompt: Prompt = adapter.module.prompt()
+    prompt = adapter.prompt()
     if not as_kv:
         return prompt
     with ModuleChanges(backbone, [], [adapter.heads]).applied():
@@ -218,7 +271,7 @@ def check_frozen_layer_cache(layer_cache: FrozenLayerCache, adapters: Sequence[A
 def _depth(backbone: Backbone, adapter: Adapter) -> int:
     """Number of first layers that an adapter does not change. Computes its prompt without drawing random numbers."""
     with evaluating(adapter.module):
-        prompt = adapter.module.prompt()
+        prompt = adapter.of_task(0).prompt()  # that of another task reaches the same layers
     changes_layers = _changes(backbone, [adapter], [prompt]).reach(backbone.stacks[0].module)
     return 0 if changes_layers else untouched([prompt])
 

@@ -151,7 +151,7 @@ def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
     """
     state = adapter.inference_state()
     if PROMPT_KEY in state and not adapter.config.is_readable_by_peft(backbone):
-        state = {OWN_KEY: state[PROMPT_KEY]}
+        state = {OWN_KEY: state.pop(PROMPT_KEY), **state}
     return {**adapter.config.to_saved(state, adapter.module), **adapter.head_state()}
 
 
@@ -217,12 +217,15 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
     if OWN_KEY in inference_state:
         inference_state[PROMPT_KEY] = inference_state.pop(OWN_KEY)
     elif PROMPT_KEY in inference_state:
-        inference_state[PROMPT_KEY] = adapter.config.from_peft(inference_state[PROMPT_KEY], adapter.module)
+        prompt = adapter.config.from_peft(inference_state.pop(PROMPT_KEY), adapter.module)
+        inference_state = {PROMPT_KEY: prompt, **adapter.config.others_from_peft(inference_state)}
     _check(adapter.inference_state(), inference_state)
     if not adapter.is_reparameterised:
         adapter.load_inference_state(inference_state)
     elif training_state is not None:
         _copy(adapter.training_state(), training_state)
+    elif recovered := adapter.config.recovered(adapter.module, inference_state):
+        _copy(adapter.training_state(), recovered)
     else:
         raise CheckpointError(
             "these weights hold the baked prompt but not the encoder behind it", "load them with is_trainable=False"

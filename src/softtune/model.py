@@ -35,13 +35,14 @@ from softtune.adapter_context import (
 from softtune.backbone import Backbone
 from softtune.backbone.sharding import is_partitioned, is_sharded, set_root
 from softtune.compat import PushToHubMixin
-from softtune.errors import AdapterError, ConfigError, UnsupportedModelError
+from softtune.errors import AdapterError, ConfigError, DataError, UnsupportedModelError
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
 from softtune.injection.provenance import BASE
 from softtune.injection.tensor_store import TensorStore
 from softtune.inputs import Inputs
 from softtune.methods import PeftConfig, TaskType
 from softtune.options import LOADING_OPTIONS, check_options
+from softtune.own_loss import has_own_loss, own_loss
 from softtune.peft_names import PeftNames
 from softtune.views import peft_class_of, with_parameters_of
 
@@ -281,6 +282,8 @@ class PeftModel(PushToHubMixin, PeftNames):
         prompt_positions: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | Sequence[int] | None = None,
+        input_type_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the base model's ``forward`` with the active adapter. Outputs align with the caller's tokens.
@@ -299,6 +302,9 @@ class PeftModel(PushToHubMixin, PeftNames):
             adapter_names: B names, one for each row, whose outputs are the same as with that adapter alone.
                 ``"__base__"`` is the base model without an adapter. By default all rows have the active adapter.
             return_dict: False for a tuple.
+            task_ids: [B] each row's task, from 0, where its adapter has several (MPT); a batch may mix them.
+            input_type_mask: [B, T] types of the input's tokens for CPT's loss, as its ``cpt_tokens_type_mask``; by
+                default the labels say which are predicted.
             kwargs: further arguments of the base model's ``forward``; with ``logits_to_keep`` the loss covers the
                 labels of the kept logits only.
 
@@ -307,7 +313,9 @@ class PeftModel(PushToHubMixin, PeftNames):
                 maximum.
             UnsupportedModelError: the prompt did not reach the layers, ``torch`` makes a graph that cannot be right, or
                 an adapter is trained on quantised layers without a gradient.
-            AdapterError: ``adapter_names`` has an unknown name, another number of rows, or adapters of several tasks.
+            AdapterError: ``adapter_names`` or ``task_ids`` has an unknown one, another number of rows or adapters of
+                several kinds of tasks, an adapter has several tasks and there are no ``task_ids``, rows with labels
+                have CPT and others do not, or ``input_type_mask`` or ``task_ids`` is given for no adapter of its kind.
         """
         given = {
             "input_ids": input_ids,
@@ -318,16 +326,24 @@ class PeftModel(PushToHubMixin, PeftNames):
         kwargs = compat.renamed(kwargs, self.backbone.model.forward)
         kwargs |= {name: value for name, value in given.items() if value is not None}
         inputs = Inputs.from_call(kwargs, prompt_positions, self.backbone)
-        batch = self._batch_adapters(adapter_names, inputs)
+        batch = self._batch_adapters(adapter_names, task_ids, inputs)
         keep = kwargs.get("logits_to_keep", 0)
         if labels is not None and labels.dim() == 2:
             kwargs["labels"] = labels[:, -keep:] if isinstance(keep, int) else labels[:, keep]
+        is_own = has_own_loss(batch, inputs, input_type_mask)
+        num_items = kwargs.pop("num_items_in_batch", None) if is_own else None
+        if is_own:
+            del kwargs["labels"]
         check_cache_provenance(kwargs, batch)
         trained = self._trained(batch)
         if trained:
             self.backbone.check_gradients()
         with apply_adapters(self.backbone, batch, inputs, self._layer_cache):
             output = self.backbone.model(return_dict=True, **kwargs)
+        if is_own:
+            terms = {"kept": keep, "input_type_mask": input_type_mask, "num_items": num_items}
+            loss = own_loss(self.backbone, batch, inputs, output.logits, **terms)
+            output = type(output)(**{**output, "loss": loss})
         tag_cache(output, batch)
         self._watch(output, batch, trained)
         return output if return_dict is not False else output.to_tuple()
@@ -337,6 +353,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         *args: Any,
         prompt_positions: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the base model's ``generate`` with the active adapter. Outputs contain no virtual tokens.
@@ -345,6 +362,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             args: positional arguments of the base model's ``generate``.
             prompt_positions: see ``forward``; columns of the input.
             adapter_names: see ``forward``; one for each row of the input.
+            task_ids: see ``forward``; one for each row of the input.
             kwargs: keyword arguments of the base model's ``generate``.
 
         Raises:
@@ -355,7 +373,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         kwargs = compat.renamed(kwargs, base.prepare_inputs_for_generation)
         call = {**dict(zip(("inputs",), args, strict=False)), **kwargs}
         inputs = Inputs.from_call(call, prompt_positions, self.backbone)
-        batch = self._batch_adapters(adapter_names, inputs)
+        batch = self._batch_adapters(adapter_names, task_ids, inputs)
         check_cache_provenance(kwargs, batch)
         with apply_adapters(self.backbone, batch, inputs) as injection:
             if injection is not None:
@@ -368,14 +386,13 @@ class PeftModel(PushToHubMixin, PeftNames):
         """The trained tensors of a batch's adapters; none where no backward pass can follow or a graph is made."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return {}
-        adapters = {name: adapter for name, adapter in batch.adapters.items() if adapter is not None}
-        return {f"{name}.{key}": p for name, adapter in adapters.items() for key, p in adapter.trained.items()}
+        return {f"{name}.{key}": p for name, adapter in batch.by_name.items() for key, p in adapter.trained.items()}
 
     def _watch(self, output: Any, batch: BatchAdapters, trained: Mapping[str, Tensor]) -> None:
         """Warn after the first backward pass if trained tensors of the batch's adapters got no gradient."""
         if self.gradient_watch.is_over or not trained:
             return
-        adapters = {name: adapter for name, adapter in batch.adapters.items() if adapter is not None}
+        adapters = batch.by_name
 
         def cut_off(idle: Sequence[str]) -> list[str]:
             names = {name: [key.removeprefix(f"{name}.") for key in idle] for name in adapters}
@@ -428,15 +445,17 @@ class PeftModel(PushToHubMixin, PeftNames):
             self._layer_cache = before
             layer_cache.store.close()
 
-    def _batch_adapters(self, adapter_names: Sequence[str] | None, inputs: Inputs) -> BatchAdapters:
+    def _batch_adapters(
+        self, adapter_names: Sequence[str] | None, task_ids: Tensor | Sequence[int] | None, inputs: Inputs
+    ) -> BatchAdapters:
         """The adapters of a batch: those of ``adapter_names``, by default the active one."""
-        if adapter_names is None:
-            return BatchAdapters.from_names(self.active_adapters or [BASE], self.adapter)
-        if inputs.text is not None and len(inputs.text) != len(adapter_names):
-            raise AdapterError(
-                f"adapter_names has {len(adapter_names)} names, the batch {len(inputs.text)} rows", "give one a row"
-            )
-        return BatchAdapters.from_names(adapter_names, self.adapter)
+        rows = None if inputs.text is None else len(inputs.text)
+        if adapter_names is not None and rows not in (None, len(adapter_names)):
+            raise AdapterError(f"adapter_names has {len(adapter_names)} names, the batch {rows} rows", "give one a row")
+        if task_ids is not None and rows is not None and (found := torch.as_tensor(task_ids).shape) != (rows,):
+            raise DataError(f"task_ids {list(found)} do not fit {rows} rows", "give one for each")
+        names = self.active_adapters or [BASE] if adapter_names is None else adapter_names
+        return BatchAdapters.from_names(names, self.adapter, task_ids)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softtune.adapter_context import BatchAdapters
 from softtune.backbone.quantization import num_weights
 from softtune.card import CARD_NAME, model_card
 from softtune.compat import DynamicCache
@@ -60,7 +61,7 @@ class PeftNames(AdapterState):
 
         Args:
             batch_size: B.
-            task_ids: unused; PEFT has it for a method that softtune lacks.
+            task_ids: [B] each row's task, for an adapter with several.
             max_cache_len: unused; PEFT has it for caches of old versions of transformers.
 
         Raises:
@@ -70,7 +71,11 @@ class PeftNames(AdapterState):
         name = next(iter(self.active_adapters), None)
         if name is None:
             raise AdapterError("no adapter is active", "set one by set_adapter")
-        prompt = self.adapter(name).module.prompt()
+        batch = BatchAdapters.from_names([name], self.adapter, task_ids)
+        prompts = [adapter.prompt() for adapter in batch.adapters.values() if adapter is not None]
+        prompt = prompts[0]
+        if batch.rows is not None:
+            return torch.stack([prompts[row].vectors for row in batch.rows.tolist()])
         if prompt.vectors is not None:
             return prompt.vectors.expand(batch_size, -1, -1)
         layers = self.backbone.attention_layers

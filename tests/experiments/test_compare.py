@@ -12,7 +12,7 @@ import pytest
 from softtune import CheckpointError, ConfigError
 from softtune.experiments import experiment as room
 from softtune.experiments import report
-from softtune.experiments.cases import ENTRIES, PROMPTS
+from softtune.experiments.cases import DEFAULT_ENTRIES, PROMPTS
 from softtune.experiments.compare import compare
 from softtune.experiments.outcomes import Entry, Outcome
 from softtune.experiments.page import Page, as_html
@@ -39,7 +39,7 @@ def compared(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 def test_every_entry_has_an_outcome_for_each_seed(compared: Path) -> None:
     found = {entry.name: entry for entry in ResultStore(compared / "out").entries()}
     assert [name for name, entry in found.items() if entry.failure] == ["head"]  # a decoder has none
-    assert list(found) == list(ENTRIES)
+    assert list(found) == list(DEFAULT_ENTRIES)
     assert {name: len(entry.outcomes) for name, entry in found.items() if len(entry.outcomes) != 2} == {
         "head": 0,
         "zero-shot": 1,
@@ -111,10 +111,12 @@ def test_the_page_stands_alone(compared: Path) -> None:
 
     Parser().feed(text)
     assert tags.count("svg") == 4
-    assert tags.count("tr") == 2 * len(ENTRIES)  # of two tables: the head, and all but one entry
+    assert tags.count("tr") == 2 * len(DEFAULT_ENTRIES)  # of two tables: the head, and all but one entry
     assert not re.search(r'(src|href)="(?!data:|#)', text)
     markdown = (compared / "out" / report.MARKDOWN_NAME).read_text(encoding="utf-8")
-    assert markdown.count("\n| ") == 2 + 2 * len(ENTRIES)  # the head and the rule below it, and all but one entry
+    assert markdown.count("\n| ") == 2 + 2 * len(
+        DEFAULT_ENTRIES
+    )  # the head and the rule below it, and all but one entry
     assert "few-shot" in markdown
 
 

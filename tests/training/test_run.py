@@ -40,6 +40,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt tuning": {"method": "PROMPT_TUNING", "options": {"num_virtual_tokens": 3}},
     "BitFit": {"method": "BITFIT", "options": {"add_missing": True}},
     "cartridge": {"method": "CARTRIDGE", "options": {"num_virtual_tokens": 3}},
+    "MPT": {"method": "MULTITASK_PROMPT_TUNING", "options": {"num_virtual_tokens": 3}},
+    "CPT": {
+        "method": "CPT",
+        "options": {"cpt_token_ids": [3, 9, 8], "cpt_tokens_type_mask": [1, 2, 4], "opt_projection_epsilon": 9},
+    },
 }
 
 
@@ -167,9 +172,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_state
     assert PeftModel.from_pretrained(base, fields["output"])(input_ids=ids, labels=ids).loss.isfinite()
 
 
-@pytest.mark.parametrize(("method", "rate"), [*((method, 1e38) for method in METHODS), ("P-tuning", 1e30)])
+@pytest.mark.parametrize(("method", "rate"), [*((m, 1e38) for m in METHODS if m != "CPT"), ("P-tuning", 1e30)])
 def test_an_update_that_leaves_the_numbers_is_never_saved(fields: dict[str, Any], method: str, rate: float) -> None:
-    """Not at the end either, where no loss is computed with it any more, nor where only the prompt is no number."""
+    """Not at the end either, where no loss is computed with it any more, nor where only the prompt is no number. CPT's
+    is projected."""
     wild = {"learning_rate": rate, "max_grad_norm": 1e9, "warmup_steps": 0, "epochs": 0.2}
     with pytest.raises(TrainingError, match="no longer made of numbers after step 1: lower the learning rate"):
         train(Recipe.from_fields({**fields, **METHODS[method], **wild}))

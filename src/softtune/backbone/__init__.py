@@ -261,6 +261,13 @@ class Backbone:
             embeds = vectors[None].to(self.model.dtype, copy=True)
             return keys_and_values(self.model, self.stacks, inputs_embeds=embeds)
 
+    def logits_of_vectors(self, vectors: Tensor) -> Tensor:
+        """Compute a language model's logits [P, V] of virtual tokens [P, D] in front of a text, with gradients."""
+        with model_session(self.model):
+            embeds = vectors[None].to(self.model.dtype, copy=True)  # a copy, as in ``keys_of_vectors``
+            logits: Tensor = self.model(inputs_embeds=embeds, use_cache=False, return_dict=True).logits[0]
+            return logits
+
     def check_gradients(self) -> None:
         """Check that gradients pass through the quantised layers.
 

@@ -19,7 +19,7 @@ from softtune.cli.console import console, quiet
 from softtune.cli.flags import with_load_flags
 from softtune.compat import INSTALLED, is_tested
 from softtune.errors import ConfigError, UnsupportedModelError
-from softtune.experiments.cases import METHODS
+from softtune.experiments.cases import DEFAULT_METHODS, METHODS
 from softtune.methods import PeftConfig, PeftType, TaskType
 from softtune.model import PeftModel
 from softtune.pretrained import LoadOptions, known_task, load_base_model
@@ -46,7 +46,7 @@ def command(
         raise ConfigError("an adapter has a method and a task of its own", "drop --method and --task, or --adapter")
     saved = None if adapter is None else PeftConfig.from_pretrained(adapter)
     kind = known_task(task or (saved and saved.task_type) or TaskType.CAUSAL_LM)
-    configs = [saved] if saved else [_config(name, kind) for name in method or METHODS]
+    configs = [saved] if saved else [_config(name, kind) for name in method or DEFAULT_METHODS]
     base, _ = load_base_model(model, kind, options=LoadOptions(**load))
     if adapter is not None:
         checkpoint.check_base_model(adapter, PeftModel(base).backbone)

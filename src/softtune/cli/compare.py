@@ -8,7 +8,7 @@ from softtune.cli.console import console, progress_bars, quiet
 from softtune.cli.entries import exit_on_failures, show_entries
 from softtune.cli.flags import argument, option, overrides, read_mapping, with_flags
 from softtune.experiments import report
-from softtune.experiments.cases import ENTRIES, entry_named
+from softtune.experiments.cases import DEFAULT_ENTRIES, entry_named
 from softtune.experiments.compare import compare
 from softtune.training.recipe import Recipe
 
@@ -35,7 +35,7 @@ with_flags(
     [
         argument("recipe", str, help="The recipe, a YAML file: the task, the data and the steps."),
         option("output", str, help="The comparison's folder."),
-        option("entries", str, ", ".join(ENTRIES), help="What to compare, separated by commas."),
+        option("entries", str, ", ".join(DEFAULT_ENTRIES), help="What to compare, separated by commas."),
         option("seeds", int, 3, min=1, help="Runs of each, with seeds that follow one another."),
         option("learning_rates", str, "{}", help="By entry, such as '{bitfit: 0.001}'; others have theirs."),
     ],

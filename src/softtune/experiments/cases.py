@@ -36,6 +36,12 @@ PROMPTS = {"zero-shot": 0, "few-shot": 4}
 ENTRIES = (*METHODS, *BASELINES, *PROMPTS)
 """Names of the methods, baselines and prompts to compare."""
 
+DEFAULT_METHODS = tuple(n for n, f in METHODS.items() if PEFT_TYPE_TO_CONFIG_MAPPING[f["method"]].is_for_any_rows)
+"""Names of the methods that are meant where none is named."""
+
+DEFAULT_ENTRIES = (*DEFAULT_METHODS, *BASELINES, *PROMPTS)
+"""What is compared where nothing is named."""
+
 
 def entry_named(name: str) -> str:
     """Normalize any spelling of an entry's name, such as PREFIX_TUNING."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softtune.errors import ConfigError
-from softtune.experiments.cases import ENTRIES, PROMPTS, REPLACED, Case
+from softtune.experiments.cases import DEFAULT_ENTRIES, ENTRIES, PROMPTS, REPLACED, Case
 from softtune.experiments.experiment import run_cases, with_rows
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.result_store import ResultStore, with_defaults
@@ -17,7 +17,7 @@ from softtune.training.recipe import Recipe
 
 def compare(
     recipe: Recipe,
-    names: Sequence[str] = ENTRIES,
+    names: Sequence[str] = DEFAULT_ENTRIES,
     *,
     seeds: int = 3,
     learning_rates: Mapping[str, float] = {},

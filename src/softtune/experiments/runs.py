@@ -12,8 +12,8 @@ from softtune.experiments.outcomes import Entry, Outcome
 from softtune.experiments.prompting import answer_alone
 from softtune.formatting import shortened
 from softtune.tasks.metrics import direction
+from softtune.training.compatibility import trains_beside_others
 from softtune.training.folder import RunFolder
-from softtune.training.multi_run import TASKS
 from softtune.training.progress import Phase, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.report import Report
@@ -68,12 +68,12 @@ class _Sum:
 
 
 def _train_at_once(cases: Sequence[Case], progress: Progress) -> list[list[Entry]]:
-    """Train all seeds of all cases at once, where their task supports it."""
+    """Train all seeds of all cases at once, where their tasks and methods support it."""
     runs = [run for case in cases for run in case.runs]
     for run in runs:
         if RunFolder(run).is_finished:
             clear(run)
-    groups = [runs] if runs[0].task in TASKS else [[run] for run in runs]
+    groups = [runs] if all(map(trains_beside_others, runs)) else [[run] for run in runs]
     each = iter([result for group in groups for result in _train(group, progress)])
     found = []
     for case in cases:

@@ -6,7 +6,13 @@ from softtune.methods.beft import BeftConfig
 from softtune.methods.bitfit import BitFitConfig
 from softtune.methods.cartridge import CartridgeConfig, CartridgeEncoder
 from softtune.methods.combined import CombinedConfig
+from softtune.methods.cpt import CPTConfig, CPTEmbedding
 from softtune.methods.ia3 import IA3Config
+from softtune.methods.multitask_prompt_tuning import (
+    MultitaskPromptEmbedding,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+)
 from softtune.methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from softtune.methods.p_tuning_v2 import PTuningV2Config
 from softtune.methods.prefix_memory import PrefixMemoryConfig
@@ -26,6 +32,8 @@ PEFT_TYPE_TO_CONFIG_MAPPING.update(
         PeftType.BEFT: BeftConfig,
         PeftType.IA3: IA3Config,
         PeftType.CARTRIDGE: CartridgeConfig,
+        PeftType.CPT: CPTConfig,
+        PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptTuningConfig,
     }
 )
 
@@ -34,10 +42,15 @@ __all__ = [
     "AdaptionPromptConfig",
     "BeftConfig",
     "BitFitConfig",
+    "CPTConfig",
+    "CPTEmbedding",
     "CartridgeConfig",
     "CartridgeEncoder",
     "CombinedConfig",
     "IA3Config",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PTuningV2Config",
     "PeftConfig",
     "PeftType",

@@ -30,6 +30,8 @@ from softtune.views import patch_peft, pefts_version, shared_config_class
 CONFIG_NAME = "adapter_config.json"
 OWN_CONFIG_NAME = "softtune_config.json"
 
+IGNORED = -100
+"""The label of a token that the loss leaves out."""
 OURS = {"ours": True}
 """Metadata of a field that PEFT does not know."""
 
@@ -68,6 +70,8 @@ class PeftType(str, Enum):
     BEFT = "BEFT"
     IA3 = "IA3"
     CARTRIDGE = "CARTRIDGE"
+    CPT = "CPT"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
@@ -130,11 +134,28 @@ class Prompt:
         return {*self.memories, *self.gated}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """The labels of a method's own loss: the weighted mean over those of the rows and, once a row, of the prompt."""
+
+    labels: Tensor
+    """[B, T] token ids, or ``IGNORED``."""
+    weights: Tensor
+    """[B, T]"""
+    prompt_labels: Tensor
+    """[P] token ids of the prompt's own labels, or ``IGNORED``; the first is not predicted."""
+    prompt_weights: Tensor
+    """[B, P]"""
+
+
 class Method(Protocol):
     """Interface of an adapter's trained module."""
 
     def prompt(self) -> Prompt:
-        """The adapter's contribution to a batch. Called once per step."""
+        """The adapter's contribution to a batch. Called once per step.
+
+        Of a config with ``num_prompt_tasks`` it takes the number of the rows' task.
+        """
         ...
 
     def inference_state(self) -> dict[str, Tensor]:
@@ -186,8 +207,12 @@ class PeftConfig(PushToHubMixin):
     """The same where a head is trained too; None where it is the same."""
     general_options: ClassVar[dict[str, Any]] = {}
     """Fields with which the method works on every base model that it can work on."""
+    is_for_any_rows: ClassVar[bool] = True
+    """Whether a comparison has the method where none is named: it needs nothing beside the rows of any task."""
     takes_placed_tokens: ClassVar[bool] = False
     """Whether a template may say where its virtual tokens stand."""
+    has_own_loss: ClassVar[bool] = False
+    """Whether calls with labels have the loss of the module's ``supervision`` instead of the base model's."""
     is_prompt_learning: ClassVar[bool] = True
     is_adaption_prompt: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ()
@@ -263,6 +288,12 @@ class PeftConfig(PushToHubMixin):
         values = [getattr(self, name) for name in ("peft_type", *self.ways)]
         return " ".join(str(v.value if isinstance(v, Enum) else v) for v in values)
 
+    @property
+    def num_prompt_tasks(self) -> int | None:
+        """The number of tasks that share the adapter's prompt, of which ``task_ids`` names one a row; None where the
+        method knows no tasks."""
+        return None
+
     def probing(self) -> PeftConfig:
         """A small config of the same kind, for the self-check of a base model."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.ways}
@@ -290,6 +321,14 @@ class PeftConfig(PushToHubMixin):
     def from_saved(self, state: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
         """Convert the tensors of a saved adapter, without heads, to the module's inference state."""
         return state
+
+    def others_from_peft(self, others: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert the tensors beside the prompt, as ``from_peft`` does the prompt."""
+        return others
+
+    def recovered(self, module: Any, inference_state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """A module's own tensors, from those that inference needs; None where they do not follow."""
+        return None
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:

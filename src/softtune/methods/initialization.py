@@ -135,14 +135,7 @@ def read_prompt(path: str | os.PathLike[str], backbone: Backbone) -> SavedPrompt
         CheckpointError: there is no such file, it is damaged, or it holds no prompt.
         AdapterMismatchError: the adapter was trained on another base model.
     """
-    is_file = str(path).endswith(".safetensors")
-    file = storage.local(path) if is_file else storage.locate(path, WEIGHTS_NAME)
-    try:
-        tensors = load_file(file) if file else {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"no prompt can be read from {path}", "name an adapter's folder or safetensors file"
-        ) from error
+    is_file, tensors = str(path).endswith(".safetensors"), tensors_in(path)
     prompt = tensors.get(PROMPT_KEY, tensors.get(OWN_KEY))
     if prompt is None:
         raise CheckpointError(f"{path} holds no prompt", "name a folder or file with a saved prompt")
@@ -181,6 +174,25 @@ def from_file(path: str | os.PathLike[str], shape: tuple[int, int], backbone: Ba
     prompt = read_prompt(path, backbone).prompt
     check_shape(prompt, shape, path)
     return prompt
+
+
+def tensors_in(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, from its folder, hub name or safetensors file; none where a folder has none.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is pickled.
+    """
+    if str(path).endswith((".bin", ".pt", ".pth", ".ckpt")):
+        raise CheckpointError(
+            f"{path} is pickled, which can run code", "convert its folder by softtune import FOLDER NEW"
+        )
+    file = storage.local(path) if str(path).endswith(".safetensors") else storage.locate(path, WEIGHTS_NAME)
+    try:
+        return load_file(file) if file else {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"no prompt can be read from {path}", "name an adapter's folder or safetensors file"
+        ) from error
 
 
 def fit_last_layer(network: nn.Sequential, inputs: Tensor, target: Tensor) -> None:

@@ -43,6 +43,11 @@ def load_adapter(backbone: Backbone, folder: Path) -> Adapter:
     """
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True
+    if (config.num_prompt_tasks or 1) > 1:
+        raise UnsupportedModelError(
+            f"{folder} has prompts for {config.num_prompt_tasks} tasks, and a request names an adapter alone",
+            "make each an adapter of its own by softtune.add_task_adapter, and save that",
+        )
     checkpoint.check_base_model(folder, backbone)
     self_check.ensure(backbone, config, PeftModel.with_adapter)
     adapter = Adapter.new(config, backbone)

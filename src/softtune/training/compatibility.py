@@ -12,6 +12,7 @@ from typing import Any
 from softtune.errors import ConfigError
 from softtune.extras import missing
 from softtune.load_options import LoadFields
+from softtune.methods.base import config_class_of
 from softtune.training import ranks
 from softtune.training.multi_run import TASKS
 from softtune.training.recipe import Recipe
@@ -30,10 +31,10 @@ def check_compatible(recipes: Sequence[Recipe]) -> None:
         recipe.load_options.check_machine()
         if "8bit" in (recipe.optim or "") and find_spec("bitsandbytes") is None:
             raise missing("bitsandbytes", "quant", user=f"the optimiser {recipe.optim}")
-    if recipes[0].task not in TASKS and sum(recipe.ensemble for recipe in recipes) > 1:
-        raise ConfigError(
-            f"{recipes[0].task.value} trains one adapter at a time", "run one recipe, without an ensemble"
-        )
+    alone = next((recipe for recipe in recipes if not trains_beside_others(recipe)), None)
+    if alone is not None and sum(recipe.ensemble for recipe in recipes) > 1:
+        name = alone.method.value if alone.task in TASKS else alone.task.value
+        raise ConfigError(f"{name} trains one adapter at a time", "run one recipe, without an ensemble")
     outputs = Counter(str(Path(recipe.output).resolve()) for recipe in recipes)
     if twice := [output for output, count in outputs.items() if count > 1]:
         raise ConfigError(f"{twice[0]} is the output of {outputs[twice[0]]} recipes", "give each one its own")
@@ -45,6 +46,11 @@ def check_compatible(recipes: Sequence[Recipe]) -> None:
                     f"{name} is {other!r} for {first.output} and {own!r} for {recipe.output}",
                     "recipes that run at once share it, run these one after the other",
                 )
+
+
+def trains_beside_others(recipe: Recipe) -> bool:
+    """Whether a recipe's adapter can train in one batch with others: their losses are the cross-entropy of logits."""
+    return recipe.task in TASKS and not config_class_of(recipe.method).has_own_loss
 
 
 def check_processes(recipes: Sequence[Recipe]) -> None:

@@ -159,12 +159,13 @@ def _check(trainers: Sequence[AdapterTrainer]) -> None:
     tasks = {model.active_peft_config.task_type for model in models}
     if len(tasks) > 1 or not tasks <= {*TASKS}:
         raise ConfigError(f"runs that train together need one task of {', '.join(TASKS)}", "train them apart")
+    has_own_loss = any(model.active_peft_config.has_own_loss for model in models)
     for trainer in trainers:
         if trainer.args.world_size > 1 or trainer.args.n_gpu > 1:
             raise ConfigError("runs train together in one process on one device", "train them apart on several")
         if trainer.accelerator.scaler is not None or trainer.args.bf16 != trainers[0].args.bf16:
             raise ConfigError("runs that train together need the same precision, bf16 or none", "set it in all")
-        if trainer.compute_loss_func is not None:
+        if trainer.compute_loss_func is not None or has_own_loss:
             raise ConfigError("runs that train together need the task's own loss", "train those with another one apart")
 
 

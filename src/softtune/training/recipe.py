@@ -85,6 +85,8 @@ class Recipe(LoadFields, RecipeFields):
             raise ValueError("compile does not go with the trunk cache, which leaves layers out: drop one of the two")
         if self.seed + self.ensemble > 2**32:
             raise ValueError(f"seed is {self.seed}: leave {self.ensemble} seeds below 2**32 for the ensemble")
+        if self.label_smoothing_factor and config_class_of(self.method).has_own_loss:
+            raise ValueError(f"label_smoothing_factor is not for {self.method.value}, with a loss of its own: drop it")
         self.config()
         metrics = (LOSS, *self.definition.metrics)
         if self.metric_for_best_model not in metrics:
