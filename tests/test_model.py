@@ -342,9 +342,16 @@ def test_every_config_is_in_the_map() -> None:
         "PTuningV2Config",
         "BitFitConfig",
         "CartridgeConfig",
+        "CPTConfig",
+        "MultitaskPromptTuningConfig",
+        "AdaptionPromptConfig",
+        "PrefixMemoryConfig",
+        "BeftConfig",
+        "IA3Config",
+        "CombinedConfig",
     }
     for peft_type, config in softtune.PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        assert config().peft_type is peft_type
+        assert config(task_type=CAUSAL_LM).peft_type is peft_type
 
 
 def test_bitfit_roles() -> None:

@@ -257,7 +257,8 @@ def test_help_shows_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> 
     assert run("train", "--help") == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for part in (
-        "One of PROMPT_TUNING, P_TUNING, PREFIX_TUNING, P_TUNING_V2, BITFIT, CARTRIDGE. [default: PREFIX_TUNING]",
+        "One of PROMPT_TUNING, P_TUNING, PREFIX_TUNING, P_TUNING_V2, BITFIT, CARTRIDGE, CPT, MULTITASK_PROMPT_TUNING, "
+        "ADAPTION_PROMPT, PREFIX_MEMORY, BEFT, IA3, COMBINED. [default: PREFIX_TUNING]",
         "One of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS. [default: CAUSAL_LM]",
         "One of linear, constant, cosine. [default: linear]",
         "[default: 0.2]",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,8 @@ from softtune.promises import PROMISES, Broken, NotAsked, Outcome, Refused
 
 WIDTH, WIDE = 28, 110
 """Minimum width of the column of promises, and the terminal width from which on it applies."""
+METHOD = 10
+"""Width of a method's column; the methods that do not fit beside one another get tables of their own."""
 
 
 @with_load_flags
@@ -85,25 +87,35 @@ def _show(base: PreTrainedModel, columns: Mapping[str, Mapping[str, Outcome]]) -
     words = {"dtype": str(base.dtype).removeprefix("torch."), "attention": stock_name(base.config) or "its own"}
     state = "tested" if is_tested(base) else "not among those tested"
     title = f"{type(base).__name__}, transformers {INSTALLED}, {', '.join(words.values())}: {state}"
-    table = Table("promise", *(name.replace("-", " ") for name in columns), title=title, title_justify="left")
-    table.columns[0].min_width = WIDTH if console.width >= WIDE else None
-    notes: dict[str, None] = {}
-    for name, promise in PROMISES.items():
-        cells: list[str | Text] = []
-        for method, outcomes in columns.items():
-            outcome = outcomes[name]
-            if outcome is None:
-                cells.append("holds")
-            elif isinstance(outcome, NotAsked):
-                notes[f"{method}: {promise.text} is not asked, {outcome.reason}"] = None
-                cells.append("not asked")
-            elif isinstance(outcome, Refused):
-                notes[f"{method}: refused, {outcome.reason}"] = None
-                cells.append("refused")
-            else:
-                notes[f"{method}: {promise.text} FAILS, {outcome.how}"] = None
-                cells.append(Text("FAILS", style="bold red"))
-        table.add_row(promise.text, *cells)
-    console.print(table)
-    for note in notes:
+    names = list(columns)
+    for first in range(0, len(names), count := max(1, console.width // METHOD - 2)):
+        some = {name: columns[name] for name in names[first : first + count]}
+        table = Table("promise", *(name.replace("-", " ") for name in some), title=title, title_justify="left")
+        table.columns[0].min_width = WIDTH if console.width >= WIDE else None
+        for name, promise in PROMISES.items():
+            table.add_row(promise.text, *(_cell(outcomes[name]) for outcomes in some.values()))
+        console.print(table)
+        title = ""
+    for note in dict.fromkeys(_notes(columns)):
         console.print(note, soft_wrap=True, markup=False)
+
+
+def _cell(outcome: Outcome) -> str | Text:
+    if outcome is None:
+        return "holds"
+    if isinstance(outcome, Broken):
+        return Text("FAILS", style="bold red")
+    return "not asked" if isinstance(outcome, NotAsked) else "refused"
+
+
+def _notes(columns: Mapping[str, Mapping[str, Outcome]]) -> Iterator[str]:
+    """The reasons for the promises that do not hold, in the order of the table's rows."""
+    for name, promise in PROMISES.items():
+        for method, outcomes in columns.items():
+            match outcomes[name]:
+                case NotAsked(reason):
+                    yield f"{method}: {promise.text} is not asked, {reason}"
+                case Refused(reason):
+                    yield f"{method}: refused, {reason}"
+                case Broken(how):
+                    yield f"{method}: {promise.text} FAILS, {how}"

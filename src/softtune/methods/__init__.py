@@ -26,14 +26,14 @@ PEFT_TYPE_TO_CONFIG_MAPPING.update(
         PeftType.P_TUNING: PromptEncoderConfig,
         PeftType.P_TUNING_V2: PTuningV2Config,
         PeftType.BITFIT: BitFitConfig,
-        PeftType.ADAPTION_PROMPT: AdaptionPromptConfig,
-        PeftType.PREFIX_MEMORY: PrefixMemoryConfig,
-        PeftType.COMBINED: CombinedConfig,
-        PeftType.BEFT: BeftConfig,
-        PeftType.IA3: IA3Config,
         PeftType.CARTRIDGE: CartridgeConfig,
         PeftType.CPT: CPTConfig,
         PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptTuningConfig,
+        PeftType.ADAPTION_PROMPT: AdaptionPromptConfig,
+        PeftType.PREFIX_MEMORY: PrefixMemoryConfig,
+        PeftType.BEFT: BeftConfig,
+        PeftType.IA3: IA3Config,
+        PeftType.COMBINED: CombinedConfig,
     }
 )
 

@@ -64,14 +64,14 @@ class PeftType(str, Enum):
     PREFIX_TUNING = "PREFIX_TUNING"
     P_TUNING_V2 = "P_TUNING_V2"
     BITFIT = "BITFIT"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    PREFIX_MEMORY = "PREFIX_MEMORY"
-    COMBINED = "COMBINED"
-    BEFT = "BEFT"
-    IA3 = "IA3"
     CARTRIDGE = "CARTRIDGE"
     CPT = "CPT"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    PREFIX_MEMORY = "PREFIX_MEMORY"
+    BEFT = "BEFT"
+    IA3 = "IA3"
+    COMBINED = "COMBINED"
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:
