@@ -93,6 +93,8 @@ class Prompt:
     """Bias changes [width], added to the output of a module that has a bias or could have one."""
     after_text: bool = False
     """Whether the virtual tokens follow the text (suffix, infix) instead of preceding it."""
+    token_dropout: float = 0
+    """Probability with which a row does not see a virtual token of the prefix, drawn for each row of a call."""
     shifts_positions: bool = True
     """Whether a prefix takes the positions 0 .. P-1, so that the text starts at position P."""
 

@@ -29,6 +29,8 @@ class PTuningV2Config(PromptLearningConfig):
     """Dropout on the prefix's keys and values in training; by default the model's own hidden dropout."""
     layers: Layers = field(default=None, metadata=OURS)
     """Layers that get a prefix: their numbers, ``"first:N"`` or ``"last:N"``; by default all."""
+    token_dropout: Probability = field(default=0.0, metadata=OURS)
+    """Probability with which a row of a training batch does not see a virtual token (arXiv 2507.04221)."""
     sites: list[Site] | None = field(default=None, metadata=OURS)
     """Attention sites that get a prefix of their own: encoder, decoder, cross; by default all that the model has."""
 
@@ -47,12 +49,11 @@ class PTuningV2Config(PromptLearningConfig):
         settle_prefix(self, backbone)
         if self.prefix_dropout is None:
             self.prefix_dropout = backbone.hidden_dropout
-        return DeepPrompt(self.num_virtual_tokens, layers, self.prefix_dropout)
+        return DeepPrompt(self.num_virtual_tokens, layers, self.prefix_dropout, self.token_dropout)
 
     def initialize(self, module: DeepPrompt, backbone: Backbone) -> None:
         """See ``PeftConfig.initialize``."""
-        input_ids = init.vocabulary_ids(backbone, self.num_virtual_tokens)
-        module.embedding.weight.data.copy_(flat_prefix(backbone, module.layers, input_ids))
+        module.start_from(module.states_of_words(init.vocabulary_ids(backbone, self.num_virtual_tokens), backbone))
 
 
 class DeepPrompt(nn.Module):
@@ -62,17 +63,33 @@ class DeepPrompt(nn.Module):
         num_virtual_tokens: P.
         layers: the attention layers that get a prefix.
         dropout: dropout probability of the prefix's keys and values in training.
+        token_dropout: probability with which a row of a training batch does not see a virtual token.
     """
 
-    def __init__(self, num_virtual_tokens: int, layers: Sequence[AttentionLayer], dropout: float) -> None:
+    def __init__(
+        self, num_virtual_tokens: int, layers: Sequence[AttentionLayer], dropout: float, token_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.layers = list(layers)
         self.embedding = nn.Embedding(num_virtual_tokens, sum(layer.width for layer in layers))
         self.dropout = nn.Dropout(dropout)
+        self.token_dropout = token_dropout
+
+    def states_of_words(self, input_ids: Tensor, backbone: Backbone) -> Tensor:
+        """[P, W] keys and values that the frozen base model computes for token ids [P]."""
+        return flat_prefix(backbone, self.layers, input_ids)
+
+    def start_from(self, flat: Tensor) -> None:
+        """Initialize the parameters with a prefix [P, W]."""
+        self.embedding.weight.data.copy_(flat)
 
     def prompt(self) -> Prompt:
         flat = self.dropout(self.embedding.weight)
-        return Prompt(num_virtual_tokens=len(flat), prefixes=split_prefix(flat, self.layers))
+        return Prompt(
+            num_virtual_tokens=len(flat),
+            prefixes=split_prefix(flat, self.layers),
+            token_dropout=self.token_dropout if self.training else 0.0,
+        )
 
     def inference_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self.embedding.weight.detach()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from softtune.backbone import AttentionLayer, Backbone, Site
 from softtune.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
-from softtune.methods.base import OURS, PeftType, PositiveInt, Prompt, PromptLearningConfig
+from softtune.methods.base import OURS, PeftType, PositiveInt, Probability, Prompt, PromptLearningConfig
 from softtune.methods.kv_layout import (
     Layers,
     choose_layers,
@@ -64,6 +64,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     """Train vectors at the input layer only and let the layers propagate them (the paper's ablation)."""
     shift_positions: bool = field(default=True, metadata=OURS)
     """Let the text start at position P, as in the paper and PEFT, instead of at 0."""
+    token_dropout: Probability = field(default=0.0, metadata=OURS)
+    """Probability with which a row of a training batch does not see a virtual token (arXiv 2507.04221)."""
 
     ways: ClassVar[tuple[str, ...]] = ("placement", "embedding_only", "shift_positions")
 
@@ -77,6 +79,8 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ConfigError("embedding_only trains no layer", "drop layers and sites")
         if self.embedding_only and not self.shift_positions:
             raise ConfigError("embedding_only has its virtual tokens among the words", "drop shift_positions")
+        if self.embedding_only and self.token_dropout:
+            raise ConfigError("embedding_only has its virtual tokens among the words", "drop token_dropout")
         if self.inference_mode:
             return  # a saved config keeps its values, and one of PEFT's also those without effect
         if self.tokenizer_name_or_path is not None and self.init_text is None:
@@ -199,6 +203,7 @@ class PrefixEncoder(nn.Module):
         self.layers = list(layers)
         self.after_text = config.placement == "infix"
         self.shifts_positions = config.shift_positions
+        self.token_dropout = config.token_dropout
         width = sum(layer.width for layer in layers) or (config.num_layers or 0) * 2 * config.token_dim
         self.embedding, self.transform = _virtual_tokens(config, config.token_dim, width)
 
@@ -230,6 +235,7 @@ class PrefixEncoder(nn.Module):
             prefixes=split_prefix(flat, self.layers),
             after_text=self.after_text,
             shifts_positions=self.shifts_positions,
+            token_dropout=self.token_dropout if self.training else 0.0,
         )
 
     def inference_state(self) -> dict[str, Tensor]:
