@@ -24,7 +24,7 @@ from softtune.training.compatibility import check_compatible, check_processes
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
 from softtune.training.hub import create_repositories, pushed
 from softtune.training.multi_run import train_together
-from softtune.training.progress import EVALUATING, EVALUATING_BASE_MODEL, Phase, Progress
+from softtune.training.progress import EVALUATING, EVALUATING_BASE_MODEL, IN_CONTEXT, Phase, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.report import Evaluation, Report
 from softtune.training.results import save_results
@@ -144,7 +144,8 @@ def _with_output_name(progress: Progress, recipe: Recipe) -> Progress:
 
 
 def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
-    """Evaluate the base model alone, unless its metrics are known or a run is resumed, and save them in the folder.
+    """Evaluate the base model alone, or with the examples that the prefix starts from, unless its metrics are known or
+    a run is resumed, and save them in the folder.
 
     Args:
         setup: the recipe's.
@@ -154,7 +155,8 @@ def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
         return setup.folder.before
     metrics = known or {}
     if setup.rows.evaluation and known is None:
-        [answers] = _answers(setup, EVALUATING_BASE_MODEL, [BASE])
+        phase, name = (IN_CONTEXT, setup.recipe.adapter_names[0]) if setup.starts else (EVALUATING_BASE_MODEL, BASE)
+        [answers] = _answers(setup, phase, [name])
         metrics = _judged(setup, answers).metrics
     ranks.on_main_process(lambda: setup.folder.begin(metrics, setup.rows.fingerprints))
     return metrics
