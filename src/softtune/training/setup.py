@@ -20,7 +20,7 @@ from softtune.data import Collator, Example
 from softtune.data.chat import chat_template_of
 from softtune.data.records import each_row
 from softtune.errors import AdapterError
-from softtune.evaluation.answers import Answers, fitted, judge
+from softtune.evaluation.answers import Answers, answer, fitted, judge
 from softtune.evaluation.ensemble import answer_each
 from softtune.methods import TaskType
 from softtune.model import PeftModel
@@ -176,9 +176,24 @@ class Setup:
         """The training examples of an adapter, from which the virtual tokens that start from their rows are hidden."""
         if not (self.starts and self.recipe.leave_one_out):
             return self.examples
-        masks = [self.starts[number].prefix_mask(row) for row in range(len(self.rows.training))]
+        masks = self._prefix_masks(number)
         pairs = zip(self.examples, self.example_rows, strict=True)
         return [replace(example, prefix_mask=masks[row]) for example, row in pairs]
+
+    def _prefix_masks(self, number: int) -> list[list[int] | None]:
+        """For each training row the virtual tokens of an adapter that it sees."""
+        return [self.starts[number].prefix_mask(row) for row in range(len(self.rows.training))]
+
+    def left_out(self) -> dict[str, float]:
+        """The task's metrics on the training rows, from each of which the virtual tokens that start from it are hidden.
+
+        Empty where there are other rows to evaluate on, or several adapters or texts to generate for it.
+        """
+        if self.rows.evaluation or self.task.num_new_tokens or not self.recipe.leave_one_out or len(self.starts) != 1:
+            return {}
+        rows, masks = self.rows.training, self._prefix_masks(0)
+        answers = answer(self.model, self.tokenizer, self.task, rows, prefix_masks=masks)
+        return judge(self.task, rows, answers).metrics
 
     def _measure(self, model: PeftModel) -> dict[str, float]:
         """The task's metrics of a model's adapter on the validation rows."""
