@@ -94,7 +94,8 @@ class PrefixMask:
         drawn = torch.rand(shown.shape, device=device)
         kept = drawn >= torch.tensor(self._dropout, device=device)[rows, None]
         highest = drawn.masked_fill(~shown, -1).argmax(dim=1, keepdim=True)
-        return shown & kept.scatter(1, highest, True)
+        left: Tensor = shown & kept.scatter(1, highest, True)
+        return left
 
     def kinds(self, count: int, device: torch.device) -> Tensor | None:
         """[B] a number for each row, which rows of one adapter that see the same virtual tokens share; None where all

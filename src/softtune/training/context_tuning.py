@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1e-3
 """Default peak learning rate of a prefix that starts from examples."""
 TOKEN_DROPOUT = 0.05
 """Default token dropout of such a prefix, as in the paper."""

@@ -205,8 +205,11 @@ class Recipe(LoadFields, RecipeFields):
         """Names of the adapters. An ensemble's are "1", "2" and so on, and are saved in folders of these names."""
         return ["default"] if self.ensemble == 1 else [str(i + 1) for i in range(self.ensemble)]
 
-    def config(self) -> PeftConfig:
+    def config(self, **options: Any) -> PeftConfig:
         """Build the method's config.
+
+        Args:
+            options: fields that replace those of the recipe's ``options``.
 
         Raises:
             ConfigError: ``options`` has an unknown key or a value out of range.
@@ -217,7 +220,7 @@ class Recipe(LoadFields, RecipeFields):
         if self.start == "examples":
             base["token_dropout"] = TOKEN_DROPOUT
         return PeftConfig.from_dict(
-            {"peft_type": self.method, "task_type": self.task, **base, **tokens, **self.options}
+            {"peft_type": self.method, "task_type": self.task, **base, **tokens, **self.options, **options}
         )
 
     @property

@@ -264,13 +264,13 @@ class BaseModels:
         for number, name in enumerate(recipe.adapter_names):
             set_seed(recipe.seed + number)
             base, words = self._load(recipe)
-            config = recipe.config()
+            sizes: dict[str, Any] = {}
             if recipe.start == "examples":
                 positions, seed = Backbone.shared(base).max_positions, recipe.seed + number
                 starts.append(demonstrations(recipe, recipe.definition, training, words, positions, seed=seed))
-                config = replace(config, num_virtual_tokens=len(starts[-1].input_ids))
+                sizes["num_virtual_tokens"] = len(starts[-1].input_ids)
             set_seed(recipe.seed + number)
-            adapters[name] = PeftModel(base, config, name).adapter(name)
+            adapters[name] = PeftModel(base, recipe.config(**sizes), name).adapter(name)
             for start in starts[number:]:
                 _begin_with(adapters[name], start, base)
         assert self._first is not None
