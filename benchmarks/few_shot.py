@@ -1,9 +1,10 @@
-"""In-context learning with a few examples, the prefix that starts from them, and a prefix that starts from common words.
+"""In-context learning with a few examples, the prefix that starts from them, and one that starts from common words.
 
     python benchmarks/few_shot.py sst2|rte [--shots N] [--steps N] [--rows N] [--seed N] [--data FOLDER] [--start START]
 
 SmolLM2-135M, the recipes' templates and labels, N shots of each label, as many steps for both prefixes, on one thread.
-In-context learning is the prefix of the examples before it is trained, which has the outputs of the examples in the prompt.
+In-context learning is the prefix of the examples before it is trained: with it the model has the outputs that it has
+with the examples in the prompt.
 """
 
 from __future__ import annotations
