@@ -94,8 +94,7 @@ class PrefixMask:
         drawn = torch.rand(shown.shape, device=device)
         kept = drawn >= torch.tensor(self._dropout, device=device)[rows, None]
         highest = drawn.masked_fill(~shown, -1).argmax(dim=1, keepdim=True)
-        left: Tensor = shown & kept.scatter(1, highest, True)
-        return left
+        return shown & kept.scatter(1, highest, True)
 
     def kinds(self, count: int, device: torch.device) -> Tensor | None:
         """[B] a number for each row, which rows of one adapter that see the same virtual tokens share; None where all
@@ -103,5 +102,5 @@ class PrefixMask:
         shown = self.for_rows(count, device)
         if shown is None:
             return self._rows
-        kinds = shown.unique(dim=0, return_inverse=True)[1]
+        kinds: Tensor = shown.unique(dim=0, return_inverse=True)[1]
         return kinds if self._rows is None else kinds * len(self._lengths) + multiplied(self._rows, count).to(device)
