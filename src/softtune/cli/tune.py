@@ -27,7 +27,7 @@ DEFAULTS = {"start": "examples", "test_size": 0, "max_length": 256, "batch_size"
 def command(examples: str, resume: bool, push_to_hub: bool, **flags: str | None) -> None:
     """Train an adapter on a few labelled examples, which it starts from, by a recipe made for them.
 
-    16 to 64 examples give a prefix that begins as the examples in the prompt would, and is better after some minutes.
+    16 to 64 examples give a prefix that begins as the examples in the prompt would, and is then trained on them.
     The column with the labels, the template and the labels are found in the file; every field of the recipe is a flag.
     The recipe is shown, and kept in the adapter's folder. With --evaluation the adapter is compared with the
     examples in the prompt, by other rows. Ctrl-C saves the run for --resume.
