@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 COMMANDS = {
     "train": "Train an adapter by a recipe, or those of several recipes at once, and show what came of it.",
+    "tune": "Train an adapter on a few labelled examples, which it starts from, by a recipe made for them.",
     "predict": "Answer records with a trained adapter; measure the answers where the records have labels.",
     "generate": "Write the text that follows each record, one a line.",
     "inspect": "Show an adapter's config and sizes, and the words nearest to its virtual tokens, or norms by layer.",

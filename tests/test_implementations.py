@@ -106,6 +106,14 @@ def test_padded_rows(implementation: str, family: str, task: str, method: str) -
         same(implementation, family, task, method, {**batch(texts(family, task), side), **answers(task, 3)})
 
 
+@pytest.mark.parametrize("implementation", [*FLASH, *FLEX])
+@pytest.mark.parametrize(("family", "task"), [("llama", CAUSAL_LM), ("bert", SEQ_CLS)])
+def test_hidden_virtual_tokens(implementation: str, family: str, task: str) -> None:
+    shown = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]])
+    for side in sides(family, task):
+        same(implementation, family, task, "prefix", {**batch(texts(family, task), side), "prefix_mask": shown})
+
+
 @pytest.mark.parametrize(("implementation", "family", "task", "method"), CASES)
 def test_one_row_without_a_mask(implementation: str, family: str, task: str, method: str) -> None:
     """Its positions begin behind the prefix, by which it is not taken for several packed texts."""

@@ -149,6 +149,8 @@ def apply_adapters(
         check_graph(backbone, inputs.text)
         install(backbone.model)
     adapters, as_kv = list(batch.adapters.values()), inputs.columns is None and not is_exporting()
+    if inputs.prefix_mask is not None:
+        as_kv = False  # virtual tokens at the input have read those that it would hide
     if as_kv and torch.is_grad_enabled() and is_sharded(backbone.model):
         as_kv = False  # FSDP2 gathers a layer's weights for a gradient at its output alone, not at its keys
     with model_session(backbone.model) as session:
@@ -167,6 +169,7 @@ def apply_adapters(
                 rows,
                 columns=inputs.columns,
                 text_ends=_text_ends(backbone, prompts, inputs),
+                prefix_mask=inputs.prefix_mask,
                 packs=rows is None or not changes_layers,
                 layer_cache=None if changes_layers else layer_cache,
                 encoder_adapters=adapter_names,

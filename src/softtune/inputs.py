@@ -34,17 +34,21 @@ class Inputs:
     """As the base model takes them."""
     columns: Tensor | None = None
     """[B, P] column before which each virtual token is inserted."""
+    prefix_mask: Tensor | None = None
+    """[B, P] which virtual tokens of its prefix a row sees."""
     has_cache: bool = False
     """Whether the call has a KV cache, so that the mask may have columns of earlier calls."""
     encoder_outputs: Any = None
     """The encoder's outputs in an encoder-decoder, if the caller passes them."""
 
     @classmethod
-    def from_call(cls, call: Mapping[str, Any], columns: Tensor | None, backbone: Backbone) -> Inputs:
+    def from_call(
+        cls, call: Mapping[str, Any], columns: Tensor | None, backbone: Backbone, prefix_mask: Tensor | None = None
+    ) -> Inputs:
         """Take the inputs from a call's arguments by name, and check them.
 
         Raises:
-            DataError: the text is empty, no tensor or has no rows; the mask, the columns or the labels do not fit it.
+            DataError: the text is empty, no tensor or has no rows; the masks, the columns or the labels do not fit it.
         """
         mask = call.get("attention_mask")
         inputs = cls(
@@ -52,6 +56,7 @@ class Inputs:
             mask=mask if is_flat(mask) else None,
             labels=call.get("labels"),
             columns=columns,
+            prefix_mask=prefix_mask,
             has_cache=compat.cache_of(call) is not None,
             encoder_outputs=call.get("encoder_outputs"),
         )
@@ -59,7 +64,8 @@ class Inputs:
             _check_text(inputs.text)
             _check_mask(inputs, inputs.text)
             _check_labels(inputs.labels, inputs.text, backbone)
-            _check_columns(columns, inputs.text)
+            _check_rows("prompt_positions", columns, inputs.text)
+            _check_rows("prefix_mask", prefix_mask, inputs.text)
         return inputs
 
 
@@ -99,6 +105,6 @@ def _check_labels(labels: Tensor | None, text: Tensor, backbone: Backbone) -> No
         raise DataError(f"labels {list(labels.shape)} do not fit {len(text)} rows", "give labels for each")
 
 
-def _check_columns(columns: Tensor | None, text: Tensor) -> None:
-    if columns is not None and columns.shape[:1] != text.shape[:1]:
-        raise DataError(f"prompt_positions {list(columns.shape)} do not fit {len(text)} rows", "give one row for each")
+def _check_rows(name: str, given: Tensor | None, text: Tensor) -> None:
+    if given is not None and given.shape[:1] != text.shape[:1]:
+        raise DataError(f"{name} {list(given.shape)} do not fit {len(text)} rows", "give one row for each")

@@ -284,6 +284,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         return_dict: bool | None = None,
         task_ids: Tensor | Sequence[int] | None = None,
         input_type_mask: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the base model's ``forward`` with the active adapter. Outputs align with the caller's tokens.
@@ -305,13 +306,17 @@ class PeftModel(PushToHubMixin, PeftNames):
             task_ids: [B] each row's task, from 0, where its adapter has several (MPT); a batch may mix them.
             input_type_mask: [B, T] types of the input's tokens for CPT's loss, as its ``cpt_tokens_type_mask``; by
                 default the labels say which are predicted.
+            prefix_mask: [B, P] 1 for each virtual token of the prefix that a row sees and 0 for those that are hidden
+                from it, in all layers. Positions stay as they are. In a batch of several adapters P is that of the
+                longest prefix, and the last columns are those of a shorter one.
             kwargs: further arguments of the base model's ``forward``; with ``logits_to_keep`` the loss covers the
                 labels of the kept logits only.
 
         Raises:
-            DataError: the input is empty, mask, positions or labels do not fit it, or positions exceed the model's
-                maximum.
-            UnsupportedModelError: the prompt did not reach the layers, ``torch`` makes a graph that cannot be right, or
+            DataError: the input is empty, masks, positions or labels do not fit it, positions exceed the model's
+                maximum, or ``prefix_mask`` is for a prompt that is no prefix.
+            UnsupportedModelError: the prompt did not reach the layers, virtual tokens are to be hidden in a model that
+                takes a prefix as a cache, ``torch`` makes a graph that cannot be right, or
                 an adapter is trained on quantised layers without a gradient.
             AdapterError: ``adapter_names`` or ``task_ids`` has an unknown one, another number of rows or adapters of
                 several kinds of tasks, an adapter has several tasks and there are no ``task_ids``, rows with labels
@@ -325,7 +330,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         }
         kwargs = compat.renamed(kwargs, self.backbone.model.forward)
         kwargs |= {name: value for name, value in given.items() if value is not None}
-        inputs = Inputs.from_call(kwargs, prompt_positions, self.backbone)
+        inputs = Inputs.from_call(kwargs, prompt_positions, self.backbone, prefix_mask)
         batch = self._batch_adapters(adapter_names, task_ids, inputs)
         keep = kwargs.get("logits_to_keep", 0)
         if labels is not None and labels.dim() == 2:
@@ -354,6 +359,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         prompt_positions: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
         task_ids: Tensor | Sequence[int] | None = None,
+        prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the base model's ``generate`` with the active adapter. Outputs contain no virtual tokens.
@@ -363,6 +369,7 @@ class PeftModel(PushToHubMixin, PeftNames):
             prompt_positions: see ``forward``; columns of the input.
             adapter_names: see ``forward``; one for each row of the input.
             task_ids: see ``forward``; one for each row of the input.
+            prefix_mask: see ``forward``; one row for each of the input.
             kwargs: keyword arguments of the base model's ``generate``.
 
         Raises:
@@ -372,7 +379,7 @@ class PeftModel(PushToHubMixin, PeftNames):
         generate = base.generate
         kwargs = compat.renamed(kwargs, base.prepare_inputs_for_generation)
         call = {**dict(zip(("inputs",), args, strict=False)), **kwargs}
-        inputs = Inputs.from_call(call, prompt_positions, self.backbone)
+        inputs = Inputs.from_call(call, prompt_positions, self.backbone, prefix_mask)
         batch = self._batch_adapters(adapter_names, task_ids, inputs)
         check_cache_provenance(kwargs, batch)
         with apply_adapters(self.backbone, batch, inputs) as injection:

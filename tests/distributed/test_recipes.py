@@ -27,6 +27,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ensemble": {"model": "llama", "ensemble": 2},
     "trunk cache": {"model": "llama", "options": {"num_virtual_tokens": 3, "layers": [1]}, "trunk_cache": 8},
     "head": {"model": "bert", "task": "SEQ_CLS", "template": "{words}", "patience": 3},
+    "examples": {
+        "model": "llama",
+        "start": "examples",
+        "max_length": 24,
+        "options": {"num_virtual_tokens": 30, "token_dropout": 0.0},
+    },
     "encoder-decoder": {"model": "t5", "task": "SEQ_2_SEQ_LM", "method": "PROMPT_TUNING"},
 }
 
@@ -71,6 +77,7 @@ def run(fields: dict[str, Any], output: Path, *, resume: bool = False) -> dict[s
     }
 
 
+@pytest.mark.filterwarnings("ignore:the 39 examples have")  # more tokens than fit
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shared_run_is_the_run_of_one_process(
     processes: Processes, models: dict[str, str], tmp_path: Path, name: str

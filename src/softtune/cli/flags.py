@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -21,9 +21,10 @@ from softtune.training.fields import from_yaml
 from softtune.training.recipe import Recipe
 
 
-def with_flags(command: Callable[..., None], own: Sequence[Parameter]) -> None:
-    """Give a command its own parameters and, as ``**flags``, an option for every other field of the recipe."""
-    names = {parameter.name for parameter in own}
+def with_flags(command: Callable[..., None], own: Sequence[Parameter], left_out: Collection[str] = ()) -> None:
+    """Give a command its own parameters and, as ``**flags``, an option for every other field of the recipe, but for
+    those that are left out."""
+    names = {*left_out, *(parameter.name for parameter in own)}
     parameters = [*own, *(_parameter(name) for name in Recipe.model_fields if name not in names)]
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -42,24 +42,38 @@ def command(
     if profile or find_learning_rate:
         _measure(chosen, resume or resume_from is not None, profile, find_learning_rate)
         return
+    pushing = ["--push-to-hub"] if push_to_hub else []
+    run(chosen, ["train", *recipes, *words(flags), *pushing], resume=resume_from or resume)
+
+
+def run(recipes: Sequence[Recipe], arguments: Sequence[str], *, resume: bool | str) -> None:
+    """Train by recipes and print the reports; after an interrupt, the command that goes on.
+
+    Args:
+        recipes: the recipes.
+        arguments: those of the command line, by which the command is started again.
+        resume: see ``train_all``.
+
+    Raises:
+        TrainingError: a run has failed.
+    """
     with progress_bars() as progress, ranks.joined():
-        results = train_all(chosen, resume=resume_from or resume, progress=progress)
+        results = train_all(recipes, resume=resume, progress=progress)
     reports = [result for result in results if isinstance(result, Report)]
     if unfinished := [report for report in reports if not report.finished]:
-        for failure in _failures(chosen, results):
+        for failure in _failures(recipes, results):
             print(f"softtune: {failure}", file=sys.stderr)
         start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if (processes := num_processes()) > 1 else []
-        pushing = ["--push-to-hub"] if push_to_hub else []
-        again = shlex.join([*start, "softtune", "train", *recipes, *words(flags), *pushing, "--resume"])
+        again = shlex.join([*start, "softtune", *arguments, "--resume"])
         steps = max(report.steps for report in unfinished)
         console.print(f"Stopped after step {steps}. Go on with: {again}", soft_wrap=True)
         sys.exit(INTERRUPTED)
-    for recipe, result in zip(chosen, results, strict=True):
+    for recipe, result in zip(recipes, results, strict=True):
         if result is None:
             console.print(f"{recipe.output} was finished before.", soft_wrap=True)
         elif isinstance(result, Report):
             show_report(result, title=recipe.output if len(results) > 1 else "")
-    if failures := _failures(chosen, results):
+    if failures := _failures(recipes, results):
         raise TrainingError("; ".join(failures))
 
 

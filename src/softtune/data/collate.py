@@ -36,7 +36,7 @@ class Collator:
             ``input_ids`` [B, T] and ``attention_mask`` [B, T]; ``labels`` [B, T], padded with -100, if any example has
             an answer (answers encoded apart: padded to the longest of them); ``start_positions`` and ``end_positions``
             [B], if the answers are spans; ``token_type_ids`` [B, T] and ``prompt_positions`` [B, P], if the examples
-            have them. Positions are counted in the padded row.
+            have them; ``prefix_mask`` [B, P], if any example has one. Positions are counted in the padded row.
 
         Raises:
             DataError: there are no examples, or they have different numbers of virtual tokens.
@@ -56,6 +56,9 @@ class Collator:
             batch["labels"] = self._labels(examples, length)
         if any(example.prompt_positions is not None for example in examples):
             batch["prompt_positions"] = self._prompt_positions(examples, length)
+        if masks := [example.prefix_mask for example in examples if example.prefix_mask is not None]:
+            rows = [example.prefix_mask or [1] * len(masks[0]) for example in examples]
+            batch["prefix_mask"] = torch.tensor(rows)
         return batch
 
     def _labels(self, examples: Sequence[Example], length: int) -> Tensor:

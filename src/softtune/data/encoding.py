@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,8 +55,13 @@ class Example:
     """For each virtual token the index (0 to T) in ``input_ids`` before which it is placed; None without places."""
     token_type_ids: list[int] | None = None
     """For each token, which text of a pair it belongs to; None where the model does not use them."""
+    prefix_mask: list[int] | None = None
+    """For each virtual token of a prefix, 1 where the row sees it; None where it sees all."""
     truncated: int = 0
     """Number of the fields' tokens that were truncated."""
+    from_fields: list[bool] | None = field(default=None, compare=False, repr=False)
+    """For each of ``input_ids`` whether it is a field's, rather than the template's or the answer's; None where the
+    example does not say."""
 
 
 def encode_apart(
@@ -161,6 +166,7 @@ def _example(tokens: list[_Token], ending: list[int], target: list[int], *, max_
         labels=[IGNORED] * len(prompt_ids) + (target or [IGNORED] * len(ending)),
         prompt_positions=_positions(kept) if len(prompt_ids) < len(kept) else None,
         truncated=len(tokens) - len(kept),
+        from_fields=[token.owner >= 0 for token in kept if token.owner != _VIRTUAL] + [False] * len(ending),
     )
 
 

@@ -28,7 +28,15 @@ from softtune.methods import TaskType
 from softtune.model import PeftModel
 from softtune.tasks import Prediction, Task
 from softtune.tasks.metrics import Quality
-from softtune.tasks.requests import Classify, ClassifyTokens, Generate, LocateSpan, Loglikelihood, Request
+from softtune.tasks.requests import (
+    Classify,
+    ClassifyTokens,
+    Generate,
+    LocateSpan,
+    Loglikelihood,
+    Request,
+    with_prefix_mask,
+)
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ def answer(
     task: Task,
     records: Dataset,
     *,
+    prefix_masks: Sequence[list[int] | None] | None = None,
     advance: Advance = unwatched,
 ) -> Answers:
     """Predict every record with a model and its adapter.
@@ -127,6 +136,7 @@ def answer(
         tokenizer: its tokenizer.
         task: the task, which encodes the records.
         records: rows with the task's columns; labels are not needed.
+        prefix_masks: for each record the virtual tokens of the prefix that it sees; by default all.
         advance: called with the number of rows done.
 
     Raises:
@@ -135,6 +145,9 @@ def answer(
     """
     model.eval()
     requests = each_row(records, task.columns, lambda record: _requests(task, record, tokenizer))
+    if prefix_masks is not None:
+        pairs = zip(requests, prefix_masks, strict=True)
+        requests = [[with_prefix_mask(request, mask) for request in own] for own, mask in pairs]
     every = [*requests, *([] if (extra := task.baseline_record) is None else [task.requests(extra, tokenizer)])]
     flat = [request for own in every for request in own]
     count = sum(map(len, requests))

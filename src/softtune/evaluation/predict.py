@@ -83,7 +83,8 @@ def _score_whole_answers(model: PeftModel, rows: Sequence[Sequence[Example]], pa
     else:
         keep = answer_width(labels) - 1
         labels = labels[:, -keep:]
-        shorter = {name: x if name == "prompt_positions" else x[:, :-1] for name, x in batch.items()}
+        per_virtual_token = ("prompt_positions", "prefix_mask")
+        shorter = {name: x if name in per_virtual_token else x[:, :-1] for name, x in batch.items()}
         logits = _forward(model, shorter, keep=keep).logits[:, -keep:]
     found = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     return _stacked((found * (labels != IGNORED)).sum(-1).split([len(row) for row in rows]))

@@ -27,7 +27,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Recipe fields that each method replaces. For the recipe's own method, the recipe's fields stay."""
 
-REPLACED = ("method", "options", "learning_rate", "trunk_cache", "trunk_cache_disk")
+OF_A_START = {"start": "method", "leave_one_out": True, "example_separator": None}
+"""Recipe fields of a start from examples, as they are without one."""
+
+REPLACED = ("method", "options", "learning_rate", "trunk_cache", "trunk_cache_disk", *OF_A_START)
 """Recipe fields that an entry may replace."""
 
 PROMPTS = {"zero-shot": 0, "few-shot": 4}
@@ -130,9 +133,9 @@ def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -
         raise ConfigError(f"no entry {entry!r}", f"use some of {', '.join(ENTRIES)}")
     method, no_trunk = METHODS.get(entry, {}), {"trunk_cache": 0, "trunk_cache_disk": 0}
     if method and method["method"] != Recipe.from_fields(fields).method:
-        fields = {**fields, "options": {}, "learning_rate": None, **no_trunk, **method}
+        fields = {**fields, "options": {}, "learning_rate": None, **no_trunk, **OF_A_START, **method}
     if entry in BASELINES:
-        fields = {**fields, "learning_rate": BASELINES[entry].learning_rate, **no_trunk}
+        fields = {**fields, "learning_rate": BASELINES[entry].learning_rate, **no_trunk, **OF_A_START}
     recipe = Recipe.from_fields(with_changes(fields, changes))
     if method and recipe.method is not method["method"]:
         raise ConfigError(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from softtune import checkpoint
@@ -35,7 +36,7 @@ class _Prepared:
     def __init__(self, baseline: Baseline) -> None:
         self.baseline = baseline
 
-    def adapted(self, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    def adapted(self, recipe: Recipe, training: Dataset) -> tuple[PeftModel, PreTrainedTokenizerBase, tuple[()]]:
         """See ``Models``."""
         set_seed(recipe.seed)
         base, tokenizer = load_base_model(
@@ -43,7 +44,7 @@ class _Prepared:
         )
         model = PeftModel(base)
         self.baseline.prepare(base)
-        return model, tokenizer
+        return model, tokenizer, ()
 
 
 def run_isolated(case: Case, run: Recipe, progress: Progress) -> Outcome:

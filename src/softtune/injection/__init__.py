@@ -18,6 +18,7 @@ from softtune.backbone import Backbone, counting_words, keeping_caches
 from softtune.backbone.interface import flash_refusal, takes_padding
 from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
+from softtune.injection.prefix_mask import PrefixMask
 from softtune.injection.provenance import AdapterNames, tag_provenance
 from softtune.injection.stack import StackInjection, align_outputs
 from softtune.injection.step import Call, Step
@@ -34,12 +35,16 @@ class Injection:
         columns: [B, N] the input column before which each virtual token stands; by default in front of the text, or at
             its end where the prompt has ``after_text``.
         text_ends: [B] the column where each text ends; by default behind its last token.
+        prefix_mask: [B, P] which virtual tokens of its prefix a row sees, those of a shorter prefix in the last
+            columns; by default all, less those that dropout hides.
         packs: whether a decoder's batch may be packed into one row, which only attention separates into rows again.
         layer_cache: hidden states below the prompts, cached from call to call; None where every call runs all layers.
         encoder_adapters: the active adapters of an encoder-decoder's encoder, which its outputs are tagged with.
 
     Raises:
-        DataError: there are columns, but no virtual tokens at the input, or another number of them.
+        DataError: there are columns, but no virtual tokens at the input, or another number of them; ``prefix_mask``
+            does not fit.
+        UnsupportedModelError: virtual tokens of a prefix are to be hidden, and the base model takes it as a cache.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Injection:
         *,
         columns: Tensor | None = None,
         text_ends: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
         packs: bool = True,
         layer_cache: FrozenLayerCache | None = None,
         encoder_adapters: AdapterNames = (),
@@ -61,8 +67,10 @@ class Injection:
         self.encoder_adapters = encoder_adapters
         self.has_called = False
         """Whether the base model has been called."""
+        mask = PrefixMask(backbone, prompts, rows, prefix_mask)
         self.stacks = [
-            StackInjection(backbone, s, prompts, rows, columns, text_ends, packs, layer_cache) for s in backbone.stacks
+            StackInjection(backbone, s, prompts, rows, columns, text_ends, packs, layer_cache, mask)
+            for s in backbone.stacks
         ]
 
     @property

@@ -29,6 +29,7 @@ from softtune.injection.graphs import holds, is_exporting
 from softtune.injection.layout import Layout
 from softtune.injection.pack import Pack, PackedAttention, can_pack
 from softtune.injection.positions import Positions
+from softtune.injection.prefix_mask import PrefixMask
 from softtune.injection.prefixes import Prefixes
 from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import RowPrompts, multiplied
@@ -91,9 +92,11 @@ class CallPlanner:
         rows: Tensor | None,
         packs: bool,
         layer_cache: FrozenLayerCache | None,
+        prefix_mask: PrefixMask | None = None,
     ) -> None:
         self.stack = stack
         self.rows = rows
+        self.prefix_mask = prefix_mask or PrefixMask(backbone, prompts, rows, None)
         self.takes_wrapper = backbone.takes_wrapper
         self.layers_attend = bool(backbone.attention_layers)
         reads_input = stack is backbone.stacks[0]
@@ -200,9 +203,9 @@ class CallPlanner:
 
     def pick_prompts(self, step: Step) -> RowPrompts:
         """Each row's prompt; beams and returned sequences multiply the rows."""
-        if self.rows is None:
-            return self.prompts.pick(torch.zeros(step.rows, dtype=torch.long))
-        return self.prompts.pick(multiplied(self.rows, step.rows))
+        rows = torch.zeros(step.rows, dtype=torch.long) if self.rows is None else multiplied(self.rows, step.rows)
+        shown = self.prefix_mask.for_rows(step.rows, step.device)
+        return self.prompts.pick(rows) if shown is None else self.prompts.pick(rows).seeing(shown)
 
     def compute_layout(self, arrangement: Arrangement) -> Layout:
         """The layout of a call's tokens and virtual tokens."""
@@ -237,7 +240,9 @@ class CallPlanner:
             return None, 0
         if self.packs and can_pack(self.stack, call):
             depth = 0 if self.layer_cache is None else self.layer_cache.depth(call, self.adapter_prompts)
-            return Pack.from_call(self.stack, call, self.rows, always=depth > 0), depth
+            step = Step(call)
+            kinds = self.prefix_mask.kinds(step.rows, step.device)
+            return Pack.from_call(self.stack, call, kinds, always=depth > 0), depth
         return None if self.feeds_decoder else self._trim(call), 0
 
     def _trim(self, call: Call) -> Trim | None:

@@ -86,18 +86,18 @@ class Pack:
         )
 
     @classmethod
-    def from_call(cls, stack: Stack, call: Call, rows: Tensor | None, *, always: bool) -> Pack | None:
+    def from_call(cls, stack: Stack, call: Call, kinds: Tensor | None, *, always: bool) -> Pack | None:
         """Pack a call's tokens; None where that would save nothing.
 
         Args:
             stack: the stack that is called.
             call: its arguments.
-            rows: [B] index of each row's adapter; None where there is only one.
+            kinds: [B] a number for each row, the same where prompts do not tell rows apart; None where it is for all.
             always: pack even where it saves nothing.
         """
         ids = None if stack.is_random or features_of(call) else call.get("input_ids")
-        if ids is not None and rows is not None:
-            ids = ids + multiplied(rows, len(ids)).to(ids.device)[:, None] * (int(ids.max()) + 1)
+        if ids is not None and kinds is not None:
+            ids = ids + multiplied(kinds, len(ids)).to(ids.device)[:, None] * (int(ids.max()) + 1)
         pack = cls(Step(call).full_mask(), ids)
         return pack if always or 0 < len(pack.rows) < pack.mask.numel() else None
 

@@ -34,7 +34,8 @@ class RowPrompts:
     """Keys [R, H, P, K] and values in front of a layer's own."""
     lengths: Mapping[Place, Lengths]
     is_prefix: Mapping[Lengths, Tensor]
-    """[R, P] which virtual tokens of layers with these lengths are not padding; no entry where none is."""
+    """[R, P] which virtual tokens of layers with these lengths are neither padding nor hidden; no entry where none
+    is."""
     after_text: Tensor
     """[R] whether the virtual tokens stand behind the text."""
     shift: Tensor
@@ -94,6 +95,15 @@ class RowPrompts:
             after_text=one(self.after_text),
             shift=one(self.shift),
         )
+
+    def seeing(self, shown: Tensor) -> RowPrompts:
+        """The prompts of B rows that see of their prefixes the virtual tokens ``shown`` [B, P] alone; those of shorter
+        prefixes are the last columns."""
+        is_prefix = {}
+        for lengths in {*self.lengths.values()}:
+            own, real = shown[:, shown.shape[1] - max(lengths) :], self.is_prefix.get(lengths)
+            is_prefix[lengths] = own if real is None else own & real
+        return replace(self, is_prefix=is_prefix)
 
 
 def _device(prompts: Sequence[Prompt]) -> torch.device:

@@ -25,6 +25,7 @@ from softtune.injection.call_plan import CallPlan, CallPlanner, OuterCall
 from softtune.injection.columns import Columns
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
 from softtune.injection.layout import Layout
+from softtune.injection.prefix_mask import PrefixMask
 from softtune.injection.prefixes import check_reached
 from softtune.injection.step import Call, Step
 from softtune.methods.base import Prompt
@@ -49,9 +50,10 @@ class StackInjection:
         text_ends: Tensor | None,
         packs: bool,
         layer_cache: FrozenLayerCache | None,
+        prefix_mask: PrefixMask | None = None,
     ) -> None:
         self.stack = stack
-        self.planner = CallPlanner(backbone, stack, prompts, rows, packs, layer_cache)
+        self.planner = CallPlanner(backbone, stack, prompts, rows, packs, layer_cache, prefix_mask)
         self.prompts = self.planner.prompts
         self.columns = Columns(columns, text_ends)
         self.running: CallPlan | None = None

@@ -120,6 +120,8 @@ class Prompt:
     """Factors [width] of a module's output or input. A module's own output is scaled first, then a bias is added."""
     after_text: bool = False
     """Whether the virtual tokens follow the text (suffix, infix) instead of preceding it."""
+    token_dropout: float = 0
+    """Probability with which a row does not see a virtual token of the prefix, drawn for each row of a call."""
     shifts_positions: bool = True
     """Whether a prefix takes the positions 0 .. P-1, so that the text starts at position P."""
 

@@ -82,6 +82,7 @@ class CartridgeEncoder(nn.Module):
         self.num_trainable_tokens = config.num_virtual_tokens - config.num_frozen_tokens
         self.layers = list(layers)
         self.shifts_positions = config.shift_positions
+        self.token_dropout = config.token_dropout
         width = sum(layer.width for layer in layers) or (config.num_layers or 0) * 2 * config.token_dim
         self._divide(torch.randn(config.num_virtual_tokens, width))
 
@@ -138,6 +139,7 @@ class CartridgeEncoder(nn.Module):
             num_virtual_tokens=len(flat),
             prefixes=split_prefix(flat, self.layers),
             shifts_positions=self.shifts_positions,
+            token_dropout=self.token_dropout if self.training else 0.0,
         )
 
     def inference_state(self) -> dict[str, Tensor]:

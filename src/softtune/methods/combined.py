@@ -165,11 +165,11 @@ def joined(prompts: Sequence[Prompt]) -> Prompt:
         **{name: value for each in own for name, value in each.items()},
         num_virtual_tokens=sum(prompt.num_virtual_tokens for prompt in prompts),
         shifts_positions=all(prompt.shifts_positions for prompt in prompts),
+        token_dropout=max(prompt.token_dropout for prompt in prompts),
     )
 
 
 def _contributions(prompt: Prompt) -> dict[str, Any]:
     """The fields of a prompt that add something."""
-    counts = ("num_virtual_tokens", "after_text", "shifts_positions")
-    fields = {name: value for name, value in vars(prompt).items() if name not in counts}
-    return {name: value for name, value in fields.items() if value is not None and len(value)}
+    fields = {name: value for name, value in vars(prompt).items() if not isinstance(value, int | float | None)}
+    return {name: value for name, value in fields.items() if len(value)}

@@ -17,7 +17,7 @@ from torch import Tensor
 from softtune.backbone import Backbone, Site
 from softtune.errors import AdapterMismatchError, ConfigError
 from softtune.methods import initialization as init
-from softtune.methods.base import OURS, PromptLearningConfig
+from softtune.methods.base import OURS, Probability, PromptLearningConfig
 from softtune.methods.kv_layout import Layers, choose_layers, from_peft_layout, is_even, joined_prefix, split_prefix
 
 Start = Literal["random", "zero", "vocabulary", "text", "file"]
@@ -50,6 +50,8 @@ class KeyValueConfig(PromptLearningConfig):
     """Layers that get a prefix: their numbers, ``"first:N"`` or ``"last:N"``; by default all."""
     sites: list[Site] | None = field(default=None, metadata=OURS)
     """Attention sites that get a prefix of their own: encoder, decoder, cross; by default all that the model has."""
+    token_dropout: Probability = field(default=0.0, metadata=OURS)
+    """Probability with which a row of a training batch does not see a virtual token (arXiv 2507.04221)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,7 +48,7 @@ class PTuningV2Config(KeyValueConfig):
         settle_prefix(self, backbone)
         if self.prefix_dropout is None:
             self.prefix_dropout = backbone.hidden_dropout
-        return DeepPrompt(self.num_virtual_tokens, layers, self.prefix_dropout)
+        return DeepPrompt(self.num_virtual_tokens, layers, self.prefix_dropout, self.token_dropout)
 
 
 class DeepPrompt(nn.Module):
@@ -58,13 +58,17 @@ class DeepPrompt(nn.Module):
         num_virtual_tokens: P.
         layers: the attention layers that get a prefix.
         dropout: dropout probability of the prefix's keys and values in training.
+        token_dropout: probability with which a row of a training batch does not see a virtual token.
     """
 
-    def __init__(self, num_virtual_tokens: int, layers: Sequence[AttentionLayer], dropout: float) -> None:
+    def __init__(
+        self, num_virtual_tokens: int, layers: Sequence[AttentionLayer], dropout: float, token_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.layers = list(layers)
         self.embedding = nn.Embedding(num_virtual_tokens, sum(layer.width for layer in layers))
         self.dropout = nn.Dropout(dropout)
+        self.token_dropout = token_dropout
 
     def forward(self) -> Tensor:
         """Flat keys and values [P, W], without dropout."""
@@ -80,7 +84,11 @@ class DeepPrompt(nn.Module):
 
     def prompt(self) -> Prompt:
         flat = self.dropout(self())
-        return Prompt(num_virtual_tokens=len(flat), prefixes=split_prefix(flat, self.layers))
+        return Prompt(
+            num_virtual_tokens=len(flat),
+            prefixes=split_prefix(flat, self.layers),
+            token_dropout=self.token_dropout if self.training else 0.0,
+        )
 
     def inference_state(self) -> dict[str, Tensor]:
         return {init.PROMPT_KEY: self.embedding.weight.detach()}

@@ -53,6 +53,8 @@ class PrefixTuningConfig(PeftPrefixConfig):
             raise ConfigError("embedding_only trains no layer", "drop layers and sites")
         if self.embedding_only and not self.shift_positions:
             raise ConfigError("embedding_only has its virtual tokens among the words", "drop shift_positions")
+        if self.embedding_only and self.token_dropout:
+            raise ConfigError("embedding_only has its virtual tokens among the words", "drop token_dropout")
         if self.inference_mode:
             return  # a saved config keeps its values, and one of PEFT's also those without effect
         # PEFT sets encoder_hidden_size to token_dim, with a projection and without.
@@ -113,6 +115,7 @@ class PrefixEncoder(nn.Module):
         self.layers = list(layers)
         self.after_text = config.placement == "infix"
         self.shifts_positions = config.shift_positions
+        self.token_dropout = config.token_dropout
         width = sum(layer.width for layer in layers) or (config.num_layers or 0) * 2 * config.token_dim
         self.embedding, self.transform = _virtual_tokens(config, config.token_dim, width)
 
@@ -144,6 +147,7 @@ class PrefixEncoder(nn.Module):
             prefixes=split_prefix(flat, self.layers),
             after_text=self.after_text,
             shifts_positions=self.shifts_positions,
+            token_dropout=self.token_dropout if self.training else 0.0,
         )
 
     def inference_state(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Letters: N continuations or classes, T tokens of an example.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from softtune.data.encoding import Example
 
@@ -54,3 +54,10 @@ class LocateSpan:
 
 
 Request = Loglikelihood | Generate | Classify | ClassifyTokens | LocateSpan
+
+
+def with_prefix_mask(request: Request, mask: list[int] | None) -> Request:
+    """The request of a record that sees only some virtual tokens of a prefix; see ``Example.prefix_mask``."""
+    if isinstance(request, Loglikelihood):
+        return Loglikelihood([replace(example, prefix_mask=mask) for example in request.examples])
+    return replace(request, example=replace(request.example, prefix_mask=mask))

@@ -22,6 +22,7 @@ from softtune.methods.base import CONFIG_NAME, config_class_of
 from softtune.pretrained import MODEL_CLASSES, LoadOptions
 from softtune.tasks import Task
 from softtune.tasks.metrics import LOSS
+from softtune.training.context_tuning import LEARNING_RATE, TOKEN_DROPOUT, check_start
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe_fields import RecipeFields
 from softtune.training.recipe_task import check_task, task_of
@@ -81,6 +82,7 @@ class Recipe(LoadFields, RecipeFields):
             raise ValueError("the template says where virtual tokens stand: drop placement, or the template's places")
         if fixed := NOT_OPTIONS.keys() & self.options:
             raise ValueError(f"options has {min(fixed)}: {NOT_OPTIONS[min(fixed)]}")
+        check_start(self)
         if self.compile and self.has_trunk_cache:
             raise ValueError("compile does not go with the trunk cache, which leaves layers out: drop one of the two")
         if self.seed + self.ensemble > 2**32:
@@ -205,21 +207,28 @@ class Recipe(LoadFields, RecipeFields):
         """Names of the adapters. An ensemble's are "1", "2" and so on, and are saved in folders of these names."""
         return ["default"] if self.ensemble == 1 else [str(i + 1) for i in range(self.ensemble)]
 
-    def config(self) -> PeftConfig:
+    def config(self, **options: Any) -> PeftConfig:
         """Build the method's config.
+
+        Args:
+            options: fields that replace those of the recipe's ``options``.
 
         Raises:
             ConfigError: ``options`` has an unknown key or a value out of range.
         """
         places = Template(self.template).num_virtual_tokens
         tokens = {"num_virtual_tokens": places} if places else {}
-        base = {} if self.revision is None else {"revision": self.revision}
+        base: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
+        if self.start == "examples":
+            base["token_dropout"] = TOKEN_DROPOUT
         return PeftConfig.from_dict(
-            {"peft_type": self.method, "task_type": self.task, **base, **tokens, **self.options}
+            {"peft_type": self.method, "task_type": self.task, **base, **tokens, **self.options, **options}
         )
 
     @property
     def peak_learning_rate(self) -> float:
+        if self.learning_rate is None and self.start == "examples":
+            return LEARNING_RATE
         return self.learning_rate or self.config().peak_learning_rate(self.task)
 
     @property

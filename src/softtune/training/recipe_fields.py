@@ -85,6 +85,13 @@ class RecipeFields(BaseModel):
     """The method."""
     options: dict[str, Any] = {}
     """Fields of the method's config, such as num_virtual_tokens."""
+    start: Literal["method", "examples"] = "method"
+    """What the prompt starts from: what the method's options say, or the training rows as examples in the context
+    (context tuning), as many virtual tokens as these have tokens."""
+    leave_one_out: bool = True
+    """With start: examples, hide the virtual tokens that start from a row while the prefix is trained on that row."""
+    example_separator: str | None = None
+    """With start: examples, the text behind each example; by default an empty line, and nothing in conversations."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; by default the method's, and for BitFit a higher one where a head is trained."""
     schedule: Literal["linear", "constant", "cosine"] = "linear"

@@ -34,7 +34,8 @@ class Report:
     """False after an interrupt: ``resume`` continues from the checkpoint."""
     steps: int
     before: dict[str, float]
-    """Metrics of the base model alone on the evaluation rows; empty without such rows."""
+    """Metrics on the evaluation rows of the base model alone, or with the examples that a prefix starts from; empty
+    without such rows."""
     evaluation: Evaluation
     """Quality with the trained adapter or ensemble; empty after an interrupt."""
     trained: int
@@ -54,6 +55,9 @@ class Report:
     folder: Path
     seconds: float
     """Duration of the training alone, of all recipes that ran at once. After a resume, the time since then."""
+    left_out: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
+    """Metrics before and after on the training rows, each without the virtual tokens that start from it; empty where
+    there are evaluation rows, or where the prefix does not start from examples."""
     repository: str | None = None
     """Name of the repository on the hub that the folder was uploaded to."""
 

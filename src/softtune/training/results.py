@@ -84,7 +84,7 @@ def _text(recipe: Recipe, report: Report, metrics: Mapping[str, float]) -> str:
             f"On {report.evaluation_rows} rows of {_data_set(recipe)}, after {report.steps} steps on "
             f"{report.training_rows} rows:",
             "",
-            "| metric | base model | with the adapter |",
+            f"| metric | {'examples in context' if recipe.start == 'examples' else 'base model'} | with the adapter |",
             "|---|---|---|",
             *(
                 f"| {in_words(name)} | {_figure(name, report.before.get(name))} | {_figure(name, value)} |"

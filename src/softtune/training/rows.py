@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datasets import Dataset, concatenate_datasets
 
 from softtune.data import load_records, sample_balanced, split_records
+from softtune.data.formats import quoted
 from softtune.data.records import each_row
 from softtune.data.sources import fingerprint
 from softtune.errors import DataError
@@ -60,7 +61,10 @@ def check_every_label(task: Task, rows: Dataset) -> None:
         return
     there = {str(label) for label in rows[task.label_column]}
     if absent := [label for label in task.label_set if label not in there]:
-        raise DataError(f"none of {len(rows)} training rows is labelled {absent[0]!r}", "add rows, or drop the label")
+        raise DataError(
+            f"none of {len(rows)} training rows is labelled {quoted(absent)}",
+            f"add rows, or drop the label{'s' * (len(absent) > 1)}",
+        )
 
 
 def _labelled(recipe: Recipe, task: Task, source: str, split: str) -> Dataset:

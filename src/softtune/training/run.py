@@ -24,7 +24,7 @@ from softtune.training.compatibility import check_compatible, check_processes
 from softtune.training.folder import RunFolder, check_folders, what_is_kept
 from softtune.training.hub import create_repositories, pushed
 from softtune.training.multi_run import train_together
-from softtune.training.progress import EVALUATING, EVALUATING_BASE_MODEL, Phase, Progress
+from softtune.training.progress import EVALUATING, EVALUATING_BASE_MODEL, IN_CONTEXT, Phase, Progress
 from softtune.training.recipe import Recipe
 from softtune.training.report import Evaluation, Report
 from softtune.training.results import save_results
@@ -123,13 +123,14 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
     for setup in setups:
         alike = (b for s, b in zip(setups, befores, strict=False) if s.asks_as(setup))
         befores.append(_begin(setup, next(alike, None) if before else {}))
+    left_out = [setup.left_out() for setup in setups]
     for folder in folders:
         ranks.on_main_process(folder.drop_later)
     fits = _fit(setups)
     for setup, fit in zip(setups, fits, strict=True):
         if fit.finished:
             setup.folder.save(setup.model, fit.histories)
-    return [_result(setup, before, fit) for setup, before, fit in zip(setups, befores, fits, strict=True)]
+    return [_result(*each) for each in zip(setups, befores, left_out, fits, strict=True)]
 
 
 def _needs_metrics(recipe: Recipe, rows: Rows) -> bool:
@@ -144,7 +145,8 @@ def _with_output_name(progress: Progress, recipe: Recipe) -> Progress:
 
 
 def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
-    """Evaluate the base model alone, unless its metrics are known or a run is resumed, and save them in the folder.
+    """Evaluate the base model alone, or with the examples that the prefix starts from, unless its metrics are known or
+    a run is resumed, and save them in the folder.
 
     Args:
         setup: the recipe's.
@@ -154,7 +156,8 @@ def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
         return setup.folder.before
     metrics = known or {}
     if setup.rows.evaluation and known is None:
-        [answers] = _answers(setup, EVALUATING_BASE_MODEL, [BASE])
+        phase, name = (IN_CONTEXT, setup.recipe.adapter_names[0]) if setup.starts else (EVALUATING_BASE_MODEL, BASE)
+        [answers] = _answers(setup, phase, [name])
         metrics = _judged(setup, answers).metrics
     ranks.on_main_process(lambda: setup.folder.begin(metrics, setup.rows.fingerprints))
     return metrics
@@ -234,12 +237,13 @@ def _error(trainer: AdapterTrainer, start: str | None, interrupt: InterruptSaver
     return None
 
 
-def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
+def _result(setup: Setup, before: dict[str, float], left_out: dict[str, float], fit: _Fit) -> Result:
     """Evaluate and report what was trained. An interrupted run is not evaluated; a failed one gives its error."""
     if fit.finished and fit.error is not None:
         return fit.error
     try:
         evaluation = _evaluated(setup) if fit.finished else Evaluation()
+        left_out_after = setup.left_out() if fit.finished else {}
     except AdapterError as error:
         return TrainingError(error.what, error.remedy)
     trained, total = setup.model.get_nb_trainable_parameters()
@@ -258,6 +262,7 @@ def _result(setup: Setup, before: dict[str, float], fit: _Fit) -> Result:
         truncated=setup.truncated,
         folder=setup.folder.path,
         seconds=fit.seconds,
+        left_out=(left_out, left_out_after),
     )
     if fit.finished:
         ranks.on_main_process(lambda: save_results(setup.recipe, report, fit.histories))

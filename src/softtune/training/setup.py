@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +14,13 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from softtune import compat
 from softtune.adapter import Adapter
+from softtune.backbone import Backbone
 from softtune.backbone.sharding import is_sharded
 from softtune.data import Collator, Example
 from softtune.data.chat import chat_template_of
 from softtune.data.records import each_row
 from softtune.errors import AdapterError
-from softtune.evaluation.answers import Answers, fitted, judge
+from softtune.evaluation.answers import Answers, answer, fitted, judge
 from softtune.evaluation.ensemble import answer_each
 from softtune.methods import TaskType
 from softtune.model import PeftModel
@@ -29,6 +30,7 @@ from softtune.tasks.metrics import LOSS, direction
 from softtune.tasks.texts import with_all_references
 from softtune.training import ranks
 from softtune.training.callbacks import EvaluationSaver, InterruptSaver, ProgressReporter, trackers
+from softtune.training.context_tuning import Demonstrations, demonstrations
 from softtune.training.folder import RunFolder
 from softtune.training.progress import TRAINING, Phase, Progress
 from softtune.training.recipe import Recipe
@@ -78,11 +80,15 @@ class Setup:
     rows: Rows
     examples: list[Example]
     """The training rows, encoded: one or several examples per row."""
+    example_rows: list[int]
+    """The number of each example's row."""
     truncated: int
     """Number of training rows that were truncated."""
     validation: list[Example]
     """The validation rows, encoded; empty without them."""
     progress: Progress
+    starts: Sequence[Demonstrations] = field(default=())
+    """What each adapter's prefix has started from, where the recipe says ``start: examples``."""
 
     @classmethod
     def prepare(cls, folder: RunFolder, rows: Rows, bases: Models, progress: Progress) -> Setup:
@@ -93,7 +99,7 @@ class Setup:
             DataError: a row does not fit the model, or its tokenizer gives two labels the same tokens.
         """
         recipe = folder.recipe
-        model, tokenizer = bases.adapted(recipe)
+        model, tokenizer, starts = bases.adapted(recipe, rows.training)
         if recipe.compile:
             model.backbone.compile_layers()
         if recipe.has_trunk_cache:  # raises before the base model is evaluated
@@ -112,9 +118,11 @@ class Setup:
             tokenizer=tokenizer,
             rows=rows,
             examples=[example for row_examples in training for example in row_examples],
+            example_rows=[number for number, row_examples in enumerate(training) for _ in row_examples],
             truncated=sum(any(example.truncated for example in row_examples) for row_examples in training),
             validation=[example for row_examples in validation for example in row_examples],
             progress=progress,
+            starts=starts,
         )
 
     @property
@@ -122,9 +130,11 @@ class Setup:
         return self.folder.recipe
 
     def asks_as(self, other: Setup) -> bool:
-        """Whether evaluating the base model alone has the same result for both recipes: same task and rows, no head."""
+        """Whether evaluating before training has the same result for both recipes: same task and rows, no head, and no
+        examples that a prefix starts from."""
         own, others = self.rows.fingerprints.get("evaluation"), other.rows.fingerprints.get("evaluation")
-        return self.task == other.task and own == others and not self.task.kind.has_head
+        is_alone = not (self.starts or other.starts or self.task.kind.has_head)
+        return self.task == other.task and own == others and is_alone
 
     def trainers(self, interrupt: InterruptSaver) -> list[AdapterTrainer]:
         """Make a Trainer for each adapter."""
@@ -146,7 +156,7 @@ class Setup:
         return AdapterTrainer(
             model,
             args=_arguments(recipe, self.folder.checkpoints(name), recipe.seed + number, model.device),
-            train_dataset=self.examples,
+            train_dataset=self._examples(number),
             eval_dataset=self.validation or None,
             data_collator=Collator(int(self.tokenizer.pad_token_id), padding_side="left"),
             trunk_cache=recipe.trunk_cache / recipe.ensemble,
@@ -161,6 +171,29 @@ class Setup:
                 *trackers(recipe.report_to if ranks.is_main_process() else [], self.folder.logs(name)),
             ],
         )
+
+    def _examples(self, number: int) -> list[Example]:
+        """The training examples of an adapter, from which the virtual tokens that start from their rows are hidden."""
+        if not (self.starts and self.recipe.leave_one_out):
+            return self.examples
+        masks = self._prefix_masks(number)
+        pairs = zip(self.examples, self.example_rows, strict=True)
+        return [replace(example, prefix_mask=masks[row]) for example, row in pairs]
+
+    def _prefix_masks(self, number: int) -> list[list[int] | None]:
+        """For each training row the virtual tokens of an adapter that it sees."""
+        return [self.starts[number].prefix_mask(row) for row in range(len(self.rows.training))]
+
+    def left_out(self) -> dict[str, float]:
+        """The task's metrics on the training rows, from each of which the virtual tokens that start from it are hidden.
+
+        Empty where there are other rows to evaluate on, or several adapters or texts to generate for it.
+        """
+        if self.rows.evaluation or self.task.num_new_tokens or not self.recipe.leave_one_out or len(self.starts) != 1:
+            return {}
+        rows, masks = self.rows.training, self._prefix_masks(0)
+        answers = answer(self.model, self.tokenizer, self.task, rows, prefix_masks=masks)
+        return judge(self.task, rows, answers).metrics
 
     def _measure(self, model: PeftModel) -> dict[str, float]:
         """The task's metrics of a model's adapter on the validation rows."""
@@ -207,8 +240,11 @@ class Setup:
 class Models(Protocol):
     """Loads base models and creates their adapters."""
 
-    def adapted(self, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-        """Return a recipe's base model with its adapters, and the tokenizer."""
+    def adapted(
+        self, recipe: Recipe, training: Dataset
+    ) -> tuple[PeftModel, PreTrainedTokenizerBase, Sequence[Demonstrations]]:
+        """Return a recipe's base model with its adapters, the tokenizer, and what the adapters start from; see
+        ``Setup.starts``. ``training`` are the training rows."""
         ...
 
 
@@ -218,20 +254,31 @@ class BaseModels:
     def __init__(self) -> None:
         self._first: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
-    def adapted(self, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-        """Return the base model with new adapters, each initialized from its own seed alone, and the tokenizer."""
+    def adapted(
+        self, recipe: Recipe, training: Dataset
+    ) -> tuple[PeftModel, PreTrainedTokenizerBase, list[Demonstrations]]:
+        """Return the base model with new adapters, each initialized from its own seed alone, the tokenizer, and what
+        the adapters start from."""
         adapters: dict[str, Adapter] = {}
+        starts: list[Demonstrations] = []
         for number, name in enumerate(recipe.adapter_names):
             set_seed(recipe.seed + number)
-            base, _ = self._load(recipe)
+            base, words = self._load(recipe)
+            sizes: dict[str, Any] = {}
+            if recipe.start == "examples":
+                positions, seed = Backbone.shared(base).max_positions, recipe.seed + number
+                starts.append(demonstrations(recipe, recipe.definition, training, words, positions, seed=seed))
+                sizes["num_virtual_tokens"] = len(starts[-1].input_ids)
             set_seed(recipe.seed + number)
-            adapters[name] = PeftModel(base, recipe.config(), name).adapter(name)
+            adapters[name] = PeftModel(base, recipe.config(**sizes), name).adapter(name)
+            for start in starts[number:]:
+                _begin_with(adapters[name], start, base)
         assert self._first is not None
         base, tokenizer = self._first
         if recipe.uses_chat_template:
             for adapter in adapters.values():
                 adapter.chat_template = chat_template_of(tokenizer)
-        return PeftModel.from_adapters(base, adapters), tokenizer
+        return PeftModel.from_adapters(base, adapters), tokenizer, starts
 
     def _load(self, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base model and tokenizer; loaded anew where there is a head, so that each adapter has its own start."""
@@ -240,6 +287,12 @@ class BaseModels:
         loaded = load_base_model(recipe.model, recipe.task, num_labels=recipe.num_labels, options=recipe.load_options)
         self._first = self._first or loaded
         return loaded
+
+
+def _begin_with(adapter: Adapter, start: Demonstrations, base: PreTrainedModel) -> None:
+    """Set an adapter's prefix to the keys and values of examples."""
+    ids = torch.tensor(start.input_ids)
+    adapter.module.start_from(adapter.module.states_of_words(ids, Backbone.shared(base)))
 
 
 def _arguments(recipe: Recipe, folder: Path, seed: int, device: torch.device) -> Any:

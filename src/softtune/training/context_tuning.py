@@ -1,0 +1,210 @@
+"""Context tuning: Lu et al. 2025, "Context Tuning for In-Context Optimization", arXiv 2507.04221 (CT-KV).
+
+A prefix starts from labelled rows, formatted one behind the other as for in-context learning: from the keys and values
+that the frozen model computes for them. Before training it answers as the model does with these rows in its prompt.
+While it is trained on a row, the row's own tokens are hidden (leave one out), and others at random (token dropout).
+
+Where the rows have more tokens than the prefix, it starts from a random sample of them. Letters: N tokens of all rows,
+P virtual tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from softtune.data.encoding import IGNORED, Example, token_ids
+from softtune.data.records import each_row
+from softtune.errors import ConfigError
+from softtune.methods import PeftType, TaskType
+from softtune.tasks import Task
+from softtune.tasks.texts import alike
+from softtune.training.recipe_fields import RecipeFields
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+LEARNING_RATE = 1e-3
+"""Default peak learning rate of a prefix that starts from examples."""
+TOKEN_DROPOUT = 0.05
+"""Default token dropout of such a prefix, as in the paper."""
+METHODS = (PeftType.PREFIX_TUNING, PeftType.P_TUNING_V2)
+"""The methods whose prompts can start from keys and values."""
+FIXED = {
+    "prefix_projection": False,
+    "embedding_only": False,
+    "placement": "prefix",
+    "shift_positions": True,
+    "init_weights": None,
+    "init_text": None,
+}
+"""Options of these methods that leave the start as it is, by their names."""
+LINE_BETWEEN = "\n\n"
+"""Text behind each example, but for conversations, whose turns have an end of their own."""
+
+INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE, OUTPUT = 1, 2, 3, 4
+"""PEFT's types of the tokens of the first example (``CPTConfig.cpt_tokens_type_mask``); 4 more for each further one."""
+
+
+def check_start(recipe: RecipeFields) -> None:
+    """Check that the recipe's fields fit where its prompt starts.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if recipe.start == "method":
+        for name, default in {"leave_one_out": True, "example_separator": None}.items():
+            if getattr(recipe, name) != default:
+                raise ValueError(f"{name} is for a prefix that starts from examples: set start: examples, or drop it")
+        return
+    if recipe.task is not TaskType.CAUSAL_LM:
+        raise ValueError("start: examples is for a decoder that writes answers: set task: CAUSAL_LM, or drop start")
+    if recipe.method not in METHODS:
+        named = " or ".join(method.value for method in METHODS)
+        raise ValueError(f"start: examples is for keys and values: set method: {named}, or drop start")
+    if fixed := [name for name, value in FIXED.items() if recipe.options.get(name, value) != value]:
+        raise ValueError(f"start: examples is a whole prefix in front of the text: drop {fixed[0]}, or start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstrations:
+    """Labelled rows as the tokens that a prefix starts from."""
+
+    input_ids: list[int]
+    """[P] token ids, row after row."""
+    types: list[int]
+    """[P] PEFT's types of these tokens."""
+    hidden: Mapping[int, Sequence[int]]
+    """By the number of a training row, the virtual tokens that start from it or from rows with the same input, which
+    give its answer away."""
+
+    @classmethod
+    def from_rows(
+        cls,
+        examples: Sequence[Example],
+        separator: Sequence[int],
+        *,
+        groups: Sequence[Sequence[int]],
+        size: int | None,
+        most: int | None,
+        seed: int,
+    ) -> Demonstrations:
+        """Put rows one behind the other, in random order.
+
+        Args:
+            examples: one for each row, with its answer.
+            separator: token ids behind each.
+            groups: numbers of the rows that have the same input.
+            size: P; by default as many as there are tokens, but ``most``.
+            most: the most virtual tokens that leave a text of the greatest length its positions; None for no limit.
+            seed: of the order and the sample.
+
+        Raises:
+            ConfigError: P is more than there are tokens.
+        """
+        total = sum(len(example.input_ids) + len(separator) for example in examples)
+        if size is not None and size > total:
+            raise ConfigError(
+                f"num_virtual_tokens is {size}, and the {len(examples)} examples have {total} tokens",
+                f"lower it, or leave it out for all {total}",
+            )
+        size = size or min(total, most or total)
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+        chunks = _chunks([len(examples[row].input_ids) + len(separator) for row in order], size)
+        ids, types, spans = list[int](), list[int](), dict[int, range]()
+        for number, (place, length) in enumerate(chunks):
+            example = examples[order[place]]
+            own = [*_types(example), *[INPUT_TEMPLATE] * len(separator)][-length:]
+            spans[order[place]] = range(len(ids), len(ids) + length)
+            ids += [*example.input_ids, *separator][-length:]
+            types += [kind + OUTPUT * number for kind in own]
+        if size < total:
+            warnings.warn(
+                f"the {len(examples)} examples have {total} tokens, the prefix {size}: it starts from a sample of "
+                f"{len(spans)} of them, and trains on all",
+                stacklevel=2,
+            )
+        hidden: dict[int, list[int]] = {}
+        for group in groups:
+            places = [place for row in group for place in spans.get(row, ())]
+            hidden |= dict.fromkeys(group, places)
+        return cls(input_ids=ids, types=types, hidden=hidden)
+
+    def prefix_mask(self, row: int) -> list[int] | None:
+        """[P] 1 for each virtual token that a training row sees: those that start from other rows; None for all."""
+        hidden = {*self.hidden[row]}
+        return [int(place not in hidden) for place in range(len(self.input_ids))] if hidden else None
+
+
+def demonstrations(
+    recipe: RecipeFields,
+    task: Task,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
+    *,
+    seed: int,
+) -> Demonstrations:
+    """The training rows of a recipe as the start of a prefix.
+
+    Args:
+        recipe: the recipe.
+        task: the task that it describes, which formats the rows.
+        rows: the training rows.
+        tokenizer: the base model's.
+        positions: how many the base model has; None for no limit.
+        seed: of the order and the sample.
+
+    Raises:
+        ConfigError: no position is left for examples, or ``num_virtual_tokens`` is more than they have tokens.
+        DataError: a row does not fit.
+    """
+    encoded = each_row(rows, [*task.columns, task.label_column], lambda row: task.examples(row, tokenizer)[0])
+    most = None if positions is None else positions - task.max_length - task.num_new_tokens
+    if most is not None and most < 1:
+        raise ConfigError(
+            f"the model has {positions} positions, of which a text may take all", "lower max_length, or drop start"
+        )
+    is_conversation = recipe.chat or recipe.messages is not None
+    default = "" if is_conversation else LINE_BETWEEN
+    return Demonstrations.from_rows(
+        encoded,
+        token_ids(default if recipe.example_separator is None else recipe.example_separator, tokenizer),
+        groups=alike(rows, task.columns) if task.has_template else [[row] for row in range(len(rows))],
+        size=recipe.options.get("num_virtual_tokens"),
+        most=most,
+        seed=seed,
+    )
+
+
+def _chunks(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Choose texts, in order and whole, that have ``size`` tokens together; of the last one only its end, which comes
+    first, since nothing reads on from it.
+
+    Args:
+        lengths: of all texts.
+        size: at most their sum.
+
+    Returns:
+        The place of each chosen text in ``lengths``, and how many of its last tokens are taken.
+    """
+    chosen = []
+    for place, length in enumerate(lengths):
+        if size > 0:
+            chosen.append((place, min(length, size)))
+            size -= length
+    return [chosen[-1], *chosen[:-1]] if size < 0 else chosen
+
+
+def _types(example: Example) -> list[int]:
+    """PEFT's types of an example's tokens: what stands behind its last field, and is no answer, asks for the output."""
+    fields = example.from_fields or [True] * len(example.input_ids)
+    last = max((place for place, is_field in enumerate(fields) if is_field), default=-1)
+    around = [INPUT if is_field else INPUT_TEMPLATE for is_field in fields[: last + 1]]
+    prompt = [*around, *[OUTPUT_TEMPLATE] * (len(fields) - last - 1)]
+    return [OUTPUT if label != IGNORED else kind for kind, label in zip(prompt, example.labels, strict=True)]

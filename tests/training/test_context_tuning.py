@@ -1,0 +1,325 @@
+"""Prefixes that start from the training rows, against the base model with these rows in front of the text."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tests.tiny import save_chat_model, save_models
+from tests.training.test_run import interrupt_at, no_work
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softtune import ConfigError, DataError, PeftModel
+from softtune.data import Collator, load_records
+from softtune.data.encoding import IGNORED, Example
+from softtune.experiments.cases import Case
+from softtune.training.context_tuning import Demonstrations
+from softtune.training.folder import RunFolder
+from softtune.training.recipe import Recipe
+from softtune.training.run import train
+from softtune.training.setup import BaseModels, Rows, Setup
+from softtune.training.trainer import AdapterTrainer
+
+SEPARATOR = [90, 91]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models")
+    return save_models(folder, max_position_embeddings=512, attention_dropout=0.0)["llama"]
+
+
+@pytest.fixture
+def fields(fields: dict[str, Any], model: str) -> dict[str, Any]:
+    """18 rows of 8 to 14 tokens, and 6 held out."""
+    return {**fields, "model": model, "options": {}, "start": "examples"}
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """All batches of training steps."""
+    seen: list[dict[str, Tensor]] = []
+    step = AdapterTrainer.training_step
+
+    def noting(self: AdapterTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(dict(inputs))
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", noting)
+    return seen
+
+
+def prepared(fields: dict[str, Any]) -> Setup:
+    recipe = Recipe.from_fields(fields)
+    return Setup.prepare(RunFolder(recipe), Rows.load(recipe), BaseModels(), no_work)
+
+
+def row_of(length: int, first: int) -> Example:
+    """A row of the template's word, a field, the template's word, and an answer of one token, which are all told apart
+    by their ids."""
+    ids = list(range(first, first + length))
+    fields = [False, *[True] * (length - 3), False, False]
+    return Example(input_ids=ids, labels=[*[IGNORED] * (length - 1), ids[-1]], from_fields=fields)
+
+
+def placed(lengths: list[int], size: int | None = None, most: int | None = None, seed: int = 0) -> Demonstrations:
+    examples = [row_of(length, 100 * number) for number, length in enumerate(lengths, start=1)]
+    groups = [[row] for row in range(len(lengths))]
+    return Demonstrations.from_rows(examples, SEPARATOR, groups=groups, size=size, most=most, seed=seed)
+
+
+def test_rows_stand_one_behind_the_other() -> None:
+    found = placed([5, 4, 6])
+    pieces = {row: [found.input_ids[place] for place in places] for row, places in found.hidden.items()}
+    assert pieces == {
+        0: [100, 101, 102, 103, 104, *SEPARATOR],
+        1: [200, 201, 202, 203, *SEPARATOR],
+        2: [300, 301, 302, 303, 304, 305, *SEPARATOR],
+    }
+    assert sorted(place for places in found.hidden.values() for place in places) == list(range(21))
+    orders = {tuple(placed([5, 4, 6], seed=seed).input_ids) for seed in range(20)}
+    assert len(orders) == 6
+
+
+def test_types_are_those_of_peft() -> None:
+    """Input template, input, output template and output; 4 more for each further example."""
+    found = placed([5, 4])
+    first = sorted(found.hidden, key=lambda row: found.hidden[row][0])
+    own = {0: [1, 2, 2, 3, 4, 1, 1], 1: [1, 2, 3, 4, 1, 1]}
+    assert found.types == [*own[first[0]], *[kind + 4 for kind in own[first[1]]]]
+
+
+def test_types_come_from_the_template(fields: dict[str, Any]) -> None:
+    setup = prepared({**fields, "labels": None, "test_size": 1})
+    [start] = setup.starts
+    kinds = [kind for kind in start.types if kind <= 4]
+    separator = len(setup.tokenizer("\n\n", add_special_tokens=False)["input_ids"])
+    # "text : ", the words and spaces of the field, " label :", " " with the answer and its end, and the empty line
+    around = 4, 4, 3, separator
+    field = len(kinds) - sum(around)
+    assert field > 0
+    assert kinds == [*[1] * around[0], *[2] * field, *[3] * around[1], *[4] * around[2], *[1] * around[3]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(4, 9), min_size=1, max_size=6), st.data())
+def test_a_smaller_prefix_starts_from_a_sample(lengths: list[int], data: st.DataObject) -> None:
+    total = sum(lengths) + 2 * len(lengths)
+    size = data.draw(st.integers(1, total))
+    with pytest.warns(UserWarning, match="sample") if size < total else nullcontext():
+        found = placed(lengths, size=size, seed=data.draw(st.integers(0, 5)))
+    assert len(found.input_ids) == len(found.types) == size
+    pieces = {row: [found.input_ids[place] for place in places] for row, places in found.hidden.items() if places}
+    assert sum(map(len, pieces.values())) == size
+    cut = []
+    for row, piece in pieces.items():
+        whole = [*range(100 * (row + 1), 100 * (row + 1) + lengths[row]), *SEPARATOR]
+        assert piece == whole[-len(piece) :]
+        assert list(found.hidden[row]) == list(range(found.hidden[row][0], found.hidden[row][0] + len(piece)))
+        if piece != whole:
+            cut.append(found.hidden[row][0])
+    assert cut in ([], [0])
+
+
+def test_as_many_tokens_as_the_model_has_positions_for() -> None:
+    with pytest.warns(UserWarning, match="the 3 examples have 21 tokens, the prefix 12: it starts from a sample of 2"):
+        assert len(placed([5, 4, 6], most=12).input_ids) == 12
+    assert len(placed([5, 4, 6], most=30).input_ids) == 21
+    with pytest.raises(ConfigError, match="num_virtual_tokens is 22, and the 3 examples have 21 tokens: lower it"):
+        placed([5, 4, 6], size=22)
+
+
+def test_rows_with_the_same_input_hide_one_another() -> None:
+    examples = [row_of(4, 100), row_of(5, 200), row_of(4, 300)]
+    found = Demonstrations.from_rows(examples, [], groups=[[0, 2], [1]], size=None, most=None, seed=0)
+    for row, hidden in ((0, {*range(100, 104), *range(300, 304)}), (1, {*range(200, 205)})):
+        mask = found.prefix_mask(row)
+        assert mask is not None
+        assert {token for token, sees in zip(found.input_ids, mask, strict=True) if not sees} == hidden
+    assert found.prefix_mask(0) == found.prefix_mask(2)
+
+
+@pytest.mark.parametrize("method", ["PREFIX_TUNING", "P_TUNING_V2"])
+def test_the_untrained_prefix_is_in_context_learning(fields: dict[str, Any], method: str) -> None:
+    """The same logits, and so the same scores of labels, as with the rows in front of the text."""
+    setup = prepared({**fields, "method": method})
+    [start] = setup.starts
+    base = AutoModelForCausalLM.from_pretrained(fields["model"]).eval()
+    assert setup.rows.evaluation is not None
+    setup.model.eval()
+    for record in setup.rows.evaluation:
+        [example] = setup.task.examples(record, setup.tokenizer)
+        with torch.no_grad():
+            found = setup.model(torch.tensor([example.input_ids])).logits[0]
+            whole = base(torch.tensor([start.input_ids + example.input_ids])).logits[0]
+        torch.testing.assert_close(found, whole[len(start.input_ids) :], atol=1e-4, rtol=1e-4)
+
+
+def test_the_metrics_before_training_are_those_in_context(fields: dict[str, Any]) -> None:
+    report = train(Recipe.from_fields({**fields, "learning_rate": 1e-12, "max_steps": 2}))
+    assert report.before == report.after
+    alone = train(Recipe.from_fields({**fields, "start": "method", "max_steps": 2, "output": fields["output"] + "-2"}))
+    saved = json.loads(Path(fields["output"], "metrics.json").read_text())
+    assert saved["before"] == report.before
+    assert alone.before.keys() == report.before.keys()
+
+
+def test_each_row_is_trained_without_its_own_tokens(fields: dict[str, Any], batches: list[dict[str, Tensor]]) -> None:
+    report = train(Recipe.from_fields(fields))
+    [start] = prepared({**fields, "output": fields["output"] + "-2"}).starts
+    assert report.trained == len(start.input_ids) * 2 * 2 * 2 * 6  # P, layers, key and value, heads, head size
+    tokenizer: Any = AutoTokenizer.from_pretrained(fields["model"])
+    separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    seen = 0
+    for batch in batches:
+        for ids, mask, shown in zip(batch["input_ids"], batch["attention_mask"], batch["prefix_mask"], strict=True):
+            own = ids[mask != 0].tolist() + separator
+            hidden = [token for token, sees in zip(start.input_ids, shown.tolist(), strict=True) if not sees]
+            copies = len(hidden) // len(own)  # rows with the same text are hidden, too
+            assert copies >= 1
+            assert hidden == own * copies
+            seen += 1
+    assert seen == 36
+
+
+def test_rows_may_keep_their_own_tokens(fields: dict[str, Any], batches: list[dict[str, Tensor]]) -> None:
+    train(Recipe.from_fields({**fields, "leave_one_out": False, "max_steps": 1}))
+    assert all("prefix_mask" not in batch for batch in batches)
+
+
+def test_rows_that_the_sample_left_out_see_all(fields: dict[str, Any], batches: list[dict[str, Tensor]]) -> None:
+    with pytest.warns(UserWarning, match="sample"):
+        train(Recipe.from_fields({**fields, "options": {"num_virtual_tokens": 30}}))
+    masks = torch.cat([batch["prefix_mask"] for batch in batches if "prefix_mask" in batch])
+    assert masks.shape[1] == 30
+    assert masks.all(dim=1).any()
+    assert not masks.all()
+
+
+def test_a_resumed_run_draws_the_same_tokens(fields: dict[str, Any], tmp_path: Path) -> None:
+    fields["options"] = {"token_dropout": 0.3}
+    whole, broken = (Recipe.from_fields({**fields, "output": str(tmp_path / name)}) for name in ("whole", "broken"))
+    train(whole)
+    assert not train(broken, progress=interrupt_at(5)).finished
+    assert train(broken, resume=True).finished
+    a, b = (load_file(Path(recipe.output, "adapter_model.safetensors")) for recipe in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_members_of_an_ensemble_are_runs_of_their_own(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Each has an order of its own. Dropout is drawn for all at once, and so left out here."""
+    fields |= {"options": {"token_dropout": 0.0}, "max_steps": 4, "test_size": 0}
+    train(Recipe.from_fields({**fields, "ensemble": 2, "output": str(tmp_path / "both")}))
+    for member in (0, 1):
+        alone = {**fields, "seed": member, "data_seed": 0, "output": str(tmp_path / f"{member}")}
+        train(Recipe.from_fields(alone))
+        a, b = (
+            load_file(folder / "adapter_model.safetensors")
+            for folder in (tmp_path / "both" / str(member + 1), tmp_path / f"{member}")
+        )
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_folder_is_loaded_as_any_prefix(fields: dict[str, Any]) -> None:
+    report = train(Recipe.from_fields(fields))
+    base = AutoModelForCausalLM.from_pretrained(fields["model"])
+    config = PeftModel.from_pretrained(base, report.folder).active_peft_config
+    recipe = Recipe.from_adapter(report.folder)
+    assert (recipe.start, recipe.options) == ("examples", {})
+    assert config.token_dropout == 0.05
+    assert config.num_virtual_tokens * 2 * 2 * 2 * 6 == report.trained
+
+
+@pytest.mark.parametrize("kind", ["texts", "chat", "messages", "choices"])
+def test_other_kinds_of_answers(fields: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    if kind in ("chat", "messages"):
+        fields["model"] = save_chat_model(tmp_path / "chat", max_position_embeddings=768)
+    if kind == "messages":
+        rows = [
+            {"m": [{"role": "user", "content": record["words"]}, {"role": "assistant", "content": record["label"]}]}
+            for record in load_records(fields["train"])
+        ]
+        fields["train"] = write_lines(tmp_path / "rows.jsonl", rows)
+        fields = {n: v for n, v in fields.items() if n not in ("template", "label_column", "labels")} | {
+            "messages": "m"
+        }
+    if kind == "choices":
+        rows = [
+            {**record, "words": record["words"], "options": ["warm", "cold"]}
+            for record in load_records(fields["train"])
+        ]
+        fields |= {"train": write_lines(tmp_path / "rows.jsonl", rows), "labels": None, "choices": "options"}
+    fields |= {"texts": {"labels": None}, "chat": {"chat": True}}.get(kind, {})
+    if kind in ("texts", "messages"):
+        fields["max_new_tokens"] = 3
+    fields |= {"max_length": 60, "test_size": 1 if kind == "texts" else 4, "max_steps": 2}
+    report = train(Recipe.from_fields(fields))
+    assert report.finished
+    assert report.after
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> str:
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "SEQ_CLS"}, "start: examples is for a decoder that writes answers: set task: CAUSAL_LM"),
+        ({"method": "PROMPT_TUNING"}, "for keys and values: set method: PREFIX_TUNING or P_TUNING_V2, or drop start"),
+        ({"options": {"prefix_projection": True}}, "a whole prefix in front of the text: drop prefix_projection"),
+        ({"options": {"init_text": "warm"}}, "drop init_text, or start"),
+        ({"options": {"placement": "infix"}}, "drop placement"),
+        ({"options": {"shift_positions": False}}, "drop shift_positions"),
+        ({"start": "method", "leave_one_out": False}, "leave_one_out is for a prefix that starts from examples"),
+        ({"start": "method", "example_separator": "x"}, "example_separator is for a prefix that starts from examples"),
+        ({"start": "text"}, "start is 'text'"),
+    ],
+)
+def test_fields_that_do_not_fit(fields: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe.from_fields({**fields, **changes})
+
+
+def test_a_model_without_positions_for_examples(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="512 positions, of which a text may take all: lower max_length"):
+        prepared({**fields, "max_length": 512})
+
+
+def test_labels_without_an_example_are_named(fields: dict[str, Any]) -> None:
+    changes = {"labels": ["warm", "cold", "good", "bad"]}
+    with pytest.raises(DataError, match="rows is labelled 'good', 'bad': add rows, or drop the labels"):
+        train(Recipe.from_fields({**fields, **changes}), progress=no_work)
+
+
+def test_other_methods_and_baselines_of_a_comparison_start_as_they_do(fields: dict[str, Any]) -> None:
+    names = {"name": "x", "number": 0, "seeds": 1}
+    starts = {
+        entry: Case.from_fields(fields, entry, {}, **names).recipe.start
+        for entry in ("", "prefix-tuning", "bitfit", "prompt-tuning", "full")
+    }
+    assert [*starts.values()] == ["examples", "examples", "method", "method", "method"]
+
+
+def test_rows_without_a_mask_see_all_beside_rows_with_one() -> None:
+    rows = [Example(input_ids=[5, 6], labels=[IGNORED, 6], prefix_mask=mask) for mask in ([1, 0, 1], None)]
+    assert Collator(0)(rows)["prefix_mask"].tolist() == [[1, 0, 1], [1, 1, 1]]
+    assert "prefix_mask" not in Collator(0)(rows[1:])
+
+
+def test_learning_rate_and_dropout_are_those_of_the_paper(fields: dict[str, Any]) -> None:
+    recipe = Recipe.from_fields({**fields, "learning_rate": None})
+    assert 1e-3 <= recipe.peak_learning_rate <= 3e-3
+    assert recipe.config().token_dropout == 0.05
+    plain = Recipe.from_fields({**fields, "learning_rate": None, "start": "method"})
+    assert plain.peak_learning_rate == 1e-2
+    assert plain.config().token_dropout == 0
