@@ -28,6 +28,7 @@ def command(
     model: Annotated[str, _option("model")],
     output: Annotated[str, _option("output")],
     text: Annotated[str | None, _option("text")] = None,
+    role: Annotated[str | None, _option("role")] = None,
     tokens: Annotated[int, _option("tokens", min=1)] = FIELDS["tokens"].default,
     teacher: Annotated[str | None, _option("teacher")] = None,
     questions: Annotated[str | None, _option("questions")] = None,

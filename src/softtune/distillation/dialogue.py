@@ -1,19 +1,20 @@
 """A question about a text as token ids: with the text in the context, and without it.
 
-Where the tokenizer has a chat template, the text is the system's message (or stands before the question, where the
-template takes no such message) and the question the user's; elsewhere both are plain text. Three parts are told apart:
+Where the tokenizer has a chat template, the text is a system prompt, or stands before the question in the user's turn;
+elsewhere both are plain text. Three parts are told apart:
 
     context     what comes before the question, up to where it depends on the text alone
     rest        what follows it up to the answer; context and rest are the teacher's input
     request     what a user sends who relies on the cartridge; the student's input, as a server or a task writes it
 
-Rest and request are the same tokens unless requests begin with a system prompt or BOS of their own. A prefix of the
-whole context's keys and values is then the context itself.
+Behind a system prompt, and in plain text, rest and request are the same tokens unless requests begin with a system
+prompt or BOS of their own. A prefix of the whole context's keys and values is then the context itself.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from softtune.data.conversations import encode_opening, encode_reply
 from softtune.data.encoding import IGNORED, token_ids
 from softtune.errors import DataError
 
+Role = Literal["user", "system"]
 PLAIN = Template("Question: {question}\nAnswer: ")
 SEPARATOR = "\n\n"
 """Between a text and the question that follows it, where no chat template separates them."""
@@ -36,11 +38,14 @@ class Dialogue:
 
     Args:
         tokenizer: the model's.
+        role: whose message has the text, system or user; without a chat template, or one that takes no system prompt,
+            it makes no difference.
         max_length: tokens of a request with its answer at most.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 1 << 30) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, role: Role = "user", max_length: int = 1 << 30) -> None:
         self.tokenizer = tokenizer
+        self.role = role
         self.max_length = max_length
         self.is_chat = bool(tokenizer.chat_template)
 
@@ -92,7 +97,7 @@ class Dialogue:
     def _context(self, text: str) -> str:
         """The conversation's text up to where it depends on the question."""
         whole = self._rendered(text, _PLACE)
-        if self._takes_system:
+        if self._is_system:
             try:
                 alone = render([{"role": "system", "content": text}], self.tokenizer)
             except DataError:  # some templates write no conversation without a user's turn
@@ -103,15 +108,17 @@ class Dialogue:
 
     def _rendered(self, text: str, question: str) -> str:
         """The conversation's text up to where the assistant's turn begins."""
-        if self._takes_system:
+        if self._is_system:
             messages = [{"role": "system", "content": text}, *_asked(question)]
         else:
             messages = _asked(f"{text}{SEPARATOR}{question}")
         return render(messages, self.tokenizer, add_generation_prompt=True)
 
     @cached_property
-    def _takes_system(self) -> bool:
-        """Whether the chat template writes a system message."""
+    def _is_system(self) -> bool:
+        """Whether the text is a system prompt, which the chat template writes."""
+        if self.role == "user":
+            return False
         try:
             return _PLACE in render([{"role": "system", "content": _PLACE}, *_asked("a")], self.tokenizer)
         except DataError as error:

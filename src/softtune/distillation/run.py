@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from softtune.backbone import Backbone
 from softtune.data import Collator
@@ -33,7 +33,7 @@ from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.callbacks import InterruptSaver, ProgressReporter
 from softtune.training.progress import TRAINING, Phase, Progress
-from softtune.training.trainer import AdapterTrainer, checkpoints_in, training_arguments
+from softtune.training.trainer import STATE_FILE, AdapterTrainer, checkpoints_in, step_of, training_arguments
 
 ASKING, TEACHING, MEASURING = Phase("asking itself"), Phase("reading the teacher"), Phase("measuring")
 HELD_OUT = 8
@@ -97,8 +97,9 @@ class _Distillation:
             teacher, others = load_base_model(settings.teacher, options=settings.load)
             check_vocabulary(tokenizer, others)
         positions = Backbone.shared(base).max_positions
-        student = Dialogue(tokenizer, 1 << 30 if positions is None else positions - settings.tokens)
-        asking = Dialogue(others)
+        room_beside = 1 << 30 if positions is None else positions - settings.tokens
+        student = Dialogue(tokenizer, settings.text_role, room_beside)
+        asking = Dialogue(others, settings.text_role)
         room = SelfStudy.room(asking, prompts, settings.max_answer_tokens)
         for model in (base, teacher):
             _check_positions(model, settings.tokens, room)
@@ -195,14 +196,22 @@ class _Distillation:
         self.folder.check_lessons(lessons)
         interrupt = InterruptSaver()
         trainer = self._trainer(model, lessons, cache, interrupt)
-        starts = checkpoints_in(self.folder.checkpoints)
         clock = time.perf_counter()
         with interrupt:
-            trainer.train(resume_from_checkpoint=str(starts[-1]) if starts else None)
+            self._train(trainer)
         if interrupt.interrupted and not trainer.has_ended:
             raise KeyboardInterrupt
         losses = [entry["loss"] for entry in trainer.history]
         return model.eval(), losses, time.perf_counter() - clock
+
+    def _train(self, trainer: AdapterTrainer) -> None:
+        """Train from the newest checkpoint, unless that is of the last step."""
+        starts = checkpoints_in(self.folder.checkpoints)
+        if not starts or step_of(starts[-1]) < self.settings.steps:
+            trainer.train(resume_from_checkpoint=str(starts[-1]) if starts else None)
+            return
+        trainer.state = TrainerState.load_from_json(str(starts[-1] / STATE_FILE))
+        trainer.load_adapter(str(starts[-1]))
 
     def _trainer(
         self, model: PeftModel, lessons: Sequence[Lesson], cache: TeacherCache, interrupt: InterruptSaver

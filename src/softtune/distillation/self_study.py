@@ -42,7 +42,7 @@ PASSAGE = 96
 """Tokens of the passage that a question is about."""
 QUESTION_TOKENS = 48
 """Tokens of a question at most."""
-BATCH = 16
+BATCH = 8
 """Questions of one batch, which are about one chunk."""
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 """How questions are drawn; answers are the most likely ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,6 +29,9 @@ class Distillation(BaseModel):
     """The text: a file (.txt, .md, or records as in a recipe), or a folder of such files."""
     text: str | None = None
     """The text itself instead, such as a system prompt to be distilled (self-distillation, arXiv 2412.14964)."""
+    role: Literal["user", "system"] | None = None
+    """Whose message has the text in the teacher's chat template: before the question in the user's turn, or a system
+    prompt. By default user for a corpus, system for a text."""
     tokens: Count = 512
     """P, the virtual tokens of the cartridge."""
     teacher: str | None = None
@@ -71,8 +74,13 @@ class Distillation(BaseModel):
             raise ConfigError("a distillation takes a corpus or a text", "give one of the two")
 
     @property
+    def text_role(self) -> Literal["user", "system"]:
+        """``role``, or its default."""
+        return self.role or ("user" if self.text is None else "system")
+
+    @property
     def decisive(self) -> dict[str, Any]:
         """The fields that a distillation must keep while it is interrupted, as JSON; the text has its own hash."""
-        free = {"output", "corpus", "text", "questions", "seed_prompts", "cache_mb", "save_steps", "load"}
+        free = {"output", "corpus", "text", "role", "questions", "seed_prompts", "cache_mb", "save_steps", "load"}
         loading = self.load.model_dump(mode="json", exclude={*OF_THE_MACHINE, "trust_remote_code"})
-        return {**self.model_dump(mode="json", exclude=free), **loading}
+        return {**self.model_dump(mode="json", exclude=free), "role": self.text_role, **loading}
