@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softtune import PeftModel
+from softtune import PeftModel, compat
 from softtune.data import Collator
 from softtune.distillation import teacher
 from softtune.distillation.context import cartridge, in_context, kv_bytes
@@ -192,6 +192,6 @@ def test_nothing_in_the_context_is_the_base_model(loaded: tuple[Any, Any]) -> No
     torch.testing.assert_close(in_context(base, [])(ids).logits, base(ids).logits)
     assert kv_bytes(base, 10) == 10 * sum(
         tensor.shape[1] * tensor.shape[3] * 4
-        for layer in base(ids, use_cache=True).past_key_values.layers
+        for layer in compat.cache_of(base(ids, use_cache=True)).layers
         for tensor in (layer.keys, layer.values)
     )
