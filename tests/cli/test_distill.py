@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from tests.cli.test_cli import interrupt_in_step, run
+from tests.tiny import save_chat_model, save_models
 
 from softtune.distillation import self_study
 from softtune.serving.prompt_export import PROMPT_NAME
-from tests.cli.test_cli import interrupt_in_step, run
-from tests.tiny import save_chat_model, save_models
 
 TEXT = " ".join(["red sky is cold", "blue sky is warm", "the text is good", "green is bad"] * 5)
 PAGE = (Path(__file__).parents[2] / "docs" / "distill.md").read_text(encoding="utf-8")
