@@ -26,6 +26,8 @@ def test_a_folder_gives_all_its_texts_in_order(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     (tmp_path / "empty.txt").write_text("  \n")
     assert read_corpus(str(tmp_path), None) == ["# first", "second", "one\ntwo"]
+    others = [str(tmp_path / "c" / "rows.jsonl"), None, "elsewhere.txt"]
+    assert read_corpus(str(tmp_path), None, others) == ["# first", "second"]
     assert read_corpus(str(tmp_path / "a.md"), None) == ["# first"]
     assert read_corpus(None, " said ") == ["said"]
 

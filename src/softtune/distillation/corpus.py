@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,13 @@ class Chunk:
     text: str
 
 
-def read_corpus(corpus: str | None, text: str | None) -> list[str]:
+def read_corpus(corpus: str | None, text: str | None, besides: Sequence[str | None] = ()) -> list[str]:
     """The texts of a corpus, one a file.
 
     Args:
         corpus: a file or a folder of files, of which those are read, with those below, whose endings are known.
         text: the text itself, instead.
+        besides: files that are no part of the text, where they are in its folder.
 
     Raises:
         DataError: there is no such file or folder, no text in it, or a file cannot be read.
@@ -44,7 +46,9 @@ def read_corpus(corpus: str | None, text: str | None) -> list[str]:
         path = Path(corpus).expanduser()
         if not path.exists():
             raise DataError(f"there is no file or folder {path}", "check the path")
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        others = {Path(file).expanduser().resolve() for file in besides if file is not None}
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+        files = [file for file in files if file.resolve() not in others]
         known = [file for file in files if file.suffix.lower() in (*PLAIN, *FORMATS)]
         if files and not known:
             raise DataError(f"{path} has no text", f"give files that end in {quoted((*PLAIN, *FORMATS))}")

@@ -87,7 +87,7 @@ class _Distillation:
     @classmethod
     def load(cls, settings: Distillation, folder: DistillationFolder, progress: Progress) -> _Distillation:
         """Read the text and load the models, and check that they fit."""
-        texts = read_corpus(settings.corpus, settings.text)
+        texts = read_corpus(settings.corpus, settings.text, [settings.questions, settings.seed_prompts])
         known = read_questions(settings.questions) if settings.questions else []
         prompts = _seed_prompts(settings.seed_prompts)
         folder.begin(texts, prompts)
@@ -174,7 +174,7 @@ class _Distillation:
 
     def _taught(self, lessons: Sequence[Lesson]) -> TeacherCache:
         """The teacher's log-probabilities, on the disk."""
-        vocabulary = self.base.get_output_embeddings().weight.shape[0]
+        vocabulary = self.base.config.get_text_config().vocab_size
         cache = TeacherCache(
             folder=self.folder.teacher,
             base=self.teacher,
