@@ -1,7 +1,7 @@
 """A cartridge for a text of about 6,000 tokens, with thirty questions whose answers are known.
 
-The text, seven handbooks of a town that does not exist, and the questions stand in ``benchmarks/cartridge``. Ctrl-C ends
-it, and the same command goes on.
+The text, seven handbooks of a town that does not exist, and the questions stand in ``benchmarks/cartridge``. The same
+command goes on after Ctrl-C.
 
     python benchmarks/cartridge.py --output build/cartridge
     python benchmarks/cartridge.py --output build/cartridge-1 --seed 1

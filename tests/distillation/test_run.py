@@ -252,7 +252,7 @@ def test_another_model_teaches(models: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_seed_prompts_are_asked_in_turn(models: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("is the sky red\n\nis green good\n")
+    (tmp_path / "prompts.txt").write_text("is the sky red\n\nis green good => the text \n")
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         original = self_study.SelfStudy.instruction
@@ -265,6 +265,9 @@ def test_seed_prompts_are_asked_in_turn(models: dict[str, str], tmp_path: Path) 
         distill(settings(models, tmp_path / "out", seed_prompts=str(tmp_path / "prompts.txt"), chunk_tokens=400))
     ends = [one.rpartition("\n\n")[2] for one in asked]
     assert ends == ["is the sky red", "is green good"] * 5
+    lines = (tmp_path / "out" / "conversations.jsonl").read_text().splitlines()
+    begun = [json.loads(line)["question"].startswith("the text") for line in lines]
+    assert len(begun) // 3 <= sum(begun) < len(begun)
     assert all(one.split("\n\n")[0].removeprefix("Passage: ") in TEXT for one in asked)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -21,8 +21,8 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from softtune import storage
-from softtune.data import load_records
-from softtune.data.encoding import token_ids
+from softtune.data import Example, load_records
+from softtune.data.encoding import IGNORED, token_ids
 from softtune.data.records import check_columns
 from softtune.distillation.context import in_context
 from softtune.distillation.corpus import Chunk
@@ -30,21 +30,27 @@ from softtune.distillation.dialogue import Dialogue
 from softtune.errors import DataError
 from softtune.evaluation.predict import write_texts
 
+OPENING = "=>"
+"""Separates what a seed prompt says and how the question then begins, if it is to begin so."""
 SEED_PROMPTS = (
-    "Write one short question about a fact that the passage states. Write the question alone.",
-    "Write one question about a name, a number, a date or a place in the passage. Write the question alone.",
-    "Write one question that someone who uses what is described would ask. Write the question alone.",
-    "Write one question that starts with how or why, and that the passage answers. Write the question alone.",
-    "Write one instruction to summarize or to list a part of the passage. Write the instruction alone.",
+    "Write one short question about a fact that the passage states. => What",
+    "Write one short question about a person or a name in the passage. => Who",
+    "Write one short question about a number in the passage. => How many",
+    "Write one short question about a place in the passage. => Where",
+    "Write one short question about a time or a date in the passage. => When",
+    "Write one question that someone who uses what is described would ask. => How",
+    "Write one question about a reason that the passage gives. => Why",
+    "Write one instruction to summarize or to list a part of the passage. => List",
 )
-"""Five kinds of conversations, after the paper's: facts, details, use, understanding, structure and summary."""
+"""The paper's kinds of conversations: facts and details, use, understanding, structure and summary. Small models write
+questions where these begin as such."""
 PASSAGE = 96
 """Tokens of the passage that a question is about."""
 QUESTION_TOKENS = 48
 """Tokens of a question at most."""
 BATCH = 8
 """Questions of one batch, which are about one chunk."""
-SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
 """How questions are drawn; answers are the most likely ones."""
 
 
@@ -112,10 +118,14 @@ class SelfStudy:
         text, tokenizer = self.chunks[chunk].text, self.dialogue.tokenizer
         model = in_context(self.base, self.dialogue.context_ids(text))
         set_seed(self.seed * 1_000_003 + number)
-        instructions = [self.instruction(text, row) for row in rows]
-        asking = [self.dialogue.rest(text, instruction) for instruction in instructions]
+        openings = [self.prompt(row)[1] for row in rows]
+        asking = [
+            opened(self.dialogue.rest(text, self.instruction(text, row)), token_ids(opening, tokenizer))
+            for row, opening in zip(rows, openings, strict=True)
+        ]
         drawn = write_texts(model, tokenizer, asking, batch_size=BATCH, max_new_tokens=QUESTION_TOKENS, **SAMPLING)
-        questions = [question for one in drawn if (question := as_question(one))]
+        whole = [f"{opening} {one}" for opening, one in zip(openings, drawn, strict=True) if one]
+        questions = [question for one in whole if (question := as_question(one))]
         answering = [self.dialogue.rest(text, question) for question in questions]
         answers = write_texts(
             model,
@@ -135,8 +145,12 @@ class SelfStudy:
         size = min(PASSAGE, len(offsets))
         start = Random(f"{self.seed}-{row}").randint(0, len(offsets) - size)
         passage = text[offsets[start][0] : offsets[start + size - 1][1]].strip()
-        prompt = self.prompts[row // len(self.chunks) % len(self.prompts)]
-        return f"Passage: {passage}\n\n{prompt}"
+        return f"Passage: {passage}\n\n{self.prompt(row)[0]}"
+
+    def prompt(self, row: int) -> tuple[str, str]:
+        """The seed prompt of a row, and how its question begins."""
+        said, _, opening = self.prompts[row // len(self.chunks) % len(self.prompts)].partition(OPENING)
+        return said.strip(), opening.strip()
 
     @staticmethod
     def room(dialogue: Dialogue, prompts: Sequence[str], max_answer_tokens: int) -> int:
@@ -145,6 +159,11 @@ class SelfStudy:
         around = len(dialogue.context_ids("a")) + len(dialogue.rest("a", "a").input_ids)
         asking = longest + PASSAGE + QUESTION_TOKENS
         return around + max(asking, QUESTION_TOKENS + max_answer_tokens) + 16  # texts that are cut have other tokens
+
+
+def opened(asking: Example, opening: Sequence[int]) -> Example:
+    """A prompt with the first token ids of what is to be written."""
+    return replace(asking, input_ids=[*asking.input_ids, *opening], labels=asking.labels + [IGNORED] * len(opening))
 
 
 def as_question(text: str) -> str:

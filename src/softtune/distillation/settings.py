@@ -39,7 +39,8 @@ class Distillation(BaseModel):
     questions: str | None = None
     """Records with a ``question`` and its known ``answer``, by which the report measures quality."""
     seed_prompts: str | None = None
-    """A text file with one instruction a line, by which the model writes questions; by default five general ones."""
+    """A text file with one instruction a line, by which the model writes questions, such as "Ask about a number. => How
+    many" where they are to begin so; by default eight general ones."""
     num_questions: Count = 128
     """Questions that the model asks itself."""
     steps: Count = 200
