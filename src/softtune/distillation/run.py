@@ -86,11 +86,10 @@ class _Distillation:
 
     @classmethod
     def load(cls, settings: Distillation, folder: DistillationFolder, progress: Progress) -> _Distillation:
-        """Read the text and load the models, and check that they fit."""
+        """Read the text and load the models, and check that they fit, before anything is kept."""
         texts = read_corpus(settings.corpus, settings.text, [settings.questions, settings.seed_prompts])
         known = read_questions(settings.questions) if settings.questions else []
         prompts = _seed_prompts(settings.seed_prompts)
-        folder.begin(texts, prompts)
         base, tokenizer = load_base_model(settings.model, options=settings.load)
         teacher, others = base, tokenizer
         if settings.teacher is not None:
@@ -117,6 +116,7 @@ class _Distillation:
             known=known,
         )
         loaded.start_ids()
+        folder.begin(texts, prompts)
         return loaded
 
     def start_ids(self) -> list[int]:

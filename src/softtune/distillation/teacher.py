@@ -96,7 +96,7 @@ class TeacherCache:
             raise ConfigError(
                 f"{tokens} tokens with {self.top_k} log-probabilities each take {needed:.0f} MB, cache_mb is "
                 f"{megabytes:g}",
-                "lower top_k or num_questions, or raise cache_mb",
+                "raise cache_mb, or begin anew with a lower top_k or num_questions",
             )
 
     def fill(self, advance: Callable[[int], None]) -> None:
