@@ -230,7 +230,8 @@ class Examination:
 
     def _summaries(self) -> Iterator[str]:
         chunks = chunks_of(list(self.texts), self.dialogue.tokenizer, self.chunk_tokens)
-        size = max(self.tokens // len(chunks), 1)
+        room = self.tokens - len(self.dialogue.context_ids("a"))
+        size = max(room // len(chunks), 1)
         for chunk in chunks:
             model = in_context(self.base, self.dialogue.context_ids(chunk.text))
             asked = self.dialogue.rest(chunk.text, SUMMARIZE)
