@@ -40,7 +40,7 @@ SEED_PROMPTS = (
     "Write one short question about a time or a date in the passage. => When",
     "Write one question that someone who uses what is described would ask. => How",
     "Write one question about a reason that the passage gives. => Why",
-    "Write one instruction to summarize or to list a part of the passage. => List",
+    "Write one instruction to summarize or to list a part of the passage. => List the",
 )
 """The paper's kinds of conversations: facts and details, use, understanding, structure and summary. Small models write
 questions where these begin as such."""
