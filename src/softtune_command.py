@@ -22,6 +22,7 @@ COMMANDS = {
     "import": "Write an adapter's pickled weights as safetensors. Of the pickled file nothing but tensors is read.",
     "compare": "Compare methods and baselines on the task of a recipe: quality, trained parameters, time and memory.",
     "sweep": "Run a recipe at many points: every combination of some fields' values, or as many as a search tries.",
+    "distill": "Distil a text into a cartridge: a trained KV prefix that answers about the text without reading it.",
     "serve": "Serve adapters on one base model over HTTP: OpenAI's API, labels and tags, and a page to try them.",
     "bake": "Write adapters as keys and values, for softtune's connector in a vLLM of one's own.",
     "report": "Write the page of a comparison or a sweep, or of an adapter, with its losses and traits.",

@@ -845,7 +845,8 @@ def scramble(model: PeftModel, seed: int = 1) -> PeftModel:
     """Set everything that the active adapter trains, and its frozen tokens, to random numbers."""
     generator = torch.Generator().manual_seed(seed)
     trained_tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kept = [b for name, b in model.named_buffers() if name.startswith(f"prompt_encoder.{model.active_adapter}.")]
+    frozen = f"prompt_encoder.{model.active_adapter}.frozen_embedding"
+    kept = [buffer for name, buffer in model.named_buffers() if name == frozen]
     with torch.no_grad():
         for tensor in (*trained_tensors, *kept):
             tensor.copy_(0.4 * torch.randn(tensor.shape, generator=generator))

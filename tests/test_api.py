@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "softtune"
-ROOMS = ["data", "tasks", "training", "evaluation", "experiments", "serving"]
+ROOMS = ["data", "tasks", "training", "evaluation", "experiments", "distillation", "serving"]
 PUBLIC = ["softtune", *(f"softtune.{room}" for room in [*ROOMS, "pretrained", "errors"])]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]

@@ -167,6 +167,12 @@ def span_quality(references: Sequence[Sequence[str]], answers: Sequence[str]) ->
     )
 
 
+def contains(reference: str, answer: str) -> bool:
+    """Whether an answer has the words of a reference, one after the other, as SQuAD compares them."""
+    words, found = _squad_words(reference), _squad_words(answer)
+    return any(found[start : start + len(words)] == words for start in range(len(found) - len(words) + 1))
+
+
 def _squad_words(text: str) -> list[str]:
     """The words of a text as SQuAD compares them: in lower case, without punctuation and articles."""
     plain = text.lower().translate(str.maketrans("", "", string.punctuation))

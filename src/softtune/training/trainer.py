@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,19 @@ STATE_FILE = "trainer_state.json"
 """Written last: a checkpoint without it is incomplete."""
 
 
+class Objective(Protocol):
+    """A loss other than the model's own. N is the number of a batch's labels, V the vocabulary."""
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """The tensors of a batch that are for it, and not for the model."""
+        ...
+
+    def __call__(self, logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The mean loss over the labels, from the logits [N, V] that predict them, one row after the other."""
+        ...
+
+
 @compat.trainer_hooks
 class AdapterTrainer(Trainer):
     """Trains the active adapter of a ``PeftModel``.
@@ -53,6 +66,7 @@ class AdapterTrainer(Trainer):
         trunk_cache_disk: megabytes of a temporary file beside the checkpoints, for when that memory is full.
         group_by_length: whether rows of similar length share a batch.
         measure: computes further metrics of the adapter at each evaluation, by name; None for the loss alone.
+        objective: computes the loss of a language model's batch; None for the model's own.
         kwargs: the Trainer's.
 
     Raises:
@@ -70,10 +84,12 @@ class AdapterTrainer(Trainer):
         trunk_cache_disk: float = 0,
         group_by_length: bool = False,
         measure: Callable[[], dict[str, float]] | None = None,
+        objective: Objective | None = None,
         **kwargs: Any,
     ) -> None:
         self.trunk_cache = (trunk_cache, trunk_cache_disk)
         self.measure = measure
+        self.objective: Objective | None = objective
         self.gradients: Callable[[dict[str, Tensor]], Tensor] | None = None
         """Computes a batch's loss and gradients instead of the Trainer; None to let the Trainer do it."""
         with compat.sharded_models_allowed(kwargs["args"]):
@@ -203,6 +219,11 @@ class AdapterTrainer(Trainer):
         """Compute the loss, from the logits at the rows' ends alone where that is enough for the answers."""
         assert isinstance(self.model, PeftModel)
         inputs = {**inputs, **kept_logits(self.model, inputs)}
+        if self.objective is not None:
+            own = {name: inputs.pop(name) for name in self.objective.inputs}
+            outputs = model(**inputs)
+            loss = self.objective(self._predicting(outputs.logits, inputs["labels"]), own)
+            return (loss, outputs) if return_outputs else loss
         if self.label_smoother is None or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs)  # with the labels, by which virtual tokens and decoder inputs are placed
@@ -210,6 +231,14 @@ class AdapterTrainer(Trainer):
         kept = labels[:, -logits.shape[1] :] if shifts else labels
         loss = self.label_smoother({"logits": logits.float()}, kept, shift_labels=shifts)
         return (loss, outputs) if return_outputs else loss
+
+    def _predicting(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits [N, V] that predict the labels [B, T], of those at the rows' ends."""
+        assert isinstance(self.model, PeftModel)
+        kept = labels[:, -logits.shape[1] :]
+        if self.model.backbone.continues_text:
+            logits, kept = logits[:, :-1], kept[:, 1:]
+        return logits[kept != IGNORED]
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss and gradients of one batch.

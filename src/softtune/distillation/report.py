@@ -1,0 +1,238 @@
+"""What a cartridge keeps, compared with other ways to give a model a text: all of it in the context, the passages that
+BM25 finds, the model's own summary, and nothing.
+
+The other ways get as many tokens as the cartridge has. Letters: P virtual tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from softtune import storage
+from softtune.data import Example, load_records
+from softtune.data.records import check_columns, text_of
+from softtune.distillation.context import in_context, kv_bytes
+from softtune.distillation.corpus import BETWEEN, chunks_of
+from softtune.distillation.dialogue import Dialogue
+from softtune.distillation.retrieval import bm25_scores
+from softtune.errors import DataError
+from softtune.evaluation.predict import write_texts
+from softtune.model import PeftModel
+from softtune.tasks.metrics import contains, span_quality
+
+REPORT_NAME = "distillation.json"
+"""File with the report; a folder that has it is complete."""
+PASSAGE, SHORTEST_PASSAGE = 64, 8
+"""Tokens of a passage that BM25 finds, and of one where P is small: a quarter of P, down to this."""
+SUMMARIZE = "Summarize the text above. Keep every name, number and fact."
+FULL, CARTRIDGE, RETRIEVED, SUMMARY, NOTHING = "full text", "cartridge", "BM25", "summary", "no text"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, and what is the right answer to it."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How one way to give a model the text does."""
+
+    name: str
+    note: str = ""
+    """Why nothing was measured, where it was not."""
+    tokens: float = 0
+    """Tokens in front of a question, the mean over questions."""
+    kv_bytes: float = 0
+    """Bytes of their keys and values."""
+    reading: float = 0
+    """Seconds to compute these, for a request that finds them in no cache."""
+    seconds: float = 0
+    """Seconds of a request in all, one at a time."""
+    accuracy: float = 0
+    """Share of the answers that have the right one's words in them."""
+    f1: float = 0
+    """F1 of an answer's words and the right one's."""
+    answers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationReport:
+    """The results of a distillation."""
+
+    ways: list[Way]
+    is_known: bool
+    """Whether the right answers were given; else they are the model's own, with the text's chunk in its context."""
+    questions: int
+    conversations: int
+    """Conversations that were trained on."""
+    chunks: int
+    steps: int
+    first_loss: float
+    """Divergence from the teacher at the first update, in nats a token."""
+    last_loss: float
+    """Its mean over the last tenth of the updates."""
+    seconds: float
+    """Of the training."""
+    folder: str
+
+    def save(self, folder: Path) -> None:
+        """Write the report, after which the folder is complete."""
+        with storage.staged(folder) as stage:
+            storage.write_json(stage / REPORT_NAME, asdict(self))
+
+
+def read_questions(source: str) -> list[Question]:
+    """Read questions with known answers.
+
+    Raises:
+        DataError: a column is missing, or a row has no text in it.
+    """
+    records = load_records(source)
+    check_columns(["question", "answer"], records.column_names)
+    found = []
+    for row, record in enumerate(records, start=1):
+        try:
+            found.append(Question(text_of(record, "question"), text_of(record, "answer")))
+        except DataError as error:
+            raise error.at(f"{source}: row {row}") from error
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """Asks the questions in every way.
+
+    Args:
+        base: the base model.
+        cartridge: the same with the cartridge.
+        dialogue: the form of its questions.
+        texts: the corpus.
+        chunk_tokens: tokens of a chunk that is summarized at most.
+        tokens: P.
+        questions: the questions.
+        max_answer_tokens: tokens of an answer at most.
+    """
+
+    base: PreTrainedModel
+    cartridge: PeftModel
+    dialogue: Dialogue
+    texts: Sequence[str]
+    chunk_tokens: int
+    tokens: int
+    questions: Sequence[Question]
+    max_answer_tokens: int
+
+    def run(self, advance: Callable[[int, int], None]) -> list[Way]:
+        """The ways, of which ``advance`` is told how many answers are written, and how many there will be."""
+        texts: dict[str, Callable[[str], str]] = {
+            FULL: lambda _: self._whole,
+            RETRIEVED: self._retrieved,
+            SUMMARY: lambda _: self._summary,
+            NOTHING: lambda _: "",
+        }
+        total = (len(texts) + 1) * len(self.questions)
+        found: list[Way] = []
+
+        def tell(done: int) -> None:
+            advance(len(found) * len(self.questions) + done, total)
+
+        found.append(self._by_cartridge(tell))
+        for name, text_for in texts.items():
+            found.append(self._in_context(name, text_for, tell))
+        return found
+
+    def _by_cartridge(self, tell: Callable[[int], None]) -> Way:
+        answers, seconds = [], 0.0
+        for number, one in enumerate(self.questions, start=1):
+            answer, spent = self._answer(self.cartridge, self.dialogue.request(one.question))
+            answers.append(answer)
+            seconds += spent
+            tell(number)
+        return self._way(CARTRIDGE, answers, tokens=self.tokens * len(answers), reading=0, seconds=seconds)
+
+    def _in_context(self, name: str, text_for: Callable[[str], str], tell: Callable[[int], None]) -> Way:
+        """The way of a text in the context, which may depend on the question."""
+        answers, tokens, reading, answering, kept = list[str](), 0, 0.0, 0.0, None
+        for number, one in enumerate(self.questions, start=1):
+            text = text_for(one.question)
+            ids = self.dialogue.context_ids(text) if text else []
+            asked = self.dialogue.rest(text, one.question) if text else self.dialogue.request(one.question)
+            if (needed := len(ids) + len(asked.input_ids) + self.max_answer_tokens) > self._positions:
+                return Way(name=name, note=f"needs {needed} positions, the model has {self._positions}")
+            if kept is None or kept[0] != ids:
+                clock = time.perf_counter()
+                kept = ids, in_context(self.base, ids)
+                spent_reading = time.perf_counter() - clock if ids else 0.0
+            answer, spent = self._answer(kept[1], asked)
+            answers.append(answer)
+            tokens, reading, answering = tokens + len(ids), reading + spent_reading, answering + spent
+            tell(number)
+        return self._way(name, answers, tokens=tokens, reading=reading, seconds=reading + answering)
+
+    def _answer(self, model: PeftModel, asked: Example) -> tuple[str, float]:
+        clock = time.perf_counter()
+        limit = self.max_answer_tokens
+        [answer] = write_texts(model, self.dialogue.tokenizer, [asked], max_new_tokens=limit, do_sample=False)
+        return answer, time.perf_counter() - clock
+
+    def _way(self, name: str, answers: list[str], *, tokens: int, reading: float, seconds: float) -> Way:
+        """The means over all questions, from the sums over them."""
+        right, count = [one.answer for one in self.questions], len(answers)
+        return Way(
+            name=name,
+            tokens=tokens / count,
+            kv_bytes=kv_bytes(self.base, tokens) / count,
+            reading=reading / count,
+            seconds=seconds / count,
+            accuracy=sum(map(contains, right, answers)) / count,
+            f1=span_quality([[answer] for answer in right], answers).metrics["f1"],
+            answers=answers,
+        )
+
+    @cached_property
+    def _positions(self) -> float:
+        return self.cartridge.backbone.max_positions or float("inf")
+
+    @cached_property
+    def _whole(self) -> str:
+        return BETWEEN.join(self.texts)
+
+    @cached_property
+    def _passages(self) -> list[str]:
+        size = min(PASSAGE, max(self.tokens // 4, SHORTEST_PASSAGE))
+        return [chunk.text for chunk in chunks_of(list(self.texts), self.dialogue.tokenizer, size)]
+
+    def _retrieved(self, question: str) -> str:
+        """The passages that BM25 finds, as many as have P tokens, in the order of the text."""
+        scores = bm25_scores(self._passages, question)
+        best = sorted(range(len(scores)), key=lambda number: -scores[number])
+        chosen = list[int]()
+        for number in best:
+            text = BETWEEN.join(self._passages[i] for i in sorted([*chosen, number]))
+            if chosen and len(self.dialogue.context_ids(text)) > self.tokens:
+                break
+            chosen.append(number)
+        return BETWEEN.join(self._passages[i] for i in sorted(chosen))
+
+    @cached_property
+    def _summary(self) -> str:
+        """The model's summaries of all chunks, of P tokens at most together."""
+        return BETWEEN.join(self._summaries())
+
+    def _summaries(self) -> Iterator[str]:
+        chunks = chunks_of(list(self.texts), self.dialogue.tokenizer, self.chunk_tokens)
+        room = self.tokens - len(self.dialogue.context_ids("a"))
+        size = max(room // len(chunks), 1)
+        for chunk in chunks:
+            model = in_context(self.base, self.dialogue.context_ids(chunk.text))
+            asked = self.dialogue.rest(chunk.text, SUMMARIZE)
+            yield from write_texts(model, self.dialogue.tokenizer, [asked], max_new_tokens=size, do_sample=False)
