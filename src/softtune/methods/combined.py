@@ -57,9 +57,15 @@ class CombinedConfig(PeftConfig):
         """A part's config with the fields of the whole."""
         if not isinstance(given, Mapping | PeftConfig) or isinstance(given, CombinedConfig):
             raise ConfigError(f"{given!r} is no part of a combined adapter", "give configs of single methods")
-        part = copy.copy(given) if isinstance(given, PeftConfig) else PeftConfig.from_dict(given)
-        vars(part).update({name: getattr(self, name) for name in _OF_THE_WHOLE})
+        part = copy.copy(given) if isinstance(given, PeftConfig) else PeftConfig.from_dict({**given, **self._whole()})
+        if part.has_own_loss or getattr(part, "num_tasks", 1) > 1:
+            raise ConfigError(f"{type(part).__name__} is no part of a combined adapter", "train it as one of its own")
+        vars(part).update(self._whole())
         return part
+
+    def _whole(self) -> dict[str, Any]:
+        """The fields of the whole, as a part has them."""
+        return {name: getattr(self, name) for name in _OF_THE_WHOLE}
 
     @property
     def is_prompt_learning(self) -> bool:  # type: ignore[override]
