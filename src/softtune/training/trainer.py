@@ -151,7 +151,8 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimiser, in which parts of a combined adapter have learning rates of their own."""
         is_new, optimizer = self.optimizer is None, super().create_optimizer(*args, **kwargs)
-        if is_new and any(ratio != 1 for ratio in (ratios := self._rate_ratios()).values()):
+        ratios = self._rate_ratios() if is_new else {}
+        if {*ratios.values()} - {1.0}:
             optimizer.param_groups = [part for group in optimizer.param_groups for part in _by_rate(group, ratios)]
         return optimizer
 
