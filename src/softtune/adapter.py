@@ -70,12 +70,13 @@ class Adapter:
         model, config = backbone.model, copy.deepcopy(config)
         config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
         names = _head_names(config, backbone)
+        module = config.build(backbone).to(backbone.device)
         if not is_saved:
             _warn_untrained_head(config, backbone)
         names = names if is_saved else _closed_over_ties(names, model)
         copied: dict[int, Any] = {}  # one memo for all heads, so that tied parameters stay tied
         heads = {name: _copy_in_fp32(model.get_submodule(name), copied) for name in names}
-        return cls(config, config.build(backbone).to(backbone.device), heads)
+        return cls(config, module, heads)
 
     def of_task(self, task: int) -> Adapter:
         """The adapter for rows of one of its tasks; as it is where its method knows no tasks.
