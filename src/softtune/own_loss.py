@@ -73,8 +73,8 @@ def own_loss(
         logits: [B, K, V] the output's.
         kept: the call's ``logits_to_keep``: their number at the rows' ends, 0 for all, or their columns.
         input_type_mask: [B, T] types of the input's tokens; None where the method knows them.
-        num_items: the number of labels of all batches of an update, of which this one has its share; None where it is
-            the only one.
+        num_items: the number of labels of all batches of an update, of which this one has its share by its rows' labels
+            alone; None where it is the only one.
 
     Raises:
         DataError: there is no label.

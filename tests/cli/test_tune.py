@@ -16,6 +16,7 @@ from tests.tiny import LABELS, save_chat_model, save_models, write_rows
 
 from softtune import DataError
 from softtune.cli.tune import found_in
+from softtune.methods import PeftType
 from softtune.training.recipe import Recipe
 from softtune.training.trainer import AdapterTrainer
 
@@ -79,6 +80,18 @@ def test_it_is_the_run_of_its_recipe(few: str, model: str, tmp_path: Path) -> No
     assert run("train", "few-adapter/recipe.yaml", "--output", "again") == 0
     one, two = (load_file(Path(folder, "adapter_model.safetensors")) for folder in ("few-adapter", "again"))
     assert all((one[name] == two[name]).all() for name in one)
+
+
+def test_the_examples_are_the_demonstrations_of_cpt(few: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tune", "--examples", few, "--model", model, "--method", "CPT", *SHORT) == 0
+    assert Recipe.from_adapter("few-adapter").method is PeftType.CPT
+    config = json.loads(Path("few-adapter/adapter_config.json").read_text())
+    assert len(config["cpt_token_ids"]) == len(config["cpt_tokens_type_mask"]) > 12
+    assert max(config["cpt_tokens_type_mask"]) == 4 * 12
+    shown = capsys.readouterr().out
+    assert "method: CPT" in shown
+    assert "without itself" not in shown
+    assert "Traceback" not in shown
 
 
 def test_an_interrupted_run_goes_on_by_the_command_that_is_shown(
@@ -164,6 +177,10 @@ def test_rows_without_texts() -> None:
             "num_virtual_tokens is 5000, and the 12 examples",
         ),
         (("--model", "MODEL", "--method", "prompt-tuning"), "start: examples is for keys and values"),
+        (
+            ("--model", "MODEL", "--method", "CPT", "--start", "method"),
+            "CPT has no demonstrations: set start: examples",
+        ),
         (("--model", "MODEL", "--label-column", "lable"), "did you mean 'label'?"),
         (("--model", "MODEL", "--labels", "[warm, cold, good]"), "labelled 'good'"),
         (("--model", "MODEL", "--max-length", "768"), "of which a text may take all: lower max_length"),

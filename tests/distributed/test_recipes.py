@@ -33,6 +33,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_length": 24,
         "options": {"num_virtual_tokens": 30, "token_dropout": 0.0},
     },
+    "CPT": {
+        "model": "llama",
+        "method": "CPT",
+        "start": "examples",
+        "max_length": 24,
+        "patience": 3,
+        "gradient_accumulation_steps": 3,
+        "options": {"num_virtual_tokens": 30, "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.9},
+    },
     "encoder-decoder": {"model": "t5", "task": "SEQ_2_SEQ_LM", "method": "PROMPT_TUNING"},
 }
 
@@ -77,7 +86,7 @@ def run(fields: dict[str, Any], output: Path, *, resume: bool = False) -> dict[s
     }
 
 
-@pytest.mark.filterwarnings("ignore:the 39 examples have")  # more tokens than fit
+@pytest.mark.filterwarnings("ignore:the 3[59] examples have")  # more tokens than fit
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shared_run_is_the_run_of_one_process(
     processes: Processes, models: dict[str, str], tmp_path: Path, name: str

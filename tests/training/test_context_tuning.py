@@ -1,12 +1,15 @@
-"""Prefixes that start from the training rows, against the base model with these rows in front of the text."""
+"""Prefixes and CPT's prompts that start from the training rows, against the base model with these rows in front of the
+text."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from tests.tiny import save_chat_model, save_models
 from tests.training.test_run import interrupt_at, no_work
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softtune import ConfigError, DataError, PeftModel
@@ -147,7 +151,7 @@ def test_rows_with_the_same_input_hide_one_another() -> None:
     assert found.prefix_mask(0) == found.prefix_mask(2)
 
 
-@pytest.mark.parametrize("method", ["PREFIX_TUNING", "P_TUNING_V2"])
+@pytest.mark.parametrize("method", ["PREFIX_TUNING", "P_TUNING_V2", "CPT"])
 def test_the_untrained_prefix_is_in_context_learning(fields: dict[str, Any], method: str) -> None:
     """The same logits, and so the same scores of labels, as with the rows in front of the text."""
     setup = prepared({**fields, "method": method})
@@ -238,8 +242,10 @@ def test_a_folder_is_loaded_as_any_prefix(fields: dict[str, Any]) -> None:
     assert config.num_virtual_tokens * 2 * 2 * 2 * 6 == report.trained
 
 
+@pytest.mark.parametrize("method", ["PREFIX_TUNING", "CPT"])
 @pytest.mark.parametrize("kind", ["texts", "chat", "messages", "choices"])
-def test_other_kinds_of_answers(fields: dict[str, Any], tmp_path: Path, kind: str) -> None:
+def test_other_kinds_of_answers(fields: dict[str, Any], tmp_path: Path, kind: str, method: str) -> None:
+    fields["method"] = method
     if kind in ("chat", "messages"):
         fields["model"] = save_chat_model(tmp_path / "chat", max_position_embeddings=768)
     if kind == "messages":
@@ -283,6 +289,15 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> str:
         ({"start": "method", "leave_one_out": False}, "leave_one_out is for a prefix that starts from examples"),
         ({"start": "method", "example_separator": "x"}, "example_separator is for a prefix that starts from examples"),
         ({"start": "text"}, "start is 'text'"),
+        ({"method": "CPT", "leave_one_out": False}, "CPT shows each row all examples: drop it"),
+        (
+            {"method": "CPT", "options": {"token_dropout": 0.1}},
+            "token_dropout is for a prefix, and not for CPT: drop it",
+        ),
+        ({"method": "CPT", "options": {"cpt_token_ids": [3]}}, "drop cpt_token_ids, or start"),
+        ({"method": "CPT", "options": {"num_virtual_tokens": "x"}}, "num_virtual_tokens"),
+        ({"method": "CPT", "task": "SEQ_2_SEQ_LM"}, "is for a decoder that writes answers"),
+        ({"method": "CPT", "start": "method"}, "no demonstrations: set start: examples, or cpt_token_ids in options"),
     ],
 )
 def test_fields_that_do_not_fit(fields: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -290,9 +305,10 @@ def test_fields_that_do_not_fit(fields: dict[str, Any], changes: dict[str, Any],
         Recipe.from_fields({**fields, **changes})
 
 
-def test_a_model_without_positions_for_examples(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", ["PREFIX_TUNING", "CPT"])
+def test_a_model_without_positions_for_examples(fields: dict[str, Any], method: str) -> None:
     with pytest.raises(ConfigError, match="512 positions, of which a text may take all: lower max_length"):
-        prepared({**fields, "max_length": 512})
+        prepared({**fields, "method": method, "max_length": 512})
 
 
 def test_labels_without_an_example_are_named(fields: dict[str, Any]) -> None:
@@ -305,9 +321,9 @@ def test_other_methods_and_baselines_of_a_comparison_start_as_they_do(fields: di
     names = {"name": "x", "number": 0, "seeds": 1}
     starts = {
         entry: Case.from_fields(fields, entry, {}, **names).recipe.start
-        for entry in ("", "prefix-tuning", "bitfit", "prompt-tuning", "full")
+        for entry in ("", "prefix-tuning", "bitfit", "prompt-tuning", "full", "cpt")
     }
-    assert [*starts.values()] == ["examples", "examples", "method", "method", "method"]
+    assert [*starts.values()] == ["examples", "examples", "method", "method", "method", "examples"]
 
 
 def test_rows_without_a_mask_see_all_beside_rows_with_one() -> None:
@@ -323,3 +339,107 @@ def test_learning_rate_and_dropout_are_those_of_the_paper(fields: dict[str, Any]
     plain = Recipe.from_fields({**fields, "learning_rate": None, "start": "method"})
     assert plain.peak_learning_rate == 1e-2
     assert plain.config().token_dropout == 0
+
+
+# CPT
+
+DECAY = {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.8}
+
+
+@pytest.fixture
+def cpt_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "method": "CPT", "options": DECAY}
+
+
+def slow_loss(base: Any, start: Demonstrations, rows: list[Example]) -> Tensor:
+    """Of each row by itself behind the demonstrations' tokens, answer by answer; the last answers count most."""
+    losses = []
+    for row in rows:
+        ids = [*start.input_ids, *row.input_ids]
+        logits = base(torch.tensor([ids])).logits[0]
+        last = max(start.types) // 4
+        for place, kind in enumerate(start.types[1:], start=1):
+            if kind % 4 == 0:
+                loss = F.cross_entropy(logits[place - 1], torch.tensor(ids[place]))
+                losses.append(loss * 0.8 ** (1 + last - kind // 4))
+        for place, label in enumerate(row.labels, start=len(start.types)):
+            if label != IGNORED:
+                losses.append(F.cross_entropy(logits[place - 1], torch.tensor(label)))
+    return torch.stack(losses).mean()
+
+
+def test_the_rows_are_the_demonstrations(cpt_fields: dict[str, Any]) -> None:
+    report = train(Recipe.from_fields(cpt_fields))
+    [start] = prepared({**cpt_fields, "output": cpt_fields["output"] + "-2"}).starts
+    base = AutoModelForCausalLM.from_pretrained(cpt_fields["model"])
+    config: Any = PeftModel.from_pretrained(base, report.folder).active_peft_config
+    assert config.cpt_token_ids == start.input_ids
+    assert config.cpt_tokens_type_mask == start.types
+    assert (config.opt_weighted_loss_type, config.opt_loss_decay_factor) == ("decay", 0.8)
+    assert report.trained == len(start.input_ids) * 24
+    recipe = Recipe.from_adapter(report.folder)
+    assert (recipe.start, recipe.options) == ("examples", DECAY)
+    assert "| examples in context |" in Path(report.folder, "README.md").read_text()
+
+
+def test_the_loss_is_over_the_row_and_the_demonstrations(cpt_fields: dict[str, Any]) -> None:
+    """Rows of several lengths, padded; and the loss and gradients of PEFT for a row by itself."""
+    setup = prepared(cpt_fields)
+    [start] = setup.starts
+    base = AutoModelForCausalLM.from_pretrained(cpt_fields["model"])
+    setup.model.train()
+    found = setup.model(**Collator(0, padding_side="left")(setup.examples[:4])).loss
+    torch.testing.assert_close(found, slow_loss(base, start, setup.examples[:4]), atol=1e-5, rtol=1e-5)
+    tokens = {"cpt_token_ids": start.input_ids, "cpt_tokens_type_mask": start.types}
+    theirs = peft.get_peft_model(base, peft.CPTConfig(task_type="CAUSAL_LM", **tokens, **DECAY)).train()
+    row = Collator(0)(setup.examples[:1])
+    own, other = setup.model(**row).loss, theirs(**row).loss
+    torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+    deltas = [model.prompt_encoder["default"].delta_embedding.weight for model in (setup.model, theirs)]
+    (ours,), (expected,) = (torch.autograd.grad(*pair) for pair in zip((own, other), deltas, strict=True))
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_cpt_begins_in_context_and_learns(cpt_fields: dict[str, Any], batches: list[dict[str, Tensor]]) -> None:
+    """Each row sees all demonstrations, and the first loss is that in context."""
+    still = train(Recipe.from_fields({**cpt_fields, "learning_rate": 1e-12, "max_steps": 2}))
+    assert still.before == still.after
+    output = cpt_fields["output"] + "-2"
+    wide = {"opt_projection_epsilon": 5.0, "opt_projection_format_epsilon": 5.0}
+    report = train(Recipe.from_fields({**cpt_fields, "options": wide, "epochs": 6, "output": output, "test_size": 0}))
+    assert report.left_out == ({}, {})
+    assert all("prefix_mask" not in batch for batch in batches)
+    losses = [entry["loss"] for entry in json.loads(Path(output, "history.json").read_text())["default"]]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_a_resumed_run_of_cpt_has_the_same_demonstrations(cpt_fields: dict[str, Any], tmp_path: Path) -> None:
+    whole, broken = (Recipe.from_fields({**cpt_fields, "output": str(tmp_path / name)}) for name in ("whole", "broken"))
+    train(whole)
+    assert not train(broken, progress=interrupt_at(5)).finished
+    assert train(broken, resume=True).finished
+    a, b = (load_file(Path(recipe.output, "adapter_model.safetensors")) for recipe in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_cpt_of_a_sample(cpt_fields: dict[str, Any]) -> None:
+    """Only the sample is spoken of, since ``num_virtual_tokens`` is not left out."""
+    fields = {**cpt_fields, "options": {"num_virtual_tokens": 30}, "max_steps": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recipe = Recipe.from_fields(fields)
+    with pytest.warns(UserWarning, match="the prefix 30: it starts from a sample") as spoken:
+        report = train(recipe)
+    assert not [line for line in spoken if "left out" in str(line.message)]
+    assert report.trained == 30 * 24
+
+
+def test_cpt_trains_one_adapter_at_a_time(cpt_fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="CPT trains one adapter at a time: run one recipe, without an ensemble"):
+        train(Recipe.from_fields({**cpt_fields, "ensemble": 2}), progress=no_work)
+
+
+def test_the_learning_rate_of_cpt_is_its_own(cpt_fields: dict[str, Any]) -> None:
+    recipe = Recipe.from_fields({**cpt_fields, "learning_rate": None})
+    assert recipe.peak_learning_rate == recipe.config().peak_learning_rate(recipe.task)

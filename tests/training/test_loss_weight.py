@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.families import CAUSAL_LM, QUESTION_ANS, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, texts
+from tests.training import test_multi_run
 from tests.training.test_multi_run import Case, assert_same, losses, numbers, train_alone
 from torch.nn import functional as F
 
+from softtune import CPTConfig, PeftModel
 from softtune.data import Collator, Example
-from softtune.training.loss_weight import loss_divisors, num_labels
+from softtune.training import ranks
+from softtune.training.loss_weight import loss_divisors, num_labels, without_rows
 from softtune.training.multi_run import train_together
 from softtune.training.trainer import AdapterTrainer
 
@@ -78,6 +82,71 @@ def test_batches_of_equal_weight_would_not(tmp_path: Path, monkeypatch: pytest.M
     )
     train_alone([large, small])
     assert losses(small)[0] != pytest.approx(losses(large)[0], abs=1e-3)
+
+
+DEMONSTRATIONS = {
+    "without labels": {"cpt_token_ids": [30, 41, 7], "cpt_tokens_type_mask": [1, 2, 3]},
+    "with labels": {"cpt_token_ids": [30, 41, 7, 50, 31, 43, 51], "cpt_tokens_type_mask": [1, 2, 4, 4, 5, 6, 8]},
+    "decay": {
+        "cpt_token_ids": [30, 41, 7, 50, 31, 43, 51],
+        "cpt_tokens_type_mask": [4, 2, 4, 4, 5, 6, 8],
+        "opt_weighted_loss_type": "decay",
+        "opt_loss_decay_factor": 0.5,
+    },
+}
+"""Options of CPT, whose loss is over the prompt's labels too."""
+
+
+@pytest.fixture(params=DEMONSTRATIONS)
+def cpt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**DEMONSTRATIONS[request.param], "opt_projection_epsilon": 60.0, "opt_projection_format_epsilon": 60.0}
+    monkeypatch.setitem(test_multi_run.CONFIGS, "cpt", partial(CPTConfig, **options))
+
+
+def cpt_trainer(folder: Path, **sizes: Any) -> AdapterTrainer:
+    """The last row has nothing but labels, the first of which the prompt predicts."""
+    made = trainer(Case(folder, "llama"), "cpt", **sizes)
+    rows = made.train_dataset
+    assert isinstance(rows, list)
+    rows[-1] = Example(input_ids=rows[-1].input_ids, labels=rows[-1].input_ids)
+    return made
+
+
+@pytest.mark.usefixtures("cpt")
+def test_small_batches_with_labels_in_the_prompt_come_to_a_large_one(tmp_path: Path) -> None:
+    large, small = (cpt_trainer(tmp_path / str(number), **sizes) for number, sizes in enumerate((LARGE, SMALL)))
+    start = numbers(small)
+    train_alone([large, small])
+    assert_same(small, large)
+    assert any(not torch.equal(now, start[name]) for name, now in numbers(small).items())
+
+
+@pytest.mark.usefixtures("cpt")
+def test_processes_share_the_labels_in_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of five and four rows, of which the second has been filled up with another."""
+    made = cpt_trainer(tmp_path)
+    assert isinstance(made.train_dataset, list)
+    rows, model = made.train_dataset, made.model
+    assert isinstance(model, PeftModel)
+    adapter = model.eval().adapter("default")
+    own = adapter.module.supervision
+    whole = model(**Collator(0)(rows)).loss
+    parts = [Collator(0)(rows[:5]), without_rows(Collator(0)([*rows[5:], rows[0]]), 1)]
+    counts = [num_labels(part, shifts_labels=True, own=own) for part in parts]
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "all_reduce", lambda _: sum(counts))
+    shares = []
+    for part in parts:
+        [divisor] = loss_divisors([part], shifts_labels=True, own=own)
+        shares.append(model(**part).loss / divisor)
+    torch.testing.assert_close(sum(shares) / 2, whole)
+
+
+def test_rows_beyond_the_last_leave_a_batch() -> None:
+    batch = {"input_ids": torch.arange(6).view(3, 2), "labels": torch.arange(6).view(3, 2)}
+    assert without_rows(batch, 2)["labels"].tolist() == [[0, 1]]
+    assert without_rows(batch, 0) is batch
+    assert without_rows(batch, 3) is batch
 
 
 @pytest.mark.parametrize(("family", "task"), [pair for pair in TASKS if pair[1] != QUESTION_ANS])

@@ -15,13 +15,14 @@ from softtune.experiments.baselines import BASELINES
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.result_store import ResultStore
 from softtune.load_options import OF_THE_MACHINE
-from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING
+from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from softtune.training.recipe import Recipe
 
 METHODS: dict[str, dict[str, Any]] = {
     kind.value.lower().replace("_", "-"): {
         "method": kind,
         **({"options": config.general_options} if config.general_options else {}),
+        **({"start": "examples"} if kind is PeftType.CPT else {}),
     }
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
 }

@@ -149,6 +149,11 @@ class Supervision:
     prompt_weights: Tensor
     """[B, P]"""
 
+    @property
+    def num_labels(self) -> Tensor:
+        """The number of labels that the loss is the mean over."""
+        return self.labels.ne(IGNORED).sum() + len(self.labels) * self.prompt_labels[1:].ne(IGNORED).sum()
+
 
 class Method(Protocol):
     """Interface of an adapter's trained module."""

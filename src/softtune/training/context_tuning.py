@@ -1,10 +1,14 @@
-"""Context tuning: Lu et al. 2025, "Context Tuning for In-Context Optimization", arXiv 2507.04221 (CT-KV).
+"""Context tuning: Lu et al. 2025, "Context Tuning for In-Context Optimization", arXiv 2507.04221 (CT-KV); and the
+demonstrations of context-aware prompt tuning (``methods/cpt.py``).
 
 A prefix starts from labelled rows, formatted one behind the other as for in-context learning: from the keys and values
 that the frozen model computes for them. Before training it answers as the model does with these rows in its prompt.
 While it is trained on a row, the row's own tokens are hidden (leave one out), and others at random (token dropout).
 
-Where the rows have more tokens than the prefix, it starts from a random sample of them. Letters: N tokens of all rows,
+CPT starts from the same text, as token embeddings whose types are known. It is trained, as in its paper, on each row
+with the row itself among the demonstrations.
+
+Where the rows have more tokens than the prompt, it starts from a random sample of them. Letters: N tokens of all rows,
 P virtual tokens.
 """
 
@@ -13,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,7 +37,7 @@ LEARNING_RATE = 1e-3
 """Default peak learning rate of a prefix that starts from examples."""
 TOKEN_DROPOUT = 0.05
 """Default token dropout of such a prefix, as in the paper."""
-METHODS = (PeftType.PREFIX_TUNING, PeftType.P_TUNING_V2)
+KEYS_AND_VALUES = (PeftType.PREFIX_TUNING, PeftType.P_TUNING_V2)
 """The methods whose prompts can start from keys and values."""
 FIXED = {
     "prefix_projection": False,
@@ -44,6 +48,8 @@ FIXED = {
     "init_text": None,
 }
 """Options of these methods that leave the start as it is, by their names."""
+DEMONSTRATED = ("cpt_token_ids", "cpt_tokens_type_mask", "cpt_mask")
+"""Options of CPT that describe its demonstrations."""
 LINE_BETWEEN = "\n\n"
 """Text behind each example, but for conversations, whose turns have an end of their own."""
 
@@ -61,19 +67,47 @@ def check_start(recipe: RecipeFields) -> None:
         for name, default in {"leave_one_out": True, "example_separator": None}.items():
             if getattr(recipe, name) != default:
                 raise ValueError(f"{name} is for a prefix that starts from examples: set start: examples, or drop it")
+        if recipe.method is PeftType.CPT and recipe.options.get("cpt_token_ids") is None:
+            raise ValueError("CPT has no demonstrations: set start: examples, or cpt_token_ids in options")
         return
     if recipe.task is not TaskType.CAUSAL_LM:
         raise ValueError("start: examples is for a decoder that writes answers: set task: CAUSAL_LM, or drop start")
-    if recipe.method not in METHODS:
-        named = " or ".join(method.value for method in METHODS)
-        raise ValueError(f"start: examples is for keys and values: set method: {named}, or drop start")
+    if recipe.method is PeftType.CPT:
+        _check_cpt(recipe)
+        return
+    if recipe.method not in KEYS_AND_VALUES:
+        named = " or ".join(method.value for method in KEYS_AND_VALUES)
+        raise ValueError(f"start: examples is for keys and values: set method: {named}, or drop start, or set CPT")
     if fixed := [name for name, value in FIXED.items() if recipe.options.get(name, value) != value]:
         raise ValueError(f"start: examples is a whole prefix in front of the text: drop {fixed[0]}, or start")
 
 
+def _check_cpt(recipe: RecipeFields) -> None:
+    if not recipe.leave_one_out:
+        raise ValueError("leave_one_out is for a prefix, and CPT shows each row all examples: drop it")
+    if given := [name for name in DEMONSTRATED if name in recipe.options]:
+        raise ValueError(f"start: examples makes the demonstrations of the training rows: drop {given[0]}, or start")
+    if "token_dropout" in recipe.options:
+        raise ValueError("token_dropout is for a prefix, and not for CPT: drop it")
+
+
+def options_before(recipe: RecipeFields) -> dict[str, Any]:
+    """Fields of the method's config, unless the recipe's options have them, of a prompt whose examples are not read
+    yet."""
+    if recipe.method is not PeftType.CPT:
+        return {"token_dropout": TOKEN_DROPOUT}
+    size = recipe.options.get("num_virtual_tokens")
+    return {"cpt_token_ids": [0] * size} if isinstance(size, int) else {}
+
+
+def hides_own_tokens(recipe: RecipeFields) -> bool:
+    """Whether a row does not see the virtual tokens that start from it, while the prompt is trained on it."""
+    return recipe.start == "examples" and recipe.leave_one_out and recipe.method in KEYS_AND_VALUES
+
+
 @dataclass(frozen=True, kw_only=True)
 class Demonstrations:
-    """Labelled rows as the tokens that a prefix starts from."""
+    """Labelled rows as the tokens that a prompt starts from."""
 
     input_ids: list[int]
     """[P] token ids, row after row."""
@@ -135,6 +169,13 @@ class Demonstrations:
             hidden |= dict.fromkeys(group, places)
         return cls(input_ids=ids, types=types, hidden=hidden)
 
+    def options(self, method: PeftType) -> dict[str, Any]:
+        """Fields of the method's config that make its virtual tokens these."""
+        size = {"num_virtual_tokens": len(self.input_ids)}
+        if method is not PeftType.CPT:
+            return size
+        return {**size, "cpt_token_ids": self.input_ids, "cpt_tokens_type_mask": self.types}
+
     def prefix_mask(self, row: int) -> list[int] | None:
         """[P] 1 for each virtual token that a training row sees: those that start from other rows; None for all."""
         hidden = {*self.hidden[row]}
@@ -150,7 +191,7 @@ def demonstrations(
     *,
     seed: int,
 ) -> Demonstrations:
-    """The training rows of a recipe as the start of a prefix.
+    """The training rows of a recipe as the start of a prompt.
 
     Args:
         recipe: the recipe.

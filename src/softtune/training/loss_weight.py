@@ -1,25 +1,30 @@
 """How much each batch of an update counts.
 
-A batch's loss is the mean over its labels. An update that accumulates several batches, or whose batches several
-processes share, weighs them by their numbers of labels, so that they have together the loss and gradients of one batch
-with all their rows.
+A batch's loss is the mean over its labels, CPT's also over the prompt's labels, once a row. An update that accumulates
+several batches, or whose batches several processes share, weighs them by their numbers of labels, so that they have
+together the loss and gradients of one batch with all their rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from softtune.data.encoding import IGNORED
+from softtune.methods.base import Supervision
 from softtune.training import ranks
 
 Batch = Mapping[str, Tensor]
+Supervise = Callable[[Tensor, Tensor | None], Supervision]
+"""``supervision`` of a method with a loss of its own: from labels [B, T], and the tokens' types or None."""
 SPANS = ("start_positions", "end_positions")
 
 
-def loss_divisors(batches: Sequence[Batch], *, shifts_labels: bool, surplus: int = 0) -> list[float]:
+def loss_divisors(
+    batches: Sequence[Batch], *, shifts_labels: bool, own: Supervise | None = None, is_spare: bool = False
+) -> list[float]:
     """What to divide each batch's mean loss by, so that their sum is the mean over the labels of the whole update.
 
     Where several processes share the batches, the mean of their sums is.
@@ -28,23 +33,26 @@ def loss_divisors(batches: Sequence[Batch], *, shifts_labels: bool, surplus: int
         batches: those of one update, or this process's parts of them.
         shifts_labels: whether the loss compares each label with the logits of the token before, so that the first
             column of labels does not count.
-        surplus: rows at the end of the last batch that do not count; see ``without_labels``.
+        own: what the adapter's own loss is over; None where the loss is over the batch's labels.
+        is_spare: whether no row of the last batch counts, whose labels are left in it; see ``without_labels``.
 
     Returns:
         A divisor for each batch, infinite for one without labels; NaN if the update has none.
     """
     if len(batches) < 2 and ranks.world_size() == 1:
         return [1.0] * len(batches)  # without a look at the labels, which a device would have to wait for
-    counts = torch.stack([num_labels(batch, shifts_labels=shifts_labels) for batch in batches])
-    if surplus == num_rows(batches[-1]):
+    counts = torch.stack([num_labels(batch, shifts_labels=shifts_labels, own=own) for batch in batches])
+    if is_spare:
         counts[-1] = 0
     divisors: list[float] = (ranks.all_reduce(counts.sum()) / ranks.world_size() / counts).tolist()
     return divisors
 
 
-def num_labels(batch: Batch, *, shifts_labels: bool) -> Tensor:
+def num_labels(batch: Batch, *, shifts_labels: bool, own: Supervise | None = None) -> Tensor:
     """The number of labels that a batch's loss is the mean over; of spans, which have no ``labels``, its rows."""
     labels = batch.get("labels")
+    if own is not None and labels is not None:
+        return own(labels, batch.get("input_type_mask")).num_labels
     if labels is not None:
         return (labels[:, 1:] if shifts_labels else labels).ne(IGNORED).sum()
     starts = batch.get(SPANS[0])
@@ -60,6 +68,12 @@ def without_labels(batch: Batch, surplus: int) -> Batch:
     for name, labels in blanked.items():
         labels[-surplus:] = blanks[name]
     return {**batch, **blanked}
+
+
+def without_rows(batch: Batch, surplus: int) -> Batch:
+    """A batch without its last ``surplus`` rows, for a loss of which a row without labels has a part; the batch itself
+    if it would have no row then."""
+    return batch if surplus in (0, num_rows(batch)) else {name: value[:-surplus] for name, value in batch.items()}
 
 
 def with_a_label(batch: Batch) -> Batch:

@@ -29,7 +29,7 @@ TRAINING = Phase("training")
 EVALUATING = Phase("evaluating")
 EVALUATING_BASE_MODEL = Phase("evaluating the base model")
 IN_CONTEXT = Phase("evaluating in context")
-"""The base model with the examples that a prefix starts from, before it is trained."""
+"""The base model with the examples that a prompt starts from, before it is trained."""
 
 Progress = Callable[[Phase, int, int, str], None]
 """Progress callback: takes the phase, steps or rows done, their total, and the latest loss and speed as text."""

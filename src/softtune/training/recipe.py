@@ -22,7 +22,7 @@ from softtune.methods.base import CONFIG_NAME, config_class_of
 from softtune.pretrained import MODEL_CLASSES, LoadOptions
 from softtune.tasks import Task
 from softtune.tasks.metrics import LOSS
-from softtune.training.context_tuning import LEARNING_RATE, TOKEN_DROPOUT, check_start
+from softtune.training.context_tuning import KEYS_AND_VALUES, LEARNING_RATE, check_start, options_before
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe_fields import RecipeFields
 from softtune.training.recipe_task import check_task, task_of
@@ -220,14 +220,14 @@ class Recipe(LoadFields, RecipeFields):
         tokens = {"num_virtual_tokens": places} if places else {}
         base: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
         if self.start == "examples":
-            base["token_dropout"] = TOKEN_DROPOUT
+            base |= options_before(self)
         return PeftConfig.from_dict(
             {"peft_type": self.method, "task_type": self.task, **base, **tokens, **self.options, **options}
         )
 
     @property
     def peak_learning_rate(self) -> float:
-        if self.learning_rate is None and self.start == "examples":
+        if self.learning_rate is None and self.start == "examples" and self.method in KEYS_AND_VALUES:
             return LEARNING_RATE
         return self.learning_rate or self.config().peak_learning_rate(self.task)
 

@@ -87,9 +87,10 @@ class RecipeFields(BaseModel):
     """Fields of the method's config, such as num_virtual_tokens."""
     start: Literal["method", "examples"] = "method"
     """What the prompt starts from: what the method's options say, or the training rows as examples in the context
-    (context tuning), as many virtual tokens as these have tokens."""
+    (context tuning, and CPT's demonstrations), as many virtual tokens as these have tokens."""
     leave_one_out: bool = True
-    """With start: examples, hide the virtual tokens that start from a row while the prefix is trained on that row."""
+    """With start: examples, hide the virtual tokens that start from a row while the prefix is trained on that row; CPT
+    shows them."""
     example_separator: str | None = None
     """With start: examples, the text behind each example; by default an empty line, and nothing in conversations."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None

@@ -34,7 +34,7 @@ class Report:
     """False after an interrupt: ``resume`` continues from the checkpoint."""
     steps: int
     before: dict[str, float]
-    """Metrics on the evaluation rows of the base model alone, or with the examples that a prefix starts from; empty
+    """Metrics on the evaluation rows of the base model alone, or with the examples that a prompt starts from; empty
     without such rows."""
     evaluation: Evaluation
     """Quality with the trained adapter or ensemble; empty after an interrupt."""

@@ -145,7 +145,7 @@ def _with_output_name(progress: Progress, recipe: Recipe) -> Progress:
 
 
 def _begin(setup: Setup, known: dict[str, float] | None) -> dict[str, float]:
-    """Evaluate the base model alone, or with the examples that the prefix starts from, unless its metrics are known or
+    """Evaluate the base model alone, or with the examples that the prompt starts from, unless its metrics are known or
     a run is resumed, and save them in the folder.
 
     Args:

@@ -30,7 +30,7 @@ from softtune.tasks.metrics import LOSS, direction
 from softtune.tasks.texts import with_all_references
 from softtune.training import ranks
 from softtune.training.callbacks import EvaluationSaver, InterruptSaver, ProgressReporter, trackers
-from softtune.training.context_tuning import Demonstrations, demonstrations
+from softtune.training.context_tuning import KEYS_AND_VALUES, Demonstrations, demonstrations, hides_own_tokens
 from softtune.training.folder import RunFolder
 from softtune.training.progress import TRAINING, Phase, Progress
 from softtune.training.recipe import Recipe
@@ -88,7 +88,7 @@ class Setup:
     """The validation rows, encoded; empty without them."""
     progress: Progress
     starts: Sequence[Demonstrations] = field(default=())
-    """What each adapter's prefix has started from, where the recipe says ``start: examples``."""
+    """What each adapter's prompt has started from, where the recipe says ``start: examples``."""
 
     @classmethod
     def prepare(cls, folder: RunFolder, rows: Rows, bases: Models, progress: Progress) -> Setup:
@@ -131,7 +131,7 @@ class Setup:
 
     def asks_as(self, other: Setup) -> bool:
         """Whether evaluating before training has the same result for both recipes: same task and rows, no head, and no
-        examples that a prefix starts from."""
+        examples that a prompt starts from."""
         own, others = self.rows.fingerprints.get("evaluation"), other.rows.fingerprints.get("evaluation")
         is_alone = not (self.starts or other.starts or self.task.kind.has_head)
         return self.task == other.task and own == others and is_alone
@@ -174,7 +174,7 @@ class Setup:
 
     def _examples(self, number: int) -> list[Example]:
         """The training examples of an adapter, from which the virtual tokens that start from their rows are hidden."""
-        if not (self.starts and self.recipe.leave_one_out):
+        if not (self.starts and hides_own_tokens(self.recipe)):
             return self.examples
         masks = self._prefix_masks(number)
         pairs = zip(self.examples, self.example_rows, strict=True)
@@ -187,9 +187,12 @@ class Setup:
     def left_out(self) -> dict[str, float]:
         """The task's metrics on the training rows, from each of which the virtual tokens that start from it are hidden.
 
-        Empty where there are other rows to evaluate on, or several adapters or texts to generate for it.
+        Empty where none are hidden, there are other rows to evaluate on, or several adapters or texts to generate for
+        it.
         """
-        if self.rows.evaluation or self.task.num_new_tokens or not self.recipe.leave_one_out or len(self.starts) != 1:
+        if not hides_own_tokens(self.recipe):
+            return {}
+        if self.rows.evaluation or self.task.num_new_tokens or len(self.starts) != 1:
             return {}
         rows, masks = self.rows.training, self._prefix_masks(0)
         answers = answer(self.model, self.tokenizer, self.task, rows, prefix_masks=masks)
@@ -264,15 +267,15 @@ class BaseModels:
         for number, name in enumerate(recipe.adapter_names):
             set_seed(recipe.seed + number)
             base, words = self._load(recipe)
-            sizes: dict[str, Any] = {}
+            options: dict[str, Any] = {}
             if recipe.start == "examples":
                 positions, seed = Backbone.shared(base).max_positions, recipe.seed + number
                 starts.append(demonstrations(recipe, recipe.definition, training, words, positions, seed=seed))
-                sizes["num_virtual_tokens"] = len(starts[-1].input_ids)
+                options = starts[-1].options(recipe.method)
             set_seed(recipe.seed + number)
-            adapters[name] = PeftModel(base, recipe.config(**sizes), name).adapter(name)
-            for start in starts[number:]:
-                _begin_with(adapters[name], start, base)
+            adapters[name] = PeftModel(base, recipe.config(**options), name).adapter(name)
+            if starts and recipe.method in KEYS_AND_VALUES:
+                _begin_with(adapters[name], starts[-1], base)
         assert self._first is not None
         base, tokenizer = self._first
         if recipe.uses_chat_template:

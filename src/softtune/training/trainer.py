@@ -33,7 +33,15 @@ from softtune.gradients import describe, without_gradient
 from softtune.model import PeftModel
 from softtune.tasks.metrics import LOSS, METRICS
 from softtune.training import ranks
-from softtune.training.loss_weight import Batch, loss_divisors, num_rows, with_a_label, without_labels
+from softtune.training.loss_weight import (
+    Batch,
+    Supervise,
+    loss_divisors,
+    num_rows,
+    with_a_label,
+    without_labels,
+    without_rows,
+)
 from softtune.training.sampler import LengthGroupedSampler
 
 EVALUATION_BATCH = 8
@@ -188,14 +196,30 @@ class AdapterTrainer(Trainer):
             DataError: no process has a label to learn from.
         """
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        assert isinstance(self.model, PeftModel)
-        surplus = self._surplus(batches[-1]) if batches else 0
-        batches = [*batches[:-1], *(without_labels(batch, surplus) for batch in batches[-1:])]
-        divisors = loss_divisors(batches, shifts_labels=self.model.backbone.continues_text, surplus=surplus)
+        last = [self._without_surplus(batch) for batch in batches[-1:]]
+        batches = [*batches[:-1], *(batch for batch, _ in last)]
+        divisors = self._loss_divisors(batches, is_spare=any(is_spare for _, is_spare in last))
         if any(map(math.isnan, divisors)):
             raise self._no_label()
         self._divisors = iter(divisors)
         return [with_a_label(batch) for batch in batches] if ranks.world_size() > 1 else batches, num_items
+
+    def _loss_divisors(self, batches: Sequence[Batch], *, is_spare: bool) -> list[float]:
+        assert isinstance(self.model, PeftModel)
+        shifts = self.model.backbone.continues_text
+        return loss_divisors(batches, shifts_labels=shifts, own=self._supervision(), is_spare=is_spare)
+
+    def _supervision(self) -> Supervise | None:
+        """What the adapter's own loss is over; None where it has none."""
+        assert isinstance(self.model, PeftModel)
+        adapters = [self.model.adapter(name) for name in self.model.active_adapters]  # none of a model trained itself
+        return next((adapter.module.supervision for adapter in adapters if adapter.config.has_own_loss), None)
+
+    def _without_surplus(self, batch: Batch) -> tuple[Batch, bool]:
+        """A batch whose surplus does not count, and whether it has no other rows."""
+        surplus = self._surplus(batch)
+        rest = without_labels if self._supervision() is None else without_rows
+        return rest(batch, surplus), surplus == num_rows(batch)
 
     def _no_label(self) -> DataError:
         return DataError(f"no label in the batch of step {self.state.global_step + 1}", "drop rows without an answer")
@@ -319,10 +343,8 @@ class AdapterTrainer(Trainer):
         if ranks.world_size() == 1:
             found: tuple[Any, ...] = super().prediction_step(model, inputs, *args, **kwargs)
             return found
-        assert isinstance(self.model, PeftModel)
-        surplus, shifts = self._surplus(inputs), self.model.backbone.continues_text
-        rows = without_labels(inputs, surplus)
-        [divisor] = loss_divisors([rows], shifts_labels=shifts, surplus=surplus)
+        rows, is_spare = self._without_surplus(inputs)
+        [divisor] = self._loss_divisors([rows], is_spare=is_spare)
         loss, *others = super().prediction_step(model, dict(with_a_label(rows)), *args, **kwargs)
         assert loss is not None
         return (ranks.all_reduce(loss / divisor) / ranks.world_size(), *others)
