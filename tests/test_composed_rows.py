@@ -18,6 +18,7 @@ from softtune import (
     PrefixTuningConfig,
     compose_cartridge_adapters,
 )
+from softtune.compat import cache_of, renamed
 from tests.families import (
     CAUSAL_LM,
     METHODS,
@@ -35,6 +36,13 @@ from tests.methods.test_cartridge import through_cache
 LENGTHS = {"a": 5, "b": 3, "c": 1}
 NAMES = ("a", "a+b", "b+a", "__base__", "c+a+b", "a+a", "b")
 ROWS = (7, 4, 2, 5, 6, 3, 1)
+CONTRACT = [
+    ("llama", CAUSAL_LM),
+    ("gpt2", CAUSAL_LM),
+    ("bloom", CAUSAL_LM),
+    ("gemma3", CAUSAL_LM),
+    ("t5", SEQ_2_SEQ_LM),
+]
 
 
 def several(family: str = "llama", task: str = CAUSAL_LM, **fields: Any) -> PeftModel:
@@ -76,7 +84,7 @@ def by_cache(model: PeftModel, name: str, ids: Tensor) -> Tensor:
     return through_cache("llama", flat_of(model, name), ids)
 
 
-@pytest.mark.parametrize(("family", "task"), [("llama", CAUSAL_LM), ("gpt2", CAUSAL_LM), ("t5", SEQ_2_SEQ_LM)])
+@pytest.mark.parametrize(("family", "task"), CONTRACT)
 @pytest.mark.parametrize("name", ["a+b", "c+b+a"])
 def test_a_row_is_that_of_the_composed_folder(family: str, task: str, name: str, tmp_path: Path) -> None:
     model = several(family, task)
@@ -95,11 +103,11 @@ def test_rows_beside_each_other(side: str) -> None:
         torch.testing.assert_close(own, by_cache(model, name, row), atol=1e-5, rtol=1e-5)
 
 
-def test_the_order_says_nothing() -> None:
-    model, rows = several(), texts("llama", CAUSAL_LM, (7, 7))
-    one, other = model(torch.stack([rows[0], rows[0]]), adapter_names=["a+b", "b+a"]).logits
-    torch.testing.assert_close(one, other)  # attention has no order, and each part keeps its own positions
-    alone = model(rows[0][None], adapter_names=["a"]).logits[0]
+@pytest.mark.parametrize(("family", "counts"), [("llama", False), ("gpt2", False), ("bloom", True), ("mpt", True)])
+def test_the_order_counts_where_distances_are_added_to_scores(family: str, counts: bool) -> None:
+    model, row = several(family), texts(family, CAUSAL_LM)[0]
+    one, other, alone = model(row.repeat(3, 1), adapter_names=["a+b", "b+a", "a"]).logits
+    assert torch.allclose(one, other, atol=1e-5) is not counts  # else each part has its positions in its keys
     assert (one - alone).abs().max() > 1e-2
 
 
@@ -123,7 +131,7 @@ def test_prompt_tuning_counts_as_the_prefix_that_it_is() -> None:
     model, row = several(), texts("llama", CAUSAL_LM)[0]
     add(model, "words", METHODS["prompt"](task_type=CAUSAL_LM))
     vectors = model.get_prompt_embedding_to_save("words")
-    cache = base_model("llama", CAUSAL_LM).model(inputs_embeds=vectors[None], use_cache=True).past_key_values
+    cache = cache_of(base_model("llama", CAUSAL_LM).model(inputs_embeds=vectors[None], use_cache=True))
     pairs = [part[0].transpose(0, 1).flatten(1) for layer in cache.layers for part in (layer.keys, layer.values)]
     flat = torch.cat([torch.cat(pairs, dim=1), flat_of(model, "b")])
     found = model(row[None], adapter_names=["words+b"]).logits[0]
@@ -146,11 +154,12 @@ def test_a_row_of_a_task_with_another_adapter_behind_it() -> None:
 def test_a_cache_is_gone_on_with_by_the_same_adapters() -> None:
     model, row = several(), texts("llama", CAUSAL_LM)[0][None]
     whole = model(row, adapter_names=["a+b"]).logits
-    first = model(row[:, :4], adapter_names=["a+b"], use_cache=True)
+    first = cache_of(model(row[:, :4], adapter_names=["a+b"], use_cache=True))
+    go_on = renamed({"cache": first}, model.backbone.model.forward)
     for other in ("a", "b+a", "__base__"):
         with pytest.raises(AdapterError, match=r"computed with a\+b, not"):
-            model(row[:, 4:], adapter_names=[other], past_key_values=first.past_key_values)
-    rest = model(row[:, 4:], adapter_names=["a+b"], past_key_values=first.past_key_values)
+            model(row[:, 4:], adapter_names=[other], **go_on)
+    rest = model(row[:, 4:], adapter_names=["a+b"], **go_on)
     torch.testing.assert_close(rest.logits, whole[:, 4:], atol=1e-5, rtol=1e-5)
 
 

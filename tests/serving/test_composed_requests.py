@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from softtune import PeftModel
 from softtune.serving.engine_config import EngineConfig
-from tests.families import P
+from tests.families import CAUSAL_LM, METHODS, P, save_adapter
 from tests.serving.test_http import ADMIN, complete, serving
 
 TEXTS = ["the sky is", "red good"]
@@ -121,6 +121,20 @@ def test_a_changed_part_gives_another_answer(llama: str, adapters: Path, tmp_pat
         found = complete(client, model="one+two")
         assert (found.status_code, "no adapter is named 'two'" in found.text) == (404, True)
         assert 'adapter="one+two"' not in client.get("/metrics").text
+
+
+def test_adapters_of_two_base_models_are_not_served_together(llama: str, adapters: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    other = type(AutoModelForCausalLM.from_pretrained(llama))(AutoConfig.from_pretrained(llama))
+    other.save_pretrained(tmp_path / "other")
+    shutil.copytree(adapters / "prefix", tmp_path / "adapters" / "one")
+    with serving(llama, tmp_path / "adapters") as client:
+        save_adapter(
+            str(tmp_path / "other"), tmp_path / "adapters" / "two", METHODS["cartridge"](task_type=CAUSAL_LM), 1
+        )
+        found = client.post("/v1/adapters", json={"name": "two"}, headers=ADMIN)
+        assert (found.status_code, "was trained on another base model" in found.text) == (400, True)
+        assert complete(client, model="one+two").status_code == 404
 
 
 def test_names_with_a_plus_are_served_as_they_are(llama: str, adapters: Path, tmp_path: Path) -> None:
