@@ -6,16 +6,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from softtune import PeftModel
+from softtune import PeftModel, compose_cartridge_adapters
 from softtune.serving.engine_config import EngineConfig
+from softtune.training.recipe import Recipe
 from tests.families import CAUSAL_LM, METHODS, P, save_adapter
 from tests.serving.test_http import ADMIN, complete, serving
+from tests.serving.test_tasks import LABELLED, ROWS, alone, records, trained
+from tests.training.test_recipe_task import models, recipe  # noqa: F401
 
 TEXTS = ["the sky is", "red good"]
 NAMES = ("prefix+prompt", "prompt+prefix", "prefix", "prefix+p_tuning_lstm+prompt", "prompt+prompt")
@@ -135,6 +139,34 @@ def test_adapters_of_two_base_models_are_not_served_together(llama: str, adapter
         found = client.post("/v1/adapters", json={"name": "two"}, headers=ADMIN)
         assert (found.status_code, "was trained on another base model" in found.text) == (400, True)
         assert complete(client, model="one+two").status_code == 404
+
+
+def test_adapters_of_one_task_are_asked_for_labels_together(tmp_path: Path, models: dict[str, str]) -> None:  # noqa: F811
+    def own(number: int, **fields: Any) -> Recipe:
+        options = {"num_virtual_tokens": 2 + number}
+        more = {**LABELLED, "method": "CARTRIDGE", "options": options, "seed": number, **fields}
+        return recipe(tmp_path, models["llama"], ROWS, **more)
+
+    kinds = {"one": own(1), "two": own(2), "other": own(3, template="{x} : "), "head": own(1, task="SEQ_CLS")}
+    folder = trained(tmp_path / "adapters", kinds)
+    both = shutil.copytree(folder / "one", tmp_path / "both")
+    compose_cartridge_adapters([folder / "one", folder / "two"], output_path=tmp_path / "composed")
+    shutil.copytree(tmp_path / "composed", both, dirs_exist_ok=True)
+    expected = alone(both, ROWS[:3])
+    assert expected.scores is not None
+    with serving(models["llama"], folder) as client:
+        body = {"model": "one+two", "input": records(ROWS[:3], "y")}
+        found = client.post("/v1/classify", json=body).json()["data"]
+        for result, scores in zip(found, expected.scores.softmax(1).tolist(), strict=True):
+            assert list(result["scores"].values()) == pytest.approx(scores, abs=1e-4)
+        assert "labels" in client.get("/v1/models/one+two").json()
+        assert "labels" not in client.get("/v1/models/one+other").json()
+        for name, message in (
+            ("one+other", "one+other does not read 'x': it reads no records"),
+            ("one+head", "head has a head and"),
+        ):
+            refused = client.post("/v1/classify", json={"model": name, "input": {"x": "red"}})
+            assert (refused.status_code, message in refused.text) == (400, True), refused.text
 
 
 def test_names_with_a_plus_are_served_as_they_are(llama: str, adapters: Path, tmp_path: Path) -> None:

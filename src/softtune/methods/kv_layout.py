@@ -196,8 +196,8 @@ def composed(prompts: Sequence[Prompt]) -> Prompt:
     A key is as it was trained, after any rotary position embedding: each part keeps its own positions 0 .. P_i - 1, so
     that the parts overlap. The text starts at the sum of all P_i behind parts that shift its positions, and at 0 behind
     parts that do not. So the first part and the text are as far from each other as the other parts are long, which none
-    of them was trained with. The order counts where attention adds distances to its scores (such as ALiBi and T5), and says
-    nothing elsewhere.
+    of them was trained with. The order counts where attention adds distances to its scores (such as ALiBi and T5), and
+    says nothing elsewhere.
 
     Raises:
         AdapterError: there is no prompt, or one has more than a prefix in front of the text.
