@@ -18,6 +18,7 @@ from softtune import (
     PrefixTuningConfig,
     compose_cartridge_adapters,
 )
+from softtune.adapter_context import BatchAdapters
 from softtune.compat import cache_of, renamed
 from tests.families import (
     CAUSAL_LM,
@@ -186,6 +187,16 @@ def test_gradients_are_those_of_the_composed_folder(tmp_path: Path) -> None:
     assert whole.peft_config["default"].num_frozen_tokens == 0
     torch.testing.assert_close(found[0], expected[:5])
     torch.testing.assert_close(found[1], expected[5 + frozen_of_b :])
+
+
+def test_the_gradients_of_all_parts_are_watched() -> None:
+    model = several()
+    add(model, "tasks", MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2, task_type=CAUSAL_LM))
+    batch = BatchAdapters.from_names(["tasks+a", "b", "a+b", "__base__"], model.adapter, [1, 0, 0, 0])
+    assert {name: adapter.module for name, adapter in batch.by_name.items()} == {
+        name: model.adapter(name).module for name in ("tasks", "a", "b")
+    }
+    assert batch.adapter_names == ("tasks/task 1+a", "b", "a+b", "__base__")
 
 
 def test_a_name_with_a_plus_keeps_its_meaning() -> None:
