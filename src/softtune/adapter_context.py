@@ -1,5 +1,7 @@
 """Applies adapters to a base model for the duration of one call: prompts, biases and heads, per row.
 
+A row has an adapter, none, or several with one prefix behind the other.
+
 Letters: B rows.
 
 Internal.
@@ -30,6 +32,7 @@ from softtune.injection.prompt_to_kv import prompt_to_kv
 from softtune.injection.provenance import BASE, AdapterNames, differ, joined_names, provenance_of, tag_provenance
 from softtune.inputs import Inputs
 from softtune.methods.base import Prompt
+from softtune.methods.kv_layout import composed
 
 _CACHED_PROMPTS: ContextVar[dict[tuple[nn.Module, int | None], Prompt] | None] = ContextVar(
     "_CACHED_PROMPTS", default=None
@@ -38,16 +41,19 @@ _CACHED_PROMPTS: ContextVar[dict[tuple[nn.Module, int | None], Prompt] | None] =
 
 OF_TASK = "/task "
 """Between an adapter's name, in which there is no slash, and one of its tasks."""
+BEHIND = "+"
+"""Between the names of adapters whose prefixes stand one behind the other."""
 
 
 @dataclass(frozen=True)
 class BatchAdapters:
     """The adapters of a batch, and which of them each row has."""
 
-    adapters: dict[str, Adapter | None]
-    """The distinct adapters by name, of those with several tasks by name and task; None for the base model."""
+    adapters: dict[str, tuple[Adapter, ...]]
+    """What rows have, by name, of adapters with several tasks by name and task: one adapter, none for the base model,
+    or several whose prefixes stand one behind the other."""
     rows: Tensor | None = None
-    """[B] index of each row's adapter in ``adapters``; None if all rows have the same."""
+    """[B] index in ``adapters`` of what each row has; None if all rows have the same."""
 
     @classmethod
     def from_names(
@@ -56,21 +62,22 @@ class BatchAdapters:
         """Look up adapters by one name for each row, or one name for all rows.
 
         Args:
-            names: the names.
+            names: the names; where no adapter is named ``"a+b"``, that is the prefix of ``a`` with that of ``b`` behind
+                it, see ``composed``.
             adapter: finds an adapter by its name.
             task_ids: [B] each row's task, for adapters with several.
 
         Raises:
-            AdapterError: a name or task is unknown, the adapters are for several kinds of tasks, or one has several
-                tasks and there are no ``task_ids``.
+            AdapterError: a name or task is unknown, the adapters are for several kinds of tasks, one has several
+                tasks and there are no ``task_ids``, or one of several in a row has a head.
             DataError: there is not one task for each row.
         """
-        found = {name: None if name == BASE else adapter(name) for name in names}
-        ids = _task_ids(task_ids, names, list(found.values()))
+        found = {name: _found(name, adapter) for name in names}
+        ids = _task_ids(task_ids, names, [a for parts in found.values() for a in parts])
         names = [names[0]] * len(ids) if len(names) == 1 else names
-        each = [_of_task(name, found[name], task) for name, task in zip(names, ids, strict=True)]
+        each = [_of_tasks(name, found[name], task) for name, task in zip(names, ids, strict=True)]
         adapters, names = dict(each), [name for name, _ in each]
-        if len(tasks := {a.config.task_type for a in adapters.values() if a is not None}) > 1:
+        if len(tasks := {a.config.task_type for parts in adapters.values() for a in parts}) > 1:
             raise AdapterError(
                 f"adapter_names mixes tasks ({', '.join(sorted(str(t and t.value) for t in tasks))})",
                 "one batch has one head, run them apart",
@@ -81,7 +88,8 @@ class BatchAdapters:
     @property
     def by_name(self) -> dict[str, Adapter]:
         """The adapters by their own names, those with several tasks once, without the base model."""
-        return {name.partition(OF_TASK)[0]: a for name, a in self.adapters.items() if a is not None}
+        each = [pair for name, parts in self.adapters.items() for pair in _by_part(name, parts)]
+        return {name.partition(OF_TASK)[0]: adapter for name, adapter in each}
 
     @property
     def adapter_names(self) -> AdapterNames:
@@ -94,7 +102,7 @@ class BatchAdapters:
 
 
 def _task_ids(
-    task_ids: Tensor | Sequence[int] | None, names: Sequence[str], adapters: Sequence[Adapter | None]
+    task_ids: Tensor | Sequence[int] | None, names: Sequence[str], adapters: Sequence[Adapter]
 ) -> list[int | None]:
     """The task of each name, or of each row where there is one name for all."""
     if task_ids is None:
@@ -104,16 +112,45 @@ def _task_ids(
     ids: list[Any] = task_ids.tolist() if isinstance(task_ids, Tensor) else list(task_ids)
     if not isinstance(ids, list) or not all(isinstance(task, int) for task in ids) or len(names) not in (1, len(ids)):
         raise DataError(f"task_ids {ids} are not one whole number for each row", "give [B], counted from 0")
-    real = [adapter for adapter in adapters if adapter is not None]
-    if real and all(adapter.config.num_prompt_tasks is None for adapter in real):
+    if adapters and all(adapter.config.num_prompt_tasks is None for adapter in adapters):
         raise AdapterError("task_ids is for adapters with several tasks, and no row has one", "leave it out")
     return ids
 
 
-def _of_task(name: str, adapter: Adapter | None, task: int | None) -> tuple[str, Adapter | None]:
-    """A row's adapter for its task, and what both are called."""
-    tasks = None if adapter is None else adapter.config.num_prompt_tasks
-    if adapter is None or tasks is None:
+def _found(name: str, adapter: Callable[[str], Adapter]) -> tuple[Adapter, ...]:
+    """The adapters that a name stands for.
+
+    Raises:
+        AdapterError: there is no such adapter, or one of several has a head.
+    """
+    if name == BASE:
+        return ()
+    try:
+        return (adapter(name),)
+    except AdapterError:
+        if BEHIND not in name:
+            raise
+    parts = tuple(adapter(part) for part in name.split(BEHIND))
+    if headed := [part for part, found in _by_part(name, parts) if found.heads]:
+        raise AdapterError(f"{headed[0]!r} has trained modules beside its prefix", f"run it apart from {name!r}")
+    return parts
+
+
+def _by_part(name: str, parts: tuple[Adapter, ...]) -> list[tuple[str, Adapter]]:
+    """The adapters that a name stands for, with their own names."""
+    return list(zip(name.split(BEHIND) if len(parts) > 1 else [name] * len(parts), parts, strict=True))
+
+
+def _of_tasks(name: str, parts: tuple[Adapter, ...], task: int | None) -> tuple[str, tuple[Adapter, ...]]:
+    """A row's adapters for its task, and what they are called together."""
+    each = [_of_task(part, adapter, task) for part, adapter in _by_part(name, parts)]
+    return BEHIND.join(part for part, _ in each) or name, tuple(adapter for _, adapter in each)
+
+
+def _of_task(name: str, adapter: Adapter, task: int | None) -> tuple[str, Adapter]:
+    """An adapter for a row's task, and what both are called."""
+    tasks = adapter.config.num_prompt_tasks
+    if tasks is None:
         return name, adapter
     if task is None and tasks > 1:
         raise AdapterError(
@@ -142,7 +179,9 @@ def apply_adapters(
         The injection, or None if no row has an adapter.
 
     Raises:
-        AdapterError: the caller's ``encoder_outputs`` were computed with other adapters.
+        AdapterError: the caller's ``encoder_outputs`` were computed with other adapters, or one of several in a row has
+            more than a prefix in front of the text.
+        AdapterMismatchError: the prefixes of a row are for different layers or positions.
         UnsupportedModelError: a prompt did not reach the layers, or ``torch`` makes a graph that cannot be right.
     """
     if any(batch.adapters.values()):
@@ -154,7 +193,7 @@ def apply_adapters(
     if as_kv and torch.is_grad_enabled() and is_sharded(backbone.model):
         as_kv = False  # FSDP2 gathers a layer's weights for a gradient at its output alone, not at its keys
     with model_session(backbone.model) as session:
-        prompts = [Prompt() if a is None else _prompt(backbone, a, as_kv=as_kv) for a in adapters]
+        prompts = [_joint_prompt(backbone, parts, as_kv=as_kv) for parts in adapters]
         rows = None if batch.rows is None else batch.rows.to(backbone.device)  # once, rather than once a layer
         changes = _changes(backbone, adapters, prompts, rows)
         injection = None
@@ -190,12 +229,12 @@ def _encoder_adapter_names(backbone: Backbone, batch: BatchAdapters, prompts: Se
         return ()
     encoder = backbone.stacks[0].module
 
-    def acts(adapter: Adapter | None, prompt: Prompt) -> bool:
+    def acts(parts: tuple[Adapter, ...], prompt: Prompt) -> bool:
         reads = prompt.vectors is not None or any(site is Site.ENCODER for site, _ in prompt.prefixes)
-        return reads or _changes(backbone, [adapter], [prompt]).reach(encoder)
+        return reads or _changes(backbone, [parts], [prompt]).reach(encoder)
 
     pairs = zip(batch.adapters.items(), prompts, strict=True)
-    return batch._each([name if acts(adapter, prompt) else BASE for (name, adapter), prompt in pairs])
+    return batch._each([name if acts(parts, prompt) else BASE for (name, parts), prompt in pairs])
 
 
 def _check_encoder_outputs(outputs: Any, adapter_names: AdapterNames, prompts: Sequence[Prompt]) -> None:
@@ -217,6 +256,16 @@ def prompts_cached() -> Iterator[None]:
         yield
     finally:
         _CACHED_PROMPTS.reset(token)
+
+
+def _joint_prompt(backbone: Backbone, parts: tuple[Adapter, ...], *, as_kv: bool) -> Prompt:
+    """What the adapters of a row contribute together, see ``_prompt``.
+
+    Raises:
+        AdapterError, AdapterMismatchError: see ``composed``.
+    """
+    prompts = [_prompt(backbone, adapter, as_kv=as_kv) for adapter in parts]
+    return composed(prompts) if len(prompts) > 1 else next(iter(prompts), Prompt())
 
 
 def _prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool) -> Prompt:
@@ -242,10 +291,13 @@ def computed_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool) -> Pro
 
 
 def _changes(
-    backbone: Backbone, adapters: Sequence[Adapter | None], prompts: Sequence[Prompt], rows: Tensor | None = None
+    backbone: Backbone,
+    adapters: Sequence[tuple[Adapter, ...]],
+    prompts: Sequence[Prompt],
+    rows: Tensor | None = None,
 ) -> ModuleChanges:
-    """The changes that adapters and their prompts make at single modules."""
-    heads = [a.heads if a else {} for a in adapters]
+    """The changes that adapters and their prompts make at single modules; several of one row have no heads."""
+    heads = [parts[0].heads if parts else {} for parts in adapters]
     return ModuleChanges(backbone, [p.additions for p in prompts], heads, rows, scalings=[p.scalings for p in prompts])
 
 
@@ -275,7 +327,7 @@ def _depth(backbone: Backbone, adapter: Adapter) -> int:
     """Number of first layers that an adapter does not change. Computes its prompt without drawing random numbers."""
     with evaluating(adapter.module):
         prompt = adapter.of_task(0).prompt()  # that of another task reaches the same layers
-    changes_layers = _changes(backbone, [adapter], [prompt]).reach(backbone.stacks[0].module)
+    changes_layers = _changes(backbone, [(adapter,)], [prompt]).reach(backbone.stacks[0].module)
     return 0 if changes_layers else untouched([prompt])
 
 

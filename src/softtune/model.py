@@ -301,7 +301,10 @@ class PeftModel(PushToHubMixin, PeftNames):
                 template's ``encode`` returns them. By default virtual tokens precede the text. Those of a suffix or
                 infix precede the first token that a language model has a label for, else they follow the text.
             adapter_names: B names, one for each row, whose outputs are the same as with that adapter alone.
-                ``"__base__"`` is the base model without an adapter. By default all rows have the active adapter.
+                ``"__base__"`` is the base model without an adapter. ``"a+b"`` is the prefix of ``a`` with that of ``b``
+                behind it, as ``compose_cartridge_adapters`` composes them, unless an adapter has this name; prompt
+                tuning and P-tuning count as prefixes where they are keys and values. By default all rows have the
+                active adapter.
             return_dict: False for a tuple.
             task_ids: [B] each row's task, from 0, where its adapter has several (MPT); a batch may mix them.
             input_type_mask: [B, T] types of the input's tokens for CPT's loss, as its ``cpt_tokens_type_mask``; by
@@ -320,7 +323,9 @@ class PeftModel(PushToHubMixin, PeftNames):
                 an adapter is trained on quantised layers without a gradient.
             AdapterError: ``adapter_names`` or ``task_ids`` has an unknown one, another number of rows or adapters of
                 several kinds of tasks, an adapter has several tasks and there are no ``task_ids``, rows with labels
-                have CPT and others do not, or ``input_type_mask`` or ``task_ids`` is given for no adapter of its kind.
+                have CPT and others do not, ``input_type_mask`` or ``task_ids`` is given for no adapter of its kind, or
+                one of several in a row has more than a prefix in front of the text.
+            AdapterMismatchError: the prefixes of a row are for different layers or positions.
         """
         given = {
             "input_ids": input_ids,

@@ -26,17 +26,17 @@ def has_own_loss(batch: BatchAdapters, inputs: Inputs, input_type_mask: Tensor |
     """Whether a call with these adapters and labels has the loss of its adapters instead of the base model's.
 
     Raises:
-        AdapterError: some of the adapters have a loss of their own and others do not, or ``input_type_mask`` is given
-            and none has one.
+        AdapterError: some of the adapters have a loss of their own and others do not, one that has is not alone in its
+            row, or ``input_type_mask`` is given and none has one.
         DataError: types or labels do not fit the text, or virtual tokens stand among them.
     """
-    adapters = [adapter for adapter in batch.adapters.values() if adapter is not None]
+    adapters = [adapter for parts in batch.adapters.values() for adapter in parts]
     owners = [adapter for adapter in adapters if adapter.config.has_own_loss]
     if input_type_mask is not None and adapters and not owners:
         raise AdapterError("input_type_mask is for CPT, and no adapter of this batch has it", "leave it out")
     if not owners or inputs.labels is None:
         return False
-    if len(owners) < len(batch.adapters):
+    if len(owners) < len(batch.adapters) or any(len(parts) > 1 for parts in batch.adapters.values()):
         raise AdapterError(
             "labels with rows of adapters that have a loss of their own (CPT) and of others have no loss together",
             "run them apart, or without labels",
@@ -87,8 +87,7 @@ def own_loss(
     columns = columns[-kept:] if isinstance(kept, int) else columns[kept]
     is_first = columns == row_starts(mask, len(labels), device)[:, None]
     total, count = torch.zeros((), device=device), torch.zeros((), device=device)
-    for number, adapter in enumerate(batch.adapters.values()):
-        assert adapter is not None
+    for number, (adapter,) in enumerate(batch.adapters.values()):
         rows = slice(None) if batch.rows is None else (batch.rows == number).to(device)
         found = adapter.module.supervision(labels[rows], None if types is None else types[rows])
         vectors = adapter.prompt().vectors

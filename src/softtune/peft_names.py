@@ -72,7 +72,7 @@ class PeftNames(AdapterState):
         if name is None:
             raise AdapterError("no adapter is active", "set one by set_adapter")
         batch = BatchAdapters.from_names([name], self.adapter, task_ids)
-        prompts = [adapter.prompt() for adapter in batch.adapters.values() if adapter is not None]
+        prompts = [adapter.prompt() for (adapter,) in batch.adapters.values()]
         prompt = prompts[0]
         if batch.rows is not None:
             return torch.stack([prompts[row].vectors for row in batch.rows.tolist()])

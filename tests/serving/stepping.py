@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softtune import PeftModel
+from softtune import PeftModel, PrefixTuningConfig
 from softtune.backbone import Backbone
 from softtune.errors import RequestError
 from softtune.serving import prompt_export
 from softtune.serving.engine_config import EngineConfig
-from softtune.serving.registry import AdapterInfo, Registry
+from softtune.serving.registry import AdapterInfo, Registry, Version
 from softtune.serving.request_queue import RequestHandle
 from softtune.serving.requests import GenerationRequest
 from softtune.serving.sampling import IncrementalDetokenizer, SamplingParams
@@ -47,7 +47,7 @@ class Served:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = PeftModel(AutoModelForCausalLM.from_pretrained(model).eval().to(device))
         self.engine = engine(self.model.backbone, EngineConfig(**config), spool)
-        self.registry = Registry(self._bake, spool, lambda version: None, model)
+        self.registry = Registry(self._bake, spool, lambda version: None, model, self._compose)
         self.told: dict[GenerationRequest, list[Any]] = {}
         """What was told of each text."""
         for path in sorted(folder.iterdir()):
@@ -59,6 +59,11 @@ class Served:
         adapter = prompt_export.load_adapter(self.model.backbone, folder)
         self.engine.export_adapter(adapter, own, as_kv=True)
         return AdapterInfo(adapter.config, None, self.engine)
+
+    def _compose(self, parts: Sequence[Version], own: Path) -> AdapterInfo:
+        prompt_export.compose_prompts([part.folder for part in parts], self.model.backbone, own)
+        total = sum(part.info.num_virtual_tokens for part in parts)
+        return AdapterInfo(PrefixTuningConfig(num_virtual_tokens=total), None, self.engine)
 
     @property
     def names(self) -> list[str | None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from softtune.errors import AdapterError, CheckpointError, ConfigError
+from softtune.errors import AdapterError, CheckpointError, ConfigError, RequestError
 from softtune.methods import PrefixTuningConfig
+from softtune.serving import registry as registry_file
 from softtune.serving.registry import AdapterInfo, Registry, Version
 
 INFO = AdapterInfo(PrefixTuningConfig(num_virtual_tokens=7), None, None)
@@ -21,12 +23,24 @@ class Registered:
         self.forgotten: list[tuple[str, int]] = []
         self.error: Exception | None = None
         self.folder = folder
+        self.composing: Callable[[], Any] = lambda: None
         self.registry = Registry(
-            self._export, folder, lambda version: self.forgotten.append((version.name, version.number)), "base"
+            self._export,
+            folder,
+            lambda version: self.forgotten.append((version.name, version.number)),
+            "base",
+            self._compose,
         )
 
     def _export(self, folder: Path, export_folder: Path) -> AdapterInfo:
         (export_folder / "exported").write_text(folder.name)
+        if self.error is not None:
+            raise self.error
+        return INFO
+
+    def _compose(self, parts: Sequence[Version], folder: Path) -> AdapterInfo:
+        self.composing()
+        (folder / "exported").write_text("+".join((part.folder / "exported").read_text() for part in parts))
         if self.error is not None:
             raise self.error
         return INFO
@@ -117,6 +131,85 @@ def test_the_number_of_virtual_tokens_is_the_configs() -> None:
     assert INFO.num_virtual_tokens == 7
     config: Any = object()
     assert AdapterInfo(config, None, None).num_virtual_tokens == 0
+
+
+@pytest.fixture
+def pair(own: Registered) -> Registered:
+    """Two adapters."""
+    for name in ("one", "two"):
+        own.registry.add(name, Path(name))
+    return own
+
+
+def test_joined_names_are_composed_once(pair: Registered) -> None:
+    version = pair.registry.lease("one+two")
+    assert pair.registry.lease("one+two") is version
+    assert ((version.folder / "exported").read_text(), version.number, version.leases) == ("one+two", 3, 2)
+    assert [part.name for part in version.parts] == ["one", "two"]
+    assert [part.leases for part in version.parts] == [0, 0]
+    assert (pair.served, pair.registry.composed) == ([("one", 1), ("two", 2)], [version])
+    other = pair.registry.lease("two+one+one")
+    assert (other.folder / "exported").read_text() == "two+one+one"
+
+
+def test_a_composed_version_ends_with_any_of_its_parts(pair: Registered) -> None:
+    first = pair.registry.lease("one+two")
+    pair.registry.add("two", Path("new"))
+    assert (first.is_retired, pair.registry.composed, pair.folders) == (True, [], ["1", "3", "4"])
+    second = pair.registry.lease("one+two")
+    assert (second.folder / "exported").read_text() == "one+new"
+    pair.registry.release(first)
+    assert (pair.folders, pair.forgotten) == (["1", "4", "5"], [("two", 2), ("one+two", 3)])
+    pair.registry.release(second)
+    assert pair.folders == ["1", "4", "5"]
+    pair.registry.remove("one")
+    assert pair.folders == ["4"]
+    with pytest.raises(AdapterError, match="no adapter is named 'one': among those that are served are two"):
+        pair.registry.lease("one+two")
+
+
+def test_a_part_that_is_replaced_meanwhile(pair: Registered) -> None:
+    def replace() -> None:
+        pair.composing = lambda: None
+        pair.registry.add("two", Path("new"))
+
+    pair.composing = replace
+    version = pair.registry.lease("one+two")
+    assert (version.folder / "exported").read_text() == "one+new"
+    assert pair.registry.composed == [version]
+    assert pair.folders == ["1", "4", "5"]
+    pair.composing = replace
+    pair.registry.compose("two+one")  # is outdated before it is there
+    assert pair.registry.composed == []
+
+
+def test_the_oldest_of_many_composed_versions_is_dropped(pair: Registered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_file, "MAX_COMPOSED", 2)
+    for name in ("one+two", "two+one", "one+two", "one+one"):
+        pair.registry.release(pair.registry.lease(name))
+    assert [version.name for version in pair.registry.composed] == ["one+one", "one+two"]
+    assert pair.folders == ["1", "2", "3", "5"]
+
+
+def test_what_cannot_be_composed_leaves_nothing(pair: Registered) -> None:
+    pair.error = RequestError("one has a head")
+    with pytest.raises(RequestError, match="one has a head"):
+        pair.registry.lease("one+two")
+    assert (pair.folders, pair.registry.composed) == (["1", "2"], [])
+    assert not any(version.leases for version in pair.registry.versions)
+    for name, unknown in (("one+three", "three"), ("one+", ""), ("+", ""), ("three", "three")):
+        with pytest.raises(AdapterError, match=f"no adapter is named '{unknown}'"):
+            pair.registry.lease(name)
+    alone = Registry(lambda *_: INFO, pair.folder, lambda version: None, "base")
+    with pytest.raises(AdapterError, match="no adapter is named 'one\\+two'"):
+        alone.lease("one+two")
+
+
+def test_an_adapter_of_a_joined_name_comes_first(pair: Registered) -> None:
+    composed = pair.registry.lease("one+two")
+    own = pair.registry.add("one+two", Path("own"))
+    assert pair.registry.lease("one+two") is own
+    assert (composed.is_retired, pair.registry.composed) == (True, [])
 
 
 def test_versions_are_told_apart_by_what_they_are() -> None:

@@ -11,6 +11,7 @@ import torch
 from softtune.errors import ClosedError, FullError, TooLongError
 from softtune.serving import prompt_export
 from softtune.serving.requests import LoglikelihoodRequest
+from tests.families import P
 from tests.serving.stepping import Served
 
 TEXTS = ["the sky is blue", "good text : bad", "red", "cold warm cold warm the green sky label : is", "is it"]
@@ -49,6 +50,19 @@ def test_texts_are_those_of_generate_alone(served: Callable[..., Pooled], config
     for (name, text, tokens), (job, _, failures) in zip(asked, jobs, strict=True):
         assert not failures
         assert job.output_ids == s.expected(name, text, tokens), (name, text)
+
+
+@pytest.mark.parametrize("config", [{}, {"max_num_batched_tokens": 5, "num_kv_slots": 80, "adapter_cache_bytes": 0}])
+def test_several_prefixes_in_front_of_a_text(served: Callable[..., Pooled], config: dict[str, int]) -> None:
+    s = served(**config)
+    names = ["prefix+prompt", "prefix", "prompt+prefix", "prefix+p_tuning_lstm+prompt", None, "ia3", "prompt_suffix"]
+    asked = [(name, text) for text in TEXTS for name in names]
+    jobs = [s.write(name, text, max_tokens=6) for name, text in asked]
+    s.finish()
+    for (name, text), (job, handle, failures) in zip(asked, jobs, strict=True):
+        assert not failures
+        assert job.output_ids == s.expected(name, text, 6), (name, text)
+        assert "+" not in (name or "") or handle.num_virtual_tokens == P * len(str(name).split("+"))
 
 
 def test_scores_are_those_of_a_forward_alone(served: Callable[..., Pooled]) -> None:

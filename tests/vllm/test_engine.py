@@ -17,7 +17,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from softtune.errors import TooLongError, UnsupportedModelError
+from softtune.errors import AdapterError, TooLongError, UnsupportedModelError
 from softtune.serving import prompt_export
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.request_queue import RequestHandle
@@ -70,6 +70,20 @@ def test_texts_are_those_of_generate_alone(served: InVllm, monkeypatch: pytest.M
         assert not failures
         assert job.output_ids == served.expected(name, text, tokens), (name, text)
     assert bool(preempted) == (served.engine.config.num_kv_slots == 512)
+
+
+def test_several_prefixes_in_front_of_a_text(model: str, adapters: Path, tmp_path: Path) -> None:
+    served = InVllm(model, adapters, tmp_path, num_kv_slots=8192)
+    names = ["prefix_31+prefix_1", "prefix_32+prefix_33", "prefix_70+prompt+p_tuning_v2", "prefix_1+prefix_31", None]
+    asked = [(name, text) for name in [*names, "prefix_31", "prompt_suffix"] for text in TEXTS] * 2
+    jobs = [served.write(name, text, max_tokens=12) for name, text in asked]
+    served.finish()
+    served.engine.close()
+    for (name, text), (job, _, failures) in zip(asked, jobs, strict=True):
+        assert not failures
+        assert job.output_ids == served.expected(name, text, 12), (name, text)
+    with pytest.raises(AdapterError, match="its virtual tokens are behind the text"):
+        served.registry.lease("prefix_31+prompt_suffix")
 
 
 @pytest.fixture

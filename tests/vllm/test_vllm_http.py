@@ -11,7 +11,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from softtune import PeftModel
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.service import Service
 from softtune.serving.vllm.engine import VllmEngine
@@ -53,6 +56,21 @@ def test_many_at_once_get_what_generate_writes_alone(client: httpx.Client, llama
     with ThreadPoolExecutor(len(asked)) as threads:
         found = list(threads.map(lambda one: ask(*one), asked))
     assert found == [generated(llama, name and folder / name, text, 20) for name, text in asked]
+
+
+def test_several_adapters_in_one_request(client: httpx.Client, llama: str, folder: Path) -> None:
+    model = PeftModel(AutoModelForCausalLM.from_pretrained(llama))
+    for name in ("prefix", "prompt"):
+        model.load_adapter(folder / name, name)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        written = model.eval().generate(ids, adapter_names=["prefix+prompt"], **options)[0, ids.shape[1] :]
+        found = complete(client, model="prefix+prompt", prompt=text, max_tokens=12)
+        assert found.json()["choices"][0]["text"] == tokenizer.decode(written, skip_special_tokens=True)
+    refused = complete(client, model="prefix+prompt_suffix")
+    assert (refused.status_code, "only prefixes in front of the text" in refused.text) == (400, True)
 
 
 def test_streams_and_stops(client: httpx.Client, llama: str, folder: Path) -> None:

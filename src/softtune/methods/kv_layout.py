@@ -196,16 +196,25 @@ def composed(prompts: Sequence[Prompt]) -> Prompt:
     A key is as it was trained, after any rotary position embedding: each part keeps its own positions 0 .. P_i - 1, so
     that the parts overlap. The text starts at the sum of all P_i behind parts that shift its positions, and at 0 behind
     parts that do not. So the first part and the text are as far from each other as the other parts are long, which none
-    of them was trained with.
+    of them was trained with. The order counts where attention adds distances to its scores (such as ALiBi and T5), and
+    says nothing elsewhere.
 
     Raises:
         AdapterError: there is no prompt, or one has more than a prefix in front of the text.
         AdapterMismatchError: the prompts are for different layers or sizes of heads, or differ in whether the text's
-            positions are shifted.
+            positions are shifted, or in how many virtual tokens training drops.
     """
-    if not prompts or any(p.vectors is not None or p.additions or p.after_text or not p.prefixes for p in prompts):
-        raise AdapterError("only prefixes in front of the text can stand one behind the other", "leave the others out")
+    if not prompts:
+        raise AdapterError("there is no prefix", "only prefixes in front of the text can stand one behind the other")
+    for number, prompt in enumerate(prompts, 1):
+        if found := _obstacle(prompt):
+            raise AdapterError(
+                f"{found} (adapter {number} of {len(prompts)})",
+                "only prefixes in front of the text can stand one behind the other",
+            )
     first = prompts[0]
+    if len({p.token_dropout for p in prompts}) > 1:
+        raise AdapterMismatchError("the prefixes differ in token dropout", "compose them in evaluation mode")
     if len({p.shifts_positions for p in prompts}) > 1 or any(_sizes(p) != _sizes(first) for p in prompts):
         raise AdapterMismatchError("the prefixes are for different layers or positions", "compose those of one kind")
     by_place = {place: [p.prefixes[place] for p in prompts] for place in first.prefixes}
@@ -216,7 +225,23 @@ def composed(prompts: Sequence[Prompt]) -> Prompt:
             for place, pairs in by_place.items()
         },
         shifts_positions=first.shifts_positions,
+        token_dropout=first.token_dropout,
     )
+
+
+def _obstacle(prompt: Prompt) -> str | None:
+    """What a prompt has that no other prefix can stand before or behind; None where it is a plain prefix."""
+    if prompt.additions:
+        return "it has trained biases"
+    if prompt.scalings:
+        return "it has trained factors"
+    if prompt.terms:
+        return "it adds to what attention returns"
+    if prompt.after_text:
+        return "its virtual tokens are behind the text"
+    if prompt.vectors is not None:
+        return "its virtual tokens are at the input"
+    return None if prompt.prefixes else "it has no keys and values"
 
 
 def _sizes(prompt: Prompt) -> dict[Place, tuple[int, int, int]]:

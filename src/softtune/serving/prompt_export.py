@@ -23,7 +23,7 @@ from softtune.backbone.roles import BiasSlot
 from softtune.errors import UnsupportedModelError
 from softtune.methods import PeftConfig
 from softtune.methods.base import GatedKeyValue, Prompt
-from softtune.methods.kv_layout import joined_prefix, split_prefix
+from softtune.methods.kv_layout import composed, joined_prefix, split_prefix
 from softtune.model import PeftModel
 
 PROMPT_NAME = "prompt.safetensors"
@@ -123,6 +123,15 @@ def load_prompt(folder: Path, backbone: Backbone, *, with_prefix: bool = True) -
         after_text=facts["after_text"],
         shifts_positions=facts["shifts_positions"],
     )
+
+
+def compose_prompts(folders: Sequence[Path], backbone: Backbone, folder: Path) -> None:
+    """Write the exported prompts of several folders into another one, one prefix behind the other.
+
+    Raises:
+        AdapterError, AdapterMismatchError: see ``kv_layout.composed``.
+    """
+    save_prompt(composed([load_prompt(part, backbone) for part in folders]), backbone, folder)
 
 
 def _name(place: Place) -> str:

@@ -1,23 +1,30 @@
 """Adapters by name and version, each checked and exported once.
 
 A request keeps the version that it started with; a version that is replaced or removed is deleted after its last
-request. Knows nothing about what requests compute, and nothing about what adapters do.
+request. Names that are joined by "+" stand for a version that is composed when it is first asked for. Knows nothing
+about what requests compute, and nothing about what adapters do.
 """
 
 from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
+from softtune.adapter_context import BEHIND
 from softtune.errors import AdapterError, ConfigError
 from softtune.methods import PeftConfig
 from softtune.tasks import Task
+
+MAX_COMPOSED = 64
+"""Maximum number of composed versions that are kept; the least recently requested one is dropped."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Version:
     info: AdapterInfo
     folder: Path
     """The folder of its inference form."""
+    parts: tuple[Version, ...] = ()
+    """The versions that it was composed of, in this order."""
     leases: int = 0
     """Number of requests that use it."""
     is_retired: bool = False
@@ -62,6 +71,7 @@ class Registry:
         folder: where inference forms are kept.
         forget: called with a retired version that no request uses any more.
         taken: the base model's name, which no adapter can have.
+        compose: writes the inference form of several versions together into a folder; None if each is asked alone.
     """
 
     def __init__(
@@ -70,20 +80,30 @@ class Registry:
         folder: Path,
         forget: Callable[[Version], None],
         taken: str,
+        compose: Callable[[Sequence[Version], Path], AdapterInfo] | None = None,
     ) -> None:
         self._export = export
         self._folder = folder
         self._forget = forget
         self._taken = taken
+        self._compose = compose
         self._versions: dict[str, Version] = {}
+        self._composed: OrderedDict[str, Version] = OrderedDict()
+        """Composed versions by name, least recently requested first."""
         self._numbers = itertools.count(1)
-        self._lock = RLock()
+        self._lock, self._composing = RLock(), Lock()
 
     @property
     def versions(self) -> list[Version]:
         """The current version of each adapter, sorted by name."""
         with self._lock:
             return [self._versions[name] for name in sorted(self._versions)]
+
+    @property
+    def composed(self) -> list[Version]:
+        """The composed versions that are kept, sorted by name."""
+        with self._lock:
+            return [self._composed[name] for name in sorted(self._composed)]
 
     def add(self, name: str, folder: Path) -> Version:
         """Serve the adapter in a folder under a name, in place of the current version of that name.
@@ -94,19 +114,72 @@ class Registry:
         """
         if name == self._taken:
             raise ConfigError(f"{name} is the base model's name", "give the adapter's folder another one")
-        number = next(self._numbers)
-        export_folder = self._folder / str(number)
-        export_folder.mkdir()
-        try:
-            info = self._export(folder, export_folder)
-        except BaseException:
-            shutil.rmtree(export_folder, ignore_errors=True)
-            raise
-        version = Version(name, number, info, export_folder)
+        version = self._made(name, partial(self._export, folder))
         with self._lock:
-            before, self._versions[name] = self._versions.get(name), version
-        self._retire(before)
+            before = [self._versions.get(name), self._composed.pop(name, None)]
+            self._versions[name] = version
+        for other in before:
+            self._retire(other)
         return version
+
+    def compose(self, name: str) -> None:
+        """Compose the version of adapters whose names are joined by "+", unless there is one of the name.
+
+        It lasts until one of its adapters is replaced or removed.
+
+        Raises:
+            AdapterError: one of the names is no adapter's.
+            SofttuneError: they cannot be composed.
+        """
+        with self._composing, ExitStack() as leases:
+            with self._lock:
+                if self._current(name) is not None:
+                    return
+                parts = self._parts(name)
+                for part in parts:
+                    leases.callback(self.lease_again(part))
+            assert self._compose is not None
+            version = self._made(name, partial(self._compose, parts), parts)
+            with self._lock:
+                is_outdated = any(part.is_retired for part in parts)
+                dropped = version if is_outdated else self._keep(version)
+            self._retire(dropped)
+
+    def _keep(self, version: Version) -> Version | None:
+        """Keep a composed version; returns the one that has to make room for it."""
+        self._composed[version.name] = version
+        return self._composed.popitem(last=False)[1] if len(self._composed) > MAX_COMPOSED else None
+
+    def _made(self, name: str, write: Callable[[Path], AdapterInfo], parts: tuple[Version, ...] = ()) -> Version:
+        """A new version, whose inference form ``write`` writes into its folder."""
+        number = next(self._numbers)
+        folder = self._folder / str(number)
+        folder.mkdir()
+        try:
+            info = write(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return Version(name, number, info, folder, parts)
+
+    def _current(self, name: str) -> Version | None:
+        """The current version of a name, also of a composed one that is kept; None where there is none."""
+        if name in self._composed:
+            self._composed.move_to_end(name)
+        return self._versions.get(name) or self._composed.get(name)
+
+    def _parts(self, name: str) -> tuple[Version, ...]:
+        """The current versions of joined names.
+
+        Raises:
+            AdapterError: there is no adapter of one of them.
+        """
+        names = name.split(BEHIND)
+        if self._compose is None or len(names) == 1:
+            raise self._unknown(name)
+        if unknown := [part for part in names if part not in self._versions]:
+            raise self._unknown(unknown[0])
+        return tuple(self._versions[part] for part in names)
 
     def remove(self, name: str) -> None:
         """Stop serving an adapter.
@@ -124,13 +197,14 @@ class Registry:
         """Lease the current version of an adapter, which a request uses from its first token to its last.
 
         Raises:
-            AdapterError: there is no adapter of that name.
+            AdapterError, SofttuneError: see ``compose``, which this calls unless there is a version of the name.
         """
-        with self._lock:
-            if name not in self._versions:
-                raise self._unknown(name)
-            self._versions[name].leases += 1
-            return self._versions[name]
+        while True:
+            with self._lock:
+                if (version := self._current(name)) is not None:
+                    version.leases += 1
+                    return version
+            self.compose(name)
 
     def lease_again(self, version: Version) -> Callable[[], None]:
         """Lease a version once more; returns the function that ends this lease."""
@@ -147,6 +221,11 @@ class Registry:
     def _retire(self, version: Version | None) -> None:
         if version is not None:
             version.is_retired = True
+            with self._lock:
+                outdated = [name for name, other in self._composed.items() if version in other.parts]
+                composed = [self._composed.pop(name) for name in outdated]
+            for other in composed:
+                self._retire(other)
             self._forget_unused(version)
 
     def _forget_unused(self, version: Version) -> None:

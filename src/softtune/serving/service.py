@@ -25,9 +25,18 @@ from softtune import checkpoint
 from softtune.backbone import Backbone
 from softtune.data import Template
 from softtune.data.encoding import has_places_within
-from softtune.errors import CheckpointError, ConfigError, RequestError, SofttuneError, UnsupportedModelError
+from softtune.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    CheckpointError,
+    ConfigError,
+    RequestError,
+    SofttuneError,
+    TooLongError,
+    UnsupportedModelError,
+)
 from softtune.evaluation.answers import fitted_beside
-from softtune.methods import PeftConfig, TaskType
+from softtune.methods import PeftConfig, PrefixTuningConfig, TaskType
 from softtune.pretrained import DEFAULT_OPTIONS, LoadOptions
 from softtune.serving import prompt_export
 from softtune.serving.bases import Bases
@@ -91,7 +100,7 @@ class Service:
         self.thread = EngineThread([])
         self._folder = Path(tempfile.mkdtemp(prefix="softtune-"))
         self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self.registry = Registry(self._export, self._folder, lambda version: self.thread.wake(), model)
+        self.registry = Registry(self._export, self._folder, lambda version: self.thread.wake(), model, self._compose)
         self._heads: dict[tuple[TaskType, int | None], HeadEngine] = {}
         self._exporting, self._encoding = Lock(), Lock()
         self._engine = self._made(engine)
@@ -146,7 +155,7 @@ class Service:
         """Lease the current version of an adapter for the length of the block.
 
         Raises:
-            AdapterError: there is no adapter of that name.
+            AdapterError, SofttuneError: see ``Registry.lease``.
         """
         version = self.registry.lease(name)
         try:
@@ -311,6 +320,35 @@ class Service:
                 )
             engine.export_adapter(adapter, export_folder, as_kv=not within)
             return AdapterInfo(config, task, engine, within, template.separator)
+
+    def _compose(self, parts: Sequence[Version], folder: Path) -> AdapterInfo:
+        """See ``Registry``: the composed version is a prefix, for its parts' task where they have the same.
+
+        Raises:
+            RequestError: a part has a head, virtual tokens within its text, or more than a prefix in front of it.
+            AdapterMismatchError: the prefixes are for different layers or positions.
+            TooLongError: together they leave no room for a text.
+        """
+        first, *others = [part.info for part in parts]
+        for part in parts:
+            self.check_writes(part)
+        total = sum(part.info.num_virtual_tokens for part in parts)
+        if total >= self.engine.max_model_len:
+            raise TooLongError(
+                f"{total} virtual tokens leave no place for a text among {self.engine.max_model_len} tokens",
+                "name fewer adapters",
+            )
+        try:
+            prompt_export.compose_prompts([part.folder for part in parts], self.engine.backbone, folder)
+        except AdapterMismatchError:
+            raise
+        except AdapterError as error:
+            raise RequestError(error.what, error.remedy) from error
+        config = PrefixTuningConfig(num_virtual_tokens=total, task_type=TaskType.CAUSAL_LM)
+        are_alike = all((other.task, other.separator) == (first.task, first.separator) for other in others)
+        return AdapterInfo(
+            config, first.task if are_alike else None, self.engine, separator=first.separator if are_alike else ""
+        )
 
     def _engine_for(self, kind: TaskType, recipe: Recipe | None) -> Engine:
         """The engine that runs an adapter's requests; a head's is created for its first adapter."""

@@ -58,7 +58,9 @@ class TaskRunner:
                 f"{version.name} reads {', '.join(columns) or 'no records'}", "send an object with these"
             )
         if unknown := sorted(given.keys() - {*columns}):
-            raise RequestError(f"{version.name} does not read {unknown[0]!r}", f"it reads {', '.join(columns)}")
+            raise RequestError(
+                f"{version.name} does not read {unknown[0]!r}", f"it reads {', '.join(columns) or 'no records'}"
+            )
         return dict(given)
 
     async def run(self, endpoint: str, version: Version, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def engine(waiting: int, running: int, nbytes: int) -> Any:
 def service() -> Any:
     versions = [SimpleNamespace(name=name) for name in ("one", "two")]
     thread = SimpleNamespace(engines=[engine(3, 2, 100), engine(1, 0, 20)])
-    return SimpleNamespace(name="base", thread=thread, registry=SimpleNamespace(versions=versions))
+    return SimpleNamespace(name="base", thread=thread, registry=SimpleNamespace(versions=versions, composed=[]))
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:

@@ -49,7 +49,8 @@ class Metrics:
     @property
     def text(self) -> bytes:
         """All metrics in Prometheus' text format, without those of adapters that are no longer served."""
-        served = {"", self._service.name, *(version.name for version in self._service.registry.versions)}
+        registry = self._service.registry
+        served = {"", self._service.name, *(version.name for version in [*registry.versions, *registry.composed])}
         for counts in (self._requests, self._tokens, self._seconds, self._first):
             samples = [sample.labels for family in counts.collect() for sample in family.samples]
             gone = [labels for labels in samples if labels["adapter"] not in served]

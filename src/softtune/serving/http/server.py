@@ -20,6 +20,7 @@ from fastapi import HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
+from softtune.adapter_context import BEHIND
 from softtune.errors import RequestError, SofttuneError
 from softtune.serving.folder import AdapterFolder
 from softtune.serving.http.completions import (
@@ -81,6 +82,7 @@ class Server:
         """The base model or an adapter."""
         if name == self._service.name:
             return self._base
+        await self._ready(name)
         with self._service.lease(name) as version:
             return self._described(version)
 
@@ -135,6 +137,7 @@ class Server:
     ) -> Response:
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream", "set stream to true")
+        await self._ready(body.model)
         with ExitStack() as stack:
             version = stack.enter_context(self._named(body.model, request))
             self._service.check_writes(version)
@@ -153,6 +156,7 @@ class Server:
         self, body: RecordsRequest, request: Request, work: Callable[[Version, Mapping[str, Any]], Awaitable[Any]]
     ) -> dict[str, Any]:
         """The response for all records of a request, which are processed concurrently."""
+        await self._ready(body.model)
         with self._named(body.model, request) as version:
             if version is None:
                 raise RequestError(f"{body.model} is the base model", "ask an adapter")
@@ -160,6 +164,11 @@ class Server:
             together = _together([work(version, record) for record in records])
             results = await while_asked(request, together)
         return {"object": "list", "model": body.model, "data": [{"index": i, **r} for i, r in enumerate(results)]}
+
+    async def _ready(self, name: str) -> None:
+        """Compose the version of joined names in a thread, so that the event loop is not blocked."""
+        if BEHIND in name and name != self._service.name:
+            await run_in_threadpool(self._service.registry.compose, name)
 
     @contextmanager
     def _named(self, name: str, request: Request) -> Iterator[Version | None]:
