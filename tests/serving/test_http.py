@@ -84,12 +84,12 @@ def complete(client: httpx.Client, **body: Any) -> httpx.Response:
 
 def test_models_are_listed(client: httpx.Client, llama: str) -> None:
     listed = client.get("/v1/models").json()["data"]
-    assert [model["id"] for model in listed][:4] == [llama, "bitfit_added", "ia3", "infix"]
+    assert [model["id"] for model in listed][:5] == [llama, "bitfit_added", "combined", "ia3", "infix"]
     assert client.get("/v1/models/prefix").json()["method"] == "PREFIX_TUNING"
     assert client.get("/healthz").json() == {"status": "ok"}
 
 
-@pytest.mark.parametrize("name", [None, "prefix", "prompt_suffix", "bitfit_added", "ia3"])
+@pytest.mark.parametrize("name", [None, "prefix", "prompt_suffix", "bitfit_added", "combined", "ia3"])
 def test_completions_are_those_of_generate(client: httpx.Client, llama: str, adapters: Path, name: str | None) -> None:
     texts = ["the sky is", "red good"]
     found = complete(client, model=name or llama, prompt=texts, max_tokens=9)
