@@ -473,7 +473,7 @@ def test_another_attention_after_wrapping_does_not_drop_the_prefix(family: str) 
 
 @pytest.mark.promise(7)
 @pytest.mark.parametrize("family", ["t5", "bart"])
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "memory"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_encoder_outputs_without_the_adapter(family: str, method: str, masked: bool) -> None:
     model, inputs = adapted(family, SEQ_2_SEQ_LM, method), batch(texts(family, SEQ_2_SEQ_LM))

@@ -1,4 +1,4 @@
-"""Applies adapters to a base model for the duration of one call: prompts, biases and heads, per row.
+"""Applies adapters to a base model for the duration of one call: prompts, biases, factors and heads, per row.
 
 Letters: B rows.
 
@@ -191,7 +191,7 @@ def _encoder_adapter_names(backbone: Backbone, batch: BatchAdapters, prompts: Se
     encoder = backbone.stacks[0].module
 
     def acts(adapter: Adapter | None, prompt: Prompt) -> bool:
-        reads = prompt.vectors is not None or any(site is Site.ENCODER for site, _ in prompt.prefixes)
+        reads = prompt.vectors is not None or any(site is Site.ENCODER for site, _ in (*prompt.prefixes, *prompt.terms))
         return reads or _changes(backbone, [adapter], [prompt]).reach(encoder)
 
     pairs = zip(batch.adapters.items(), prompts, strict=True)

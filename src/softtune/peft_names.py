@@ -139,7 +139,12 @@ class PeftNames(AdapterState):
         """The number of trained parameters, and of all parameters, to which frozen virtual tokens count too."""
         tied = {f"base_model.{name}" for name in getattr(self.get_base_model(), "all_tied_weights_keys", None) or ()}
         counts = [(num_weights(p), p.requires_grad) for name, p in self.named_parameters() if name not in tied]
-        frozen_tokens = sum(buffer.numel() for buffer in self.prompt_encoder.buffers())
+        frozen_tokens = sum(
+            buffer.numel()
+            for module in self.prompt_encoder.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        )
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts) + frozen_tokens
 
     def print_trainable_parameters(self) -> None:

@@ -432,6 +432,13 @@ def test_one_task_becomes_an_adapter_of_its_own(family: str, task: str, tmp_path
     assert [*model.peft_config] == ["default", "second"]
 
 
+def test_one_task_keeps_the_chat_template() -> None:
+    model = multitask("llama")
+    model.chat_templates["default"] = "{{ messages }}"
+    add_task_adapter(model, 1, "second")
+    assert model.adapter("second").chat_template == "{{ messages }}"
+
+
 def test_a_server_takes_one_task(tmp_path: Path) -> None:
     base = save_models(tmp_path)["llama"]
     load = AutoModelForCausalLM.from_pretrained

@@ -40,7 +40,6 @@ class TargetConfig(PeftConfig):
 
     is_prompt_learning: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ("target_modules", "fused_roles")
-    tensor_name: ClassVar[str]
 
     def find_targets(self, backbone: Backbone, default: Sequence[BiasSlot], kinds: str) -> list[str]:
         """Names of the modules to change.
