@@ -163,7 +163,7 @@ def _suffix(name: str, depth: int) -> str:
     return ".".join(name.split(".")[-depth:])
 
 
-def joined(parts: Iterable[tuple[BiasSlot, Tensor]], neutral: float) -> dict[str, tuple[BiasSlot, Tensor]]:
+def by_module(parts: Iterable[tuple[BiasSlot, Tensor]], neutral: float) -> dict[str, tuple[BiasSlot, Tensor]]:
     """Each module's tensor [width] for all of its features, and one of its slots.
 
     Args:
@@ -181,7 +181,7 @@ def joined(parts: Iterable[tuple[BiasSlot, Tensor]], neutral: float) -> dict[str
     return whole
 
 
-def split(state: dict[str, Tensor], slots: Iterable[BiasSlot], name: str) -> dict[str, Tensor]:
+def by_slot(state: dict[str, Tensor], slots: Iterable[BiasSlot], name: str) -> dict[str, Tensor]:
     """Each slot's tensor [width] by the slot's name, from PEFT's tensors by key. Others keep their keys.
 
     Args:
