@@ -50,6 +50,8 @@ def test_a_saved_one_says_all_of_its_parts(tmp_path: Path) -> None:
     assert isinstance(config, CombinedConfig)
     assert [type(part) for part in config.parts] == [type(part) for part in model.active_peft_config.parts]
     assert config.num_virtual_tokens == model.active_peft_config.num_virtual_tokens == 7
+    methods = "PREFIX_TUNING + PROMPT_TUNING + BITFIT + IA3 + PREFIX_MEMORY"
+    assert f"- Method: COMBINED ({methods}), 7 virtual tokens" in (tmp_path / "README.md").read_text()
     loaded = PeftModel.from_pretrained(base_model("llama", CAUSAL_LM), tmp_path, is_trainable=True)
     inputs = batch(texts("llama", CAUSAL_LM))
     assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)

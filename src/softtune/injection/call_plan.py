@@ -77,7 +77,8 @@ class CallPlanner:
     Args:
         backbone: the base model.
         stack: one of its stacks.
-        prompts: as in ``Injection``, like the other arguments.
+        prompts: as in ``Injection``, like the other arguments but one.
+        prefix_mask: which virtual tokens rows see; by default as dropout leaves them.
 
     Raises:
         UnsupportedModelError: there are virtual tokens at the input, and the stack takes no vectors there; or rows have

@@ -27,6 +27,7 @@ from softtune.methods.targets import (
     by_slot,
     changeable,
     ends_with,
+    is_all_linear,
     is_named,
     random_start,
 )
@@ -86,7 +87,7 @@ class IA3Config(TargetConfig):
 
     def _settle(self, backbone: Backbone, names: list[str], inner: list[str]) -> None:
         """Fill in what the config left open, so that PEFT and a later load find the same modules."""
-        if self.target_modules is None or self.target_modules == "all-linear" or self.feedforward_modules is None:
+        if self.target_modules is None or is_all_linear(self.target_modules) or self.feedforward_modules is None:
             self.target_modules, self.feedforward_modules = self._shortest(backbone, names, inner)
         self.fan_in_fan_out = any(hasattr(backbone.model.get_submodule(name), "nf") for name in names)
 

@@ -72,7 +72,7 @@ class TargetConfig(PeftConfig):
 
     def named(self, backbone: Backbone, targets: Names) -> list[str]:
         """Names of the modules that PEFT would take for such ``target_modules``."""
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        if is_all_linear(targets):
             names = [n for n, m in backbone.model.named_modules() if is_linear(m)]
             output, heads = backbone.model.get_output_embeddings(), set(backbone.head_names)
             names = [n for n in names if n.split(".")[0] not in heads and backbone.model.get_submodule(n) != output]
@@ -157,6 +157,11 @@ def is_named(name: str, targets: Names) -> bool:
 def ends_with(name: str, targets: Names) -> bool:
     """Whether a module's name is one of PEFT's ``feedforward_modules``."""
     return is_named(name, targets) if isinstance(targets, str) else name.endswith(tuple(targets))
+
+
+def is_all_linear(targets: Names | None) -> bool:
+    """Whether ``target_modules`` are every linear layer."""
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def _suffix(name: str, depth: int) -> str:
