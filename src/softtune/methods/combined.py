@@ -23,8 +23,9 @@ from softtune.methods.base import OURS, Method, PeftConfig, PeftType, Prompt, Ta
 _OF_THE_WHOLE = ("task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision")
 """Fields that the combined config has for all of its parts."""
 _SAID_ONCE = ("task_type", "modules_to_save")
-"""Those of them that a part may have no value of its own of."""
+"""Those of which a part may have no other value than the whole's."""
 _UNSET = {**dict.fromkeys(_OF_THE_WHOLE), "inference_mode": False}
+"""A part's values of them, but for the time of ``CombinedConfig._as_whole``."""
 _LEFT_OUT = (*_OF_THE_WHOLE, "peft_version", "auto_mapping")
 """Fields that are saved of the whole alone."""
 DEFAULT_PARTS = (PeftType.PREFIX_TUNING, PeftType.IA3)
