@@ -135,6 +135,7 @@ def test_a_method_that_the_model_cannot_take(family: str, config: PeftConfig) ->
 
 
 @pytest.mark.promise(7)
+@pytest.mark.filterwarnings("ignore:.* is not trained by an adapter:UserWarning")
 @pytest.mark.parametrize(("family", "method", "remedy"), refusals())
 def test_a_refusal_names_what_the_model_can_take(family: str, method: str, remedy: str) -> None:
     with pytest.raises(UnsupportedModelError, match=remedy) as refusal:
