@@ -31,7 +31,7 @@ def logits(model: PeftModel, **options: Any) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["prefix", "bitfit_added"])
+@pytest.mark.parametrize("method", ["prefix", "bitfit_added", "memory", "adaption_prompt"])
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_the_models_own(family: str, method: str) -> None:
     model = adapted(family, SEQ_2_SEQ_LM, method)
@@ -46,7 +46,7 @@ def test_the_models_own(family: str, method: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["prefix", "bitfit_added"])
+@pytest.mark.parametrize("method", ["prefix", "bitfit_added", "memory", "adaption_prompt"])
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_those_of_others(family: str, method: str) -> None:
     model = adapted(family, SEQ_2_SEQ_LM, method)

@@ -432,3 +432,11 @@ def test_no_name_warns() -> None:
 def test_heads_are_among_the_modules_to_save(task: str) -> None:
     model = adapted("bert", task, "prefix")
     assert model.modules_to_save is None or "classifier" in model.modules_to_save
+
+
+@pytest.mark.parametrize("call", ["get_prompt", "get_prompt_embedding_to_save"])
+def test_no_tensor_holds_the_prompt_of_a_combined_adapter(call: str) -> None:
+    model = adapted("llama", CAUSAL_LM, "combined")
+    argument = 2 if call == "get_prompt" else "default"
+    with pytest.raises(AdapterError, match=r"'default' combines methods, .*: read get_peft_model_state_dict instead"):
+        getattr(model, call)(argument)

@@ -135,6 +135,7 @@ def test_a_method_that_the_model_cannot_take(family: str, config: PeftConfig) ->
 
 
 @pytest.mark.promise(7)
+@pytest.mark.filterwarnings("ignore:.* is not trained by an adapter:UserWarning")
 @pytest.mark.parametrize(("family", "method", "remedy"), refusals())
 def test_a_refusal_names_what_the_model_can_take(family: str, method: str, remedy: str) -> None:
     with pytest.raises(UnsupportedModelError, match=remedy) as refusal:
@@ -473,7 +474,7 @@ def test_another_attention_after_wrapping_does_not_drop_the_prefix(family: str) 
 
 @pytest.mark.promise(7)
 @pytest.mark.parametrize("family", ["t5", "bart"])
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "memory"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_encoder_outputs_without_the_adapter(family: str, method: str, masked: bool) -> None:
     model, inputs = adapted(family, SEQ_2_SEQ_LM, method), batch(texts(family, SEQ_2_SEQ_LM))

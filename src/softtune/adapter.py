@@ -16,10 +16,10 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from softtune.backbone import Backbone
+from softtune.backbone import Backbone, evaluating
 from softtune.errors import AdapterError, AdapterMismatchError, ConfigError
 from softtune.methods import PeftConfig
-from softtune.methods.base import InParts, Prompt
+from softtune.methods.base import InParts, Prompt, load_state
 
 PEFT_HEAD_NAMES = ("classifier", "score")
 """Names that PEFT lists for every classifier, whether the model has them or not."""
@@ -90,7 +90,11 @@ class Adapter:
         return self if tasks in (None, 1) else replace(self, task=task)
 
     def prompt(self) -> Prompt:
-        """What it contributes to a batch; see ``Method``."""
+        """What it contributes to a batch; see ``Method``.
+
+        Raises:
+            AdapterError: its method has several tasks, and ``task`` names none.
+        """
         prompt: Prompt = self.module.prompt() if self.task is None else self.module.prompt(self.task)
         return prompt
 
@@ -142,8 +146,10 @@ class Adapter:
 
     @property
     def is_reparameterised(self) -> bool:
-        """Whether the module has more than inference needs, such as an MLP behind the prompt."""
-        return not isinstance(self.module, InParts) and len(self.training_state()) > len(self.inference_state())
+        """Whether the module, or one that it combines, has more than inference needs, such as an MLP behind the
+        prompt."""
+        with evaluating(self.module):
+            return any(_has_more(module) for module in self.config.single(self.module))
 
     def training_state(self) -> dict[str, Tensor]:
         """The module's own tensors."""
@@ -151,13 +157,9 @@ class Adapter:
 
     def inference_state(self) -> dict[str, Tensor]:
         """The module's tensors that inference needs, computed without dropout."""
-        training = self.module.training
-        self.module.eval()
-        try:
+        with evaluating(self.module):
             state: dict[str, Tensor] = self.module.inference_state()
-        finally:
-            self.module.train(training)
-        return state
+            return state
 
     def split(self, saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tensors of a saved adapter: those of the module, and those of the heads."""
@@ -172,12 +174,8 @@ class Adapter:
 
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy what ``inference_state`` returned into the module, which must not be reparameterised."""
-        if isinstance(self.module, InParts):
-            self.module.load_inference_state(state)
-            return
-        own = self.inference_state()
-        for name, tensor in state.items():
-            own[name].data.copy_(tensor)
+        with evaluating(self.module):
+            load_state(self.module, state)
 
     def head_state(self) -> dict[str, Tensor]:
         """The heads' tensors, under PEFT's names."""
@@ -196,6 +194,11 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
         if name not in part._non_persistent_buffers_set
     }
+
+
+def _has_more(module: Any) -> bool:
+    """Whether a single method's module has more than inference needs."""
+    return not isinstance(module, InParts) and len(tensors_of(module)) > len(module.inference_state())
 
 
 def _head_names(config: PeftConfig, backbone: Backbone) -> list[str]:

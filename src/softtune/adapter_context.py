@@ -1,4 +1,4 @@
-"""Applies adapters to a base model for the duration of one call: prompts, biases and heads, per row.
+"""Applies adapters to a base model for the duration of one call: prompts, biases, factors and heads, per row.
 
 A row has an adapter, none, or several with one prefix behind the other.
 
@@ -230,7 +230,7 @@ def _encoder_adapter_names(backbone: Backbone, batch: BatchAdapters, prompts: Se
     encoder = backbone.stacks[0].module
 
     def acts(parts: tuple[Adapter, ...], prompt: Prompt) -> bool:
-        reads = prompt.vectors is not None or any(site is Site.ENCODER for site, _ in prompt.prefixes)
+        reads = prompt.vectors is not None or any(site is Site.ENCODER for site, _ in (*prompt.prefixes, *prompt.terms))
         return reads or _changes(backbone, [parts], [prompt]).reach(encoder)
 
     pairs = zip(batch.adapters.items(), prompts, strict=True)

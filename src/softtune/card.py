@@ -71,7 +71,7 @@ def _description(config: PeftConfig, backbone: Backbone, num_trained: int | None
     size = f", {tokens} virtual tokens" if tokens else f", {num_trained:,} trained values" if num_trained else ""
     facts = {
         "Base model": config.base_model_name_or_path or "not named",
-        "Method": config.peft_type.value + size,
+        "Method": " ".join([config.peft_type.value, *_parts(config)]) + size,
         "Task": config.task_type.value if config.task_type else type(backbone.model).__name__,
         "Trained with": f"softtune {metadata.version('softtune')}",
     }
@@ -91,6 +91,12 @@ def _description(config: PeftConfig, backbone: Backbone, num_trained: int | None
             f"PEFT's `PeftModel` {also}.",
         ]
     )
+
+
+def _parts(config: PeftConfig) -> list[str]:
+    """The methods that a combined adapter has, in brackets; none of others."""
+    names = [part.peft_type.value for part in getattr(config, "parts", ())]
+    return [f"({' + '.join(names)})"] if names else []
 
 
 def _loading(config: PeftConfig, backbone: Backbone) -> list[str]:

@@ -147,7 +147,7 @@ def _name_of_base(config: PeftConfig, backbone: Backbone) -> str | None:
 def export(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
     """The tensors of ``adapter_model.safetensors``, under PEFT's names.
 
-    These are the inference state, which is the computed prompt or the bias changes, and the heads.
+    These are the inference state, such as the computed prompt or the trained tensors of single modules, and the heads.
     """
     state = adapter.inference_state()
     if PROMPT_KEY in state and not adapter.config.is_readable_by_peft(backbone):
@@ -202,8 +202,8 @@ def fill(adapter: Adapter, state: Mapping[str, Tensor], training_state: Mapping[
 
     Args:
         adapter: the adapter to fill.
-        state: the computed prompt or the bias changes, and the heads.
-        training_state: the module's own tensors, if it computes the prompt through an encoder.
+        state: the inference state, as it is saved, and the heads.
+        training_state: the module's own tensors, if it, or a part of it, computes the prompt through an encoder.
 
     Raises:
         AdapterMismatchError: names or shapes do not fit.

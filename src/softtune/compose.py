@@ -96,7 +96,7 @@ def _read(folder: Path) -> _Saved:
 
     Raises:
         AdapterError: it holds another method's adapter, or a trained head.
-        CheckpointError: it cannot be read, or its prefix has another length than its config says.
+        CheckpointError: it cannot be read, or its prefix is missing or has another length than its config says.
     """
     config = PeftConfig.from_pretrained(folder)
     if type(config) is not CartridgeConfig:
@@ -108,6 +108,8 @@ def _read(folder: Path) -> _Saved:
             f"{folder} holds {heads[0]} beside its prefix, and heads cannot be composed",
             "name cartridges without trained modules",
         )
+    if not state:
+        raise CheckpointError(f"{folder} holds no prefix", "restore the folder from a good copy")
     key, prefix = next(iter(state.items()))
     if len(prefix) != config.num_virtual_tokens:
         raise CheckpointError(

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softtune.adapter_context import BatchAdapters
-from softtune.backbone import Backbone
+from softtune.backbone import Backbone, model_session
 from softtune.errors import AdapterError, DataError
 from softtune.injection.layout import row_starts
+from softtune.injection.modules import ModuleChanges
 from softtune.inputs import Inputs
 from softtune.methods.base import IGNORED, Supervision
 
@@ -92,7 +93,8 @@ def own_loss(
         found = adapter.module.supervision(labels[rows], None if types is None else types[rows])
         vectors = adapter.prompt().vectors
         assert vectors is not None
-        prompt_logits = backbone.logits_of_vectors(vectors)
+        with model_session(backbone.model), ModuleChanges(backbone, [], [adapter.heads]).applied():
+            prompt_logits = backbone.logits_of_vectors(vectors)
         for losses, is_label in (
             _of_rows(found, logits[rows], columns, is_first[rows]),
             _of_first(found, prompt_logits, columns, is_first[rows]),

@@ -65,12 +65,13 @@ class PeftNames(AdapterState):
             max_cache_len: unused; PEFT has it for caches of old versions of transformers.
 
         Raises:
-            AdapterError: no adapter is active, it has no virtual tokens, or its prefix is for some layers only or for
-                an encoder-decoder, so that no cache of one stack can hold it.
+            AdapterError: no adapter is active, it has no virtual tokens or several methods, or its prefix is for some
+                layers only or for an encoder-decoder, so that no cache of one stack can hold it.
         """
         name = next(iter(self.active_adapters), None)
         if name is None:
             raise AdapterError("no adapter is active", "set one by set_adapter")
+        self._check_single(name)
         batch = BatchAdapters.from_names([name], self.adapter, task_ids)
         prompts = [adapter.prompt() for (adapter,) in batch.adapters.values()]
         prompt = prompts[0]
@@ -127,19 +128,38 @@ class PeftNames(AdapterState):
         """The adapter's computed prompt on the CPU: [P, W] keys and values, or [P, D] vectors.
 
         Raises:
-            AdapterError: no such adapter, or it has no virtual tokens.
+            AdapterError: no such adapter, or it has no virtual tokens or several methods.
         """
+        self._check_single(adapter_name)
         state = self.adapter(adapter_name).inference_state()
         if PROMPT_KEY not in state:
             raise AdapterError(f"{adapter_name!r} has no virtual tokens", "read get_peft_model_state_dict instead")
         prompt: Tensor = state[PROMPT_KEY].cpu()
         return prompt
 
+    def _check_single(self, adapter_name: str) -> None:
+        """Check that an adapter's prompt can be one tensor or cache.
+
+        Raises:
+            AdapterError: no such adapter, or it has several methods.
+        """
+        adapter = self.adapter(adapter_name)
+        if len(adapter.config.single(adapter.module)) > 1:
+            raise AdapterError(
+                f"{adapter_name!r} combines methods, of which no one tensor holds the prompt",
+                "read get_peft_model_state_dict instead",
+            )
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trained parameters, and of all parameters, to which frozen virtual tokens count too."""
         tied = {f"base_model.{name}" for name in getattr(self.get_base_model(), "all_tied_weights_keys", None) or ()}
         counts = [(num_weights(p), p.requires_grad) for name, p in self.named_parameters() if name not in tied]
-        frozen_tokens = sum(buffer.numel() for buffer in self.prompt_encoder.buffers())
+        frozen_tokens = sum(
+            buffer.numel()
+            for module in self.prompt_encoder.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        )
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts) + frozen_tokens
 
     def print_trainable_parameters(self) -> None:

@@ -140,7 +140,7 @@ class Probe:
     @property
     def places_in_longer(self) -> dict[str, Tensor]:
         """The same for a longer text: virtual tokens placed after the text stay behind its first three tokens."""
-        prompt = self.adapter.module.prompt()
+        prompt = self.adapter.prompt()
         if self.columns is not None or not prompt.after_text:
             return self.places
         return {"prompt_positions": torch.full((1, prompt.num_virtual_tokens), GIVEN, device=self.device)}

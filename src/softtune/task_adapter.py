@@ -35,4 +35,5 @@ def add_task_adapter(model: PeftModel, task_id: int, adapter_name: str, source: 
     fields = {name: getattr(adapter.config, name) for name in kept}
     config = PromptTuningConfig(num_virtual_tokens=len(vectors), prompt_tuning_init=PromptTuningInit.RANDOM, **fields)
     model.add_adapter(adapter_name, config)
+    model.chat_templates[adapter_name] = adapter.chat_template
     checkpoint.fill(model.adapter(adapter_name), {PROMPT_KEY: vectors.detach(), **adapter.head_state()})

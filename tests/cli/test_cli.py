@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.families import save_adapter
 from tests.tiny import LABELS, TEMPLATE, save_models, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import softtune_command
-from softtune import PeftModel
+from softtune import MultitaskPromptTuningConfig, PeftModel
 from softtune.cli import module_of
 from softtune.cli.console import quiet
 from softtune.cli.flags import overrides
@@ -350,6 +351,25 @@ def test_inspect_shows_config_sizes_and_states(
     shown = capsys.readouterr().out
     for part in ("peft_type", "adapter_model.safetensors", *parts):
         assert part in shown
+
+
+def test_inspect_and_report_show_one_of_several_tasks(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Recipes train one; the others may be of a training loop of one's own."""
+    out = tmp_path / "out"
+    options = {"num_virtual_tokens": 3}
+    recipe = write_recipe(tmp_path / "r.yaml", models["llama"], out, method="MULTITASK_PROMPT_TUNING", options=options)
+    assert run("train", recipe) == 0
+    config = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2)
+    save_adapter(models["llama"], out, config, seed=1)
+    capsys.readouterr()
+    assert run("inspect", str(out)) == 0
+    shown = capsys.readouterr().out
+    assert "The prompt of task 0, of 2:" in shown
+    assert "nearest vocabulary entries" in shown
+    assert run("report", str(out)) == 0
+    assert "They are those of task 0." in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_ctrl_c_and_resume_lose_no_step(

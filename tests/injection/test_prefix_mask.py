@@ -10,7 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.families import CAUSAL_LM, METHODS, SEQ_2_SEQ_LM, SEQ_CLS, P, adapted, answers, base_model, batch, texts
+from tests.families import (
+    CAUSAL_LM,
+    METHODS,
+    SEQ_2_SEQ_LM,
+    SEQ_CLS,
+    P,
+    adapted,
+    answers,
+    base_model,
+    batch,
+    scramble,
+    texts,
+)
 from tests.injection.samples import prefix
 from tests.reference.prefixes import split
 from torch import Tensor
@@ -18,6 +30,7 @@ from transformers import DynamicCache
 
 from softtune import (
     BitFitConfig,
+    CombinedConfig,
     ConfigError,
     DataError,
     PeftModel,
@@ -278,6 +291,36 @@ def test_dropout_leaves_every_row_a_token(lengths: list[int], dropout: float, is
         assert not any(is_shown and not may for is_shown, may in zip(shown, allowed, strict=True))
         assert any(shown) is any(allowed)
         assert dropout or shown == allowed
+
+
+def test_dropout_hides_the_prefix_of_an_adapter_that_has_vectors_too() -> None:
+    """Its virtual tokens at the input stay; they stand behind the places of the whole prefix."""
+    parts = [PrefixTuningConfig(num_virtual_tokens=3, token_dropout=0.6), PromptTuningConfig(num_virtual_tokens=2)]
+    config = CombinedConfig(parts=parts, task_type=CAUSAL_LM)
+    model = scramble(get_peft_model(base_model("llama", CAUSAL_LM), config)).train()
+    prompt, backbone = model.adapter("default").prompt(), model.backbone
+    assert prompt.vectors is not None
+    rows = texts("llama", CAUSAL_LM, LENGTHS)
+    torch.manual_seed(3)
+    shown = drawn([prompt], None, None, len(rows))
+    assert shown is not None
+    assert shown.shape == (len(rows), 3)
+    assert not shown.all()
+    torch.manual_seed(3)
+    found = real(model(**batch(rows), use_cache=False).logits, rows, "right")
+    for mine, row, mask in zip(found, rows, shown, strict=True):
+        kept, cache = mask.nonzero().flatten(), DynamicCache()
+        for layer in backbone.attention_layers:
+            key, value = prompt.prefixes[layer.place]
+            cache.update(key[None, :, kept], value[None, :, kept], layer.index)
+        call = {
+            "inputs_embeds": torch.cat([prompt.vectors, backbone.embedding(row)])[None],
+            "attention_mask": torch.ones(1, len(kept) + 2 + len(row), dtype=torch.long),
+            "position_ids": torch.arange(3, 5 + len(row))[None],
+            "cache": cache,
+        }
+        logits = backbone.model(**renamed(call, backbone.model.forward)).logits[0, 2:]
+        torch.testing.assert_close(mine, logits, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_hides_each_rows_tokens_independently() -> None:

@@ -26,7 +26,15 @@ from tests.reference import prefixes
 from tests.test_reference import answers, rows_of, with_head
 from torch import Tensor
 
-from softtune import AdapterMismatchError, AdaptionPromptConfig, ConfigError, PeftModel, get_peft_model
+from softtune import (
+    AdapterMismatchError,
+    AdaptionPromptConfig,
+    ConfigError,
+    PeftModel,
+    UnsupportedModelError,
+    get_peft_model,
+)
+from softtune.methods import adaption_prompt
 
 SIZES = {"adapter_len": 4, "adapter_layers": 1}
 
@@ -58,9 +66,11 @@ def test_outputs_and_gradients_are_pefts(family: str, task: str) -> None:
     assert_same_gradients(*found, 1e-5)
 
 
-def test_folders_go_both_ways(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [SIZES, {}], ids=["sizes", "defaults"])
+def test_folders_go_both_ways(options: dict[str, int], tmp_path: Path) -> None:
     inputs = batch(texts("llama", CAUSAL_LM))
-    ours = scramble(get_peft_model(base_model("llama", CAUSAL_LM), AdaptionPromptConfig(task_type=CAUSAL_LM, **SIZES)))
+    config = AdaptionPromptConfig(task_type=CAUSAL_LM, **options)
+    ours = scramble(get_peft_model(base_model("llama", CAUSAL_LM), config))
     ours.eval().save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(base_model("llama", CAUSAL_LM), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(theirs(**inputs).logits, ours(**inputs).logits, atol=1e-5, rtol=1e-5)
@@ -129,3 +139,16 @@ def test_too_many_layers_and_other_names_are_told() -> None:
     ):
         with pytest.raises(ConfigError, match=reason):
             get_peft_model(base, AdaptionPromptConfig(task_type=CAUSAL_LM, adapter_len=2, **options))
+
+
+def test_a_sharded_base_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the adapter is made, and where the model is sharded behind it."""
+    model = adapted("llama", CAUSAL_LM, "adaption_prompt")
+    monkeypatch.setattr(adaption_prompt, "is_sharded", lambda base: base is model.get_base_model())
+    for run in (
+        lambda: model(torch.tensor([[5, 6]])),
+        lambda: model.add_adapter("other", AdaptionPromptConfig(task_type=CAUSAL_LM)),
+    ):
+        with pytest.raises(UnsupportedModelError, match="sharded, outside of their layers: use Prefix") as refusal:
+            run()
+        assert "\n" not in str(refusal.value)

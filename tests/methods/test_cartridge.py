@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.families import (
     CAUSAL_LM,
     METHODS,
@@ -336,3 +336,11 @@ def test_without_frozen_tokens_it_is_a_prefix() -> None:
     prefix.prompt_encoder["default"].start_from(prefix_of(model))
     inputs = batch(texts("llama", CAUSAL_LM))
     assert torch.equal(model(**inputs).logits, prefix.eval()(**inputs).logits)
+
+
+def test_a_folder_without_tensors_cannot_be_composed(tmp_path: Path) -> None:
+    for name in ("full", "empty"):
+        cartridge().save_pretrained(tmp_path / name)
+    save_file({}, tmp_path / "empty" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="empty holds no prefix: restore the folder from a good copy"):
+        compose_cartridge_adapters([tmp_path / "full", tmp_path / "empty"], output_path=tmp_path / "out")

@@ -162,6 +162,11 @@ def test_tokens_beyond_the_vocabulary_are_refused() -> None:
         get_peft_model(base_model("gpt2", CAUSAL_LM), CPTConfig(task_type=CAUSAL_LM, cpt_token_ids=[5, 97]))
 
 
+def test_it_has_as_many_parameters_as_pefts() -> None:
+    ours, theirs = pair("gpt2")
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
 # Outputs
 
 
@@ -255,6 +260,24 @@ def test_loss_and_gradients_are_the_slow_ones(side: str, fields: dict[str, Any],
     (gradient,) = torch.autograd.grad(found, delta_of(ours))
     (wanted,) = torch.autograd.grad(expected, delta_of(ours))
     assert float(wanted.abs().max()) > 1e-3
+    torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_that_is_trained_too_predicts_the_prompts_labels() -> None:
+    ours, _ = pair("llama", **WIDE)
+    ours.add_adapter("head", CPTConfig(**configs(**WIDE), modules_to_save=["lm_head"]))
+    ours.set_adapter("head")
+    (head,) = ours.adapter("head").heads.values()
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(3))  # type: ignore[arg-type]
+    inputs = batch(texts("llama", CAUSAL_LM))
+    found = ours(**inputs, labels=all_labels(inputs)).loss
+    (gradient,) = torch.autograd.grad(found, [head.weight])
+    single = get_peft_model(base_model("llama", CAUSAL_LM), CPTConfig(**configs(**WIDE)))
+    single.get_base_model().lm_head.load_state_dict(head.state_dict())
+    weight = single.get_base_model().lm_head.weight.requires_grad_()
+    expected = slow_loss(single, inputs, all_labels(inputs), None, TWO_EXAMPLES | WIDE)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    (wanted,) = torch.autograd.grad(expected, [weight])
     torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
 
 

@@ -286,6 +286,16 @@ def test_a_config_is_left_as_it_was_and_the_adapters_says_what_was_found(tmp_pat
     assert set(json.loads((tmp_path / "adapter_config.json").read_text())) <= known
 
 
+def test_all_linear_layers_are_named_in_any_case() -> None:
+    found = []
+    for targets in ("all-linear", "ALL-LINEAR"):
+        config = IA3Config(target_modules=targets, feedforward_modules=["down_proj"])
+        own = get_peft_model(base_model("llama", CAUSAL_LM), config).peft_config["default"]
+        found.append((own.target_modules, own.feedforward_modules))
+    assert found[0] == found[1]
+    assert "down_proj" in found[0][0]
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingAr
 
 from softtune import (
     AdapterError,
+    AdapterMismatchError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -180,6 +181,30 @@ def test_sources_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(error, match=message) as found:
             get_peft_model(base_model("gpt2", CAUSAL_LM), config)
         assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("start", ["AVERAGE_SOURCE_TASKS", "ONLY_SOURCE_SHARED"])
+def test_pefts_sources_of_encoder_decoders_start_as_they_load(start: str, tmp_path: Path) -> None:
+    config = peft.MultitaskPromptTuningConfig(**fields(SEQ_2_SEQ_LM))
+    theirs = peft.get_peft_model(base_model("t5", SEQ_2_SEQ_LM), config)
+    scramble(theirs).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
+    loaded = numbers(PeftModel.from_pretrained(base_model("t5", SEQ_2_SEQ_LM), tmp_path))
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        source = {"prompt_tuning_init": start, "prompt_tuning_init_state_dict_path": str(path)}
+        made = MultitaskPromptTuningConfig(**fields(SEQ_2_SEQ_LM, **source) | {"num_tasks": 1})
+        found = numbers(get_peft_model(base_model("t5", SEQ_2_SEQ_LM), made))
+        assert torch.equal(found["embedding.weight"], loaded["embedding.weight"])
+        for name in NAMES[1:] if start == "AVERAGE_SOURCE_TASKS" else ():
+            torch.testing.assert_close(found[name], loaded[name].mean(0, keepdim=True))
+
+
+def test_a_source_of_another_base_model_is_refused(tmp_path: Path) -> None:
+    config = MultitaskPromptTuningConfig(**fields())
+    get_peft_model(base_model("gpt2", CAUSAL_LM, seed=4), config).save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        source = {"prompt_tuning_init": "ONLY_SOURCE_SHARED", "prompt_tuning_init_state_dict_path": str(path)}
+        with pytest.raises(AdapterMismatchError, match="another base model"):
+            get_peft_model(base_model("gpt2", CAUSAL_LM), MultitaskPromptTuningConfig(**fields(**source)))
 
 
 # Parity
@@ -430,6 +455,13 @@ def test_one_task_becomes_an_adapter_of_its_own(family: str, task: str, tmp_path
     with pytest.raises(AdapterError, match="'second' has no tasks of its own"):
         add_task_adapter(model, 0, "third", source="second")
     assert [*model.peft_config] == ["default", "second"]
+
+
+def test_one_task_keeps_the_chat_template() -> None:
+    model = multitask("llama")
+    model.chat_templates["default"] = "{{ messages }}"
+    add_task_adapter(model, 1, "second")
+    assert model.adapter("second").chat_template == "{{ messages }}"
 
 
 def test_a_server_takes_one_task(tmp_path: Path) -> None:

@@ -111,6 +111,22 @@ def test_chosen_layers_start_from_their_own(family: str, task: str, method: str,
         torch.testing.assert_close(pair, whole[place], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", PREFIXES)
+def test_chosen_sites_start_from_their_own(method: str, tmp_path: Path) -> None:
+    sites = {"sites": ["cross", "decoder"]}
+    saved = started("t5", SEQ_2_SEQ_LM, PREFIXES[method](num_virtual_tokens=P, **sites))
+    scramble(saved).save_pretrained(tmp_path)
+    fields = {"num_virtual_tokens": P, "init_file": str(tmp_path)}
+    model = started("t5", SEQ_2_SEQ_LM, PREFIXES[method](**fields, **sites))
+    torch.testing.assert_close(prompt_of(model), prompt_of(saved), atol=1e-5, rtol=1e-5)
+    whole = saved.adapter("default").module.prompt().prefixes
+    one = started("t5", SEQ_2_SEQ_LM, PREFIXES[method](**fields, sites=["decoder"]))
+    found = one.adapter("default").module.prompt().prefixes
+    assert len(found) == 2
+    for place, pair in found.items():
+        torch.testing.assert_close(pair, whole[place], atol=1e-5, rtol=1e-5)
+
+
 def test_a_start_answers_as_what_it_started_from(tmp_path: Path) -> None:
     saved = adapted("llama", CAUSAL_LM, "prefix")
     saved.save_pretrained(tmp_path)

@@ -46,7 +46,9 @@ def command(
     show_pairs("Config", [(k, str(v)) for k, v in config.to_dict().items() if v is not None])
     show_pairs("Tensors", [(name, " x ".join(map(str, tensor.shape))) for name, tensor in weights.items()])
     show_pairs(f"Files ({numbers:,} parameters)", [(path.name, in_units(path.stat().st_size)) for path in files])
-    prompt = loaded.adapter(loaded.active_adapter).module.prompt()
+    if (config.num_prompt_tasks or 1) > 1:
+        console.print(f"The prompt of task 0, of {config.num_prompt_tasks}:")
+    prompt = loaded.adapter(loaded.active_adapter).of_task(0).prompt()
     if prompt.vectors is not None:
         _show_words(loaded.backbone, prompt.vectors, tokenizer)
     if prompt.prefixes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +67,12 @@ def _smoothed(points: list[Point]) -> list[Point]:
 def _traits(folder: Path, recipe: Recipe) -> list[Picture]:
     model, tokenizer = _loaded(folder, recipe)
     with torch.no_grad():
-        prompt = _module(model).prompt()
+        adapter = model.adapter(model.active_adapter).of_task(0)
+        prompt = adapter.prompt()
         drawn = []
         if prompt.vectors is not None:
-            drawn.append(_words(model.backbone, prompt.vectors, tokenizer))
+            whose = "" if adapter.task is None else f" They are those of task {adapter.task}."
+            drawn.append(_words(model.backbone, prompt.vectors, tokenizer, whose))
         if prompt.prefixes:
             drawn.append(_norms(prompt.prefixes))
         if sizes := term_sizes(prompt):
@@ -87,11 +88,7 @@ def _loaded(folder: Path, recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenize
     return PeftModel.from_pretrained(base, folder), tokenizer
 
 
-def _module(model: PeftModel) -> Any:
-    return model.adapter(model.active_adapter).module
-
-
-def _words(backbone: Backbone, vectors: Tensor, tokenizer: PreTrainedTokenizerBase) -> Picture:
+def _words(backbone: Backbone, vectors: Tensor, tokenizer: PreTrainedTokenizerBase, whose: str) -> Picture:
     """Virtual tokens and their nearest words, projected on the first two principal components of their embeddings."""
     ids, _ = nearest_words(backbone, vectors, 1)
     embeddings = backbone.stacks[0].embed(ids[:, 0])
@@ -108,7 +105,7 @@ def _words(backbone: Backbone, vectors: Tensor, tokenizer: PreTrainedTokenizerBa
         {"virtual tokens": virtual, "nearest words": [*dict.fromkeys(nearest)]},
         across="first principal component of the embeddings",
         up="second",
-        says="Numbers are virtual tokens; words are the vocabulary entries nearest to them by cosine.",
+        says="Numbers are virtual tokens; words are the vocabulary entries nearest to them by cosine." + whose,
     )
 
 
@@ -146,7 +143,7 @@ def bias_cells(folder: Path) -> dict[str, dict[str, float]]:
         ConfigError: its base model is not found.
     """
     model, _ = _loaded(folder, Recipe.from_adapter(folder))
-    return _cells(mean_changes_by_layer(_module(model).prompt().additions))
+    return _cells(mean_changes_by_layer(model.adapter(model.active_adapter).prompt().additions))
 
 
 def _cells(changes: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:

@@ -62,7 +62,7 @@ Terms = Mapping[nn.Module, Term]
 """What one adapter adds, by attention module."""
 
 
-def terms_of(prompt: Prompt, layers: Sequence[AttentionLayer]) -> dict[nn.Module, Term]:
+def layer_terms(prompt: Prompt, layers: Sequence[AttentionLayer]) -> dict[nn.Module, Term]:
     """The terms that a prompt adds to the outputs of these layers."""
     acting = [layer for layer in layers if layer.place in prompt.terms and layer.module is not None]
     return {a.module: Term(prompt.memories.get(a.place), prompt.gated.get(a.place)) for a in acting if a.module}

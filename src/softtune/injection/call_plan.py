@@ -20,7 +20,7 @@ from softtune.backbone import Backbone, Site, Stack, is_reentrant
 from softtune.backbone.interface import WRAPPER
 from softtune.errors import UnsupportedModelError
 from softtune.injection.arrangement import Arrangement
-from softtune.injection.attention_terms import TermAttention, terms_of
+from softtune.injection.attention_terms import TermAttention, layer_terms
 from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.cache import as_long_as, begin_with, make_room, own_cache, virtual_slots
 from softtune.injection.columns import Columns
@@ -77,7 +77,8 @@ class CallPlanner:
     Args:
         backbone: the base model.
         stack: one of its stacks.
-        prompts: as in ``Injection``, like the other arguments.
+        prompts: as in ``Injection``, like the other arguments but one.
+        prefix_mask: which virtual tokens rows see; by default as dropout leaves them.
 
     Raises:
         UnsupportedModelError: there are virtual tokens at the input, and the stack takes no vectors there; or rows have
@@ -106,7 +107,7 @@ class CallPlanner:
         self.layers = [a for a in backbone.attention_layers if a.place in places] if places else []
         terms = {place for prompt in prompts for place in prompt.terms if place[0] in sites}
         self.term_layers = [a for a in backbone.attention_layers if a.place in terms] if terms else []
-        self.terms = [terms_of(prompt, self.term_layers) for prompt in prompts]
+        self.terms = [layer_terms(prompt, self.term_layers) for prompt in prompts]
         self.prompts = RowPrompts.from_prompts(prompts, self.layers, stack, reads=reads_input)
         self._check_support(backbone)
         self.prefixes = Prefixes(stack, self.layers)

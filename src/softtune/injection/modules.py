@@ -112,13 +112,14 @@ def _hooks_by_slot(
             slots[slot.name] = slot
             tensors.setdefault(slot.name, [None] * len(adapters))[number] = tensor
     return [
-        (slot.module, make(slot, tensors[name], rows, rows is not None and _is_by_head(backbone, slot)))
+        (
+            slot.module,
+            make(
+                slot, tensors[name], rows, rows is not None and backbone.is_by_head(slot.module, is_input=slot.is_input)
+            ),
+        )
         for name, slot in slots.items()
     ]
-
-
-def _is_by_head(backbone: Backbone, slot: BiasSlot) -> bool:
-    return backbone.is_by_head(slot.module, is_input=True) if slot.is_input else backbone.is_by_head(slot.module)
 
 
 def _adder(slot: BiasSlot, changes: Sequence[Tensor | None], rows: Tensor | None, is_by_head: bool) -> Any:

@@ -34,7 +34,7 @@ class PrefixMask:
     def __init__(
         self, backbone: Backbone, prompts: Sequence[Prompt], rows: Tensor | None, given: Tensor | None
     ) -> None:
-        self._lengths = [prompt.num_virtual_tokens if prompt.prefixes else 0 for prompt in prompts]
+        self._lengths = [prompt.prefix_length for prompt in prompts]
         self._dropout = [prompt.token_dropout if prompt.prefixes else 0.0 for prompt in prompts]
         self._rows = rows
         self._given = given

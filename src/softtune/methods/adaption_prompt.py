@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from softtune.backbone import AttentionLayer, Backbone, Place
 from softtune.backbone.roles import KEY, VALUE, BiasSlot
+from softtune.backbone.sharding import is_sharded
 from softtune.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
 from softtune.methods.base import OURS, GatedKeyValue, PeftConfig, PeftType, PositiveInt, Prompt
-from softtune.methods.prefix_memory import check_wrapper
+from softtune.methods.kv_layout import check_wrapper
 
 PEFTS_MODELS = ("llama", "mistral")
 """Model types of which PEFT computes what the paper says."""
@@ -57,19 +58,24 @@ class AdaptionPromptConfig(PeftConfig):
 
         Raises:
             ConfigError: there are not so many layers, or no such modules.
-            UnsupportedModelError: the attention cannot be changed, or its keys or values are no projections of the
-                hidden states.
+            UnsupportedModelError: the attention cannot be changed, its keys or values are no projections of the hidden
+                states, or the base model is sharded.
         """
         check_wrapper(backbone)
-        layers = self._layers(backbone)
-        projections = [Projection.from_layer(backbone, layer) for layer in layers]
+        _check_whole(backbone)
+        names = _names(backbone)
+        layers = self._layers([(a, names[a.place]) for a in backbone.attention_layers])
+        slots = backbone.role_slots((KEY, VALUE))
+        projections = [Projection.from_layer(backbone, layer, names[layer.place], slots) for layer in layers]
         heads = [layer.query_heads if self.gate == "head" else 1 for layer in layers]
-        is_pefts = backbone.text_config.model_type in PEFTS_MODELS and self.gate == "layer"
-        return AdaptionPrompt(projections, heads, self.adapter_len, is_pefts=is_pefts)
+        is_pefts = self.is_readable_by_peft(backbone)
+        if is_pefts:
+            self.target_modules, self.adapter_layers = _last(projections[0].name), len(layers)
+        return AdaptionPrompt(backbone, projections, heads, self.adapter_len, is_pefts=is_pefts)
 
-    def _layers(self, backbone: Backbone) -> list[AttentionLayer]:
-        """The chosen layers: the top ones at each site."""
-        layers = [a for a in backbone.attention_layers if self._is_target(backbone, a)]
+    def _layers(self, named: Sequence[tuple[AttentionLayer, str]]) -> list[AttentionLayer]:
+        """The chosen ones of the attention layers, which come with their modules' paths: the top ones at each site."""
+        layers = [a for a, name in named if self.target_modules in (None, _last(name))]
         if not layers:
             raise ConfigError(f"target_modules = {self.target_modules!r} names no attention module", "leave it out")
         chosen = []
@@ -80,10 +86,6 @@ class AdaptionPromptConfig(PeftConfig):
                 raise ConfigError(f"adapter_layers = {count}, there are {len(at_site)}", "choose fewer")
             chosen += at_site[len(at_site) - count :]
         return chosen
-
-    def _is_target(self, backbone: Backbone, layer: AttentionLayer) -> bool:
-        name = _name_of(backbone, layer)
-        return self.target_modules is None or name.rpartition(".")[2] == self.target_modules
 
     def initialize(self, module: AdaptionPrompt, backbone: Backbone) -> None:
         """See ``PeftConfig.initialize``: vectors from N(0, 1), as in the paper's code; the gates are zero."""
@@ -127,21 +129,26 @@ class Projection:
     """The outputs that are keys and values."""
 
     @classmethod
-    def from_layer(cls, backbone: Backbone, layer: AttentionLayer) -> Projection:
+    def from_layer(cls, backbone: Backbone, layer: AttentionLayer, name: str, slots: Sequence[BiasSlot]) -> Projection:
         """Find the projections of a layer.
+
+        Args:
+            backbone: the base model.
+            layer: the layer.
+            name: its attention module's path.
+            slots: the outputs of all modules that compute keys or values.
 
         Raises:
             UnsupportedModelError: its keys or values are no projections of the hidden states.
         """
-        name = _name_of(backbone, layer)
-        slots = {s.role: s for s in backbone.role_slots((KEY, VALUE)) if s.module.startswith(f"{name}.")}
+        own = {slot.role: slot for slot in slots if slot.module.startswith(f"{name}.")}
         widths = {KEY: layer.heads * layer.key_size, VALUE: layer.heads * layer.value_size}
-        if any(role not in slots or slots[role].width != width for role, width in widths.items()):
+        if any(role not in own or own[role].width != width for role, width in widths.items()):
             raise UnsupportedModelError(
                 f"keys and values of {type(backbone.model).__name__} are no projections of its hidden states",
                 "use PrefixTuningConfig",
             )
-        found = slots[KEY], slots[VALUE]
+        found = own[KEY], own[VALUE]
         key, value = (backbone.model.get_submodule(slot.module) for slot in found)
         size = backbone.slot(found[0].module, is_input=True).width
         return cls(name, layer, size, (key, value), found)
@@ -164,20 +171,36 @@ class AdaptionPrompt(nn.Module):
     """The trained vectors and gates.
 
     Args:
+        backbone: the base model.
         projections: the frozen projections of each layer that gets virtual tokens.
         gates: the number of gates of each layer.
         adapter_len: P.
         is_pefts: whether PEFT computes the same.
     """
 
-    def __init__(self, projections: Sequence[Projection], gates: Sequence[int], adapter_len: int, *, is_pefts: bool):
+    def __init__(
+        self,
+        backbone: Backbone,
+        projections: Sequence[Projection],
+        gates: Sequence[int],
+        adapter_len: int,
+        *,
+        is_pefts: bool,
+    ) -> None:
         super().__init__()
+        self.backbone = backbone
         self.projections = list(projections)
         self.is_pefts = is_pefts
         self.vectors = nn.ParameterList(torch.zeros(adapter_len, p.size) for p in projections)
         self.gates = nn.ParameterList(torch.zeros(count) for count in gates)
 
     def prompt(self) -> Prompt:
+        """See ``Method.prompt``.
+
+        Raises:
+            UnsupportedModelError: the base model's weights are sharded, so that the projections lack theirs here.
+        """
+        _check_whole(self.backbone)
         gated: dict[Place, GatedKeyValue] = {}
         for projection, vectors, gate in zip(self.projections, self.vectors, self.gates, strict=True):
             gated[projection.layer.place] = GatedKeyValue(*projection(vectors), gate)
@@ -191,9 +214,25 @@ class AdaptionPrompt(nn.Module):
         return state
 
 
-def _name_of(backbone: Backbone, layer: AttentionLayer) -> str:
-    """The path of a layer's attention module in the base model."""
+def _check_whole(backbone: Backbone) -> None:
+    """Check that a base model's projections can be called outside of their layers.
+
+    Raises:
+        UnsupportedModelError: its weights are sharded, and a layer's are gathered for its own ``forward`` alone.
+    """
+    if is_sharded(backbone.model):
+        raise UnsupportedModelError(
+            "LLaMA-Adapter calls projections of the base model, whose weights are sharded, outside of their layers",
+            "use PrefixTuningConfig, or leave fsdp out",
+        )
+
+
+def _names(backbone: Backbone) -> dict[Place, str]:
+    """The paths of the attention modules in the base model."""
     names = {module: name for name, module in backbone.model.named_modules()}
-    assert layer.module is not None
-    name: str = names[layer.module]
-    return name
+    return {layer.place: names[layer.module] for layer in backbone.attention_layers if layer.module is not None}
+
+
+def _last(name: str) -> str:
+    """The last part of a module's path."""
+    return name.rpartition(".")[2]

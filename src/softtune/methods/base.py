@@ -176,11 +176,22 @@ class Method(Protocol):
 
 @runtime_checkable
 class InParts(Protocol):
-    """A ``Method`` that keeps what inference needs in parts, such as frozen rows apart from trained ones."""
+    """A ``Method`` that keeps what inference needs in parts, such as frozen rows apart from trained ones, or those of
+    several methods."""
 
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy what ``inference_state`` returned into the parts."""
         ...
+
+
+def load_state(module: Method, state: Mapping[str, Tensor]) -> None:
+    """Copy what ``inference_state`` returned into a module, which must not be reparameterised."""
+    if isinstance(module, InParts):
+        module.load_inference_state(state)
+        return
+    own = module.inference_state()
+    for name, tensor in state.items():
+        own[name].data.copy_(tensor)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -332,6 +343,10 @@ class PeftConfig(PushToHubMixin):
     def others_from_peft(self, others: dict[str, Tensor]) -> dict[str, Tensor]:
         """Convert the tensors beside the prompt, as ``from_peft`` does the prompt."""
         return others
+
+    def single(self, module: Any) -> list[nn.Module]:
+        """The modules of single methods in the adapter's module: itself, where it combines none."""
+        return [module]
 
     def recovered(self, module: Any, inference_state: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """A module's own tensors, from those that inference needs; None where they do not follow."""

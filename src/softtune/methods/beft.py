@@ -15,7 +15,7 @@ from softtune.backbone import Backbone
 from softtune.backbone.roles import VALUE
 from softtune.methods.base import PeftType
 from softtune.methods.bitfit import BiasChanges
-from softtune.methods.targets import KEY_PREFIX, TargetConfig, joined, random_start, split
+from softtune.methods.targets import KEY_PREFIX, TargetConfig, by_module, by_slot, random_start
 
 
 @dataclass(kw_only=True, eq=False)
@@ -50,10 +50,10 @@ class BeftConfig(TargetConfig):
 
     def to_saved(self, state: dict[str, Tensor], module: BiasChanges) -> dict[str, Tensor]:
         """Each module's change [1, width], with zeros for features that are not trained."""
-        whole = joined([(slot, change.detach()) for slot, change in module.additions()], 0.0)
+        whole = by_module([(slot, change.detach()) for slot, change in module.additions()], 0.0)
         return {f"{KEY_PREFIX}{name}.beft_bias": change[None] for name, (_, change) in whole.items()}
 
     def from_saved(self, state: dict[str, Tensor], module: BiasChanges) -> dict[str, Tensor]:
-        found = split(state, module.slots, self.tensor_names[0])
+        found = by_slot(state, module.slots, self.tensor_names[0])
         names = {slot.name for slot in module.slots}
         return {f"{name}.bias" if name in names else name: change for name, change in found.items()}

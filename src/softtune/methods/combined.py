@@ -9,18 +9,25 @@ factors of keys do change. He et al. 2022, "Towards a Unified View of Parameter-
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from softtune.backbone import Backbone
+from softtune.backbone import Backbone, evaluating, model_session
 from softtune.errors import ConfigError
-from softtune.methods.base import OURS, Method, PeftConfig, PeftType, Prompt, TaskType
+from softtune.methods.base import OURS, Method, PeftConfig, PeftType, Prompt, TaskType, load_state
 
 _OF_THE_WHOLE = ("task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision")
 """Fields that the combined config has for all of its parts."""
+_SAID_ONCE = ("task_type", "modules_to_save")
+"""Those of which a part may have no other value than the whole's."""
+_UNSET = {**dict.fromkeys(_OF_THE_WHOLE), "inference_mode": False}
+"""A part's values of them, but for the time of ``CombinedConfig._as_whole``."""
+_LEFT_OUT = (*_OF_THE_WHOLE, "peft_version", "auto_mapping")
+"""Fields that are saved of the whole alone."""
 DEFAULT_PARTS = (PeftType.PREFIX_TUNING, PeftType.IA3)
 
 
@@ -32,7 +39,8 @@ class CombinedConfig(PeftConfig):
     and the others have the same ratio to it as the defaults of their methods.
 
     Raises:
-        ConfigError: there are fewer than two parts, two of one method, or a part with virtual tokens behind the text.
+        ConfigError: there are fewer than two parts, two of one method, a part with virtual tokens behind the text, or
+            one with another task or other modules to save than the whole.
     """
 
     peft_type: PeftType = PeftType.COMBINED
@@ -54,18 +62,32 @@ class CombinedConfig(PeftConfig):
             )
 
     def _part(self, given: Any) -> PeftConfig:
-        """A part's config with the fields of the whole."""
+        """A part's config without the fields of the whole, which it gets for the time of ``_as_whole``."""
         if not isinstance(given, Mapping | PeftConfig) or isinstance(given, CombinedConfig):
             raise ConfigError(f"{given!r} is no part of a combined adapter", "give configs of single methods")
-        part = copy.copy(given) if isinstance(given, PeftConfig) else PeftConfig.from_dict({**given, **self._whole()})
+        part = copy.copy(given) if isinstance(given, PeftConfig) else PeftConfig.from_dict(self._whole() | {**given})
         if part.has_own_loss or getattr(part, "num_tasks", 1) > 1:
             raise ConfigError(f"{type(part).__name__} is no part of a combined adapter", "train it as one of its own")
-        vars(part).update(self._whole())
+        for name in _SAID_ONCE:
+            if getattr(part, name) not in (None, getattr(self, name)):
+                raise ConfigError(f"{type(part).__name__} has its own {name}", "say it once, of the whole")
+        vars(part).update(_UNSET)
         return part
 
     def _whole(self) -> dict[str, Any]:
         """The fields of the whole, as a part has them."""
         return {name: getattr(self, name) for name in _OF_THE_WHOLE}
+
+    @contextmanager
+    def _as_whole(self) -> Iterator[None]:
+        """Give the parts the fields of the whole for the length of the block."""
+        for part in self.parts:
+            vars(part).update(self._whole())
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                vars(part).update(_UNSET)
 
     @property
     def is_prompt_learning(self) -> bool:  # type: ignore[override]
@@ -80,7 +102,7 @@ class CombinedConfig(PeftConfig):
     @property
     def trains_head(self) -> bool:
         """Whether a head is trained with any of the parts."""
-        return any(part.trains_head for part in self.parts)
+        return super().trains_head or any(part.trains_head for part in self.parts)
 
     @property
     def kind(self) -> str:
@@ -112,22 +134,33 @@ class CombinedConfig(PeftConfig):
         return self.parts[int(number)], own
 
     def build(self, backbone: Backbone) -> CombinedModule:
-        """See ``PeftConfig.build``, for each part."""
-        for part in self.parts:
-            part.inference_mode = self.inference_mode
+        """See ``PeftConfig.build``, for each part.
+
+        Raises:
+            ConfigError: two parts contribute the same, such as a prefix, or one does not fit the base model.
+            UnsupportedModelError: the base model cannot take a part.
+        """
         names = [part.peft_type.value.lower() for part in self.parts]
-        return CombinedModule(names, [part.build(backbone) for part in self.parts])
+        with self._as_whole():
+            module = CombinedModule(names, [part.build(backbone) for part in self.parts]).to(backbone.device)
+        with model_session(backbone.model), evaluating(module):
+            module.prompt()
+        return module
+
+    def single(self, module: CombinedModule) -> list[nn.Module]:
+        """See ``PeftConfig.single``."""
+        return list(module.parts)
 
     def initialize(self, module: CombinedModule, backbone: Backbone) -> None:
         """See ``PeftConfig.initialize``, for each part."""
-        for part, config in zip(module.parts, self.parts, strict=True):
-            config.initialize(part, backbone)
+        with self._as_whole():
+            for part, config in zip(module.parts, self.parts, strict=True):
+                config.initialize(part, backbone)
 
     def to_dict(self) -> dict[str, Any]:
         """See ``PeftConfig.to_dict``; parts are mappings without the fields of the whole."""
-        whole = super().to_dict()
-        parts = [{k: v for k, v in part.to_dict().items() if k not in _OF_THE_WHOLE} for part in self.parts]
-        return {**whole, "parts": parts}
+        parts = [{k: v for k, v in part.to_dict().items() if k not in _LEFT_OUT} for part in self.parts]
+        return {**super().to_dict(), "parts": parts}
 
 
 class CombinedModule(nn.Module):
@@ -147,7 +180,12 @@ class CombinedModule(nn.Module):
         return dict(zip(self.names, self.parts, strict=True))  # type: ignore[arg-type]
 
     def prompt(self) -> Prompt:
-        return joined([part.prompt() for part in self._methods().values()])
+        """See ``Method.prompt``.
+
+        Raises:
+            ConfigError: two parts contribute the same.
+        """
+        return merge_prompts([part.prompt() for part in self._methods().values()])
 
     def inference_state(self) -> dict[str, Tensor]:
         return {
@@ -156,8 +194,13 @@ class CombinedModule(nn.Module):
             for key, tensor in part.inference_state().items()
         }
 
+    def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, part in self._methods().items():
+            start = f"{name}."
+            load_state(part, {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)})
 
-def joined(prompts: Sequence[Prompt]) -> Prompt:
+
+def merge_prompts(prompts: Sequence[Prompt]) -> Prompt:
     """One prompt with what each of them contributes.
 
     Raises:

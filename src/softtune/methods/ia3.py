@@ -23,12 +23,13 @@ from softtune.methods.targets import (
     KEY_PREFIX,
     Names,
     TargetConfig,
+    by_module,
+    by_slot,
     changeable,
     ends_with,
+    is_all_linear,
     is_named,
-    joined,
     random_start,
-    split,
 )
 
 
@@ -86,7 +87,7 @@ class IA3Config(TargetConfig):
 
     def _settle(self, backbone: Backbone, names: list[str], inner: list[str]) -> None:
         """Fill in what the config left open, so that PEFT and a later load find the same modules."""
-        if self.target_modules is None or self.target_modules == "all-linear" or self.feedforward_modules is None:
+        if self.target_modules is None or is_all_linear(self.target_modules) or self.feedforward_modules is None:
             self.target_modules, self.feedforward_modules = self._shortest(backbone, names, inner)
         self.fan_in_fan_out = any(hasattr(backbone.model.get_submodule(name), "nf") for name in names)
 
@@ -100,14 +101,14 @@ class IA3Config(TargetConfig):
 
     def to_saved(self, state: dict[str, Tensor], module: Factors) -> dict[str, Tensor]:
         """Each module's factors, [N, 1] of outputs or [1, N] of inputs, with ones for features that are not trained."""
-        whole = joined([(slot, factor.detach()) for slot, factor in module.scalings()], 1.0)
+        whole = by_module([(slot, factor.detach()) for slot, factor in module.scalings()], 1.0)
         return {
             f"{KEY_PREFIX}{name}.ia3_l": factor[None] if slot.is_input else factor[:, None]
             for name, (slot, factor) in whole.items()
         }
 
     def from_saved(self, state: dict[str, Tensor], module: Factors) -> dict[str, Tensor]:
-        found = split(state, module.slots, self.tensor_names[0])
+        found = by_slot(state, module.slots, self.tensor_names[0])
         names = {slot.name for slot in module.slots}
         return {f"{name}.factor" if name in names else name: factor for name, factor in found.items()}
 

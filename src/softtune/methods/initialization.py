@@ -135,20 +135,36 @@ def read_prompt(path: str | os.PathLike[str], backbone: Backbone) -> SavedPrompt
         CheckpointError: there is no such file, it is damaged, or it holds no prompt.
         AdapterMismatchError: the adapter was trained on another base model.
     """
-    is_file, tensors = str(path).endswith(".safetensors"), tensors_in(path)
+    tensors = tensors_in(path)
     prompt = tensors.get(PROMPT_KEY, tensors.get(OWN_KEY))
     if prompt is None:
         raise CheckpointError(f"{path} holds no prompt", "name a folder or file with a saved prompt")
+    notes = notes_of_base(path, backbone)
+    return SavedPrompt(prompt.float(), PROMPT_KEY not in tensors, None if notes is None else notes.get("config", {}))
+
+
+def notes_of_base(path: str | os.PathLike[str], backbone: Backbone) -> dict[str, Any] | None:
+    """What softtune's config beside a saved adapter's tensors says; None where there is none, as beside PEFT's.
+
+    Args:
+        path: the adapter's folder, hub name or safetensors file.
+        backbone: the base model that it should be of.
+
+    Raises:
+        CheckpointError: the config is damaged.
+        AdapterMismatchError: the adapter was trained on another base model.
+    """
+    is_file = str(path).endswith(".safetensors")
     beside = storage.local(path).parent if is_file else path
     is_lone = is_file and not (storage.local(path).parent / OWN_CONFIG_NAME).is_file()
     notes_path = None if is_lone else storage.locate(beside, OWN_CONFIG_NAME, is_optional=True)
-    notes = storage.read_json(notes_path) if notes_path else {}
-    if not may_be_base(notes, backbone):
+    notes = storage.read_json(notes_path) if notes_path else None
+    if not may_be_base(notes or {}, backbone):
         raise AdapterMismatchError(
             f"the adapter in {path} was trained on another base model, with other word embeddings",
             "start from an adapter of this one",
         )
-    return SavedPrompt(prompt.float(), PROMPT_KEY not in tensors, notes.get("config", {}) if notes_path else None)
+    return notes
 
 
 def check_shape(prompt: Tensor, shape: Sequence[int], path: str | os.PathLike[str]) -> None:

@@ -107,7 +107,8 @@ class KeyValueConfig(PromptLearningConfig):
         if layers and not is_own:
             prompt, reached = from_peft_layout(prompt, self, layers)
         elif layers and fields is not None:
-            reached = choose_layers(backbone, fields.get("layers"), fields.get("sites"))
+            sites = None if (names := fields.get("sites")) is None else [Site(name) for name in names]
+            reached = choose_layers(backbone, fields.get("layers"), sites)
             if set(layers) <= set(reached) and prompt.shape[1:] == (sum(layer.width for layer in reached),):
                 prompt, reached = joined_prefix(split_prefix(prompt, reached), layers), layers
         if reached != layers:

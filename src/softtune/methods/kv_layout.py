@@ -44,6 +44,19 @@ def choose_layers(backbone: Backbone, layers: Layers, sites: Sequence[Site] | No
     return chosen
 
 
+def check_wrapper(backbone: Backbone) -> None:
+    """Check that terms can be added to the outputs of a model's attention layers.
+
+    Raises:
+        UnsupportedModelError: its layers do not call the attention interface.
+    """
+    if not backbone.takes_wrapper:
+        raise UnsupportedModelError(
+            f"nothing can be added to the attention of {type(backbone.model).__name__}, which calls no interface",
+            "use PrefixTuningConfig",
+        )
+
+
 def _layer_numbers(layers: Layers, count: int) -> list[int]:
     every = list(range(count))
     if layers is None:

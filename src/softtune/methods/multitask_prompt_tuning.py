@@ -115,6 +115,7 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
 
         Raises:
             CheckpointError: the source is missing, damaged, pickled or of other sizes.
+            AdapterMismatchError: the source was trained on another base model.
             ConfigError: the text has no tokens or no tokenizer, or the source has no such task.
         """
         if self.prompt_tuning_init is MultitaskPromptTuningInit.TEXT:
@@ -124,7 +125,7 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
             module.embedding.weight.data.copy_(init.word_vectors(backbone, init.fill(ids, self.num_virtual_tokens)))
         elif source := self.prompt_tuning_init_state_dict_path:
             own = module.inference_state()
-            for name, tensor in self._from_source(source).items():
+            for name, tensor in self._from_source(source, backbone).items():
                 if tensor.shape != own[name].shape:
                     raise CheckpointError(
                         f"{source} has {name} {list(tensor.shape)}, the config asks for {list(own[name].shape)}",
@@ -132,7 +133,7 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
                     )
                 own[name].copy_(tensor)
 
-    def _from_source(self, source: str) -> dict[str, Tensor]:
+    def _from_source(self, source: str, backbone: Backbone) -> dict[str, Tensor]:
         """The tensors of the source that this adapter starts from, the factors with one task [1, ...]."""
         saved = init.tensors_in(source)
         names = (init.PROMPT_KEY, COLS_KEY, ROWS_KEY)
@@ -140,6 +141,9 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
             saved[init.PROMPT_KEY] = saved.pop(init.OWN_KEY)
         if missing := [name for name in names if name not in saved]:
             raise CheckpointError(f"{source} has no {missing[0]}", "name an adapter of multitask prompt tuning")
+        is_pefts = init.notes_of_base(source, backbone) is None and backbone.is_encoder_decoder
+        if is_pefts and len(saved[init.PROMPT_KEY]) == 2 * self.num_virtual_tokens:
+            saved = self._of_encoder({**saved, init.PROMPT_KEY: saved[init.PROMPT_KEY][: self.num_virtual_tokens]})
         if self.prompt_tuning_init is MultitaskPromptTuningInit.ONLY_SOURCE_SHARED:
             return {init.PROMPT_KEY: saved[init.PROMPT_KEY]}
         tasks, task = len(saved[COLS_KEY]), self.prompt_tuning_init_task
@@ -156,7 +160,11 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
     def others_from_peft(self, others: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``PeftConfig.others_from_peft``: of an encoder-decoder's 2·P rows, those of the encoder."""
         is_double = self.num_transformer_submodules == 2 and COLS_KEY in others
-        return {**others, COLS_KEY: others[COLS_KEY][:, : self.num_virtual_tokens]} if is_double else others
+        return self._of_encoder(others) if is_double else others
+
+    def _of_encoder(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors with the factors [N, P, R] of an encoder's virtual tokens alone."""
+        return {**tensors, COLS_KEY: tensors[COLS_KEY][:, : self.num_virtual_tokens]}
 
     @classmethod
     def implied_by_peft(cls, values: Mapping[str, Any]) -> dict[str, Any]:

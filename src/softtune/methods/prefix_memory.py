@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from softtune.backbone import AttentionLayer, Backbone, Place, Site
-from softtune.errors import UnsupportedModelError
 from softtune.methods.base import OURS, PeftConfig, PeftType, Prompt
-from softtune.methods.kv_layout import Layers, choose_layers
+from softtune.methods.kv_layout import Layers, check_wrapper, choose_layers
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,7 +29,6 @@ class PrefixMemoryConfig(PeftConfig):
     learning_rate: ClassVar[float] = 1e-3
     is_prompt_learning: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ("share_heads",)
-    general_options: ClassVar[dict[str, Any]] = {}
     layers: Layers = field(default=None, metadata=OURS)
     """Layers that get a memory: their numbers, ``"first:N"`` or ``"last:N"``; by default all."""
     sites: list[Site] | None = field(default=None, metadata=OURS)
@@ -69,19 +67,6 @@ class PrefixMemory(nn.Module):
 
     def inference_state(self) -> dict[str, Tensor]:
         return {f"memory.{_key(place)}": self.memories[_key(place)].detach() for place in self.places}
-
-
-def check_wrapper(backbone: Backbone) -> None:
-    """Check that terms can be added to the outputs of a model's attention layers.
-
-    Raises:
-        UnsupportedModelError: its layers do not call the attention interface.
-    """
-    if not backbone.takes_wrapper:
-        raise UnsupportedModelError(
-            f"nothing can be added to the attention of {type(backbone.model).__name__}, which calls no interface",
-            "use PrefixTuningConfig",
-        )
 
 
 def _key(place: Place) -> str:

@@ -40,7 +40,6 @@ class TargetConfig(PeftConfig):
 
     is_prompt_learning: ClassVar[bool] = False
     ways: ClassVar[tuple[str, ...]] = ("target_modules", "fused_roles")
-    tensor_name: ClassVar[str]
 
     def find_targets(self, backbone: Backbone, default: Sequence[BiasSlot], kinds: str) -> list[str]:
         """Names of the modules to change.
@@ -73,7 +72,7 @@ class TargetConfig(PeftConfig):
 
     def named(self, backbone: Backbone, targets: Names) -> list[str]:
         """Names of the modules that PEFT would take for such ``target_modules``."""
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        if is_all_linear(targets):
             names = [n for n, m in backbone.model.named_modules() if is_linear(m)]
             output, heads = backbone.model.get_output_embeddings(), set(backbone.head_names)
             names = [n for n in names if n.split(".")[0] not in heads and backbone.model.get_submodule(n) != output]
@@ -160,11 +159,16 @@ def ends_with(name: str, targets: Names) -> bool:
     return is_named(name, targets) if isinstance(targets, str) else name.endswith(tuple(targets))
 
 
+def is_all_linear(targets: Names | None) -> bool:
+    """Whether ``target_modules`` are every linear layer."""
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
 def _suffix(name: str, depth: int) -> str:
     return ".".join(name.split(".")[-depth:])
 
 
-def joined(parts: Iterable[tuple[BiasSlot, Tensor]], neutral: float) -> dict[str, tuple[BiasSlot, Tensor]]:
+def by_module(parts: Iterable[tuple[BiasSlot, Tensor]], neutral: float) -> dict[str, tuple[BiasSlot, Tensor]]:
     """Each module's tensor [width] for all of its features, and one of its slots.
 
     Args:
@@ -182,7 +186,7 @@ def joined(parts: Iterable[tuple[BiasSlot, Tensor]], neutral: float) -> dict[str
     return whole
 
 
-def split(state: dict[str, Tensor], slots: Iterable[BiasSlot], name: str) -> dict[str, Tensor]:
+def by_slot(state: dict[str, Tensor], slots: Iterable[BiasSlot], name: str) -> dict[str, Tensor]:
     """Each slot's tensor [width] by the slot's name, from PEFT's tensors by key. Others keep their keys.
 
     Args:

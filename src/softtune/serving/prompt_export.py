@@ -38,7 +38,8 @@ def load_adapter(backbone: Backbone, folder: Path) -> Adapter:
 
     Raises:
         CheckpointError: a file is missing, damaged or pickled.
-        AdapterMismatchError, UnsupportedModelError: it was trained on another base model.
+        AdapterMismatchError: it was trained on another base model.
+        UnsupportedModelError: it has prompts for several tasks, or the base model cannot take its method.
         ConfigError: its config has a key that softtune does not know.
     """
     config = PeftConfig.from_pretrained(folder)

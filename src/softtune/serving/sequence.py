@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softtune.backbone import Backbone, Place, model_session
-from softtune.injection.attention_terms import Terms, terms_of
+from softtune.injection.attention_terms import Terms, layer_terms
 from softtune.injection.kv_pool import KVPool, PooledSequence
 from softtune.injection.modules import Additions, ModuleChanges, Scalings
 from softtune.methods.base import Prompt
@@ -52,7 +52,7 @@ class LoadedPrompt:
             vectors=prompt.vectors,
             after_text=prompt.after_text,
             additions=prompt.additions,
-            terms=terms_of(prompt, [*pool.layers.values()]),
+            terms=layer_terms(prompt, [*pool.layers.values()]),
             scalings=prompt.scalings,
         )
 
