@@ -42,6 +42,9 @@ FIXED = {
     "shift_positions": True,
     "init_weights": None,
     "init_text": None,
+    "init_file": None,
+    "layers": None,
+    "sites": None,
 }
 """Options of these methods that leave the start as it is, by their names."""
 LINE_BETWEEN = "\n\n"
