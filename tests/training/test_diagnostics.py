@@ -109,8 +109,9 @@ def test_the_range_test_finds_where_the_loss_turns(fields: dict[str, Any], monke
 
 
 def test_the_range_test_tells_the_rate_of_a_run(fields: dict[str, Any]) -> None:
-    """Where the optimiser's first group has another one: biases, which do not decay, stand in its last groups."""
-    parts = [{"peft_type": "BITFIT", "add_missing": True}, {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}]
+    """Not that of the optimiser's first group, which is another part's where the first part has nothing to train."""
+    frozen = {"peft_type": "CARTRIDGE", "num_virtual_tokens": 2, "num_frozen_tokens": 2}
+    parts = [frozen, {"peft_type": "IA3"}]
     found = find_learning_rate(Recipe.from_fields({**fields, "method": "COMBINED", "options": {"parts": parts}}))
     assert found.rates[:2] == pytest.approx([0, 1e-4])
 
