@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from softtune import AutoPeftModelForCausalLM, PeftModel
 from softtune.distillation import Distillation, distill, run, self_study, teacher
@@ -35,7 +35,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     models = save_models(folder, max_position_embeddings=512)
     chat = save_chat_model(folder / "chat", max_position_embeddings=512, attention_dropout=0.1)
-    return {**models, "chat": chat}
+    return {**models, "chat": chat, "gpt2": save_gpt2(folder / "gpt2", models["llama"])}
+
+
+def save_gpt2(folder: Path, llama: str) -> str:
+    """A model whose positions are learned, so that it fails beyond the last."""
+    words = AutoTokenizer.from_pretrained(llama)
+    sizes = {"vocab_size": len(words), "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 512}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -289,10 +298,11 @@ def test_the_output_may_be_in_the_folder_of_the_text(models: dict[str, str], tmp
         distill(settings(models, tmp_path, text=None, corpus=str(tmp_path)))
 
 
-def test_a_long_summary_has_the_positions_that_are_left(models: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["chat", "gpt2"])
+def test_a_long_summary_has_the_positions_that_are_left(kind: str, models: dict[str, str], tmp_path: Path) -> None:
     """The whole text, 307 tokens, and a summary of as many as the cartridge have more positions than the model."""
-    text = f"{TEXT} {TEXT}"
-    report = distill(settings(models, tmp_path / "out", text=text, tokens=290, chunk_tokens=400, steps=1))
+    changes = {"model": models[kind], "text": f"{TEXT} {TEXT}", "tokens": 290, "chunk_tokens": 400, "steps": 1}
+    report = distill(settings(models, tmp_path / "out", **changes))
     assert report.chunks == 1
     summary = next(result for result in report.results if result.name == SUMMARY)
     assert summary.note == ""

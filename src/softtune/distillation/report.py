@@ -231,13 +231,15 @@ class ContextEvaluation:
 
     @cached_property
     def _summary(self) -> str:
-        """The model's summaries of all chunks, of P tokens at most together."""
-        return SEPARATOR.join(self._summarize())
+        """The model's summaries of all chunks, cut to P tokens, as what is written may be read as more tokens."""
+        room = max(self.tokens - len(self.dialogue.context_ids("a")), 1)
+        text = SEPARATOR.join(self._summarize(room))
+        offsets = self.dialogue.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text if len(offsets) <= room else text[: offsets[room - 1][1]]
 
-    def _summarize(self) -> Iterator[str]:
-        """Write a summary of each chunk, of P tokens at most together, and of as many as there are positions for."""
+    def _summarize(self, room: int) -> Iterator[str]:
+        """Write a summary of each chunk, of ``room`` tokens at most together, or as many as have positions."""
         chunks = chunks_of(list(self.texts), self.dialogue.tokenizer, self.chunk_tokens)
-        room = self.tokens - len(self.dialogue.context_ids("a"))
         size = max(room // len(chunks), 1)
         for chunk in chunks:
             ids, asked = self.dialogue.context_ids(chunk.text), self.dialogue.rest(chunk.text, SUMMARIZE)

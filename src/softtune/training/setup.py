@@ -185,7 +185,7 @@ class Setup:
         return [self.starts[number].prefix_mask(row) for row in range(len(self.rows.training))]
 
     def evaluate_leave_one_out(self) -> dict[str, float]:
-        """The task's metrics on the training rows, from each of which the virtual tokens that start from it are hidden.
+        """Measure the task on the training rows, from each of which the virtual tokens that start from it are hidden.
 
         Empty where there are other rows to evaluate on, or several adapters or texts to generate for it.
         """
