@@ -30,8 +30,8 @@ def main() -> None:
     name = f"cartridge-{settings.seed}"
     measures = measures_of(report)
     show(name, measures)
-    ways = [{**vars(way)} for way in report.ways]
-    save(name, {"settings": settings.model_dump(mode="json"), "measures": measures, "ways": ways})
+    results = [{**vars(result)} for result in report.results]
+    save(name, {"settings": settings.model_dump(mode="json"), "measures": measures, "results": results})
 
 
 def parsed() -> Distillation:
@@ -47,10 +47,10 @@ def parsed() -> Distillation:
 
 
 def measures_of(report: DistillationReport) -> list[dict[str, Any]]:
-    """Right answers of each way to give the model the text, and what the cartridge saves."""
-    by_name = {way.name: way for way in report.ways}
+    """Right answers of each method to give the model the text, and what the cartridge saves."""
+    by_name = {result.name: result for result in report.results}
     full, own = by_name["full text"], by_name["cartridge"]
-    found = [measure(f"right answers: {way.name}", way.accuracy, None) for way in report.ways if not way.note]
+    found = [measure(f"right answers: {one.name}", one.accuracy, None) for one in report.results if not one.note]
     if full.note or not full.accuracy:
         return found
     return [

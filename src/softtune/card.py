@@ -47,11 +47,12 @@ def with_results(existing: Path, text: str, name: str, results: Sequence[EvalRes
         existing: path of the card.
         text: the results in Markdown.
         name: the adapter's name, for the metadata.
-        results: one for each metric.
+        results: one for each metric; the metadata stays as it is without any.
     """
     card: ModelCard = ModelCard.load(existing)
     data: Any = card.data
-    data.model_name, data.eval_results = name, [*results]
+    if results:
+        data.model_name, data.eval_results = name, [*results]
     card.text = _with_block(card.text, RESULTS_BEGIN, text, RESULTS_END)
     return card
 

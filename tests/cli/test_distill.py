@@ -50,6 +50,18 @@ def test_a_corpus_is_distilled_and_goes_on_after_an_interrupt(
     assert (tmp_path / "baked" / "out" / PROMPT_NAME).is_file()
 
 
+def test_a_method_that_does_not_fit_is_named_below_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_chat_model(tmp_path / "chat", max_position_embeddings=512)
+    command = ["distill", "--text", " ".join([TEXT] * 5), "--model", model, "--tokens", "12"]
+    assert run(*command, "--output", str(tmp_path / "out"), *QUICK) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^full text: needs \d+ positions, the model has 512$", shown, re.MULTILINE)
+    assert not re.search(r"^│ full text", shown, re.MULTILINE)
+    assert "contains" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

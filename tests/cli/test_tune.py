@@ -46,7 +46,7 @@ def test_a_file_is_all_that_it_takes(few: str, model: str, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "start: examples" in shown
     assert "template:" in shown
-    assert "accuracy without itself" in shown
+    assert "leave-one-out accuracy" in shown
     assert "in context" in shown
     assert "after training" in shown
 
@@ -71,7 +71,7 @@ def test_other_rows_compare_it_with_the_examples_in_the_prompt(
     assert Recipe.from_adapter("mine").learning_rate == 1e-3
     assert "| metric | examples in context | with the adapter |" in Path("mine/README.md").read_text()
     shown = capsys.readouterr().out
-    assert "without itself" not in shown
+    assert "leave-one-out" not in shown
     assert "before" in shown
 
 
@@ -158,8 +158,19 @@ def test_conversations(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"messages": [[]], "id": [1]}, {}, {"messages": "messages"}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:the answers in 'answer' are generated as free texts")
 def test_what_the_rows_suggest(rows: dict[str, Any], given: dict[str, Any], found: dict[str, Any]) -> None:
     assert found_in(Dataset.from_dict(rows), given) == found
+
+
+def test_labels_that_are_rare_are_free_texts_with_a_word() -> None:
+    long = ["it is as cold as ice", "it is as warm as bread", "it is good"]
+    for answers in (["x", "y", "z"], ["x", "x", "y", "z", "v"], [*long, long[0]]):
+        rows = Dataset.from_dict({"text": ["a"] * len(answers), "kind": answers})
+        with pytest.warns(UserWarning, match=r"in 'kind' are generated as free texts, since .*: name them by --labels"):
+            assert "labels" not in found_in(rows, {})
+        assert "labels" not in found_in(rows, {"labels": ["x"]})  # without a word
+    found_in(Dataset.from_dict({"text": ["a"] * 3, "kind": long}), {})
 
 
 def test_rows_without_texts() -> None:

@@ -32,6 +32,15 @@ def test_a_folder_gives_all_its_texts_in_order(tmp_path: Path) -> None:
     assert read_corpus(None, " said ") == ["said"]
 
 
+def test_hidden_files_and_other_folders_are_no_text(tmp_path: Path) -> None:
+    for name in ("a.md", ".b.md", ".git/c.md", "d/.e/f.txt", "runs/g.jsonl", "runs/out/h.txt", "runs-2/i.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}' if name.endswith("l") else name)
+    assert read_corpus(str(tmp_path), None, [str(tmp_path / "runs")]) == ["a.md", "runs-2/i.txt"]
+    assert read_corpus(str(tmp_path / ".git"), None, [str(tmp_path)]) == [".git/c.md"]  # what is named is read
+    assert read_corpus(str(tmp_path / ".b.md"), None, [str(tmp_path)]) == [".b.md"]
+
+
 def test_what_is_no_text_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^there is no file or folder .*none: check the path$"):
         read_corpus(str(tmp_path / "none"), None)

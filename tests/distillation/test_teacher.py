@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softtune import PeftModel, compat
 from softtune.data import Collator
 from softtune.distillation import teacher
-from softtune.distillation.context import cartridge, in_context, kv_bytes
+from softtune.distillation.context import create_cartridge, kv_bytes, prefill_context
 from softtune.distillation.dialogue import Dialogue, answer_ids
 from softtune.distillation.loss import TEACHER, TeacherCollator, TeacherDivergence
 from softtune.distillation.self_study import Conversation
-from softtune.distillation.teacher import Lesson, TeacherCache
+from softtune.distillation.teacher import DistillationExample, TeacherCache
 from softtune.errors import ConfigError
 from softtune.training.trainer import AdapterTrainer, training_arguments
 from tests.tiny import CHATML, MARKED, chat_tokenizer, save_chat_model, save_models
@@ -42,21 +42,25 @@ def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def lessons_of(tokenizer: Any, texts: tuple[str, str] = (TEXT, "bad bad"), role: Any = "system") -> list[Lesson]:
+def examples_of(
+    tokenizer: Any, texts: tuple[str, str] = (TEXT, "bad bad"), role: Any = "system"
+) -> list[DistillationExample]:
     form = Dialogue(tokenizer, role)
-    return [Lesson.from_conversation(talk, texts[talk.chunk], form, form) for talk in TALKS]
+    return [DistillationExample.from_conversation(talk, texts[talk.chunk], form, form) for talk in TALKS]
 
 
-def cache_of(base: Any, lessons: list[Lesson], folder: Path, k: int) -> TeacherCache:
-    cache = TeacherCache(folder=folder, base=base, lessons=lessons, top_k=k, vocabulary=base.vocab_size, pad_token_id=0)
+def cache_of(base: Any, examples: list[DistillationExample], folder: Path, k: int) -> TeacherCache:
+    cache = TeacherCache(
+        folder=folder, base=base, examples=examples, top_k=k, vocabulary=base.vocab_size, pad_token_id=0
+    )
     cache.fill(lambda done: None)
     return cache
 
 
-def read_at_once(base: Any, lesson: Lesson) -> torch.Tensor:
+def read_at_once(base: Any, example: DistillationExample) -> torch.Tensor:
     """[N, V] log-probabilities at the answer of a teacher that reads context, question and answer as one text."""
-    answer = answer_ids(lesson.asked)
-    ids = [*lesson.context, *lesson.asked.input_ids]
+    answer = answer_ids(example.teacher)
+    ids = [*example.context, *example.teacher.input_ids]
     with torch.no_grad():
         logits = base(torch.tensor([ids])).logits[0]
     return logits[-len(answer) - 1 : -1].log_softmax(-1)
@@ -65,13 +69,13 @@ def read_at_once(base: Any, lesson: Lesson) -> torch.Tensor:
 @pytest.mark.parametrize(("k", "role"), [(1, "system"), (4, "user"), (1000, "system")])
 def test_the_teacher_has_the_text_in_its_context(k: int, role: str, loaded: tuple[Any, Any], tmp_path: Path) -> None:
     base, tokenizer = loaded
-    lessons = lessons_of(tokenizer, role=role)
-    cache = cache_of(base, lessons, tmp_path / "teacher", k)
-    for number, lesson in enumerate(lessons):
+    examples = examples_of(tokenizer, role=role)
+    cache = cache_of(base, examples, tmp_path / "teacher", k)
+    for number, example in enumerate(examples):
         ids, values = cache.read(number)
-        expected = read_at_once(base, lesson).topk(min(k, base.vocab_size))
+        expected = read_at_once(base, example).topk(min(k, base.vocab_size))
         torch.testing.assert_close(values, expected.values, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(read_at_once(base, lesson).gather(-1, ids), expected.values, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(read_at_once(base, example).gather(-1, ids), expected.values, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("role", ["user", "system"])
@@ -110,13 +114,13 @@ def test_a_prefix_of_the_whole_text_is_the_text(template: str | None, tmp_path: 
     else:
         folder = save_chat_model(tmp_path / "chat", TEMPLATES[template], max_position_embeddings=256)
     base, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    lessons = lessons_of(tokenizer, (TEXT, TEXT))
-    assert all(lesson.student.input_ids == lesson.asked.input_ids for lesson in lessons)
-    cache = cache_of(base, lessons, tmp_path / "teacher", 4)
-    batch = TeacherCollator(Collator(0, padding_side="left"), [one.student for one in lessons], cache)(range(3))
-    whole = trainer_of(cartridge(base, lessons[0].context), tmp_path)
+    examples = examples_of(tokenizer, (TEXT, TEXT))
+    assert all(example.student.input_ids == example.teacher.input_ids for example in examples)
+    cache = cache_of(base, examples, tmp_path / "teacher", 4)
+    batch = TeacherCollator(Collator(0, padding_side="left"), [one.student for one in examples], cache)(range(3))
+    whole = trainer_of(create_cartridge(base, examples[0].context), tmp_path)
     assert whole.compute_loss(whole.model, dict(batch)).item() == pytest.approx(0, abs=1e-5)
-    shorter = trainer_of(cartridge(base, lessons[0].context[:-4]), tmp_path)
+    shorter = trainer_of(create_cartridge(base, examples[0].context[:-4]), tmp_path)
     assert shorter.compute_loss(shorter.model, dict(batch)).item() > 1e-3
 
 
@@ -129,22 +133,22 @@ def trainer_of(model: PeftModel, folder: Path) -> AdapterTrainer:
 def test_the_objective_is_the_divergence_over_all_answers(side: str, loaded: tuple[Any, Any], tmp_path: Path) -> None:
     """Against rows on their own, without padding and with all of the vocabulary; gradients too."""
     base, tokenizer = loaded
-    lessons = lessons_of(tokenizer)
-    cache = cache_of(base, lessons, tmp_path / "teacher", 1000)
-    model = cartridge(base, lessons[0].context[:7])
+    examples = examples_of(tokenizer)
+    cache = cache_of(base, examples, tmp_path / "teacher", 1000)
+    model = create_cartridge(base, examples[0].context[:7])
     weight = model.adapter("default").module.trainable_embedding
-    collate = TeacherCollator(Collator(0, padding_side=side), [lesson.student for lesson in lessons], cache)
+    collate = TeacherCollator(Collator(0, padding_side=side), [example.student for example in examples], cache)
     batch = collate([2, 0, 1])
     assert set(TEACHER) < set(batch)
     loss = trainer_of(model, tmp_path).compute_loss(model, dict(batch))
     [gradient] = torch.autograd.grad(loss, weight)
     sums = []
-    for lesson in lessons:
-        answer = answer_ids(lesson.student)
-        logits = model(torch.tensor([lesson.student.input_ids])).logits[0, -len(answer) - 1 : -1]
-        wanted = read_at_once(base, lesson)
+    for example in examples:
+        answer = answer_ids(example.student)
+        logits = model(torch.tensor([example.student.input_ids])).logits[0, -len(answer) - 1 : -1]
+        wanted = read_at_once(base, example)
         sums.append((wanted.exp() * (wanted - logits.log_softmax(-1))).sum())
-    tokens = sum(len(answer_ids(lesson.student)) for lesson in lessons)
+    tokens = sum(len(answer_ids(example.student)) for example in examples)
     expected = torch.stack(sums).sum() / tokens
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, weight)[0], atol=1e-5, rtol=1e-3)
@@ -156,13 +160,13 @@ def test_the_cache_keeps_what_has_not_changed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(teacher, "SHARD", 2)
     folder = save_chat_model(tmp_path / "chat")
     base, words = AutoModelForCausalLM.from_pretrained(folder).eval(), chat_tokenizer()
-    lessons = lessons_of(words)
-    cache_of(base, lessons, tmp_path / "teacher", 4)
+    examples = examples_of(words)
+    cache_of(base, examples, tmp_path / "teacher", 4)
     first, second = sorted((tmp_path / "teacher").iterdir())
     times = first.stat().st_mtime_ns, second.stat().st_mtime_ns
-    cache_of(base, lessons, tmp_path / "teacher", 4)
+    cache_of(base, examples, tmp_path / "teacher", 4)
     assert (first.stat().st_mtime_ns, second.stat().st_mtime_ns) == times
-    edited = [*lessons[:2], lessons_of(words, (TEXT, "good good"))[2]]
+    edited = [*examples[:2], examples_of(words, (TEXT, "good good"))[2]]
     changed = cache_of(base, edited, tmp_path / "teacher", 4)
     assert first.stat().st_mtime_ns == times[0]
     assert not second.exists()
@@ -176,20 +180,22 @@ def test_the_cache_keeps_what_has_not_changed(tmp_path: Path, monkeypatch: pytes
 def test_the_cache_is_bounded(tmp_path: Path) -> None:
     folder = save_chat_model(tmp_path / "chat")
     base = AutoModelForCausalLM.from_pretrained(folder).eval()
-    lessons = lessons_of(chat_tokenizer())
-    cache = cache_of(base, lessons, tmp_path / "teacher", 4)
-    tokens = sum(len(answer_ids(lesson.student)) for lesson in lessons)
+    examples = examples_of(chat_tokenizer())
+    cache = cache_of(base, examples, tmp_path / "teacher", 4)
+    tokens = sum(len(answer_ids(example.student)) for example in examples)
     header = 2000
     assert sum(file.stat().st_size for file in (tmp_path / "teacher").iterdir()) <= tokens * 4 * 8 + header
     cache.check_size(tokens * 4 * 8 / 1e6)
-    with pytest.raises(ConfigError, match=rf"^{tokens} tokens with 4 log-probabilities each take 0 MB, cache_mb is"):
+    with pytest.raises(
+        ConfigError, match=rf"^{tokens} tokens with 4 log-probabilities each take \d+ B, cache_mb allows"
+    ):
         cache.check_size(tokens * 4 * 8 / 1e6 - 1e-6)
 
 
 def test_nothing_in_the_context_is_the_base_model(loaded: tuple[Any, Any]) -> None:
     base, tokenizer = loaded
     ids = torch.tensor([tokenizer("red sky")["input_ids"]])
-    torch.testing.assert_close(in_context(base, [])(ids).logits, base(ids).logits)
+    torch.testing.assert_close(prefill_context(base, [])(ids).logits, base(ids).logits)
     assert kv_bytes(base, 10) == 10 * sum(
         tensor.shape[1] * tensor.shape[3] * 4
         for layer in compat.cache_of(base(ids, use_cache=True)).layers

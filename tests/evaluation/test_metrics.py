@@ -12,11 +12,37 @@ from seqeval.metrics import f1_score as entity_f1
 from seqeval.metrics import precision_score, recall_score
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
-from softtune.tasks.metrics import Quality, label_quality, span_quality, tag_quality, text_quality
+from softtune.tasks.metrics import Quality, contains, label_quality, span_quality, tag_quality, text_quality
 
 LABELS = ["a", "b", "c"]
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "another", "small", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "is_there"),
+    [
+        ("145 crowns", "It costs 145 crowns.", True),
+        ("The pilot boat", "in a pilot boat", True),
+        ("pilot boat", "the pilot, the boat", True),
+        ("pilot boat", "the boat's pilot", False),
+        ("pilot boat", "pilot boats", False),
+        ("145", "1450", False),
+        ("red sky", "red", False),
+        ("red sky", "", False),
+        ("A", "The answer is A.", True),
+        ("A", "B", False),
+        ("A", "ANY", False),
+        ("A", "it is a dog", False),
+        ("%", "50%", True),
+        ("%", "50", False),
+        ("...", "?", False),
+        ("", "", True),
+        ("", "red", False),
+    ],
+)
+def test_answers_that_contain_a_reference(reference: str, answer: str, is_there: bool) -> None:
+    assert contains(reference, answer) is is_there
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -12,10 +12,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.tiny import save_chat_model, save_models
+from sklearn.metrics import accuracy_score, f1_score
+from tests.tiny import LABELS, save_chat_model, save_models
 from tests.training.test_run import interrupt_at, no_work
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softtune import ConfigError, DataError, PeftModel
 from softtune.data import Collator, load_records
 from softtune.data.encoding import IGNORED, Example
+from softtune.evaluation.answers import judge
 from softtune.experiments.cases import Case
 from softtune.training.context_tuning import Demonstrations
 from softtune.training.folder import RunFolder
@@ -170,10 +173,72 @@ def test_the_untrained_prefix_is_in_context_learning(fields: dict[str, Any], met
 def test_the_metrics_before_training_are_those_in_context(fields: dict[str, Any]) -> None:
     report = train(Recipe.from_fields({**fields, "learning_rate": 1e-12, "max_steps": 2}))
     assert report.before == report.after
-    alone = train(Recipe.from_fields({**fields, "start": "method", "max_steps": 2, "output": fields["output"] + "-2"}))
     saved = json.loads(Path(fields["output"], "metrics.json").read_text())
     assert saved["before"] == report.before
+    setup = prepared({**fields, "output": fields["output"] + "-2"})
+    [start], rows = setup.starts, setup.rows.evaluation
+    assert rows is not None
+    scores = [scores_in_context(setup, record, [1] * len(start.input_ids)) for record in rows]
+    answers = [LABELS[int(own.argmax())] for own in scores]
+    assert report.before["accuracy"] == accuracy_score(rows["label"], answers)
+    assert report.before["macro_f1"] == pytest.approx(f1_score(rows["label"], answers, average="macro"))
+    alone = train(Recipe.from_fields({**fields, "start": "method", "max_steps": 2, "output": fields["output"] + "-3"}))
     assert alone.before.keys() == report.before.keys()
+
+
+def scores_in_context(setup: Setup, record: Any, shown: list[int]) -> Tensor:
+    """[labels] log-probabilities of the answers to a record by the base model, behind all of the start: a text and its
+    answer do not attend to those of the start's tokens that are not shown."""
+    [start], base = setup.starts, setup.model.get_base_model()
+    found = []
+    for label in LABELS:
+        [example] = setup.task.examples({**record, "label": label}, setup.tokenizer)
+        ids, before = [*start.input_ids, *example.input_ids], len(start.input_ids)
+        sees = torch.ones(len(ids), len(ids)).tril().bool()
+        sees[before:, :before] &= torch.tensor(shown).bool()
+        mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+        with torch.no_grad():
+            logits = base(torch.tensor([ids]), attention_mask=mask[None, None]).logits[0]
+        places = [before + i for i, label_id in enumerate(example.labels) if label_id != IGNORED]
+        found.append(sum(logits[place - 1].log_softmax(-1)[ids[place]] for place in places))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("size", [None, 60])
+def test_leave_one_out_is_a_loop_over_rows(
+    fields: dict[str, Any], size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields |= {"test_size": 0, "options": {} if size is None else {"num_virtual_tokens": size}}
+    with nullcontext() if size is None else pytest.warns(UserWarning, match="sample"):
+        setup = prepared(fields)
+    [start], rows, seen = setup.starts, setup.rows.training, list[Any]()
+    monkeypatch.setattr("softtune.training.setup.judge", lambda *given: seen.append(given) or judge(*given))
+    found = setup.evaluate_leave_one_out()
+    scores, moved = [], 0
+    for record in rows:
+        alike = [row for row, text in enumerate(rows["words"]) if text == record["words"]]
+        hidden = {place for row in alike for place in start.hidden[row]}
+        every = [1] * len(start.input_ids)
+        scores.append(scores_in_context(setup, record, [int(place not in hidden) for place in range(len(every))]))
+        moved += not torch.allclose(scores[-1], scores_in_context(setup, record, every), atol=1e-3)
+    assert 0 < moved <= len(rows)
+    assert (moved == len(rows)) == (size is None)
+    [(_, _, answers)] = seen
+    torch.testing.assert_close(answers.scores, torch.stack(scores), atol=1e-4, rtol=1e-4)
+    right = [LABELS[int(own.argmax())] == label for own, label in zip(scores, rows["label"], strict=True)]
+    assert found["accuracy"] == pytest.approx(sum(right) / len(rows))
+
+
+def test_leave_one_out_is_kept(fields: dict[str, Any]) -> None:
+    report = train(Recipe.from_fields({**fields, "test_size": 0, "max_steps": 2}))
+    before, after = report.leave_one_out
+    assert before.keys() == after.keys() > {"accuracy"}
+    saved = json.loads((report.folder / "metrics.json").read_text())
+    assert (saved["leave_one_out"], saved["after"]) == ({"before": before, "after": after}, {})
+    card = ModelCard.load(report.folder / "README.md")
+    assert "Leave-one-out: on the training rows" in card.text
+    assert f"| accuracy | {before['accuracy']:.1%} | {after['accuracy']:.1%} |" in card.text
+    assert card.data.eval_results is None
 
 
 def test_each_row_is_trained_without_its_own_tokens(fields: dict[str, Any], batches: list[dict[str, Tensor]]) -> None:
@@ -286,6 +351,9 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> str:
         ({"options": {"init_text": "warm"}}, "drop init_text, or start"),
         ({"options": {"placement": "infix"}}, "drop placement"),
         ({"options": {"shift_positions": False}}, "drop shift_positions"),
+        ({"options": {"init_file": "adapter"}}, "drop init_file"),
+        ({"options": {"layers": [0]}}, "drop layers"),
+        ({"options": {"sites": ["decoder"]}}, "drop sites"),
         ({"start": "method", "leave_one_out": False}, "leave_one_out is for a prefix that starts from examples"),
         ({"start": "method", "example_separator": "x"}, "example_separator is for a prefix that starts from examples"),
         ({"start": "text"}, "start is 'text'"),

@@ -108,6 +108,14 @@ def test_the_range_test_finds_where_the_loss_turns(fields: dict[str, Any], monke
     assert found.end in (None, "the loss was more than 2 times its lowest")
 
 
+def test_the_range_test_tells_the_rate_of_a_run(fields: dict[str, Any]) -> None:
+    """Not that of the optimiser's first group, which is another part's where the first part has nothing to train."""
+    frozen = {"peft_type": "CARTRIDGE", "num_virtual_tokens": 2, "num_frozen_tokens": 2}
+    parts = [frozen, {"peft_type": "IA3"}]
+    found = find_learning_rate(Recipe.from_fields({**fields, "method": "COMBINED", "options": {"parts": parts}}))
+    assert found.rates[:2] == pytest.approx([0, 1e-4])
+
+
 def test_a_range_test_that_leaves_the_numbers_ends(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softtune.training.learning_rate.HIGHEST", 1e38)
     monkeypatch.setattr("softtune.training.learning_rate.RISEN", float("inf"))

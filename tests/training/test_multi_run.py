@@ -25,6 +25,7 @@ from softtune import (
     TrainingError,
 )
 from softtune.data import Collator, Example
+from softtune.distillation.loss import TeacherDivergence
 from softtune.injection.frozen_layer_cache import FrozenLayerCache
 from softtune.training import multi_run
 from softtune.training.multi_run import train_together
@@ -343,3 +344,7 @@ def test_what_cannot_train_together_is_refused(tmp_path: Path) -> None:
     other_loss.compute_loss_func = lambda *_, **__: torch.zeros(())
     with pytest.raises(ConfigError, match="need the task's own loss"):
         train_together([first, other_loss])
+    objective = case.trainer("prefix", 0)
+    objective.objective = TeacherDivergence()
+    with pytest.raises(ConfigError, match="need the task's own loss"):
+        train_together([first, objective])

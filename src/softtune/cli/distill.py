@@ -60,29 +60,30 @@ def command(
 
 
 def _show(report: DistillationReport) -> None:
-    """Print the table of a distillation."""
+    """Print the table of a distillation, and below it why a method is not in it."""
     kind = "known answers" if report.is_known else "answers of the model with the text in its context"
     table = Table(
-        *("", "tokens", "KV", "reading", "a request", "answers with it", "F1"),
+        *("", "tokens", "KV", "reading", "a request", "contains the answer", "F1"),
         title=f"{report.questions} questions with {kind}",
         title_justify="left",
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    for way in report.ways:
-        if way.note:
-            table.add_row(way.name, way.note)
-            continue
-        table.add_row(
-            way.name,
-            f"{way.tokens:.0f}",
-            in_units(way.kv_bytes),
-            f"{way.reading:.2f} s",
-            f"{way.seconds:.2f} s",
-            f"{way.accuracy:.0%}",
-            f"{way.f1:.1%}",
-        )
+    for result in report.results:
+        if not result.note:
+            table.add_row(
+                result.name,
+                f"{result.tokens:.0f}",
+                in_units(result.kv_bytes),
+                f"{result.reading:.2f} s",
+                f"{result.seconds:.2f} s",
+                f"{result.accuracy:.0%}",
+                f"{result.f1:.1%}",
+            )
     console.print(table)
+    for result in report.results:
+        if result.note:
+            console.print(f"{result.name}: {result.note}", soft_wrap=True)
     parts = "whole" if report.chunks == 1 else f"in {report.chunks} chunks"
     console.print(
         f"The text was read {parts}. {report.conversations} conversations, {report.steps} steps: divergence from "

@@ -24,7 +24,7 @@ def show_report(report: Report, title: str = "") -> None:
     quality = report.evaluation.quality
     intervals = quality.intervals() if quality else {}
     pairs = [pair for name, interval in intervals.items() for pair in _quality(report, name, interval)]
-    pairs += [(f"{in_words(name)} without itself", _left_out(report, name)) for name in report.left_out[1]]
+    pairs += [(f"leave-one-out {in_words(name)}", _leave_one_out(report, name)) for name in report.leave_one_out[1]]
     pairs += [
         ("trained on", f"{_rows(report.training_rows, report.truncated)}, {report.steps} steps"),
         *([("validated on", _validated(report))] if report.validation_rows else []),
@@ -115,9 +115,9 @@ def _quality(report: Report, metric: str, interval: tuple[float, float]) -> Iter
         yield f"{label} of one", f"{_between(metric, (min(members), max(members)))}, {mean} on average"
 
 
-def _left_out(report: Report, metric: str) -> str:
+def _leave_one_out(report: Report, metric: str) -> str:
     """A metric on the rows that the prefix starts from, each of which is answered without its own tokens."""
-    before, after = (_figure(metric, side[metric]) for side in report.left_out)
+    before, after = (_figure(metric, side[metric]) for side in report.leave_one_out)
     return f"{before} in context, {after} after training on these rows"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ LABEL_COLUMNS = ("label", "answer", "completion", "output", "target", "response"
 """Names of a column with answers, the first of which is taken; the last column where there is none of them."""
 CONVERSATIONS = "messages"
 """Name of a column with conversations."""
+LONGEST_LABEL = 3
+"""Words of a label at most, where none is there twice."""
 DEFAULTS = {"start": "examples", "test_size": 0, "max_length": 256, "batch_size": 8, "max_steps": 80}
 """Fields of the recipe that are other than a recipe's own defaults."""
 
@@ -62,6 +65,12 @@ def found_in(rows: Dataset, fields: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"label_column": answers, "template": _template(texts, answers)}
     if "choices" not in fields and answers in columns and (labels := _labels(rows[answers])):
         found["labels"] = labels
+    elif {"choices", "labels"}.isdisjoint(fields) and answers in columns and _resemble_labels(rows[answers]):
+        warnings.warn(
+            f"the answers in {answers!r} are generated as free texts, since each of them is there fewer than twice on "
+            "average: name them by --labels if they are labels",
+            stacklevel=2,
+        )
     return found
 
 
@@ -81,6 +90,13 @@ def _labels(answers: Sequence[Any]) -> list[str]:
         return []
     different = sorted({str(answer) for answer in answers})
     return different if 2 * len(different) <= len(answers) else []
+
+
+def _resemble_labels(answers: Sequence[Any]) -> bool:
+    """Whether answers that are taken as free texts could be labels: one is there twice, or all are short."""
+    texts = [str(answer) for answer in answers if isinstance(answer, (str, int, float))]
+    is_short = all(len(text.split()) <= LONGEST_LABEL for text in texts)
+    return len(texts) == len(answers) and (is_short or len({*texts}) < len(texts))
 
 
 with_flags(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 ASSISTANT = "assistant"
 SYSTEM_ROLES = ("system", "developer")
-_PLACE = "\uf8ff"
+PLACEHOLDER = "\uf8ff"
 """A character for private use, in place of a text whose beginning is looked for."""
 
 
@@ -125,4 +125,4 @@ def without_space_at_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 @lru_cache(maxsize=8)
 def user_turn_start(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of characters that the template writes before the user's text."""
-    return len(render(chat.messages(_PLACE), tokenizer, add_generation_prompt=True).partition(_PLACE)[0])
+    return len(render(chat.messages(PLACEHOLDER), tokenizer, add_generation_prompt=True).partition(PLACEHOLDER)[0])

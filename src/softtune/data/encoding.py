@@ -131,7 +131,7 @@ def encode(
     if chat is not None:
         tokens, target = _in_chat(template, record, tokenizer, chat, answer or "")
         return _example(tokens, target, target, max_length=max_length, room=room)
-    first, last = _special_tokens(tokenizer)
+    first, last = special_tokens(tokenizer)
     text, tokens = _prompt(template, record, tokenizer)
     tokens = [*(_Token(token, _WORD) for token in first), *tokens]
     target = _answer_ids(text, template.separator + answer, tokenizer) if answer else []
@@ -254,7 +254,7 @@ def _answer_ids(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) ->
     return whole[len(before) :] if whole[: len(before)] == before else token_ids(answer, tokenizer)
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a text."""
     encoding = tokenizer("a", return_special_tokens_mask=True)
     ids, mask = encoding["input_ids"], encoding["special_tokens_mask"]
@@ -267,7 +267,7 @@ def has_places_within(template: Template, tokenizer: PreTrainedTokenizerBase) ->
     """Whether a template places virtual tokens anywhere but in front of the whole input, special tokens included."""
     kinds = [part.kind for part in template.parts]
     count = kinds.count("prompt")
-    return "prompt" in kinds[count:] or (count > 0 and bool(_special_tokens(tokenizer)[0]))
+    return "prompt" in kinds[count:] or (count > 0 and bool(special_tokens(tokenizer)[0]))
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

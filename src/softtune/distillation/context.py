@@ -15,22 +15,24 @@ from softtune.methods import CartridgeConfig, TaskType
 from softtune.model import PeftModel
 
 
-def in_context(base: PreTrainedModel, input_ids: Sequence[int]) -> PeftModel:
-    """A model that goes on from token ids [T] without reading them again; the base model alone without any.
+def prefill_context(base: PreTrainedModel, input_ids: Sequence[int]) -> PeftModel:
+    """Compute the keys and values of token ids [T], and return a model that goes on from them; the base model alone
+    without any.
 
     Raises:
         UnsupportedModelError: the base model cannot take a prefix.
     """
-    return PeftModel(base).eval() if not input_ids else _with_prefix(base, input_ids, frozen=len(input_ids)).eval()
+    return PeftModel(base).eval() if not input_ids else _create_prefix(base, input_ids, frozen=len(input_ids)).eval()
 
 
-def cartridge(base: PreTrainedModel, input_ids: Sequence[int]) -> PeftModel:
-    """A model with a trained prefix that starts from the keys and values of token ids [P]; the first stays as it is.
+def create_cartridge(base: PreTrainedModel, input_ids: Sequence[int]) -> PeftModel:
+    """Create a model with a trained prefix that starts from the keys and values of token ids [P]; the first stays
+    as it is.
 
     Raises:
         UnsupportedModelError: the base model cannot take a prefix.
     """
-    return _with_prefix(base, input_ids, frozen=min(1, len(input_ids) - 1))
+    return _create_prefix(base, input_ids, frozen=min(1, len(input_ids) - 1))
 
 
 def kv_bytes(base: PreTrainedModel, num_tokens: int) -> int:
@@ -39,8 +41,9 @@ def kv_bytes(base: PreTrainedModel, num_tokens: int) -> int:
     return num_tokens * sum(layer.width for layer in layers) * base.dtype.itemsize
 
 
-def _with_prefix(base: PreTrainedModel, input_ids: Sequence[int], *, frozen: int) -> PeftModel:
-    """A model whose prefix is the keys and values [T, W] of token ids [T]; the first ``frozen`` are not trained."""
+def _create_prefix(base: PreTrainedModel, input_ids: Sequence[int], *, frozen: int) -> PeftModel:
+    """Create a model whose prefix is the keys and values [T, W] of token ids [T], of which the first ``frozen`` are not
+    trained."""
     config = CartridgeConfig(
         task_type=TaskType.CAUSAL_LM,
         num_virtual_tokens=len(input_ids),

@@ -17,8 +17,8 @@ PLAIN = (".txt", ".md")
 """Endings of files that are texts; those of ``data.formats`` are records, whose cells are."""
 OVERLAP = 8
 """A chunk begins with the last eighth of the one before, so that each passage stands whole in one of them."""
-BETWEEN = "\n\n"
-"""What stands between two files, or two records."""
+SEPARATOR = "\n\n"
+"""What stands between two files or records, and between a text and what follows it."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ def read_corpus(corpus: str | None, text: str | None, besides: Sequence[str | No
     """The texts of a corpus, one a file.
 
     Args:
-        corpus: a file or a folder of files, of which those are read, with those below, whose endings are known.
+        corpus: a file or a folder of files, of which those are read, with those below, whose endings are known; but
+            none that is hidden or in a hidden folder.
         text: the text itself, instead.
-        besides: files that are no part of the text, where they are in its folder.
+        besides: files and folders that are no part of the text, where they are in its folder.
 
     Raises:
         DataError: there is no such file or folder, no text in it, or a file cannot be read.
@@ -46,9 +47,7 @@ def read_corpus(corpus: str | None, text: str | None, besides: Sequence[str | No
         path = Path(corpus).expanduser()
         if not path.exists():
             raise DataError(f"there is no file or folder {path}", "check the path")
-        others = {Path(file).expanduser().resolve() for file in besides if file is not None}
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-        files = [file for file in files if file.resolve() not in others]
+        files = _files(path, {Path(other).expanduser().resolve() for other in besides if other is not None})
         known = [file for file in files if file.suffix.lower() in (*PLAIN, *FORMATS)]
         if files and not known:
             raise DataError(f"{path} has no text", f"give files that end in {quoted((*PLAIN, *FORMATS))}")
@@ -57,6 +56,20 @@ def read_corpus(corpus: str | None, text: str | None, besides: Sequence[str | No
     if not found:
         raise DataError(f"{corpus or 'the text'} has no text", "give a file with the text to distil")
     return found
+
+
+def _files(path: Path, others: set[Path]) -> list[Path]:
+    """A file, or the files of a folder that are not hidden, in order; without the others and what is in these."""
+    if not path.is_dir():
+        return [path] if path.resolve() not in others else []
+    folders = {other for other in others if path.resolve() in other.parents}
+
+    def is_text(file: Path) -> bool:
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        place = file.resolve()
+        return file.is_file() and not is_hidden and place not in others and folders.isdisjoint(place.parents)
+
+    return [file for file in sorted(path.rglob("*")) if is_text(file)]
 
 
 def _text_of(file: Path) -> str:
@@ -68,7 +81,7 @@ def _text_of(file: Path) -> str:
             raise DataError(f"{file} is not UTF-8 at byte {error.start}", "save the file as UTF-8") from error
     records = load_records(str(file))
     cells = ([str(value) for value in record.values() if isinstance(value, str)] for record in records)
-    return BETWEEN.join("\n".join(row) for row in cells)
+    return SEPARATOR.join("\n".join(row) for row in cells)
 
 
 def chunks_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, size: int) -> list[Chunk]:

@@ -20,17 +20,14 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from softtune.data import Example, Template, encode
-from softtune.data.chat import ASSISTANT, Message, render
+from softtune.data.chat import ASSISTANT, PLACEHOLDER, Message, render
 from softtune.data.conversations import encode_opening, encode_reply
-from softtune.data.encoding import IGNORED, token_ids
+from softtune.data.encoding import IGNORED, special_tokens, token_ids
+from softtune.distillation.corpus import SEPARATOR
 from softtune.errors import DataError
 
 Role = Literal["user", "system"]
 PLAIN = Template("Question: {question}\nAnswer: ")
-SEPARATOR = "\n\n"
-"""Between a text and the question that follows it, where no chat template separates them."""
-_PLACE = "\uf8ff"
-"""A character for private use, in place of a question."""
 
 
 class Dialogue:
@@ -52,14 +49,14 @@ class Dialogue:
     def context_ids(self, text: str) -> list[int]:
         """Token ids of a text in front of any question."""
         if not self.is_chat:
-            return [*self._first, *token_ids(text + SEPARATOR, self.tokenizer)]
+            return [*self._first_ids, *token_ids(text + SEPARATOR, self.tokenizer)]
         return token_ids(self._context(text), self.tokenizer)
 
     def rest(self, text: str, question: str) -> Example:
         """What follows the context of ``text``: the question, up to where the answer begins."""
         if not self.is_chat:
             request = self.request(question).input_ids
-            return _opening(request[len(self._first) :])
+            return _opening(request[len(self._first_ids) :])
         whole = self._rendered(text, question)
         return _opening(token_ids(whole[len(self._context(text)) :], self.tokenizer))
 
@@ -89,22 +86,21 @@ class Dialogue:
         )
 
     @cached_property
-    def _first(self) -> list[int]:
+    def _first_ids(self) -> list[int]:
         """The special tokens that the tokenizer puts in front of a text."""
-        encoding = self.tokenizer("a", return_special_tokens_mask=True)
-        return list(encoding["input_ids"][: encoding["special_tokens_mask"].index(0)])
+        return special_tokens(self.tokenizer)[0]
 
     def _context(self, text: str) -> str:
         """The conversation's text up to where it depends on the question."""
-        whole = self._rendered(text, _PLACE)
+        whole = self._rendered(text, PLACEHOLDER)
         if self._is_system:
             try:
                 alone = render([{"role": "system", "content": text}], self.tokenizer)
             except DataError:  # some templates write no conversation without a user's turn
-                alone = _PLACE
+                alone = PLACEHOLDER
             if whole.startswith(alone):
                 return alone
-        return whole.partition(_PLACE)[0]
+        return whole.partition(PLACEHOLDER)[0]
 
     def _rendered(self, text: str, question: str) -> str:
         """The conversation's text up to where the assistant's turn begins."""
@@ -120,7 +116,7 @@ class Dialogue:
         if self.role == "user":
             return False
         try:
-            return _PLACE in render([{"role": "system", "content": _PLACE}, *_asked("a")], self.tokenizer)
+            return PLACEHOLDER in render([{"role": "system", "content": PLACEHOLDER}, *_asked("a")], self.tokenizer)
         except DataError as error:
             if isinstance(error.__cause__, (TemplateError, TypeError)):
                 return False

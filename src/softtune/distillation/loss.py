@@ -59,7 +59,7 @@ class TeacherCollator:
     cache: TeacherCache
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of the lessons of these numbers."""
+        """The batch of the examples of these numbers."""
         batch = self.collate([self.examples[number] for number in numbers])
         parts = zip(*(self.cache.read(number) for number in numbers), strict=True)
         return {**batch, **{name: torch.cat(part) for name, part in zip(TEACHER, parts, strict=True)}}

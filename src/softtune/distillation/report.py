@@ -1,7 +1,7 @@
-"""What a cartridge keeps, compared with other ways to give a model a text: all of it in the context, the passages that
-BM25 finds, the model's own summary, and nothing.
+"""A cartridge compared with other methods to give a model a text: all of it in the context, the passages that BM25
+finds, the model's own summary, and nothing.
 
-The other ways get as many tokens as the cartridge has. Letters: P virtual tokens.
+Passages and summary have as many tokens as the cartridge at most. Letters: P virtual tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from softtune import storage
 from softtune.data import Example, load_records
 from softtune.data.records import check_columns, text_of
-from softtune.distillation.context import in_context, kv_bytes
-from softtune.distillation.corpus import BETWEEN, chunks_of
+from softtune.distillation.context import kv_bytes, prefill_context
+from softtune.distillation.corpus import SEPARATOR, chunks_of
 from softtune.distillation.dialogue import Dialogue
 from softtune.distillation.retrieval import bm25_scores
 from softtune.errors import DataError
@@ -43,8 +43,8 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
-    """How one way to give a model the text does."""
+class ContextResult:
+    """Quality and cost of one method to give a model the text."""
 
     name: str
     note: str = ""
@@ -58,7 +58,7 @@ class Way:
     seconds: float = 0
     """Seconds of a request in all, one at a time."""
     accuracy: float = 0
-    """Share of the answers that have the right one's words in them."""
+    """Share of the answers that contain the right one, see ``contains``."""
     f1: float = 0
     """F1 of an answer's words and the right one's."""
     answers: list[str] = field(default_factory=list)
@@ -68,7 +68,8 @@ class Way:
 class DistillationReport:
     """The results of a distillation."""
 
-    ways: list[Way]
+    results: list[ContextResult]
+    """Of the cartridge, and of the other methods."""
     is_known: bool
     """Whether the right answers were given; else they are the model's own, with the text's chunk in its context."""
     questions: int
@@ -81,7 +82,7 @@ class DistillationReport:
     last_loss: float
     """Its mean over the last tenth of the updates."""
     seconds: float
-    """Of the training."""
+    """Duration of the training alone. After a resume, the time since then."""
     folder: str
 
     def save(self, folder: Path) -> None:
@@ -108,8 +109,8 @@ def read_questions(source: str) -> list[Question]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examination:
-    """Asks the questions in every way.
+class ContextEvaluation:
+    """Asks the questions with every method.
 
     Args:
         base: the base model.
@@ -131,52 +132,57 @@ class Examination:
     questions: Sequence[Question]
     max_answer_tokens: int
 
-    def run(self, advance: Callable[[int, int], None]) -> list[Way]:
-        """The ways, of which ``advance`` is told how many answers are written, and how many there will be."""
+    def run(self, advance: Callable[[int, int], None]) -> list[ContextResult]:
+        """Evaluate all methods; ``advance`` is told how many answers are written, and how many there will be."""
         texts: dict[str, Callable[[str], str]] = {
-            FULL: lambda _: self._whole,
-            RETRIEVED: self._retrieved,
+            FULL: lambda _: SEPARATOR.join(self.texts),
+            RETRIEVED: self._retrieve,
             SUMMARY: lambda _: self._summary,
             NOTHING: lambda _: "",
         }
         total = (len(texts) + 1) * len(self.questions)
-        found: list[Way] = []
+        found: list[ContextResult] = []
 
         def tell(done: int) -> None:
             advance(len(found) * len(self.questions) + done, total)
 
-        found.append(self._by_cartridge(tell))
+        found.append(self._evaluate_cartridge(tell))
         for name, text_for in texts.items():
-            found.append(self._in_context(name, text_for, tell))
+            found.append(self._evaluate_context(name, text_for, tell))
         return found
 
-    def _by_cartridge(self, tell: Callable[[int], None]) -> Way:
+    def _evaluate_cartridge(self, tell: Callable[[int], None]) -> ContextResult:
         answers, seconds = [], 0.0
         for number, one in enumerate(self.questions, start=1):
-            answer, spent = self._answer(self.cartridge, self.dialogue.request(one.question))
+            asked = self.dialogue.request(one.question)
+            if note := self._note(self.tokens + len(asked.input_ids) + self.max_answer_tokens):
+                return ContextResult(name=CARTRIDGE, note=note)
+            answer, spent = self._answer(self.cartridge, asked)
             answers.append(answer)
             seconds += spent
             tell(number)
-        return self._way(CARTRIDGE, answers, tokens=self.tokens * len(answers), reading=0, seconds=seconds)
+        return self._result(CARTRIDGE, answers, tokens=self.tokens * len(answers), reading=0, seconds=seconds)
 
-    def _in_context(self, name: str, text_for: Callable[[str], str], tell: Callable[[int], None]) -> Way:
-        """The way of a text in the context, which may depend on the question."""
+    def _evaluate_context(
+        self, name: str, text_for: Callable[[str], str], tell: Callable[[int], None]
+    ) -> ContextResult:
+        """Evaluate a method that puts a text into the context, which may depend on the question."""
         answers, tokens, reading, answering, kept = list[str](), 0, 0.0, 0.0, None
         for number, one in enumerate(self.questions, start=1):
             text = text_for(one.question)
             ids = self.dialogue.context_ids(text) if text else []
             asked = self.dialogue.rest(text, one.question) if text else self.dialogue.request(one.question)
-            if (needed := len(ids) + len(asked.input_ids) + self.max_answer_tokens) > self._positions:
-                return Way(name=name, note=f"needs {needed} positions, the model has {self._positions}")
+            if note := self._note(len(ids) + len(asked.input_ids) + self.max_answer_tokens):
+                return ContextResult(name=name, note=note)
             if kept is None or kept[0] != ids:
                 clock = time.perf_counter()
-                kept = ids, in_context(self.base, ids)
+                kept = ids, prefill_context(self.base, ids)
                 spent_reading = time.perf_counter() - clock if ids else 0.0
             answer, spent = self._answer(kept[1], asked)
             answers.append(answer)
             tokens, reading, answering = tokens + len(ids), reading + spent_reading, answering + spent
             tell(number)
-        return self._way(name, answers, tokens=tokens, reading=reading, seconds=reading + answering)
+        return self._result(name, answers, tokens=tokens, reading=reading, seconds=reading + answering)
 
     def _answer(self, model: PeftModel, asked: Example) -> tuple[str, float]:
         clock = time.perf_counter()
@@ -184,10 +190,10 @@ class Examination:
         [answer] = write_texts(model, self.dialogue.tokenizer, [asked], max_new_tokens=limit, do_sample=False)
         return answer, time.perf_counter() - clock
 
-    def _way(self, name: str, answers: list[str], *, tokens: int, reading: float, seconds: float) -> Way:
+    def _result(self, name: str, answers: list[str], *, tokens: int, reading: float, seconds: float) -> ContextResult:
         """The means over all questions, from the sums over them."""
         right, count = [one.answer for one in self.questions], len(answers)
-        return Way(
+        return ContextResult(
             name=name,
             tokens=tokens / count,
             kv_bytes=kv_bytes(self.base, tokens) / count,
@@ -198,41 +204,45 @@ class Examination:
             answers=answers,
         )
 
+    def _note(self, needed: int) -> str:
+        """Why a request cannot be answered that needs so many positions; empty where it can."""
+        return "" if needed <= self._positions else f"needs {needed} positions, the model has {self._positions}"
+
     @cached_property
     def _positions(self) -> float:
         return self.cartridge.backbone.max_positions or float("inf")
-
-    @cached_property
-    def _whole(self) -> str:
-        return BETWEEN.join(self.texts)
 
     @cached_property
     def _passages(self) -> list[str]:
         size = min(PASSAGE, max(self.tokens // 4, SHORTEST_PASSAGE))
         return [chunk.text for chunk in chunks_of(list(self.texts), self.dialogue.tokenizer, size)]
 
-    def _retrieved(self, question: str) -> str:
-        """The passages that BM25 finds, as many as have P tokens, in the order of the text."""
+    def _retrieve(self, question: str) -> str:
+        """Find passages by BM25 for a question, as many as have P tokens, in the order of the text."""
         scores = bm25_scores(self._passages, question)
         best = sorted(range(len(scores)), key=lambda number: -scores[number])
         chosen = list[int]()
         for number in best:
-            text = BETWEEN.join(self._passages[i] for i in sorted([*chosen, number]))
+            text = SEPARATOR.join(self._passages[i] for i in sorted([*chosen, number]))
             if chosen and len(self.dialogue.context_ids(text)) > self.tokens:
                 break
             chosen.append(number)
-        return BETWEEN.join(self._passages[i] for i in sorted(chosen))
+        return SEPARATOR.join(self._passages[i] for i in sorted(chosen))
 
     @cached_property
     def _summary(self) -> str:
-        """The model's summaries of all chunks, of P tokens at most together."""
-        return BETWEEN.join(self._summaries())
+        """The model's summaries of all chunks, cut to P tokens, as what is written may be read as more tokens."""
+        room = max(self.tokens - len(self.dialogue.context_ids("a")), 1)
+        text = SEPARATOR.join(self._summarize(room))
+        offsets = self.dialogue.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text if len(offsets) <= room else text[: offsets[room - 1][1]]
 
-    def _summaries(self) -> Iterator[str]:
+    def _summarize(self, room: int) -> Iterator[str]:
+        """Write a summary of each chunk, of ``room`` tokens at most together, or as many as have positions."""
         chunks = chunks_of(list(self.texts), self.dialogue.tokenizer, self.chunk_tokens)
-        room = self.tokens - len(self.dialogue.context_ids("a"))
         size = max(room // len(chunks), 1)
         for chunk in chunks:
-            model = in_context(self.base, self.dialogue.context_ids(chunk.text))
-            asked = self.dialogue.rest(chunk.text, SUMMARIZE)
-            yield from write_texts(model, self.dialogue.tokenizer, [asked], max_new_tokens=size, do_sample=False)
+            ids, asked = self.dialogue.context_ids(chunk.text), self.dialogue.rest(chunk.text, SUMMARIZE)
+            left = self._positions - len(ids) - len(asked.input_ids)
+            model, most = prefill_context(self.base, ids), int(min(size, left))
+            yield from write_texts(model, self.dialogue.tokenizer, [asked], max_new_tokens=most, do_sample=False)

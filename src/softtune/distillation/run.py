@@ -1,9 +1,10 @@
 """Distils a text into a cartridge: Eyuboglu et al. 2025, "Cartridges: Lightweight and general-purpose long context
 representations via self-study", arXiv 2506.06266.
 
-Questions by the model itself, the teacher's log-probabilities, training, and a report. Each phase keeps what it has
-done in the folder, so that the same call goes on after an interrupt. A short text, such as a system prompt, is a corpus
-of one chunk: this is prompt distillation (Kujanpää et al. 2024, arXiv 2412.14964).
+Questions by the model itself, the teacher's log-probabilities, training, and a report. All but the report is kept in
+the folder as it is done, batch by batch, so that the same call goes on after an interrupt; an interrupted report is
+made anew. A short text, such as a system prompt, is a corpus of one chunk: this is prompt distillation (Kujanpää et
+al. 2024, arXiv 2412.14964).
 """
 
 from __future__ import annotations
@@ -11,35 +12,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 
 from softtune.backbone import Backbone
 from softtune.data import Collator
 from softtune.data.chat import chat_template_of
-from softtune.distillation.context import cartridge
-from softtune.distillation.corpus import BETWEEN, Chunk, chunks_of, read_corpus
+from softtune.distillation.checks import check_positions, check_questions, check_vocabulary, chunk_tokens
+from softtune.distillation.context import create_cartridge
+from softtune.distillation.corpus import SEPARATOR, Chunk, chunks_of, read_corpus
 from softtune.distillation.dialogue import Dialogue
 from softtune.distillation.folder import DistillationFolder
 from softtune.distillation.loss import TeacherCollator, TeacherDivergence
-from softtune.distillation.report import DistillationReport, Examination, Question, Way, read_questions
-from softtune.distillation.self_study import SEED_PROMPTS, Conversation, SelfStudy
+from softtune.distillation.report import ContextEvaluation, ContextResult, DistillationReport, Question, read_questions
+from softtune.distillation.self_study import Conversation, SelfStudy, read_seed_prompts
 from softtune.distillation.settings import Distillation
-from softtune.distillation.teacher import Lesson, TeacherCache
-from softtune.errors import ConfigError, DataError
+from softtune.distillation.teacher import DistillationExample, TeacherCache
+from softtune.errors import DataError
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.callbacks import InterruptSaver, ProgressReporter
-from softtune.training.progress import TRAINING, Phase, Progress
+from softtune.training.progress import EVALUATING, TRAINING, Phase, Progress
 from softtune.training.trainer import STATE_FILE, AdapterTrainer, checkpoints_in, step_of, training_arguments
 
-ASKING, TEACHING, MEASURING = Phase("asking itself"), Phase("reading the teacher"), Phase("measuring")
+GENERATING, LOG_PROBABILITIES = Phase("generating questions"), Phase("teacher log-probabilities")
 HELD_OUT = 8
 """Without known answers, one of so many conversations is held out of training to measure agreement."""
-LEAST_CHUNK = 16
-"""Tokens of a chunk at least."""
 
 
 def distill(settings: Distillation, *, progress: Progress = lambda *_: None) -> DistillationReport:
@@ -51,10 +50,12 @@ def distill(settings: Distillation, *, progress: Progress = lambda *_: None) -> 
 
     Raises:
         ConfigError: the folder has a finished cartridge, or an unfinished one with other settings; the teacher has
-            another vocabulary; the base model is no decoder, or has too few positions; or the teacher's
-            log-probabilities need more room than ``cache_mb``.
+            another vocabulary; the conversations are another distillation's, or were edited after the training had
+            begun; the base model is no decoder, or has too few positions; or the teacher's log-probabilities need more
+            room than ``cache_mb``.
         DataError: the corpus has no text, or fewer tokens than the cartridge; or a file is malformed.
         UnsupportedModelError: the base model takes no prefix.
+        CheckpointError: the folder is a file or cannot be written, or a model cannot be loaded.
         TrainingError: the loss or the cartridge is NaN or infinite.
         KeyboardInterrupt: Ctrl-C; its message says how to go on.
     """
@@ -76,32 +77,43 @@ class _Distillation:
     base: PreTrainedModel
     student: Dialogue
     teacher: PreTrainedModel
-    asking: Dialogue
+    teacher_dialogue: Dialogue
     """The form of the teacher's questions."""
     prompts: Sequence[str]
     texts: list[str]
     chunk_tokens: int
+    """Tokens of a chunk that the teacher has in its context at most."""
+    student_chunk_tokens: int
+    """Tokens of a chunk at most that the base model has positions for, too."""
     known: list[Question]
     """Questions with known answers; empty without a file of them."""
 
     @classmethod
     def load(cls, settings: Distillation, folder: DistillationFolder, progress: Progress) -> _Distillation:
         """Read the text and load the models, and check that they fit, before anything is kept."""
-        texts = read_corpus(settings.corpus, settings.text, [settings.questions, settings.seed_prompts])
+        texts = read_corpus(
+            settings.corpus, settings.text, [settings.questions, settings.seed_prompts, settings.output]
+        )
         known = read_questions(settings.questions) if settings.questions else []
-        prompts = _seed_prompts(settings.seed_prompts)
+        prompts = read_seed_prompts(settings.seed_prompts)
         base, tokenizer = load_base_model(settings.model, options=settings.load)
         teacher, others = base, tokenizer
         if settings.teacher is not None:
-            teacher, others = load_base_model(settings.teacher, options=settings.load)
+            options = settings.load.model_copy(update={"revision": None})  # of the base model's repository
+            teacher, others = load_base_model(settings.teacher, options=options)
             check_vocabulary(tokenizer, others)
         positions = Backbone.shared(base).max_positions
         room_beside = 1 << 30 if positions is None else positions - settings.tokens
         student = Dialogue(tokenizer, settings.text_role, room_beside)
-        asking = Dialogue(others, settings.text_role)
-        room = SelfStudy.room(asking, prompts, settings.max_answer_tokens)
-        for model in (base, teacher):
-            _check_positions(model, settings.tokens, room)
+        teacher_dialogue = Dialogue(others, settings.text_role)
+        room, own_room = (
+            SelfStudy.room(Dialogue(own, settings.text_role), prompts, settings.max_answer_tokens)
+            for own in (others, tokenizer)
+        )
+        check_positions(base, settings.tokens, own_room)
+        check_positions(teacher, settings.tokens, room)
+        check_questions(known, student, settings.questions)
+        size = chunk_tokens(teacher, settings.chunk_tokens, room)
         loaded = cls(
             settings=settings,
             folder=folder,
@@ -109,10 +121,11 @@ class _Distillation:
             base=base,
             student=student,
             teacher=teacher,
-            asking=asking,
+            teacher_dialogue=teacher_dialogue,
             prompts=prompts,
             texts=texts,
-            chunk_tokens=_chunk_tokens(teacher, settings.chunk_tokens, room),
+            chunk_tokens=size,
+            student_chunk_tokens=chunk_tokens(base, size, own_room),
             known=known,
         )
         loaded.start_ids()
@@ -125,7 +138,7 @@ class _Distillation:
         Raises:
             DataError: the text has fewer.
         """
-        ids = self.student.context_ids(BETWEEN.join(self.texts))
+        ids = self.student.context_ids(SEPARATOR.join(self.texts))
         if len(ids) < (size := self.settings.tokens):
             raise DataError(
                 f"tokens is {size}, and the text has {len(ids)}",
@@ -135,18 +148,19 @@ class _Distillation:
 
     def run(self) -> DistillationReport:
         """Run all phases."""
-        chunks = chunks_of(self.texts, self.asking.tokenizer, self.chunk_tokens)
+        chunks = chunks_of(self.texts, self.teacher_dialogue.tokenizer, self.chunk_tokens)
         conversations = self._conversations(chunks)
-        held, trained = _held_out(conversations, self.settings.seed, needs=not self.known)
-        lessons = [Lesson.from_conversation(one, chunks[one.chunk].text, self.asking, self.student) for one in trained]
-        cache = self._taught(lessons)
-        model, history, seconds = self._trained(lessons, cache)
-        questions = self.known or [Question(one.question, one.answer) for one in held]
+        held = _hold_out(len(conversations), self.settings.seed) if not self.known else set[int]()
+        examples = self._examples(conversations, chunks, held)
+        self.folder.check_examples(examples)
+        model, history, seconds = self._train_cartridge(examples, self._fill_teacher_cache(examples))
+        self.folder.save(model)
+        questions = self.known or [Question(conversations[i].question, conversations[i].answer) for i in sorted(held)]
         report = DistillationReport(
-            ways=self._measured(model, questions),
+            results=self._evaluate(model, questions),
             is_known=bool(self.known),
             questions=len(questions),
-            conversations=len(trained),
+            conversations=len(examples),
             chunks=len(chunks),
             steps=len(history),
             first_loss=history[0],
@@ -154,48 +168,68 @@ class _Distillation:
             seconds=seconds,
             folder=str(self.folder.path),
         )
-        self.folder.finish(model, report)
+        self.folder.finish(report)
         return report
+
+    def _examples(
+        self, conversations: Sequence[Conversation], chunks: Sequence[Chunk], held: set[int]
+    ) -> list[DistillationExample]:
+        """Encode the conversations that are not held out of training.
+
+        Raises:
+            DataError: one does not fit.
+        """
+        found = []
+        for number, one in enumerate(conversations):
+            if number in held:
+                continue
+            try:
+                text = chunks[one.chunk].text
+                found.append(DistillationExample.from_conversation(one, text, self.teacher_dialogue, self.student))
+            except DataError as error:
+                raise error.at(f"{self.folder.conversations_file}: row {number + 1}") from error
+        return found
 
     def _conversations(self, chunks: Sequence[Chunk]) -> list[Conversation]:
         """The self-study's conversations; once all are there, those of the file, which may have been edited."""
         if not self.folder.has_conversations:
             study = SelfStudy(
                 base=self.teacher,
-                dialogue=self.asking,
+                dialogue=self.teacher_dialogue,
                 chunks=chunks,
                 prompts=self.prompts,
                 max_answer_tokens=self.settings.max_answer_tokens,
                 seed=self.settings.seed,
             )
             count = self.settings.num_questions
-            self.folder.keep(study.run(count, self.folder.self_study, self._telling(ASKING, count)))
+            self.folder.keep(study.run(count, self.folder.self_study, self._reporter(GENERATING, count)))
         return self.folder.conversations(len(chunks))
 
-    def _taught(self, lessons: Sequence[Lesson]) -> TeacherCache:
-        """The teacher's log-probabilities, on the disk."""
+    def _fill_teacher_cache(self, examples: Sequence[DistillationExample]) -> TeacherCache:
+        """Compute the teacher's log-probabilities that are not yet on the disk."""
         vocabulary = self.base.config.get_text_config().vocab_size
         cache = TeacherCache(
             folder=self.folder.teacher,
             base=self.teacher,
-            lessons=lessons,
+            examples=examples,
             top_k=self.settings.top_k,
             vocabulary=vocabulary,
             pad_token_id=self._pad_token_id,
         )
         cache.check_size(self.settings.cache_mb)
-        cache.fill(self._telling(TEACHING, len(lessons)))
+        cache.fill(self._reporter(LOG_PROBABILITIES, len(examples)))
         return cache
 
-    def _trained(self, lessons: Sequence[Lesson], cache: TeacherCache) -> tuple[PeftModel, list[float], float]:
-        """The trained cartridge, its losses by step, and the seconds that it took since the last interrupt."""
+    def _train_cartridge(
+        self, examples: Sequence[DistillationExample], cache: TeacherCache
+    ) -> tuple[PeftModel, list[float], float]:
+        """Train a cartridge; return it with its losses by step, and the seconds since the last interrupt."""
         set_seed(self.settings.seed)
-        model = cartridge(self.base, self.start_ids())
+        model = create_cartridge(self.base, self.start_ids())
         if self.student.is_chat:
             model.adapter("default").chat_template = chat_template_of(self.student.tokenizer)
-        self.folder.check_lessons(lessons)
         interrupt = InterruptSaver()
-        trainer = self._trainer(model, lessons, cache, interrupt)
+        trainer = self._trainer(model, examples, cache, interrupt)
         clock = time.perf_counter()
         with interrupt:
             self._train(trainer)
@@ -214,10 +248,10 @@ class _Distillation:
         trainer.load_adapter(str(starts[-1]))
 
     def _trainer(
-        self, model: PeftModel, lessons: Sequence[Lesson], cache: TeacherCache, interrupt: InterruptSaver
+        self, model: PeftModel, examples: Sequence[DistillationExample], cache: TeacherCache, interrupt: InterruptSaver
     ) -> AdapterTrainer:
         settings = self.settings
-        examples = [lesson.student for lesson in lessons]
+        students = [example.student for example in examples]
         return AdapterTrainer(
             model,
             args=training_arguments(
@@ -233,98 +267,43 @@ class _Distillation:
                 seed=settings.seed,
                 label_names=["labels"],
             ),
-            train_dataset=range(len(lessons)),
-            data_collator=TeacherCollator(Collator(self._pad_token_id, padding_side="left"), examples, cache),
+            train_dataset=range(len(examples)),
+            data_collator=TeacherCollator(Collator(self._pad_token_id, padding_side="left"), students, cache),
             objective=TeacherDivergence(),
             callbacks=[interrupt, ProgressReporter(lambda *step: self.progress(TRAINING, *step))],
         )
 
-    def _measured(self, model: PeftModel, questions: Sequence[Question]) -> list[Way]:
-        examination = Examination(
+    def _evaluate(self, model: PeftModel, questions: Sequence[Question]) -> list[ContextResult]:
+        """Compare the cartridge with other methods to give the base model the text."""
+        evaluation = ContextEvaluation(
             base=self.base,
             cartridge=model,
             dialogue=self.student,
             texts=self.texts,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.student_chunk_tokens,
             tokens=self.settings.tokens,
             questions=questions,
             max_answer_tokens=self.settings.max_answer_tokens,
         )
-        return examination.run(lambda done, total: self.progress(MEASURING, done, total, ""))
+        return evaluation.run(lambda done, total: self.progress(EVALUATING, done, total, ""))
 
     @property
     def _pad_token_id(self) -> int:
         return int(self.student.tokenizer.pad_token_id)
 
-    def _telling(self, phase: Phase, total: int) -> Callable[[int], None]:
+    def _reporter(self, phase: Phase, total: int) -> Callable[[int], None]:
         return lambda done: self.progress(phase, done, total, "")
 
 
-def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Check that a teacher's tokens are the student's.
+def _hold_out(count: int, seed: int) -> set[int]:
+    """Draw the numbers of the conversations to measure by, out of ``count``.
 
     Raises:
-        ConfigError: they are not.
+        DataError: none would be left to train on.
     """
-    own, others = student.get_vocab(), teacher.get_vocab()
-    if own != others:
-        different = sum(others.get(token) != number for token, number in own.items())
-        raise ConfigError(
-            f"the teacher has another vocabulary: {different} of {len(own)} tokens have another id or none",
-            "take a teacher of the same family",
-        )
-
-
-def _check_positions(base: PreTrainedModel, tokens: int, room: int) -> None:
-    """Check that a model has room for the cartridge, a question and an answer, and for a chunk instead.
-
-    Raises:
-        ConfigError: it has not.
-    """
-    positions = Backbone.shared(base).max_positions
-    needed = max(tokens, LEAST_CHUNK) + room
-    if positions is not None and positions < needed:
-        raise ConfigError(
-            f"{tokens} tokens with a question and an answer take {needed} positions, the model has {positions}",
-            "lower tokens or max_answer_tokens",
-        )
-
-
-def _chunk_tokens(base: PreTrainedModel, size: int, room: int) -> int:
-    """Tokens of a chunk, as many as are asked for and as the model has positions for."""
-    positions = Backbone.shared(base).max_positions
-    return size if positions is None else min(size, positions - room)
-
-
-def _seed_prompts(file: str | None) -> tuple[str, ...]:
-    """The instructions by which the model writes questions."""
-    if file is None:
-        return SEED_PROMPTS
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise DataError(f"there is no file {path}", "check the path of the seed prompts")
-    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    if not lines:
-        raise DataError(f"{path} has no seed prompt", "write one instruction a line")
-    return lines
-
-
-def _held_out(
-    conversations: Sequence[Conversation], seed: int, *, needs: bool
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Conversations to measure by, and those to train on.
-
-    Raises:
-        DataError: there are too few for both.
-    """
-    if not needs:
-        return [], [*conversations]
-    if len(conversations) < 2:
+    if count < 2:
         raise DataError("one conversation is left to train on and to measure by", "ask for more by num_questions")
-    count = max(len(conversations) // HELD_OUT, 1)
-    held = {*Random(seed).sample(range(len(conversations)), count)}
-    parts = [[one for i, one in enumerate(conversations) if (i in held) is side] for side in (True, False)]
-    return parts[0], parts[1]
+    return {*Random(seed).sample(range(count), max(count // HELD_OUT, 1))}
 
 
 def _tenth(history: Sequence[float]) -> int:

@@ -24,7 +24,7 @@ from softtune import storage
 from softtune.data import Example, load_records
 from softtune.data.encoding import IGNORED, token_ids
 from softtune.data.records import check_columns
-from softtune.distillation.context import in_context
+from softtune.distillation.context import prefill_context
 from softtune.distillation.corpus import Chunk
 from softtune.distillation.dialogue import Dialogue
 from softtune.errors import DataError
@@ -116,7 +116,7 @@ class SelfStudy:
 
     def _batch(self, chunk: int, rows: Sequence[int], number: int) -> list[Conversation]:
         text, tokenizer = self.chunks[chunk].text, self.dialogue.tokenizer
-        model = in_context(self.base, self.dialogue.context_ids(text))
+        model = prefill_context(self.base, self.dialogue.context_ids(text))
         set_seed(self.seed * 1_000_003 + number)
         openings = [self.prompt(row)[1] for row in rows]
         asking = [
@@ -159,6 +159,23 @@ class SelfStudy:
         around = len(dialogue.context_ids("a")) + len(dialogue.rest("a", "a").input_ids)
         asking = longest + PASSAGE + QUESTION_TOKENS
         return around + max(asking, QUESTION_TOKENS + max_answer_tokens) + 16  # texts that are cut have other tokens
+
+
+def read_seed_prompts(source: str | None) -> tuple[str, ...]:
+    """Read instructions to write a question from a file with one a line; without a file, the general ones.
+
+    Raises:
+        DataError: there is no such file, or no line in it.
+    """
+    if source is None:
+        return SEED_PROMPTS
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(f"there is no file {path}", "check the path of the seed prompts")
+    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    if not lines:
+        raise DataError(f"{path} has no seed prompt", "write one instruction a line")
+    return lines
 
 
 def opened(asking: Example, opening: Sequence[int]) -> Example:

@@ -1,4 +1,4 @@
-"""What is distilled, by which model and how long. Knows nothing about models and files."""
+"""What is distilled, by which model and how long. Knows nothing about how models are loaded, nor about files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softtune.errors import ConfigError
 from softtune.load_options import OF_THE_MACHINE, LoadOptions
+from softtune.methods import CartridgeConfig
 
+HOLDS_OUT = "holds_out"
+"""Whether conversations are held out of training, for lack of questions with known answers."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -47,7 +50,7 @@ class Distillation(BaseModel):
     """Updates of the cartridge."""
     batch_size: Count = 4
     """Questions of one update."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-2
+    learning_rate: Annotated[float, Field(gt=0)] = CartridgeConfig.learning_rate
     """Highest learning rate, which falls to 0 linearly after a warm-up of a tenth of the steps."""
     top_k: Count = 20
     """Log-probabilities of the teacher that are kept for each token of an answer."""
@@ -84,4 +87,5 @@ class Distillation(BaseModel):
         """The fields that a distillation must keep while it is interrupted, as JSON; the text has its own hash."""
         free = {"output", "corpus", "text", "role", "questions", "seed_prompts", "cache_mb", "save_steps", "load"}
         loading = self.load.model_dump(mode="json", exclude={*OF_THE_MACHINE, "trust_remote_code"})
-        return {**self.model_dump(mode="json", exclude=free), "role": self.text_role, **loading}
+        kept = {"role": self.text_role, HOLDS_OUT: self.questions is None}
+        return {**self.model_dump(mode="json", exclude=free), **kept, **loading}

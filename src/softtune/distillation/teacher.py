@@ -23,10 +23,11 @@ from softtune import storage
 from softtune.backbone import Backbone
 from softtune.data import Collator, Example
 from softtune.data.collate import answer_width, length_batches
-from softtune.distillation.context import in_context
+from softtune.distillation.context import prefill_context
 from softtune.distillation.dialogue import Dialogue, answer_ids
 from softtune.distillation.self_study import Conversation
 from softtune.errors import ConfigError
+from softtune.formatting import in_units
 from softtune.model import PeftModel
 
 SHARD = 32
@@ -38,19 +39,21 @@ ENTRY_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class DistillationExample:
     """A conversation as token ids, for the teacher and for the student."""
 
     chunk: int
     context: list[int]
     """The chunk in front of the teacher's question."""
-    asked: Example
+    teacher: Example
     """The teacher's question and its answer, with labels on that."""
     student: Example
     """The student's question and the same answer."""
 
     @classmethod
-    def from_conversation(cls, one: Conversation, text: str, teacher: Dialogue, student: Dialogue) -> Lesson:
+    def from_conversation(
+        cls, one: Conversation, text: str, teacher: Dialogue, student: Dialogue
+    ) -> DistillationExample:
         """Encode a conversation about the chunk ``text``.
 
         Raises:
@@ -59,19 +62,19 @@ class Lesson:
         example = student.answered(one.question, one.answer)
         rest, answer = teacher.rest(text, one.question), answer_ids(example)
         asked = replace(rest, input_ids=rest.input_ids + answer, labels=rest.labels + answer)
-        return cls(chunk=one.chunk, context=teacher.context_ids(text), asked=asked, student=example)
+        return cls(chunk=one.chunk, context=teacher.context_ids(text), teacher=asked, student=example)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCache:
-    """The k most likely tokens at each token of the lessons' answers, with their log-probabilities.
+    """The k most likely tokens at each token of the examples' answers, with their log-probabilities.
 
     Each file's name has a hash of all that its content depends on, so that only what has changed is computed again.
 
     Args:
         folder: where the files are.
         base: the teacher.
-        lessons: all lessons.
+        examples: all examples.
         top_k: k.
         vocabulary: V, the student's; the teacher's further entries are left out.
         pad_token_id: the token id that pads shorter rows.
@@ -79,7 +82,7 @@ class TeacherCache:
 
     folder: Path
     base: PreTrainedModel
-    lessons: Sequence[Lesson]
+    examples: Sequence[DistillationExample]
     top_k: int
     vocabulary: int
     pad_token_id: int
@@ -90,48 +93,48 @@ class TeacherCache:
         Raises:
             ConfigError: they do not.
         """
-        tokens = sum(len(answer_ids(lesson.student)) for lesson in self.lessons)
-        needed = tokens * min(self.top_k, self.vocabulary) * ENTRY_BYTES / 1e6
-        if needed > megabytes:
+        tokens = sum(len(answer_ids(example.student)) for example in self.examples)
+        needed = tokens * min(self.top_k, self.vocabulary) * ENTRY_BYTES
+        if needed > megabytes * 1e6:
             raise ConfigError(
-                f"{tokens} tokens with {self.top_k} log-probabilities each take {needed:.0f} MB, cache_mb is "
-                f"{megabytes:g}",
+                f"{tokens} tokens with {self.top_k} log-probabilities each take {in_units(needed)}, cache_mb allows "
+                f"{in_units(megabytes * 1e6)}",
                 "raise cache_mb, or begin anew with a lower top_k or num_questions",
             )
 
     def fill(self, advance: Callable[[int], None]) -> None:
-        """Compute the files that are missing, and remove those of other lessons."""
+        """Compute the files that are missing, and remove those of other examples."""
         for file in {*self.folder.glob("*.safetensors")} - {*self._files}:
             file.unlink()
         for number, file in enumerate(self._files):
             if not file.is_file():
                 with storage.staged(self.folder) as stage:
                     save_file(dict(self._computed(number)), stage / file.name)
-            advance(min((number + 1) * SHARD, len(self.lessons)))
+            advance(min((number + 1) * SHARD, len(self.examples)))
 
     def read(self, number: int) -> tuple[Tensor, Tensor]:
-        """Token ids [N, k] and log-probabilities [N, k] of a lesson, read from the disk at each call."""
+        """Token ids [N, k] and log-probabilities [N, k] of a example, read from the disk at each call."""
         with safe_open(self._files[number // SHARD], framework="pt") as shard:
             return shard.get_tensor(f"{number}.ids").long(), shard.get_tensor(f"{number}.log_probabilities")
 
     @cached_property
     def _files(self) -> list[Path]:
-        return [self._file(number) for number in range(-(-len(self.lessons) // SHARD))]
+        return [self._file(number) for number in range(-(-len(self.examples) // SHARD))]
 
     def _file(self, number: int) -> Path:
-        lessons = self.lessons[number * SHARD : (number + 1) * SHARD]
+        examples = self.examples[number * SHARD : (number + 1) * SHARD]
         sample = Backbone.shared(self.base).embedding_sample()
-        content = [[lesson.context, lesson.asked.input_ids, answer_ids(lesson.asked)] for lesson in lessons]
+        content = [[example.context, example.teacher.input_ids, answer_ids(example.teacher)] for example in examples]
         key = json.dumps([str(self.base.dtype), sample, self.top_k, self.vocabulary, content])
         return self.folder / f"shard-{number:05}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
     def _computed(self, shard: int) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a file, by name. A chunk is read once for all its lessons in it."""
-        numbers = range(shard * SHARD, min((shard + 1) * SHARD, len(self.lessons)))
-        for context in dict.fromkeys(tuple(self.lessons[number].context) for number in numbers):
-            rows = [number for number in numbers if tuple(self.lessons[number].context) == context]
-            examples = [self.lessons[row].asked for row in rows]
-            model = in_context(self.base, context)
+        """The tensors of a file, by name. A chunk is read once for all its examples in it."""
+        numbers = range(shard * SHARD, min((shard + 1) * SHARD, len(self.examples)))
+        for context in dict.fromkeys(tuple(self.examples[number].context) for number in numbers):
+            rows = [number for number in numbers if tuple(self.examples[number].context) == context]
+            examples = [self.examples[row].teacher for row in rows]
+            model = prefill_context(self.base, context)
             for batch in length_batches([len(example.input_ids) for example in examples], BATCH):
                 logits = answer_logits(model, [examples[i] for i in batch], self.pad_token_id)
                 for i, own in zip(batch, logits, strict=True):

@@ -168,9 +168,23 @@ def span_quality(references: Sequence[Sequence[str]], answers: Sequence[str]) ->
 
 
 def contains(reference: str, answer: str) -> bool:
-    """Whether an answer has the words of a reference, one after the other, as SQuAD compares them."""
+    """Whether an answer has the words of a reference, one after the other, as SQuAD compares them.
+
+    A reference that has none by then, such as "A" or "%", is looked for as it is written.
+    """
     words, found = _squad_words(reference), _squad_words(answer)
+    if not words:
+        return _is_written_in(reference.strip(), answer)
     return any(found[start : start + len(words)] == words for start in range(len(found) - len(words) + 1))
+
+
+def _is_written_in(text: str, answer: str) -> bool:
+    """Whether an answer has a text in it, which does not begin or end within a word; an empty one only if it is empty
+    itself."""
+    if not text:
+        return not answer.strip()
+    begin, end = (r"\b" if char.isalnum() else "" for char in (text[0], text[-1]))
+    return re.search(begin + re.escape(text) + end, answer) is not None
 
 
 def _squad_words(text: str) -> list[str]:

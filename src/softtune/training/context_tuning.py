@@ -46,6 +46,9 @@ FIXED = {
     "shift_positions": True,
     "init_weights": None,
     "init_text": None,
+    "init_file": None,
+    "layers": None,
+    "sites": None,
 }
 """Options of these methods that leave the start as it is, by their names."""
 DEMONSTRATED = ("cpt_token_ids", "cpt_tokens_type_mask", "cpt_mask")

@@ -66,12 +66,13 @@ def range_test(trainer: AdapterTrainer) -> RangeTest:
         TrainingError: the loss is NaN or infinite from the beginning.
     """
     optimizer = trainer.create_optimizer()
+    ratio = optimizer.param_groups[0]["lr"] / trainer.args.learning_rate
     for group in optimizer.param_groups:
         group["lr"] *= LOWEST / trainer.args.learning_rate
     growth = (HIGHEST / LOWEST) ** (1 / (STEPS - 1))
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: growth**step)
     trainer.args.max_steps, trainer.args.save_strategy = STEPS, "no"
-    watcher = _Watcher()
+    watcher = _Watcher(ratio)
     trainer.add_callback(watcher)
     try:
         trainer.train()
@@ -84,9 +85,14 @@ def range_test(trainer: AdapterTrainer) -> RangeTest:
 
 
 class _Watcher(TrainerCallback):
-    """Records learning rates and mean losses, and ends the training when the loss rises."""
+    """Records learning rates and mean losses, and ends the training when the loss rises.
 
-    def __init__(self) -> None:
+    Args:
+        ratio: the factor of the learning rate of the optimiser's first group, which is the one that is logged.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
         self.result = RangeTest()
         self._mean = 0.0
         self._rate = 0.0
@@ -95,7 +101,7 @@ class _Watcher(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         # A step's loss is computed before its update: it shows the rate of the update before.
-        rate, self._rate = self._rate, logs["learning_rate"]
+        rate, self._rate = self._rate, logs["learning_rate"] / self.ratio
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * logs["loss"]
         loss = self._mean / (1 - SMOOTHING ** (len(self.result.losses) + 1))
         self.result.rates.append(rate)

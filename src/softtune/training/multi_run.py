@@ -165,7 +165,7 @@ def _check(trainers: Sequence[AdapterTrainer]) -> None:
             raise ConfigError("runs train together in one process on one device", "train them apart on several")
         if trainer.accelerator.scaler is not None or trainer.args.bf16 != trainers[0].args.bf16:
             raise ConfigError("runs that train together need the same precision, bf16 or none", "set it in all")
-        if trainer.compute_loss_func is not None or has_own_loss:
+        if trainer.compute_loss_func is not None or trainer.objective is not None or has_own_loss:
             raise ConfigError("runs that train together need the task's own loss", "train those with another one apart")
 
 

@@ -55,7 +55,7 @@ class Report:
     folder: Path
     seconds: float
     """Duration of the training alone, of all recipes that ran at once. After a resume, the time since then."""
-    left_out: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
+    leave_one_out: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
     """Metrics before and after on the training rows, each without the virtual tokens that start from it; empty where
     there are evaluation rows, or where the prefix does not start from examples."""
     repository: str | None = None

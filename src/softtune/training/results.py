@@ -44,7 +44,8 @@ def save_results(recipe: Recipe, report: Report, histories: Sequence[Sequence[Ma
         storage.write_json(stage / METRICS_NAME, _metrics(recipe, report, histories))
     members = report.evaluation.members or [report.after]
     folders = [report.folder if name == "default" else report.folder / name for name in recipe.adapter_names]
-    for folder, metrics in zip(folders, members, strict=True) if report.after else ():
+    is_measured = bool(report.after or report.leave_one_out[1])
+    for folder, metrics in zip(folders, members, strict=True) if is_measured else ():
         text, results = _text(recipe, report, metrics), _eval_results(recipe, metrics)
         with storage.staged(folder) as stage:
             with_results(folder / CARD_NAME, text, report.folder.resolve().name, results).save(stage / CARD_NAME)
@@ -58,6 +59,7 @@ def _metrics(recipe: Recipe, report: Report, histories: Sequence[Sequence[Mappin
         "before": report.before,
         "after": report.after,
         "classes": evaluation.quality.classes if evaluation.quality else {},
+        "leave_one_out": dict(zip(("before", "after"), report.leave_one_out, strict=True)),
         "members": evaluation.members,
         "vote": evaluation.vote,
         "validation": dict(zip(recipe.adapter_names, validations, strict=True)),
@@ -77,21 +79,25 @@ def _metrics(recipe: Recipe, report: Report, histories: Sequence[Sequence[Mappin
 
 def _text(recipe: Recipe, report: Report, metrics: Mapping[str, float]) -> str:
     """An adapter's results in Markdown."""
-    return "\n".join(
-        [
-            "## Results",
-            "",
-            f"On {report.evaluation_rows} rows of {_data_set(recipe)}, after {report.steps} steps on "
-            f"{report.training_rows} rows:",
-            "",
-            f"| metric | {'examples in context' if recipe.start == 'examples' else 'base model'} | with the adapter |",
-            "|---|---|---|",
-            *(
-                f"| {in_words(name)} | {_figure(name, report.before.get(name))} | {_figure(name, value)} |"
-                for name, value in metrics.items()
-            ),
-        ]
-    )
+    trained = f"after {report.steps} steps on {report.training_rows} rows"
+    lines = ["## Results"]
+    if metrics:
+        lines += ["", f"On {report.evaluation_rows} rows of {_data_set(recipe)}, {trained}:", ""]
+        lines += _table(recipe, report.before, metrics)
+    before, after = report.leave_one_out
+    if after:
+        lines += ["", f"Leave-one-out: on the training rows, each without its own virtual tokens, {trained}:", ""]
+        lines += _table(recipe, before, after)
+    return "\n".join(lines)
+
+
+def _table(recipe: Recipe, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Metrics before and after training, as the lines of a table."""
+    start = "examples in context" if recipe.start == "examples" else "base model"
+    rows = [
+        f"| {in_words(name)} | {_figure(name, before.get(name))} | {_figure(name, x)} |" for name, x in after.items()
+    ]
+    return [f"| metric | {start} | with the adapter |", "|---|---|---|", *rows]
 
 
 def _figure(metric: str, value: float | None) -> str:

@@ -123,14 +123,14 @@ def _train(folders: Sequence[RunFolder], before: bool, progress: Progress) -> li
     for setup in setups:
         alike = (b for s, b in zip(setups, befores, strict=False) if s.asks_as(setup))
         befores.append(_begin(setup, next(alike, None) if before else {}))
-    left_out = [setup.left_out() for setup in setups]
+    leave_one_out = [setup.evaluate_leave_one_out() for setup in setups]
     for folder in folders:
         ranks.on_main_process(folder.drop_later)
     fits = _fit(setups)
     for setup, fit in zip(setups, fits, strict=True):
         if fit.finished:
             setup.folder.save(setup.model, fit.histories)
-    return [_result(*each) for each in zip(setups, befores, left_out, fits, strict=True)]
+    return [_result(*each) for each in zip(setups, befores, leave_one_out, fits, strict=True)]
 
 
 def _needs_metrics(recipe: Recipe, rows: Rows) -> bool:
@@ -237,13 +237,13 @@ def _error(trainer: AdapterTrainer, start: str | None, interrupt: InterruptSaver
     return None
 
 
-def _result(setup: Setup, before: dict[str, float], left_out: dict[str, float], fit: _Fit) -> Result:
+def _result(setup: Setup, before: dict[str, float], leave_one_out: dict[str, float], fit: _Fit) -> Result:
     """Evaluate and report what was trained. An interrupted run is not evaluated; a failed one gives its error."""
     if fit.finished and fit.error is not None:
         return fit.error
     try:
         evaluation = _evaluated(setup) if fit.finished else Evaluation()
-        left_out_after = setup.left_out() if fit.finished else {}
+        leave_one_out_after = setup.evaluate_leave_one_out() if fit.finished else {}
     except AdapterError as error:
         return TrainingError(error.what, error.remedy)
     trained, total = setup.model.get_nb_trainable_parameters()
@@ -262,7 +262,7 @@ def _result(setup: Setup, before: dict[str, float], left_out: dict[str, float], 
         truncated=setup.truncated,
         folder=setup.folder.path,
         seconds=fit.seconds,
-        left_out=(left_out, left_out_after),
+        leave_one_out=(leave_one_out, leave_one_out_after),
     )
     if fit.finished:
         ranks.on_main_process(lambda: save_results(setup.recipe, report, fit.histories))

@@ -184,8 +184,8 @@ class Setup:
         """For each training row the virtual tokens of an adapter that it sees."""
         return [self.starts[number].prefix_mask(row) for row in range(len(self.rows.training))]
 
-    def left_out(self) -> dict[str, float]:
-        """The task's metrics on the training rows, from each of which the virtual tokens that start from it are hidden.
+    def evaluate_leave_one_out(self) -> dict[str, float]:
+        """Measure the task on the training rows, from each of which the virtual tokens that start from it are hidden.
 
         Empty where none are hidden, there are other rows to evaluate on, or several adapters or texts to generate for
         it.
@@ -266,11 +266,11 @@ class BaseModels:
         starts: list[Demonstrations] = []
         for number, name in enumerate(recipe.adapter_names):
             set_seed(recipe.seed + number)
-            base, words = self._load(recipe)
+            base, tokenizer = self._load(recipe)
             options: dict[str, Any] = {}
             if recipe.start == "examples":
                 positions, seed = Backbone.shared(base).max_positions, recipe.seed + number
-                starts.append(demonstrations(recipe, recipe.definition, training, words, positions, seed=seed))
+                starts.append(demonstrations(recipe, recipe.definition, training, tokenizer, positions, seed=seed))
                 options = starts[-1].options(recipe.method)
             set_seed(recipe.seed + number)
             adapters[name] = PeftModel(base, recipe.config(**options), name).adapter(name)
