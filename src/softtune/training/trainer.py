@@ -151,14 +151,17 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimiser, in which parts of a combined adapter have learning rates of their own."""
         is_new, optimizer = self.optimizer is None, super().create_optimizer(*args, **kwargs)
-        if is_new:
-            assert isinstance(self.model, PeftModel)
-            adapter = self.model.adapter(self.model.active_adapter)
-            own = set(map(id, adapter.module.parameters()))
-            named = {id(x): name for name, x in adapter.trained.items() if id(x) in own}
-            ratios = {key: adapter.config.learning_rate_ratio(name) for key, name in named.items()}
+        ratios = self._rate_ratios() if is_new else {}
+        if {*ratios.values()} - {1.0}:
             optimizer.param_groups = [part for group in optimizer.param_groups for part in _by_rate(group, ratios)]
         return optimizer
+
+    def _rate_ratios(self) -> dict[int, float]:
+        """The factors of the learning rates of the active adapter's tensors, by ``id``; none for a baseline."""
+        assert isinstance(self.model, PeftModel)
+        adapters = map(self.model.adapter, self.model.active_adapters)
+        named = [(adapter.config, name, x) for adapter in adapters for name, x in adapter.module.named_parameters()]
+        return {id(x): config.learning_rate_ratio(name) for config, name, x in named}
 
     def _frozen_layer_cache(self) -> AbstractContextManager[Any]:
         if self.gradients is not None or not any(self.trunk_cache):
