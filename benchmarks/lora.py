@@ -13,12 +13,17 @@ soft adapter whose trials were best on E2E trains once more for LONG_SECONDS, an
 No adapter of softtune's but P-tuning (whose encoder is dropped after training) trains more numbers than LoRA of rank 2
 on all linear layers: SmolLM2-135M has 610,560 of these and MiniLM 82,944, as have prefixes of 53 and 18 virtual tokens.
 
-What it takes: 7 sets x 10 methods x 10 runs. Over the seven sets, the seconds of the runs with equal seconds are 490.
-The equal steps take LoRA 430, by the seconds of steps in docs/results, and a soft adapter two thirds of that. A method
-trains 4 / 2 trials, 3 runs of equal steps and 3 of equal seconds: 1.0 hours for LoRA and full fine-tuning, 0.8 for each
-of the seven others. Evaluation takes each 0.45 hours, loading 0.06, and the long run 0.3: about 14 core hours in all.
-Results are saved run by run, in runs/studies/lora; the same command goes on with the rest, in several processes if so
-started. --quick runs a few steps of some methods in minutes, into runs/studies/lora-quick.
+What it takes: 7 sets x 10 methods x 10 runs. The runs with equal seconds have 490 over the seven sets. Equal steps take
+LoRA 450 over all sets, by the seconds of single steps on an AMD EPYC at work on other things too, and a soft adapter
+three quarters of that. Four trials of half of the steps, three runs of equal steps and three of equal seconds are 1.0
+hours for LoRA and full fine-tuning, and 0.9 for each of the seven others. Evaluation takes each 0.45 hours, loading
+0.06, and the long run 0.3: about 14 core hours in all. So budgets are smaller than one would like: differences of one
+row are told, by the least and the greatest value.
+
+Results are saved run by run, in runs/studies/lora, and the same command goes on with the rest; several processes may
+share it, each on a core. The most telling runs come first: trials and one seed of equal seconds on all sets, then the
+other seeds, then equal steps. --write writes what there is, and runs that a page was written from are not repeated,
+also where runs/ is lost. --quick runs a few steps of some methods in minutes, into runs/studies/lora-quick.
 """
 
 from __future__ import annotations
@@ -115,7 +120,7 @@ def sets(files: Path) -> dict[str, DataSet]:
             fields={"train": str(tweets / "train.csv"), "evaluation": str(tweets / "test.csv"), "batch_size": 4},
             steps=20,
             seconds=40,
-            held_out=8,
+            held_out=10,
         ),
         "btc_ner": DataSet(
             title="Broad Twitter Corpus: F1",
@@ -142,7 +147,7 @@ def sets(files: Path) -> dict[str, DataSet]:
             title="RTE: accuracy",
             recipe=recipe("rte"),
             fields={"evaluation_examples": 150, "batch_size": 4},
-            steps=20,
+            steps=18,
             seconds=92,
             held_out=48,
         ),
@@ -150,7 +155,7 @@ def sets(files: Path) -> dict[str, DataSet]:
             title="E2E: BLEU",
             recipe=recipe("e2e"),
             fields={"examples": 1024, "evaluation_examples": 60, "batch_size": 4},
-            steps=36,
+            steps=34,
             seconds=104,
             held_out=24,
         ),
@@ -158,7 +163,7 @@ def sets(files: Path) -> dict[str, DataSet]:
             title="SciTLDR: BLEU",
             recipe=recipe("scitldr"),
             fields={"evaluation_examples": 30, "batch_size": 2},
-            steps=20,
+            steps=18,
             seconds=110,
             held_out=16,
         ),
@@ -307,7 +312,7 @@ class Study:
     rates: Sequence[float] = RATES
     seeds: int = SEEDS
     long_seconds: float = LONG_SECONDS
-    long_fields: Mapping[str, Any] = field(default_factory=lambda: {"evaluation_examples": None})
+    long_fields: Mapping[str, Any] = field(default_factory=lambda: {"examples": 4096, "evaluation_examples": None})
     """Fields that the long run replaces."""
 
     @cached_property
@@ -359,13 +364,18 @@ class Study:
         rate = max(good, key=lambda rate: (score(good[rate]), -abs(math.log(rate / default))))
         return rate, good[rate]
 
+    def best_way(self, name: str, among: Sequence[str]) -> str | None:
+        """The method whose trials were best on a set, of those that have trained; None while some are missing."""
+        if any(None in self.trials(name, way).values() for way in among):
+            return None
+        best = {way: found[1] for way in among if (found := self.best(name, way))}
+        return max(best, key=lambda way: score(best[way])) if best else None
+
     def long_run(self) -> Run | None:
         """The long run, of the soft adapter whose trials were best; None while some are missing."""
         ours = [name for name, way in self.ways.get(LONG_SET, {}).items() if way.is_ours]
-        best = {way: found[1] for way in ours if (found := self.best(LONG_SET, way))}
-        if not ours or len(best) < len(ours):
-            return None
-        return Run(set=LONG_SET, way=max(best, key=lambda way: score(best[way])), kind=LONG)
+        best = self.best_way(LONG_SET, ours)
+        return None if best is None else Run(set=LONG_SET, way=best, kind=LONG)
 
     def rate(self, trial: Run) -> float:
         """The learning rate of a trial."""

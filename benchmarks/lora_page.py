@@ -12,7 +12,7 @@ from typing import Any
 
 import timing
 from kept import Content, Loaded
-from lora import LONG, LONG_SECONDS, MATCHED, RANK_8, SECONDS, STEPS, TRIED, Study, saved, score
+from lora import LONG, LONG_SECONDS, MATCHED, RANK_8, SECONDS, STEPS, TRIED, Study, saved
 
 from softtune.experiments import report
 from softtune.experiments.page import Page, Table
@@ -236,9 +236,7 @@ def chosen_way(study: Study, records: Sequence[Content], name: str) -> str | Non
     own = [record for record in records if record["set"] == name and "failure" not in record]
     sizes = {record["way"]: record["trained"] for record in own}
     fits = [w for w in study.ways[name] if _is_ours(study, w) and sizes.get(w, 0) <= sizes.get(MATCHED, 0)]
-    best = {way: found[1] for way in fits if (found := study.best(name, way))}
-    is_whole = all(None not in study.trials(name, way).values() for way in fits)
-    return max(best, key=lambda way: score(best[way])) if best and is_whole else None
+    return study.best_way(name, fits)
 
 
 def gaps_of(found: Values, chosen: Mapping[str, str], reference: str) -> dict[str, float]:

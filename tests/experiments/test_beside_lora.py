@@ -61,7 +61,12 @@ def study(lora: Any, base: str, tmp_path: Path) -> Any:
     fields = {"test_size": 0, "evaluation": write_rows(tmp_path / "others" / "rows.csv", 6), "evaluation_examples": 4}
     data_set = lora.DataSet(title="words", recipe=Path(recipe), fields=fields, steps=4, seconds=1, held_out=3)
     return lora.Study(
-        kept=lora.Kept(tmp_path / "kept"), sets={"words": data_set}, rates=RATES, seeds=SEEDS, long_seconds=2
+        kept=lora.Kept(tmp_path / "kept"),
+        sets={"words": data_set},
+        rates=RATES,
+        seeds=SEEDS,
+        long_seconds=2,
+        long_fields={},
     )
 
 
