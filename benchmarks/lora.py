@@ -17,8 +17,8 @@ What it takes: 7 sets x 10 methods x 10 runs. The runs with equal seconds have 4
 LoRA 450 over all sets, by the seconds of single steps on an AMD EPYC at work on other things too, and a soft adapter
 three quarters of that. Four trials of half of the steps, three runs of equal steps and three of equal seconds are 1.0
 hours for LoRA and full fine-tuning, and 0.9 for each of the seven others. Evaluation takes each 0.45 hours, loading
-0.06, and the long run 0.3: about 14 core hours in all. So budgets are smaller than one would like: differences of one
-row are told, by the least and the greatest value.
+0.06, and the long run 0.3: about 14 core hours in all. The budgets are small for that: a difference that is within the
+range of the seeds says nothing.
 
 Results are saved run by run, in runs/studies/lora, and the same command goes on with the rest; several processes may
 share it, each on a core. The most telling runs come first: trials and one seed of equal seconds on all sets, then the

@@ -97,7 +97,9 @@ def test_seconds_are_those_of_the_fewest_steps_that_reach_peft(few_steps: Any) -
     assert [line["holds"] for line in few_steps.measures_of(found, "defaults", 1)] == [True, False]
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # of PEFT's own call
+@pytest.mark.filterwarnings(
+    "ignore:.* is deprecated and will be removed in version:FutureWarning"
+)  # of PEFT's own call
 def test_peft_and_softtune_train_and_are_judged_alike(
     few_steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
