@@ -7,8 +7,8 @@ SmolLM2-135M, the recipes' templates and labels, as many examples of each label,
 thread. CLINC has eight intents, which the model writes. In-context learning is the prefix of the examples before it is
 trained: with it the model has the outputs that it has with the examples in the prompt.
 
-Each run is saved in runs/few_shot, and several processes may share them. The means over tasks and seeds are written to
-results/few_shot.json when all tasks that are named have run.
+Each run is saved in runs/few_shot, and several processes may share them. The means over tasks and seeds are shown when
+all that are named have run, and written to results/few_shot.json where these are all tasks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def main() -> None:
     settings = {name: getattr(given, name) for name in ("examples", "steps", "rows", "seeds")}
     measures = measures_of([*found.values()], tasks)
     timing.show("few_shot", measures)
-    timing.save("few_shot", {"settings": settings, "measures": measures, "runs": found})
+    if {*tasks} == {*TASKS}:
+        timing.save("few_shot", {"settings": settings, "measures": measures, "runs": found})
 
 
 def run(kept: Kept, tasks: Sequence[str], given: argparse.Namespace) -> dict[str, Content]:

@@ -7,8 +7,9 @@ sst2 and sms_spam: PEFT trains its own prefix, 30 virtual tokens from N(0, 1) at
 PEFT's accuracy and balanced accuracy on 400 other rows. Compared are the processor's seconds of both trainings, each by
 a process with one thread. defaults: prompt tuning and P-tuning at their defaults, 96 steps on SST-2.
 
-SmolLM2-135M, 256 training rows. Each run is saved in runs/few_steps, and several processes may share them. The means
-are written to results/few_steps.json when all that is named has run.
+SmolLM2-135M, 256 training rows. Each run is saved in runs/few_steps, from where the same command goes on; several
+processes may each take a group. Means are shown when all that is named has run, and written to results/few_steps.json
+where these are all groups.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def main() -> None:
     found = run(Kept(ROOT / "runs" / "few_steps"), groups, given.seeds, given.sst2)
     measures = [line for group in groups for line in measures_of(found, group, given.seeds)]
     timing.show("few_steps", measures)
-    timing.save("few_steps", {"measures": measures, "runs": found})
+    if {*groups} == {*GROUPS}:
+        timing.save("few_steps", {"measures": measures, "runs": found})
 
 
 def run(kept: Kept, groups: Sequence[str], seeds: int, sst2: Path) -> dict[str, Content]:

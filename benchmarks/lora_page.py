@@ -111,6 +111,8 @@ def notes(study: Study) -> list[str]:
         f"Budgets: {budget}. Seconds are the processor's, of training with one thread.",
         "Prefixes of language models, and prompt tuning, start from the text of the recipe in recipes/: an "
         "instruction, in some with examples. LoRA and full fine-tuning do not see it.",
+        "Of the learning rates the chosen one is bold, and (edge) says that it is the lowest or the highest that was "
+        "tried: another may be better still.",
         "Twitter complaints are 50 rows with labels: 25 are trained on, 25 judged. One row more or less right is .04.",
     ]
 
@@ -175,14 +177,18 @@ def trained_table(study: Study, records: Sequence[Content]) -> Table:
 def rates_table(study: Study, records: Sequence[Content]) -> Table:
     """The trials: each learning rate with its value on the held-out training rows, the chosen one in bold."""
 
+    def at_the_edge(parts: Sequence[str]) -> bool:
+        return len(parts) > 1 and any(part.startswith("**") for part in (parts[0], parts[-1]))
+
     def cell(way: str, name: str) -> str:
         trials = [r for r in records if (r["kind"], r["way"], r["set"]) == (TRIED, way, name)]
         best = study.best(name, way)
         parts = []
         for trial in sorted(trials, key=lambda trial: trial["learning_rate"]):
             part = f"{trial['learning_rate']:g}: " + ("failed" if "failure" in trial else f"{trial['value']:.3f}")
-            parts.append(f"**{part}**" if best and best[0] == trial["learning_rate"] else part)
-        return ", ".join(parts) or NOTHING
+            is_best = best is not None and best[0] == trial["learning_rate"]
+            parts.append(f"**{part}**" if is_best else part)
+        return ", ".join(parts) + " (edge)" * at_the_edge(parts) or NOTHING
 
     return _by_set(study, "learning rate: on held-out training rows", cell)
 

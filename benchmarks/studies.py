@@ -178,9 +178,9 @@ def write_index() -> None:
         "# Results",
         "",
         "The papers' questions at a small scale, and what methods come to on known data sets. "
-        "`python benchmarks/studies.py` runs them all; several processes can share the names. Seconds and memory are "
-        "of a process with one thread, while others worked on the second core, and at times on its own: take "
-        "differences of a tenth for nothing. Hours count such company too.",
+        "`python benchmarks/studies.py` runs them all, and lora where it is named; several processes can share the "
+        "names. Seconds and memory are of a process with one thread, while others worked on the second core, and at "
+        "times on its own: take differences of a tenth for nothing. Hours count such company too.",
         *listed("The papers' questions", papers),
         *listed("Known data sets", [name for name in names if name not in papers]),
     ]
