@@ -12,7 +12,8 @@ from typing import Any
 
 import timing
 from kept import Content, Loaded
-from lora import LONG, LONG_SECONDS, MATCHED, RANK_8, SECONDS, STEPS, TRIED, Study, saved
+from lora import LONG, LONG_SECONDS, SECONDS, STEPS, TRIED, Study, saved
+from lora_sets import MATCHED, RANK_8
 
 from softtune.experiments import report
 from softtune.experiments.page import Page, Table
