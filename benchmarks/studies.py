@@ -1,10 +1,11 @@
 """Runs the papers' questions at a small scale, and methods on known data sets, with results in docs/results.
 
     python benchmarks/studies.py [NAME ...] [--write]
+    python benchmarks/studies.py lora [--quick] [--write]
 
-A name is that of a sweep in recipes/studies, or one of HEADLINES. By default all of them run; those with results in
-runs/studies resume. --write runs nothing, and writes the pages of saved results again. The data is read from the folder
-data, as described in recipes/.
+A name is that of a sweep in recipes/studies, one of HEADLINES, or lora: soft adapters beside LoRA, described in
+lora.py. By default all but the last run; those with results in runs/studies resume. --write runs nothing, and writes
+the pages of saved results again. The data is read from the folder data, as described in recipes/.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lora
+import lora_page
 import timing
 
 from softtune.cli.console import progress_bars, quiet
@@ -35,6 +38,9 @@ ROOT = Path(__file__).parents[1]
 STUDIES, RESULTS, RUNS = ROOT / "recipes" / "studies", ROOT / "docs" / "results", ROOT / "runs" / "studies"
 STAMPS_NAME = "stamps.json"
 """File in a study's folder with the hardware and commit of each entry."""
+
+LORA = "lora"
+"""The study in lora.py."""
 
 HEADLINES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "e2e": (
@@ -73,21 +79,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a few steps of lora, beside its results")
     given = parser.parse_args()
     every = [*sorted(file.stem for file in STUDIES.glob("*.yaml")), *HEADLINES]
-    if unknown := [name for name in given.names if name not in every]:
-        raise SystemExit(f"no study {unknown[0]!r}: use some of {', '.join(every)}")
+    if unknown := [name for name in given.names if name not in (*every, LORA)]:
+        raise SystemExit(f"no study {unknown[0]!r}: use some of {', '.join((*every, LORA))}")
+    if given.quick and given.names != [LORA]:
+        raise SystemExit(f"--quick is for the study {LORA}: name it alone")
     quiet()
+    if given.quick:
+        quick(lora.quick_study(RUNS), is_run=not given.write)
+        return
     for name in given.names or every:
         if not given.write:
             run(name)
-        if (RESULTS / f"{name}.json").is_file():
+        if name == LORA or (RESULTS / f"{name}.json").is_file():
             write(name)
     write_index()
 
 
+def quick(study: lora.Study, *, is_run: bool) -> None:
+    """Run a few steps of the study of LoRA, and write its page beside them."""
+    if is_run:
+        lora.write_files(study)
+        lora.run(study)
+    lora_page.write(study, study.kept.folder / "page")
+
+
 def run(name: str) -> None:
     """Run the rest of a study, and save its results with the hardware and the commit of each entry."""
+    if name == LORA:
+        beside_lora = lora.full_study(RUNS)
+        lora.write_files(beside_lora)
+        lora.restore(beside_lora, RESULTS / f"{name}.json")
+        lora.run(beside_lora)
+        return
     with stamping(RUNS / name), progress_bars() as progress:
         entries = (headline if name in HEADLINES else study)(name, progress)
     content = {"runs": stamps(RUNS / name), "entries": [dataclasses.asdict(entry) for entry in entries]}
@@ -129,6 +155,9 @@ def headline(name: str, progress: Progress) -> list[Entry]:
 
 def write(name: str) -> None:
     """Write the page of a study to docs/results."""
+    if name == LORA:
+        lora_page.write(lora.full_study(RUNS), RESULTS)
+        return
     results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     entries = [Entry.from_dict(entry) for entry in results["entries"]]
     if name in HEADLINES:
@@ -143,14 +172,15 @@ def write(name: str) -> None:
 def write_index() -> None:
     """Write the index of all pages."""
     names = sorted(file.stem for file in RESULTS.glob("*.json"))
-    papers = [name for name in names if name not in HEADLINES and Sweep.load(STUDIES / f"{name}.yaml").paper]
+    sweeps = [name for name in names if name not in (*HEADLINES, LORA)]
+    papers = [name for name in sweeps if Sweep.load(STUDIES / f"{name}.yaml").paper]
     lines = [
         "# Results",
         "",
         "The papers' questions at a small scale, and what methods come to on known data sets. "
-        "`python benchmarks/studies.py` runs them all; several processes can share the names. Seconds and memory are "
-        "of a process with one thread, while others worked on the second core, and at times on its own: take "
-        "differences of a tenth for nothing. Hours count such company too.",
+        "`python benchmarks/studies.py` runs them all, and lora where it is named; several processes can share the "
+        "names. Seconds and memory are of a process with one thread, while others worked on the second core, and at "
+        "times on its own: take differences of a tenth for nothing. Hours count such company too.",
         *listed("The papers' questions", papers),
         *listed("Known data sets", [name for name in names if name not in papers]),
     ]

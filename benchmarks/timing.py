@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from softtune.training.progress import TRAINING, Phase
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -31,6 +33,23 @@ def seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+class TrainingClock:
+    """Measures the processor seconds of training, as the progress callback of a run. Evaluation does not count, and
+    neither does what other processes do."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def __call__(self, phase: Phase, done: int, total: int, notes: str) -> None:
+        if phase == TRAINING:
+            self._times.append(time.process_time())
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning of training to its last step."""
+        return self._times[-1] - self._times[0]
 
 
 def measure(name: str, value: float, must: float | None, *, at_least: bool = False) -> dict[str, Any]:

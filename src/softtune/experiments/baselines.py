@@ -5,7 +5,7 @@ Each changes the base model itself, so every run loads its own copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,22 @@ LAST_LAYERS = 2
 BOTTLENECK = 64
 """Features of a bottleneck; Houlsby et al. 2019 try 8 to 256."""
 RANK = 8
-"""LoRA's rank, PEFT's default."""
+"""LoRA's default rank, which is PEFT's."""
+ALL_LINEAR = "all-linear"
+"""LoRA's default targets: PEFT's name for all linear layers but the output's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
     """A way to fine-tune a base model."""
 
-    prepare: Callable[[PreTrainedModel], None]
-    """Makes parameters of a frozen model trainable, its heads included, and adds the baseline's modules."""
+    prepare: Callable[..., None]
+    """Makes parameters of a frozen model trainable, its heads included, and adds the baseline's modules. Takes the
+    model, and the options by name."""
     learning_rate: float
     """Peak learning rate."""
+    options: tuple[str, ...] = ()
+    """Names of the options."""
 
 
 class Bottleneck(nn.Module):
@@ -105,12 +110,16 @@ def add_bottlenecks(model: PreTrainedModel) -> None:
     _train_heads(backbone)
 
 
-def add_lora(model: PreTrainedModel) -> None:
-    """PEFT's LoRA on all linear layers, and the head: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language
-    Models.
+def add_lora(model: PreTrainedModel, *, rank: int = RANK, targets: str | Sequence[str] = ALL_LINEAR) -> None:
+    """PEFT's LoRA, and the head: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models.
+
+    Args:
+        model: the frozen base model.
+        rank: features between the two matrices of a layer.
+        targets: PEFT's ``target_modules``: a list of names, a regular expression, or all linear layers.
 
     Raises:
-        ConfigError: PEFT is not installed.
+        ConfigError: PEFT is not installed, or the rank or the targets do not fit the model.
     """
     try:
         import peft
@@ -118,8 +127,15 @@ def add_lora(model: PreTrainedModel) -> None:
         raise ConfigError(
             "the baseline lora comes with the package peft", "pip install peft, or leave it out"
         ) from error
+    if not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"the baseline lora has rank {rank!r}", "name a whole number of 1 or more")
     heads = Backbone.shared(model).head_names
-    peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", modules_to_save=heads or None))
+    names = targets if isinstance(targets, str) else list(targets)
+    try:
+        peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=names, modules_to_save=heads or None))
+    except ValueError as error:
+        what = f"the baseline lora with targets {targets!r} does not fit {type(model).__name__}"
+        raise ConfigError(what, f"name other modules, or {ALL_LINEAR}") from error
 
 
 BASELINES = {
@@ -127,7 +143,7 @@ BASELINES = {
     "head": Baseline(prepare=train_head, learning_rate=1e-3),
     "last-layers": Baseline(prepare=train_last_layers, learning_rate=1e-4),
     "bottleneck": Baseline(prepare=add_bottlenecks, learning_rate=1e-3),
-    "lora": Baseline(prepare=add_lora, learning_rate=1e-3),
+    "lora": Baseline(prepare=add_lora, learning_rate=1e-3, options=("rank", "targets")),
 }
 
 

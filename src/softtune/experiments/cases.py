@@ -34,6 +34,9 @@ OF_A_START = {"start": "method", "leave_one_out": True, "example_separator": Non
 REPLACED = ("method", "options", "learning_rate", "trunk_cache", "trunk_cache_disk", *OF_A_START)
 """Recipe fields that an entry may replace."""
 
+OPTION = "options."
+"""What stands before the name of one option."""
+
 PROMPTS = {"zero-shot": 0, "few-shot": 4}
 """Number of labelled rows (shots) in front of each record; the base model is not trained."""
 
@@ -68,6 +71,8 @@ class Case:
     """See ``Entry``."""
     rows: dict[str, str] = field(default_factory=dict)
     """Fingerprints of its rows, by "training" and "evaluation"."""
+    baseline_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the baseline, such as LoRA's rank."""
     is_alone: bool = False
     """Whether its runs train one after the other, so that the time and memory of each are measured."""
 
@@ -78,14 +83,16 @@ class Case:
         Args:
             fields: the recipe fields that are set.
             entry: one of ``ENTRIES``, or empty.
-            changes: values by field; ``options.name`` is one option.
+            changes: values by field; ``options.name`` is one option, of a baseline where it has one of this name.
             others: the other fields of the case.
 
         Raises:
             ConfigError: the entry is unknown, or fields are incompatible; the message begins with the case's name.
         """
+        own = _baseline_options(entry, changes)
+        changes = {name: value for name, value in changes.items() if name not in {OPTION + option for option in own}}
         try:
-            return cls(entry=entry, recipe=_recipe(fields, entry, changes), **others)
+            return cls(entry=entry, recipe=_recipe(fields, entry, changes), baseline_options=own, **others)
         except ConfigError as error:
             raise error.at(str(others["name"])) from error
 
@@ -103,7 +110,8 @@ class Case:
     def configuration(self) -> dict[str, Any]:
         """What distinguishes it from another case of the same name."""
         recipe = self.recipe.model_dump(mode="json", exclude={"output", *OF_THE_MACHINE})
-        return {"entry": self.entry, "seeds": self.seeds, "recipe": recipe, "rows": self.rows}
+        own = {"baseline_options": self.baseline_options} if self.baseline_options else {}
+        return {"entry": self.entry, "seeds": self.seeds, "recipe": recipe, "rows": self.rows, **own}
 
     @property
     def runs(self) -> list[Recipe]:
@@ -122,6 +130,12 @@ class Case:
         """Its results where it cannot be run."""
         reason = str(error).partition("\n")[0]
         return [Entry(name=self.name, at=self.at, outcomes=[], failure=reason, failed_by=type(error).__name__)]
+
+
+def _baseline_options(entry: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the changes that are options of a baseline."""
+    names = BASELINES[entry].options if entry in BASELINES else ()
+    return {name: changes[OPTION + name] for name in names if OPTION + name in changes}
 
 
 def _recipe(fields: Mapping[str, Any], entry: str, changes: Mapping[str, Any]) -> Recipe:

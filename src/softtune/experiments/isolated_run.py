@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -33,8 +34,9 @@ from softtune.training.trainer import AdapterTrainer
 class _Prepared:
     """Loads base models and prepares them for a baseline."""
 
-    def __init__(self, baseline: Baseline) -> None:
+    def __init__(self, baseline: Baseline, options: Mapping[str, Any]) -> None:
         self.baseline = baseline
+        self.options = options
 
     def adapted(self, recipe: Recipe, training: Dataset) -> tuple[PeftModel, PreTrainedTokenizerBase, tuple[()]]:
         """See ``Models``."""
@@ -43,7 +45,7 @@ class _Prepared:
             recipe.model, recipe.task, num_labels=recipe.num_labels, options=recipe.load_options
         )
         model = PeftModel(base)
-        self.baseline.prepare(base)
+        self.baseline.prepare(base, **self.options)
         return model, tokenizer, ()
 
 
@@ -52,7 +54,8 @@ def run_isolated(case: Case, run: Recipe, progress: Progress) -> Outcome:
     check_compatible([run])
     clear(run)
     rows, baseline = Rows.load(run), BASELINES.get(case.entry)
-    setup = Setup.prepare(RunFolder(run), rows, _Prepared(baseline) if baseline else BaseModels(), progress)
+    bases = _Prepared(baseline, case.baseline_options) if baseline else BaseModels()
+    setup = Setup.prepare(RunFolder(run), rows, bases, progress)
     trainer = setup.trainer(setup.model, "default", 0, InterruptSaver())
     with setup.model.disable_adapter() if baseline else nullcontext():
         with nullcontext() if baseline else _saving(setup, trainer):
