@@ -156,10 +156,17 @@ class Adapter:
         return tensors_of(self.module)
 
     def inference_state(self) -> dict[str, Tensor]:
-        """The module's tensors that inference needs, computed without dropout."""
-        with evaluating(self.module):
+        """The module's tensors that inference needs, computed without dropout.
+
+        By the kernels of training: an LSTM's for inference round otherwise.
+        """
+        training = self.module.training
+        self.module.eval()
+        try:
             state: dict[str, Tensor] = self.module.inference_state()
-            return state
+        finally:
+            self.module.train(training)
+        return state
 
     def split(self, saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tensors of a saved adapter: those of the module, and those of the heads."""
