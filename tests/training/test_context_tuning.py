@@ -476,7 +476,7 @@ def test_cpt_begins_in_context_and_learns(cpt_fields: dict[str, Any], batches: l
     output = cpt_fields["output"] + "-2"
     wide = {"opt_projection_epsilon": 5.0, "opt_projection_format_epsilon": 5.0}
     report = train(Recipe.from_fields({**cpt_fields, "options": wide, "epochs": 6, "output": output, "test_size": 0}))
-    assert report.left_out == ({}, {})
+    assert report.leave_one_out == ({}, {})
     assert all("prefix_mask" not in batch for batch in batches)
     losses = [entry["loss"] for entry in json.loads(Path(output, "history.json").read_text())["default"]]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
