@@ -156,9 +156,9 @@ class PeftNames(AdapterState):
         counts = [(num_weights(p), p.requires_grad) for name, p in self.named_parameters() if name not in tied]
         frozen_tokens = sum(
             buffer.numel()
-            for module in self.prompt_encoder.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set
+            for part in self.prompt_encoder.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+            if name not in part._non_persistent_buffers_set
         )
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts) + frozen_tokens
 

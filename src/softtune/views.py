@@ -25,6 +25,9 @@ class View:
         below: an object with the attributes that the module lacks; none by default.
     """
 
+    _module: nn.Module
+    _below: Any
+
     def __init__(self, module: nn.Module, below: Any = None) -> None:
         vars(self).update(_module=module, _below=below)
 
