@@ -186,10 +186,9 @@ class CallPlanner:
             wrapper = self._prefix_attention(call, arrangement)
         if self.term_layers:
             rows = None if self.rows is None else multiplied(self.rows, step.rows)
-            packed = shortened.rows if isinstance(shortened, Pack) else None
-            wrapper = TermAttention(
-                wrapper, terms, rows if rows is None or packed is None else rows[packed], packed=packed is not None
-            )
+            if rows is not None and isinstance(shortened, Pack):
+                rows = rows[shortened.rows]
+            wrapper = TermAttention(wrapper, terms, rows, packed=isinstance(shortened, Pack))
         if wrapper is not None and not self.stack.is_disentangled:
             call[WRAPPER] = wrapper
         return CallPlan(

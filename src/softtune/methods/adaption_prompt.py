@@ -23,6 +23,7 @@ from softtune.backbone.sharding import is_sharded
 from softtune.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
 from softtune.methods.base import OURS, GatedKeyValue, PeftConfig, PeftType, PositiveInt, Prompt
 from softtune.methods.kv_layout import check_wrapper
+from softtune.methods.targets import KEY_PREFIX
 
 PEFTS_MODELS = ("llama", "mistral")
 """Model types of which PEFT computes what the paper says."""
@@ -97,8 +98,7 @@ class AdaptionPromptConfig(PeftConfig):
 
     def to_saved(self, state: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
         """See ``PeftConfig.to_saved``: under PEFT's names where PEFT computes the same, else under other ones."""
-        start = "base_model.model." if module.is_pefts else "softtune."
-        return {f"{start}{name}": tensor for name, tensor in state.items()}
+        return {f"{_key_prefix(module)}{name}": tensor for name, tensor in state.items()}
 
     def from_saved(self, state: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
         """See ``PeftConfig.from_saved``.
@@ -106,13 +106,12 @@ class AdaptionPromptConfig(PeftConfig):
         Raises:
             AdapterMismatchError: PEFT saved it for a model for which it computes something else.
         """
-        start = "base_model.model." if module.is_pefts else "softtune."
-        if not module.is_pefts and any(name.startswith("base_model.model.") for name in state):
+        if not module.is_pefts and any(name.startswith(KEY_PREFIX) for name in state):
             raise AdapterMismatchError(
                 "PEFT adds this adapter's prompt behind the output projection of attention, not in front of it",
                 "train it anew",
             )
-        return {name.removeprefix(start): tensor for name, tensor in state.items()}
+        return {name.removeprefix(_key_prefix(module)): tensor for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
@@ -212,6 +211,11 @@ class AdaptionPrompt(nn.Module):
             state[f"{projection.name}.adaption_prompt"] = vectors.detach()[None]
             state[f"{projection.name}.adaption_gate"] = gate.detach()
         return state
+
+
+def _key_prefix(module: AdaptionPrompt) -> str:
+    """What stands in front of the names of a module's tensors in files."""
+    return KEY_PREFIX if module.is_pefts else "softtune."
 
 
 def _check_whole(backbone: Backbone) -> None:

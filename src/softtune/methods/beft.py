@@ -51,7 +51,7 @@ class BeftConfig(TargetConfig):
     def to_saved(self, state: dict[str, Tensor], module: BiasChanges) -> dict[str, Tensor]:
         """Each module's change [1, width], with zeros for features that are not trained."""
         whole = by_module([(slot, change.detach()) for slot, change in module.additions()], 0.0)
-        return {f"{KEY_PREFIX}{name}.beft_bias": change[None] for name, (_, change) in whole.items()}
+        return {f"{KEY_PREFIX}{name}.{self.tensor_names[0]}": change[None] for name, (_, change) in whole.items()}
 
     def from_saved(self, state: dict[str, Tensor], module: BiasChanges) -> dict[str, Tensor]:
         found = by_slot(state, module.slots, self.tensor_names[0])

@@ -103,7 +103,7 @@ class IA3Config(TargetConfig):
         """Each module's factors, [N, 1] of outputs or [1, N] of inputs, with ones for features that are not trained."""
         whole = by_module([(slot, factor.detach()) for slot, factor in module.scalings()], 1.0)
         return {
-            f"{KEY_PREFIX}{name}.ia3_l": factor[None] if slot.is_input else factor[:, None]
+            f"{KEY_PREFIX}{name}.{self.tensor_names[0]}": factor[None] if slot.is_input else factor[:, None]
             for name, (slot, factor) in whole.items()
         }
 

@@ -149,7 +149,8 @@ def run_chunks(backbone: Backbone, pool: KVPool, chunks: Sequence[ScheduledChunk
         "position_ids": torch.tensor([positions], device=device) + backbone.stacks[0].first_position,
         "logits_to_keep": torch.tensor(logits_to_keep, dtype=torch.long, device=device),
     }
-    distinct, rows = _distinct(prompts, device)
+    changes = any(prompt.additions or prompt.scalings or prompt.terms for prompt in prompts)
+    distinct, rows = _distinct(prompts, device) if changes else ([], None)
     with model_session(backbone.model) as session:
         session.attach(partial(pool.reading, pieces, [prompt.terms for prompt in distinct], rows))
         session.attach(_changes(backbone, distinct, rows).applied)
@@ -180,7 +181,5 @@ def _distinct(prompts: Sequence[LoadedPrompt], device: torch.device) -> tuple[li
 
 def _changes(backbone: Backbone, prompts: Sequence[LoadedPrompt], rows: Tensor | None) -> ModuleChanges:
     """The adapters' changes at modules, for each token."""
-    if not any(prompt.additions or prompt.scalings for prompt in prompts):
-        return ModuleChanges(backbone, [], [])
     additions, scalings = [prompt.additions for prompt in prompts], [prompt.scalings for prompt in prompts]
     return ModuleChanges(backbone, additions, [{}] * len(prompts), rows, scalings=scalings)
