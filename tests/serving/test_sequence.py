@@ -12,7 +12,7 @@ from softtune.injection.kv_pool import KVPool
 from softtune.methods.base import Prompt
 from softtune.serving.prompt_export import export_prompt
 from softtune.serving.sequence import LoadedPrompt, ScheduledChunk, TokenSequence, run_chunks
-from tests.families import CAUSAL_LM, FAMILIES, KINDS, base_model, texts
+from tests.families import CAUSAL_LM, FAMILIES, KINDS, adapted, base_model, texts
 from tests.test_rows import mixed
 
 DECODERS = [f for f, row in FAMILIES.items() if CAUSAL_LM in row.tasks]
@@ -33,7 +33,10 @@ def test_logits_are_those_of_each_text_alone(family: str) -> None:
     except UnsupportedModelError:
         assert not PeftModel(base).backbone.packs
         return
-    model, names = mixed(family, CAUSAL_LM, KINDS, base)
+    has_windows = PeftModel(base).backbone.has_local_layers
+    model, names = mixed(
+        family, CAUSAL_LM, tuple(kind for kind in KINDS if kind != "combined" or not has_windows), base
+    )
     names = [*names, names[0], names[1]]
     lengths = (7, 4, 2, 5, 3, 6, 9, 1, 8, 6, 4, 7, 3)[: len(names)]
     words = [row.tolist() for row in texts(family, CAUSAL_LM, lengths)]
@@ -51,6 +54,12 @@ def test_logits_are_those_of_each_text_alone(family: str) -> None:
         for number, logits in zip(chosen, run_chunks(model.backbone, pool, readings), strict=True):
             if not rows[number].num_pending_tokens:
                 torch.testing.assert_close(logits[-1], expected[number][-1], atol=1e-4, rtol=1e-4)
+
+
+def test_combined_vectors_that_windows_would_end_are_refused() -> None:
+    model = adapted("mistral", CAUSAL_LM, "combined")
+    with pytest.raises(UnsupportedModelError, match="leave the sight of layers of MistralForCausalLM"):
+        export_prompt(model.backbone, model.adapter("default"))
 
 
 def prompt(vectors: int = 0, prefix: int = 0, *, after_text: bool = False, shifts: bool = True) -> LoadedPrompt:

@@ -179,6 +179,14 @@ class Backbone:
         return getattr(self.text_config, "max_position_embeddings", None)
 
     @property
+    def has_local_layers(self) -> bool:
+        """Whether a layer does not attend to all earlier tokens, such as one with a sliding window."""
+        kinds = getattr(self.text_config, "layer_types", None)
+        if kinds is not None:
+            return {*kinds} != {"full_attention"}
+        return getattr(self.text_config, "sliding_window", None) is not None
+
+    @property
     def hidden_dropout(self) -> float:
         """The dropout probability of hidden states in training."""
         return compat.hidden_dropout(self.text_config)

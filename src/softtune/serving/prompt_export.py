@@ -68,7 +68,8 @@ def export_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool = True) -
         as_kv: whether leading virtual tokens become keys and values; False where they stand within the text.
 
     Raises:
-        UnsupportedModelError: it trains whole modules, which requests for other adapters share.
+        UnsupportedModelError: it trains whole modules, which requests for other adapters share; or it combines vectors
+            in front of the text with other parts, and layers have windows, which would end them.
     """
     if adapter.heads:
         raise UnsupportedModelError(
@@ -76,7 +77,13 @@ def export_prompt(backbone: Backbone, adapter: Adapter, *, as_kv: bool = True) -
             "train it without modules_to_save",
         )
     with model_session(backbone.model):
-        return computed_prompt(backbone, adapter, as_kv=as_kv)
+        prompt = computed_prompt(backbone, adapter, as_kv=as_kv)
+    if as_kv and prompt.vectors is not None and not prompt.after_text and backbone.has_local_layers:
+        raise UnsupportedModelError(
+            f"virtual tokens beside other parts would leave the sight of layers of {type(backbone.model).__name__}",
+            "leave the part with vectors out, a prefix stays in sight",
+        )
+    return prompt
 
 
 def save_prompt(prompt: Prompt, backbone: Backbone, folder: Path) -> None:

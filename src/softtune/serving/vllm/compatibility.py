@@ -60,12 +60,4 @@ def _obstacle(prompt: Prompt, backbone: Backbone) -> str | None:
         return "a prefix in some layers alone"
     if not is_even(backbone):
         return "a prefix in layers that differ in size"
-    return "a prefix in layers that see a part of the text" if _is_local(backbone) else None
-
-
-def _is_local(backbone: Backbone) -> bool:
-    """Whether a layer does not attend to all earlier tokens, such as one with a sliding window."""
-    kinds = getattr(backbone.text_config, "layer_types", None)
-    if kinds is not None:
-        return {*kinds} != {"full_attention"}
-    return getattr(backbone.text_config, "sliding_window", None) is not None
+    return "a prefix in layers that see a part of the text" if backbone.has_local_layers else None
