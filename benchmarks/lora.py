@@ -7,8 +7,9 @@ Each method on each set first tries RATES times its default learning rate, with 
 that are held out of the training rows. At the best of these rates it then trains from three seeds for as many seconds
 as the others, and from three for as many steps. Seconds are those of the processor, by the training of a process with
 one thread, so that other work on the machine does not count. A run for some seconds has as many steps as fit into them
-by the time of a step in the trials; so its rate falls as in any other run, and the seconds that it took are told. The
-soft adapter whose trials were best on E2E trains once more for LONG_SECONDS, and is judged by all official test inputs.
+by the time of a step in the trials; so its rate falls as in any other run, and the seconds that it took are told. Of
+the most telling soft adapters the one whose trials were best on E2E trains once more for LONG_SECONDS, and is judged by
+all official test inputs.
 
 No adapter of softtune's but P-tuning (whose encoder is dropped after training) trains more numbers than LoRA of rank 2
 on all linear layers: SmolLM2-135M has 610,560 of these and MiniLM 82,944, as have prefixes of 53 and 18 virtual tokens.
@@ -21,9 +22,9 @@ hours for LoRA and full fine-tuning, and 0.9 for each of the seven others. Evalu
 range of the seeds says nothing.
 
 Results are saved run by run, in runs/studies/lora, and the same command goes on with the rest; several processes may
-share it, each on a core. The most telling runs come first: trials and one seed of equal seconds on all sets, then the
-other seeds, then equal steps. --write writes what there is, and runs that a page was written from are not repeated,
-also where runs/ is lost. --quick runs a few steps of some methods in minutes, into runs/studies/lora-quick.
+share it, each on a core. The most telling methods come first, and of these trials and one seed of equal seconds on all
+sets, then the other seeds, then equal steps. --write writes what there is, and runs that a page was written from are
+not repeated, also where runs/ is lost. --quick runs a few steps of some methods, into runs/studies/lora-quick.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ import intents
 import timing
 import torch
 from kept import Content, Kept
-from lora_sets import INTENTS, MATCHED, DataSet, Way, sets, ways
+from lora_sets import INTENTS, MATCHED, TELLING, DataSet, Way, sets, ways
 
 from softtune.data import load_records, split_records
 from softtune.errors import TrainingError, UnsupportedModelError
@@ -125,8 +126,13 @@ class Study:
         }
 
     def runs(self) -> Iterator[Run]:
-        """All runs but the long one, the most telling first: trials and the first seed of each set and method."""
-        each = [(name, way) for name in self.sets for way in self.ways[name]]
+        """All runs but the long one, the most telling first."""
+        every = [(name, way) for name in self.sets for way in self.ways[name]]
+        yield from self._runs_of([(name, way) for name, way in every if way in TELLING])
+        yield from self._runs_of([(name, way) for name, way in every if way not in TELLING])
+
+    def _runs_of(self, each: Sequence[tuple[str, str]]) -> Iterator[Run]:
+        """The runs of some sets and methods: trials and the first seed of each, then the others."""
         for name, way in each:
             yield from (Run(set=name, way=way, kind=TRIED, number=number) for number in range(len(self.rates)))
             yield Run(set=name, way=way, kind=SECONDS)
@@ -156,8 +162,8 @@ class Study:
         return max(best, key=lambda way: score(best[way])) if best else None
 
     def long_run(self) -> Run | None:
-        """The long run, of the soft adapter whose trials were best; None while some are missing."""
-        ours = [name for name, way in self.ways.get(LONG_SET, {}).items() if way.is_ours]
+        """The long run, of the telling soft adapter whose trials were best; None while some are missing."""
+        ours = [name for name, way in self.ways.get(LONG_SET, {}).items() if way.is_ours and name in TELLING]
         best = self.best_way(LONG_SET, ours)
         return None if best is None else Run(set=LONG_SET, way=best, kind=LONG)
 

@@ -130,6 +130,8 @@ class Way:
 
 
 MATCHED, RANK_8 = "lora-matched", "lora-r8"
+TELLING = ("prefix", "prefix-ia3", "all", MATCHED, RANK_8)
+"""The methods that run first, since the project's bounds speak of them."""
 
 
 def ways(recipe: Mapping[str, Any]) -> dict[str, Way]:
