@@ -47,14 +47,16 @@ AHEAD = 0.05
 def main() -> None:
     """Train by each start, and report accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=TASKS)
+    parser.add_argument("tasks", nargs="*")
     for name, default in (("examples", 32), ("steps", 60), ("rows", 200), ("seeds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--data", type=Path, default=Path("data"))
     given = parser.parse_args()
+    tasks = given.tasks or list(TASKS)
+    if unknown := {*tasks} - {*TASKS}:
+        parser.error(f"no task {min(unknown)}: use some of {', '.join(TASKS)}")
     torch.set_num_threads(1)
-    kept, tasks = Kept(ROOT / "runs" / "few_shot"), given.tasks or list(TASKS)
-    found = run(kept, tasks, given)
+    found = run(Kept(ROOT / "runs" / "few_shot"), tasks, given)
     if len(found) < len(tasks) * len(STARTS) * given.seeds:
         raise SystemExit("other processes run the rest: the same command shows the means when they have ended")
     settings = {name: getattr(given, name) for name in ("examples", "steps", "rows", "seeds")}

@@ -58,13 +58,15 @@ GROUPS = (*steps.TASKS, DEFAULTS)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", choices=GROUPS)
+    parser.add_argument("groups", nargs="*")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sst2", type=Path, default=Path("data/sst2"))
     given = parser.parse_args()
+    groups = given.groups or list(GROUPS)
+    if unknown := {*groups} - {*GROUPS}:
+        parser.error(f"no group {min(unknown)}: use some of {', '.join(GROUPS)}")
     quiet()
     torch.set_num_threads(1)
-    groups = given.groups or list(GROUPS)
     found = run(Kept(ROOT / "runs" / "few_steps"), groups, given.seeds, given.sst2)
     measures = [line for group in groups for line in measures_of(found, group, given.seeds)]
     timing.show("few_steps", measures)

@@ -23,8 +23,9 @@ range of the seeds says nothing.
 
 Results are saved run by run, in runs/studies/lora, and the same command goes on with the rest; several processes may
 share it, each on a core. The most telling methods come first, and of these trials and one seed of equal seconds on all
-sets, then the other seeds, then equal steps. --write writes what there is, and runs that a page was written from are
-not repeated, also where runs/ is lost. --quick runs a few steps of some methods, into runs/studies/lora-quick.
+sets, then the other seeds, then equal steps. --write writes what there is, with the table of ``method: auto``, and runs
+that a page was written from are not repeated, also where runs/ is lost. --quick runs a few steps of some methods, into
+runs/studies/lora-quick.
 """
 
 from __future__ import annotations
@@ -294,9 +295,10 @@ def _is_over(study: Study, run: Run) -> bool:
 
 
 def digest(case: Case) -> str:
-    """What tells a case from others, wherever its files are."""
+    """What tells a case from others, wherever its files are, and whatever fields recipes have got since."""
     left_out = {"output", "train", "evaluation", *OF_THE_MACHINE}
-    asked = [case.entry, case.baseline_options, case.recipe.model_dump(mode="json", exclude=left_out)]
+    fields = case.recipe.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+    asked = [case.entry, case.baseline_options, fields]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -151,10 +151,9 @@ def ways(recipe: Mapping[str, Any]) -> dict[str, Way]:
 
 
 def _of_decoders(options: Mapping[str, Any]) -> dict[str, Way]:
-    """Soft adapters for SmolLM2-135M, which start from a text where the recipe has one."""
+    """Soft adapters for SmolLM2-135M: prefixes start from a text where the recipe has one, virtual tokens at the input
+    from examples."""
     text = {"init_text": options["init_text"]} if "init_text" in options else {}
-    words = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text["init_text"]} if text else {}
-    tokens = {"num_virtual_tokens": options.get("num_virtual_tokens", 20)}
     return _adapters(
         prefix=("PREFIX_TUNING", 53, text),
         beside_ia3=48,
@@ -162,8 +161,8 @@ def _of_decoders(options: Mapping[str, Any]) -> dict[str, Way]:
         memory={"share_heads": True},
         memory_beside_all={"share_heads": True, "layers": "last:15"},
         biases={"add_missing": True},
-        prompt={**tokens, **words},
-        p_tuning=tokens,
+        prompt={},
+        p_tuning={},
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lora
+import lora_auto
 import lora_page
 import timing
 
@@ -156,7 +157,9 @@ def headline(name: str, progress: Progress) -> list[Entry]:
 def write(name: str) -> None:
     """Write the page of a study to docs/results."""
     if name == LORA:
-        lora_page.write(lora.full_study(RUNS), RESULTS)
+        beside_lora = lora.full_study(RUNS)
+        lora_page.write(beside_lora, RESULTS)
+        lora_auto.write(beside_lora, [*lora.saved(RESULTS / f"{name}.json").values()])
         return
     results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     entries = [Entry.from_dict(entry) for entry in results["entries"]]

@@ -187,7 +187,7 @@ def test_rows_without_texts() -> None:
             ("--model", "MODEL", "--options", "{num_virtual_tokens: 5000}"),
             "num_virtual_tokens is 5000, and the 12 examples",
         ),
-        (("--model", "MODEL", "--method", "prompt-tuning"), "start: examples is for keys and values"),
+        (("--model", "MODEL", "--method", "bitfit"), "start: examples is for virtual tokens"),
         (
             ("--model", "MODEL", "--method", "CPT", "--start", "method"),
             "CPT has no demonstrations: set start: examples",

@@ -28,7 +28,7 @@ from softtune.data import Collator, load_records
 from softtune.data.encoding import IGNORED, Example
 from softtune.evaluation.answers import judge
 from softtune.experiments.cases import Case
-from softtune.training.context_tuning import Demonstrations
+from softtune.training.context_tuning import Demonstrations, starts_from_examples
 from softtune.training.folder import RunFolder
 from softtune.training.recipe import Recipe
 from softtune.training.run import train
@@ -121,8 +121,8 @@ def test_types_come_from_the_template(fields: dict[str, Any]) -> None:
 def test_a_smaller_prefix_starts_from_a_sample(lengths: list[int], data: st.DataObject) -> None:
     total = sum(lengths) + 2 * len(lengths)
     size = data.draw(st.integers(1, total))
-    with pytest.warns(UserWarning, match="sample") if size < total else nullcontext():
-        found = placed(lengths, size=size, seed=data.draw(st.integers(0, 5)))
+    found = placed(lengths, size=size, seed=data.draw(st.integers(0, 5)))
+    assert found.total == total
     assert len(found.input_ids) == len(found.types) == size
     pieces = {row: [found.input_ids[place] for place in places] for row, places in found.hidden.items() if places}
     assert sum(map(len, pieces.values())) == size
@@ -137,8 +137,7 @@ def test_a_smaller_prefix_starts_from_a_sample(lengths: list[int], data: st.Data
 
 
 def test_as_many_tokens_as_the_model_has_positions_for() -> None:
-    with pytest.warns(UserWarning, match="the 3 examples have 21 tokens, the prefix 12: it starts from a sample of 2"):
-        assert len(placed([5, 4, 6], most=12).input_ids) == 12
+    assert len(placed([5, 4, 6], most=12).input_ids) == 12
     assert len(placed([5, 4, 6], most=30).input_ids) == 21
     with pytest.raises(ConfigError, match="num_virtual_tokens is 22, and the 3 examples have 21 tokens: lower it"):
         placed([5, 4, 6], size=22)
@@ -346,16 +345,20 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> str:
     ("changes", "message"),
     [
         ({"task": "SEQ_CLS"}, "start: examples is for a decoder that writes answers: set task: CAUSAL_LM"),
-        ({"method": "PROMPT_TUNING"}, "for keys and values: set method: PREFIX_TUNING or P_TUNING_V2, or drop start"),
-        ({"options": {"prefix_projection": True}}, "a whole prefix in front of the text: drop prefix_projection"),
+        ({"method": "BITFIT"}, "for virtual tokens: set method to PREFIX_TUNING, .*, P_TUNING or CPT, or drop start"),
+        ({"method": "PROMPT_TUNING", "leave_one_out": False}, "PROMPT_TUNING shows each row all examples: drop it"),
+        ({"method": "PROMPT_TUNING", "options": {"prompt_tuning_init": "RANDOM"}}, "drop prompt_tuning_init, or start"),
+        ({"method": "P_TUNING", "options": {"init_file": "adapter"}}, "drop init_file, or start"),
+        ({"method": "P_TUNING", "template": "{prompt:3} {words}"}, "drop the template's virtual tokens, or start"),
+        ({"options": {"prefix_projection": True}}, "a whole prompt in front of the text: drop prefix_projection"),
         ({"options": {"init_text": "warm"}}, "drop init_text, or start"),
         ({"options": {"placement": "infix"}}, "drop placement"),
         ({"options": {"shift_positions": False}}, "drop shift_positions"),
         ({"options": {"init_file": "adapter"}}, "drop init_file"),
         ({"options": {"layers": [0]}}, "drop layers"),
         ({"options": {"sites": ["decoder"]}}, "drop sites"),
-        ({"start": "method", "leave_one_out": False}, "leave_one_out is for a prefix that starts from examples"),
-        ({"start": "method", "example_separator": "x"}, "example_separator is for a prefix that starts from examples"),
+        ({"start": "method", "leave_one_out": False}, "leave_one_out is for a prompt that starts from examples"),
+        ({"start": "method", "example_separator": "x"}, "example_separator is for a prompt that starts from examples"),
         ({"start": "text"}, "start is 'text'"),
         ({"method": "CPT", "leave_one_out": False}, "CPT shows each row all examples: drop it"),
         (
@@ -391,7 +394,7 @@ def test_other_methods_and_baselines_of_a_comparison_start_as_they_do(fields: di
         entry: Case.from_fields(fields, entry, {}, **names).recipe.start
         for entry in ("", "prefix-tuning", "bitfit", "prompt-tuning", "full", "cpt")
     }
-    assert [*starts.values()] == ["examples", "examples", "method", "method", "method", "examples"]
+    assert [*starts.values()] == ["examples", "examples", None, None, None, "examples"]
 
 
 def test_rows_without_a_mask_see_all_beside_rows_with_one() -> None:
@@ -407,6 +410,74 @@ def test_learning_rate_and_dropout_are_those_of_the_paper(fields: dict[str, Any]
     plain = Recipe.from_fields({**fields, "learning_rate": None, "start": "method"})
     assert plain.peak_learning_rate == 1e-2
     assert plain.config().token_dropout == 0
+
+
+# Virtual tokens at the input
+
+
+VECTORS = [("PROMPT_TUNING", {}), ("P_TUNING", {"encoder_hidden_size": 128})]
+
+
+@pytest.mark.parametrize(("method", "options"), VECTORS)
+def test_virtual_tokens_at_the_input_start_from_examples(
+    fields: dict[str, Any], method: str, options: dict[str, Any]
+) -> None:
+    """Before training a text has the logits that it has behind the examples' tokens."""
+    setup = prepared({**fields, "method": method, "options": options, "start": None})
+    [start], size = setup.starts, setup.model.adapter("default").config.num_virtual_tokens
+    assert size == len(start.input_ids) == 100 < start.total
+    text = setup.examples[0].input_ids
+    with torch.no_grad():
+        own = setup.model(input_ids=torch.tensor([text])).logits[0, -len(text) :]
+        whole = setup.model.get_base_model()(torch.tensor([start.input_ids + text])).logits[0, -len(text) :]
+    torch.testing.assert_close(own, whole, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "options"), VECTORS)
+def test_more_virtual_tokens_than_examples_have_repeat_them(
+    fields: dict[str, Any], method: str, options: dict[str, Any]
+) -> None:
+    fields |= {"start": None, "shots": 2}
+    setup = prepared({**fields, "method": method, "options": {"num_virtual_tokens": 90, **options}})
+    [start] = setup.starts
+    assert len(start.input_ids) == start.total < 90
+    ids = torch.tensor([start.input_ids[i % start.total] for i in range(90)])
+    words = setup.model.get_base_model().get_input_embeddings().weight[ids]
+    torch.testing.assert_close(setup.model.adapter("default").module(), words, atol=1e-4, rtol=1e-3)
+
+
+def test_a_sample_has_each_label_in_turn() -> None:
+    examples = [row_of(4, 100 * number) for number in range(1, 9)]
+    labels = ["a", "a", "a", "a", "a", "a", "b", "b"]
+    groups = [[row] for row in range(8)]
+    for seed in range(5):
+        start = Demonstrations.from_rows(examples, [], groups=groups, labels=labels, size=16, most=None, seed=seed)
+        assert sorted(labels[row] for row, places in start.hidden.items() if places) == ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_start"),
+    [
+        ({"method": "PROMPT_TUNING"}, True),
+        ({"method": "P_TUNING", "options": {"num_virtual_tokens": 7}}, True),
+        ({"method": "PROMPT_TUNING", "options": {"prompt_tuning_init": "SAMPLE_VOCAB"}}, False),
+        ({"method": "PROMPT_TUNING", "options": {"placement": "suffix"}}, False),
+        ({"method": "P_TUNING", "options": {"init_file": "adapter"}}, False),
+        ({"method": "P_TUNING", "template": "{prompt:3} {words}"}, False),
+        ({"method": "PROMPT_TUNING", "start": "method"}, False),
+        ({"method": "PROMPT_TUNING", "task": "SEQ_CLS"}, False),
+        ({"method": "PROMPT_TUNING", "task": "SEQ_2_SEQ_LM"}, False),
+        ({"method": "PREFIX_TUNING"}, False),
+    ],
+)
+def test_examples_are_the_default_start_of_virtual_tokens_alone(
+    fields: dict[str, Any], changes: dict[str, Any], is_start: bool
+) -> None:
+    recipe = Recipe.from_fields({**fields, "start": None, "learning_rate": None, **changes})
+    assert starts_from_examples(recipe) is is_start
+    assert (recipe.peak_learning_rate != recipe.config().peak_learning_rate(recipe.task)) is (
+        is_start and recipe.method == "PROMPT_TUNING"
+    )
 
 
 # CPT
@@ -497,7 +568,7 @@ def test_cpt_of_a_sample(cpt_fields: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         recipe = Recipe.from_fields(fields)
-    with pytest.warns(UserWarning, match="the prefix 30: it starts from a sample") as spoken:
+    with pytest.warns(UserWarning, match="the prompt 30: it starts from a sample") as spoken:
         report = train(recipe)
     assert not [line for line in spoken if "left out" in str(line.message)]
     assert report.trained == 30 * 24

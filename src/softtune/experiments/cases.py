@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Recipe fields that each method replaces. For the recipe's own method, the recipe's fields stay."""
 
-OF_A_START = {"start": "method", "leave_one_out": True, "example_separator": None}
+OF_A_START = {"start": None, "leave_one_out": True, "example_separator": None}
 """Recipe fields of a start from examples, as they are without one."""
 
 REPLACED = ("method", "options", "learning_rate", "trunk_cache", "trunk_cache_disk", *OF_A_START)

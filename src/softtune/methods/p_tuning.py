@@ -126,6 +126,10 @@ class PromptEncoder(nn.Module):
         """What the linear layers read: the vectors, or the LSTM's output."""
         return vectors if self.lstm_head is None else self.lstm_head(vectors)[0]
 
+    def states_of_words(self, input_ids: Tensor, backbone: Backbone) -> Tensor:
+        """[P, D] input embeddings of token ids [P]."""
+        return init.word_vectors(backbone, input_ids)
+
     def start_from(self, vectors: Tensor) -> None:
         """Initialize the parameters so that ``forward`` returns the vectors [P, D]."""
         vectors = vectors.to(self.embedding.weight.device)

@@ -103,7 +103,7 @@ class PromptTuningConfig(PromptLearningConfig):
             AdapterMismatchError: it is of another base model.
             ConfigError: the text or a label has no tokens, or no tokenizer.
         """
-        module.embedding.weight.data.copy_(self._start(backbone))
+        module.start_from(self._start(backbone))
 
     def _start(self, backbone: Backbone) -> Tensor:
         size, dim = self.num_virtual_tokens, backbone.embedding.embedding_dim
@@ -152,6 +152,14 @@ class PromptEmbedding(nn.Module):
         """Vectors [..., D] of virtual tokens [...]; [P, D] of all of them by default."""
         vectors: Tensor = self.embedding.weight if indices is None else self.embedding(indices)
         return vectors
+
+    def states_of_words(self, input_ids: Tensor, backbone: Backbone) -> Tensor:
+        """[P, D] input embeddings of token ids [P]."""
+        return init.word_vectors(backbone, input_ids)
+
+    def start_from(self, vectors: Tensor) -> None:
+        """Initialize the virtual tokens with the vectors [P, D]."""
+        self.embedding.weight.data.copy_(vectors)
 
     def prompt(self) -> Prompt:
         vectors = self()

@@ -5,8 +5,8 @@ A prefix starts from labelled rows, formatted one behind the other as for in-con
 that the frozen model computes for them. Before training it answers as the model does with these rows in its prompt.
 While it is trained on a row, the row's own tokens are hidden (leave one out), and others at random (token dropout).
 
-CPT starts from the same text, as token embeddings whose types are known. It is trained, as in its paper, on each row
-with the row itself among the demonstrations.
+CPT, prompt tuning and P-tuning start from the token embeddings of the same text; CPT knows their types too. These are
+trained, as in CPT's paper, on each row with the row itself among the demonstrations.
 
 Where the rows have more tokens than the prompt, it starts from a random sample of them. Letters: N tokens of all rows,
 P virtual tokens.
@@ -15,12 +15,14 @@ P virtual tokens.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from softtune.data import Template
 from softtune.data.encoding import IGNORED, Example, token_ids
 from softtune.data.records import each_row
 from softtune.errors import ConfigError
@@ -33,12 +35,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-LEARNING_RATE = 1e-3
-"""Default peak learning rate of a prefix that starts from examples."""
 TOKEN_DROPOUT = 0.05
-"""Default token dropout of such a prefix, as in the paper."""
+"""Default token dropout of a prefix that starts from examples, as in the paper."""
+TOKENS = 100
+"""Virtual tokens at the input that start from examples at most by default, as many as Lester et al. 2021 take."""
 KEYS_AND_VALUES = (PeftType.PREFIX_TUNING, PeftType.P_TUNING_V2)
-"""The methods whose prompts can start from keys and values."""
+"""The methods whose prompts start from keys and values of examples."""
+VECTORS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+"""The methods whose prompts start from token embeddings of examples, by default."""
+LEARNING_RATES = {
+    **dict.fromkeys(KEYS_AND_VALUES, 1e-3),
+    PeftType.PROMPT_TUNING: 1e-2,
+    PeftType.P_TUNING: 3e-4,
+}
+"""Default peak learning rates of prompts that start from examples."""
 FIXED = {
     "prefix_projection": False,
     "embedding_only": False,
@@ -47,6 +57,10 @@ FIXED = {
     "init_weights": None,
     "init_text": None,
     "init_file": None,
+    "prompt_tuning_init": None,
+    "prompt_tuning_init_file": None,
+    "prompt_tuning_init_labels": None,
+    "prompt_tuning_init_text": None,
     "layers": None,
     "sites": None,
 }
@@ -60,34 +74,52 @@ INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE, OUTPUT = 1, 2, 3, 4
 """PEFT's types of the tokens of the first example (``CPTConfig.cpt_tokens_type_mask``); 4 more for each further one."""
 
 
+def starts_from_examples(recipe: RecipeFields) -> bool:
+    """Whether a recipe's prompt starts from its training rows: where it says so, and by default where virtual tokens at
+    the input start from nothing else."""
+    if recipe.start is not None or recipe.method not in VECTORS:
+        return recipe.start == "examples"
+    is_free = recipe.task is TaskType.CAUSAL_LM and not Template(recipe.template).num_virtual_tokens
+    return is_free and not _other_start(recipe)
+
+
+def _other_start(recipe: RecipeFields) -> str | None:
+    """An option that says that the prompt starts from something else, or is none in front of the text."""
+    return next((name for name, value in FIXED.items() if recipe.options.get(name, value) != value), None)
+
+
 def check_start(recipe: RecipeFields) -> None:
     """Check that the recipe's fields fit where its prompt starts.
 
     Raises:
         ValueError: they do not.
     """
-    if recipe.start == "method":
+    if not starts_from_examples(recipe):
         for name, default in {"leave_one_out": True, "example_separator": None}.items():
             if getattr(recipe, name) != default:
-                raise ValueError(f"{name} is for a prefix that starts from examples: set start: examples, or drop it")
+                raise ValueError(f"{name} is for a prompt that starts from examples: set start: examples, or drop it")
         if recipe.method is PeftType.CPT and recipe.options.get("cpt_token_ids") is None:
             raise ValueError("CPT has no demonstrations: set start: examples, or cpt_token_ids in options")
         return
     if recipe.task is not TaskType.CAUSAL_LM:
         raise ValueError("start: examples is for a decoder that writes answers: set task: CAUSAL_LM, or drop start")
+    if recipe.method not in KEYS_AND_VALUES and not recipe.leave_one_out:
+        raise ValueError(
+            f"leave_one_out is for a prefix, and {recipe.method.value} shows each row all examples: drop it"
+        )
     if recipe.method is PeftType.CPT:
         _check_cpt(recipe)
         return
-    if recipe.method not in KEYS_AND_VALUES:
-        named = " or ".join(method.value for method in KEYS_AND_VALUES)
-        raise ValueError(f"start: examples is for keys and values: set method: {named}, or drop start, or set CPT")
-    if fixed := [name for name, value in FIXED.items() if recipe.options.get(name, value) != value]:
-        raise ValueError(f"start: examples is a whole prefix in front of the text: drop {fixed[0]}, or start")
+    if recipe.method not in (*KEYS_AND_VALUES, *VECTORS):
+        able = ", ".join(method.value for method in (*KEYS_AND_VALUES, *VECTORS))
+        raise ValueError(f"start: examples is for virtual tokens: set method to {able} or CPT, or drop start")
+    if Template(recipe.template).num_virtual_tokens:
+        raise ValueError("start: examples is in front of the text: drop the template's virtual tokens, or start")
+    if other := _other_start(recipe):
+        raise ValueError(f"start: examples is a whole prompt in front of the text: drop {other}, or start")
 
 
 def _check_cpt(recipe: RecipeFields) -> None:
-    if not recipe.leave_one_out:
-        raise ValueError("leave_one_out is for a prefix, and CPT shows each row all examples: drop it")
     if given := [name for name in DEMONSTRATED if name in recipe.options]:
         raise ValueError(f"start: examples makes the demonstrations of the training rows: drop {given[0]}, or start")
     if "token_dropout" in recipe.options:
@@ -97,6 +129,8 @@ def _check_cpt(recipe: RecipeFields) -> None:
 def options_before(recipe: RecipeFields) -> dict[str, Any]:
     """Fields of the method's config, unless the recipe's options have them, of a prompt whose examples are not read
     yet."""
+    if not starts_from_examples(recipe) or recipe.method in VECTORS:
+        return {}
     if recipe.method is not PeftType.CPT:
         return {"token_dropout": TOKEN_DROPOUT}
     size = recipe.options.get("num_virtual_tokens")
@@ -105,7 +139,7 @@ def options_before(recipe: RecipeFields) -> dict[str, Any]:
 
 def hides_own_tokens(recipe: RecipeFields) -> bool:
     """Whether a row does not see the virtual tokens that start from it, while the prompt is trained on it."""
-    return recipe.start == "examples" and recipe.leave_one_out and recipe.method in KEYS_AND_VALUES
+    return starts_from_examples(recipe) and recipe.leave_one_out and recipe.method in KEYS_AND_VALUES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +153,8 @@ class Demonstrations:
     hidden: Mapping[int, Sequence[int]]
     """By the number of a training row, the virtual tokens that start from it or from rows with the same input, which
     give its answer away."""
+    total: int
+    """Tokens of all rows, of which these may be a sample."""
 
     @classmethod
     def from_rows(
@@ -127,6 +163,7 @@ class Demonstrations:
         separator: Sequence[int],
         *,
         groups: Sequence[Sequence[int]],
+        labels: Sequence[Any] = (),
         size: int | None,
         most: int | None,
         seed: int,
@@ -137,6 +174,7 @@ class Demonstrations:
             examples: one for each row, with its answer.
             separator: token ids behind each.
             groups: numbers of the rows that have the same input.
+            labels: of the rows, of which a sample has as many rows each; empty where they have none.
             size: P; by default as many as there are tokens, but ``most``.
             most: the most virtual tokens that leave a text of the greatest length its positions; None for no limit.
             seed: of the order and the sample.
@@ -144,7 +182,8 @@ class Demonstrations:
         Raises:
             ConfigError: P is more than there are tokens.
         """
-        total = sum(len(example.input_ids) + len(separator) for example in examples)
+        lengths = [len(example.input_ids) + len(separator) for example in examples]
+        total = sum(lengths)
         if size is not None and size > total:
             raise ConfigError(
                 f"num_virtual_tokens is {size}, and the {len(examples)} examples have {total} tokens",
@@ -152,7 +191,9 @@ class Demonstrations:
             )
         size = size or min(total, most or total)
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        chunks = _chunks([len(examples[row].input_ids) + len(separator) for row in order], size)
+        if labels and size < total:
+            order = _in_turn(order, labels)
+        chunks = _chunks([lengths[row] for row in order], size)
         ids, types, spans = list[int](), list[int](), dict[int, range]()
         for number, (place, length) in enumerate(chunks):
             example = examples[order[place]]
@@ -160,24 +201,18 @@ class Demonstrations:
             spans[order[place]] = range(len(ids), len(ids) + length)
             ids += [*example.input_ids, *separator][-length:]
             types += [kind + OUTPUT * number for kind in own]
-        if size < total:
-            warnings.warn(
-                f"the {len(examples)} examples have {total} tokens, the prefix {size}: it starts from a sample of "
-                f"{len(spans)} of them, and trains on all",
-                stacklevel=2,
-            )
         hidden: dict[int, list[int]] = {}
         for group in groups:
             places = [place for row in group for place in spans.get(row, ())]
             hidden |= dict.fromkeys(group, places)
-        return cls(input_ids=ids, types=types, hidden=hidden)
+        return cls(input_ids=ids, types=types, hidden=hidden, total=total)
 
-    def options(self, method: PeftType) -> dict[str, Any]:
-        """Fields of the method's config that make its virtual tokens these."""
-        size = {"num_virtual_tokens": len(self.input_ids)}
+    def options(self, method: PeftType, size: int | None) -> dict[str, Any]:
+        """Fields of the method's config that make its virtual tokens these, or ``size`` that start from them."""
+        tokens = {"num_virtual_tokens": size or len(self.input_ids)}
         if method is not PeftType.CPT:
-            return size
-        return {**size, "cpt_token_ids": self.input_ids, "cpt_tokens_type_mask": self.types}
+            return tokens
+        return {**tokens, "cpt_token_ids": self.input_ids, "cpt_tokens_type_mask": self.types}
 
     def prefix_mask(self, row: int) -> list[int] | None:
         """[P] 1 for each virtual token that a training row sees: those that start from other rows; None for all."""
@@ -214,16 +249,37 @@ def demonstrations(
         raise ConfigError(
             f"the model has {positions} positions, of which a text may take all", "lower max_length, or drop start"
         )
+    size = recipe.options.get("num_virtual_tokens")
+    if recipe.method in VECTORS:
+        size, most = None, min(size or TOKENS, most or TOKENS)
     is_conversation = recipe.chat or recipe.messages is not None
     default = "" if is_conversation else LINE_BETWEEN
-    return Demonstrations.from_rows(
+    found = Demonstrations.from_rows(
         encoded,
         token_ids(default if recipe.example_separator is None else recipe.example_separator, tokenizer),
         groups=alike(rows, task.columns) if task.has_template else [[row] for row in range(len(rows))],
-        size=recipe.options.get("num_virtual_tokens"),
+        labels=rows[task.label_column] if task.label_set else (),
+        size=size,
         most=most,
         seed=seed,
     )
+    if recipe.start == "examples" and (size := len(found.input_ids)) < found.total:
+        warnings.warn(
+            f"the {len(rows)} examples have {found.total} tokens, the prompt {size}: it starts from a sample of them, "
+            "and trains on all",
+            stacklevel=2,
+        )
+    return found
+
+
+def _in_turn(order: Sequence[int], labels: Sequence[Any]) -> list[int]:
+    """The rows of an order with one of each label in turn."""
+    seen = Counter[Any]()
+    turns = {}
+    for row in order:
+        turns[row] = seen[labels[row]]
+        seen[labels[row]] += 1
+    return sorted(order, key=turns.__getitem__)
 
 
 def _chunks(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:

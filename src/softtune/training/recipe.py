@@ -17,12 +17,13 @@ from pydantic import model_validator
 from softtune.data import Template
 from softtune.errors import CheckpointError, ConfigError
 from softtune.load_options import OF_THE_MACHINE, LoadFields
-from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType
 from softtune.methods.base import CONFIG_NAME, config_class_of
 from softtune.pretrained import MODEL_CLASSES, LoadOptions
 from softtune.tasks import Task
 from softtune.tasks.metrics import LOSS
-from softtune.training.context_tuning import KEYS_AND_VALUES, LEARNING_RATE, check_start, options_before
+from softtune.training.auto_method import check_open, chosen_fields
+from softtune.training.context_tuning import LEARNING_RATES, check_start, options_before, starts_from_examples
 from softtune.training.fields import checked, read_fields, to_yaml
 from softtune.training.recipe_fields import RecipeFields
 from softtune.training.recipe_task import check_task, task_of
@@ -31,6 +32,9 @@ from softtune.training.validators import check_dependent_fields
 RECIPE_NAME = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 """Folder in the output where an unfinished run keeps its checkpoints."""
+
+AUTO = "auto"
+"""The method that is chosen by measured tasks, see ``training.auto_method``."""
 
 NOT_PUSHED = {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": None}
 """The fields of an upload to the hub, as they are without one."""
@@ -115,11 +119,16 @@ class Recipe(LoadFields, RecipeFields):
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Recipe:
-        """Make a recipe of these fields.
+        """Make a recipe of these fields. For ``method: auto`` its training rows are read, to choose by.
 
         Raises:
             ConfigError: a field is unknown, missing or out of range.
+            DataError: the rows cannot be read.
         """
+        if fields.get("method") == AUTO:
+            check_open(fields)
+            plain = cls.from_fields({**fields, "method": PeftType.BITFIT, "options": {}})
+            fields = {**fields, **chosen_fields(plain, fields.get("options") or {})}
         misplaced = dict.fromkeys(OPTIONS - cls.model_fields.keys(), "put it into options")
         return checked(cls, fields, "recipe", {**misplaced, **NOT_OPTIONS, **HINTS})
 
@@ -219,17 +228,15 @@ class Recipe(LoadFields, RecipeFields):
         places = Template(self.template).num_virtual_tokens
         tokens = {"num_virtual_tokens": places} if places else {}
         base: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
-        if self.start == "examples":
-            base |= options_before(self)
+        base |= options_before(self)
         return PeftConfig.from_dict(
             {"peft_type": self.method, "task_type": self.task, **base, **tokens, **self.options, **options}
         )
 
     @property
     def peak_learning_rate(self) -> float:
-        if self.learning_rate is None and self.start == "examples" and self.method in KEYS_AND_VALUES:
-            return LEARNING_RATE
-        return self.learning_rate or self.config().peak_learning_rate(self.task)
+        of_start = LEARNING_RATES.get(self.method) if starts_from_examples(self) else None
+        return self.learning_rate or of_start or self.config().peak_learning_rate(self.task)
 
     @property
     def definition(self) -> Task:

@@ -82,12 +82,13 @@ class RecipeFields(BaseModel):
     """Tokens of a record at most; fields are truncated to fit, template and label never. Conversations lose their
     oldest exchanges."""
     method: PeftType = PeftType.PREFIX_TUNING
-    """The method."""
+    """The method; auto chooses it, its options, its start and its learning rate, by what did best on measured tasks."""
     options: dict[str, Any] = {}
     """Fields of the method's config, such as num_virtual_tokens."""
-    start: Literal["method", "examples"] = "method"
+    start: Literal["method", "examples"] | None = None
     """What the prompt starts from: what the method's options say, or the training rows as examples in the context
-    (context tuning, and CPT's demonstrations), as many virtual tokens as these have tokens."""
+    (context tuning, and CPT's demonstrations), as many virtual tokens as these have tokens. By default examples for
+    PROMPT_TUNING and P_TUNING of decoders whose options name no start, up to 100 virtual tokens; else method."""
     leave_one_out: bool = True
     """With start: examples, hide the virtual tokens that start from a row while the prefix is trained on that row; CPT
     shows them."""

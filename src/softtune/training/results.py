@@ -17,6 +17,7 @@ from softtune.data.sources import is_hub_data_set
 from softtune.formatting import in_words
 from softtune.methods import TaskType
 from softtune.tasks.metrics import METRICS
+from softtune.training.context_tuning import starts_from_examples
 from softtune.training.recipe import Recipe
 from softtune.training.report import METRICS_NAME, Report
 
@@ -93,7 +94,7 @@ def _text(recipe: Recipe, report: Report, metrics: Mapping[str, float]) -> str:
 
 def _table(recipe: Recipe, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
     """Metrics before and after training, as the lines of a table."""
-    start = "examples in context" if recipe.start == "examples" else "base model"
+    start = "examples in context" if starts_from_examples(recipe) else "base model"
     rows = [
         f"| {in_words(name)} | {_figure(name, before.get(name))} | {_figure(name, x)} |" for name, x in after.items()
     ]

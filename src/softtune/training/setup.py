@@ -22,7 +22,8 @@ from softtune.data.records import each_row
 from softtune.errors import AdapterError
 from softtune.evaluation.answers import Answers, answer, fitted, judge
 from softtune.evaluation.ensemble import answer_each
-from softtune.methods import TaskType
+from softtune.methods import PeftType, TaskType
+from softtune.methods.initialization import fill
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.tasks import Task
@@ -30,7 +31,7 @@ from softtune.tasks.metrics import LOSS, direction
 from softtune.tasks.texts import with_all_references
 from softtune.training import ranks
 from softtune.training.callbacks import EvaluationSaver, InterruptSaver, ProgressReporter, trackers
-from softtune.training.context_tuning import KEYS_AND_VALUES, Demonstrations, demonstrations, hides_own_tokens
+from softtune.training.context_tuning import Demonstrations, demonstrations, hides_own_tokens, starts_from_examples
 from softtune.training.folder import RunFolder
 from softtune.training.progress import TRAINING, Phase, Progress
 from softtune.training.recipe import Recipe
@@ -88,7 +89,7 @@ class Setup:
     """The validation rows, encoded; empty without them."""
     progress: Progress
     starts: Sequence[Demonstrations] = field(default=())
-    """What each adapter's prompt has started from, where the recipe says ``start: examples``."""
+    """What each adapter's prompt has started from, where that is training rows."""
 
     @classmethod
     def prepare(cls, folder: RunFolder, rows: Rows, bases: Models, progress: Progress) -> Setup:
@@ -268,14 +269,14 @@ class BaseModels:
             set_seed(recipe.seed + number)
             base, tokenizer = self._load(recipe)
             options: dict[str, Any] = {}
-            if recipe.start == "examples":
+            if starts_from_examples(recipe):
                 positions, seed = Backbone.shared(base).max_positions, recipe.seed + number
                 starts.append(demonstrations(recipe, recipe.definition, training, tokenizer, positions, seed=seed))
-                options = starts[-1].options(recipe.method)
+                options = starts[-1].options(recipe.method, recipe.options.get("num_virtual_tokens"))
             set_seed(recipe.seed + number)
             adapters[name] = PeftModel(base, recipe.config(**options), name).adapter(name)
-            if starts and recipe.method in KEYS_AND_VALUES:
-                _begin_with(adapters[name], starts[-1], base)
+            if starts and recipe.method is not PeftType.CPT:
+                _begin_with(adapters[name], starts[-1], options["num_virtual_tokens"], base)
         assert self._first is not None
         base, tokenizer = self._first
         if recipe.uses_chat_template:
@@ -292,9 +293,10 @@ class BaseModels:
         return loaded
 
 
-def _begin_with(adapter: Adapter, start: Demonstrations, base: PreTrainedModel) -> None:
-    """Set an adapter's prefix to the keys and values of examples."""
-    ids = torch.tensor(start.input_ids)
+def _begin_with(adapter: Adapter, start: Demonstrations, size: int, base: PreTrainedModel) -> None:
+    """Set an adapter's ``size`` virtual tokens to the keys and values, or the token embeddings, of examples; repeated
+    where these have fewer tokens."""
+    ids = fill(start.input_ids, size)
     adapter.module.start_from(adapter.module.states_of_words(ids, Backbone.shared(base)))
 
 

@@ -1,0 +1,99 @@
+"""The table of ``method: auto``: the soft adapter that did best at equal seconds on each set of the study of LoRA."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import few_shot
+import timing
+from kept import Content
+from lora import SECONDS, Study
+
+from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING
+from softtune.training import auto_method
+
+
+def write(study: Study, records: Sequence[Content], results: Path = timing.RESULTS) -> None:
+    """Write the table of what has run; it stays as it is where nothing has.
+
+    Args:
+        study: the study.
+        records: the results of its runs.
+        results: the folder of the other benchmarks' results, of which few_shot is read.
+    """
+    found = [entry for name in study.sets if (entry := best_on(study, records, name))]
+    if tasks := found + from_few(results / "few_shot.json"):
+        timing.write(auto_method.TABLE, {"tasks": tasks})
+
+
+def best_on(study: Study, records: Sequence[Content], name: str) -> dict[str, Any] | None:
+    """The soft adapter that did best on a set, of those that ran from as many seeds as any; None where none ran."""
+    by_way: dict[str, list[Content]] = {}
+    for record in records:
+        is_run = (record["kind"], record["set"]) == (SECONDS, name) and "failure" not in record
+        if is_run and study.ways[name][record["way"]].is_ours:
+            by_way.setdefault(record["way"], []).append(record)
+    if not by_way:
+        return None
+    most = max(map(len, by_way.values()))
+    means = {way: _mean(own) for way, own in by_way.items() if len(own) == most}
+    best = max(means, key=means.__getitem__)
+    [first, *_] = by_way[best]
+    title, _, _ = study.sets[name].title.partition(":")
+    own = study.ways[name][best]
+    case = study.fields[name]
+    return {
+        "title": title,
+        "task": case.get("task", "CAUSAL_LM"),
+        "writes": not case.get("labels"),
+        "rows": first["training_rows"],
+        "model": case["model"],
+        "fields": {
+            "method": _METHODS[own.entry],
+            "options": _without_text(own.changes["options"]),
+            "learning_rate": first["learning_rate"],
+        },
+        "metric": first["metric"],
+        "value": round(means[best], 4),
+    }
+
+
+_METHODS = {kind.value.lower().replace("_", "-"): kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+def _mean(records: Sequence[Content]) -> float:
+    return statistics.mean(record["value"] for record in records)
+
+
+def _without_text(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the text of one task."""
+    kept = {name: value for name, value in options.items() if name != auto_method.START}
+    return {**kept, "parts": [_without_text(part) for part in kept["parts"]]} if "parts" in kept else kept
+
+
+def from_few(file: Path) -> list[dict[str, Any]]:
+    """The entry of a few examples, where a prefix that starts from them did best."""
+    if not file.is_file():
+        return []
+    content = json.loads(file.read_text(encoding="utf-8"))
+    runs, means = content["runs"].values(), {}
+    for start in few_shot.STARTS:
+        means[start] = statistics.mean(run["after"] for run in runs if run["start"] == start)
+    if max(means, key=means.__getitem__) != few_shot.EXAMPLES:
+        return []
+    return [
+        {
+            "title": f"{len(few_shot.TASKS)} sets with few rows",
+            "task": "CAUSAL_LM",
+            "writes": False,
+            "rows": content["settings"]["examples"],
+            "model": "smollm2-135m",
+            "fields": {"method": "PREFIX_TUNING", "options": {}, "start": few_shot.EXAMPLES, "learning_rate": 1e-3},
+            "metric": "accuracy",
+            "value": round(means[few_shot.EXAMPLES], 4),
+        }
+    ]

@@ -1,0 +1,132 @@
+"""``method: auto``: the method, size, start and learning rate that did best on the measured task nearest to a recipe's.
+
+The table is written by ``benchmarks/studies.py lora --write`` from its runs. Among the tasks of the same kind (a head
+or none, labels or texts) the nearest is the one whose number of training rows has the smallest ratio to the recipe's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softtune.data import load_records
+from softtune.errors import ConfigError
+from softtune.methods import PeftType, TaskType
+from softtune.training.context_tuning import KEYS_AND_VALUES
+from softtune.training.recipe_fields import RecipeFields
+
+TABLE = Path(__file__).with_name("measured_tasks.json")
+START = "init_text"
+"""The one option that a recipe may have: a text to start from."""
+
+
+class MeasuredTask(NamedTuple):
+    """A measured task, with what did best on it."""
+
+    title: str
+    task: TaskType
+    writes: bool
+    """Whether answers are generated, and not scored."""
+    rows: int
+    """Training rows."""
+    model: str
+    fields: dict[str, Any]
+    """The recipe fields of what did best."""
+    metric: str
+    value: float
+    """The mean over seeds."""
+
+
+@cache
+def measured_tasks() -> tuple[MeasuredTask, ...]:
+    """The table."""
+    entries = json.loads(TABLE.read_text(encoding="utf-8"))["tasks"]
+    return tuple(MeasuredTask(**{**entry, "task": TaskType(entry["task"])}) for entry in entries)
+
+
+def nearest(task: TaskType, rows: int, *, writes: bool) -> MeasuredTask:
+    """The measured task nearest to one with so many training rows."""
+
+    def distance(other: MeasuredTask) -> tuple[bool, bool, bool, float]:
+        is_other_kind = other.task.has_head != task.has_head
+        return is_other_kind, other.task is not task, other.writes != writes, abs(math.log(other.rows / rows))
+
+    return min(measured_tasks(), key=distance)
+
+
+def check_open(fields: Mapping[str, Any]) -> None:
+    """Check that a recipe leaves to ``method: auto`` what it chooses.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    options = fields.get("options") or {}
+    given = [name for name in options if name != START] + ["start"] * (fields.get("start") is not None)
+    if given:
+        raise ConfigError(f"recipe: method: auto chooses {given[0]}", f"drop it, or name a method; {START} may stay")
+
+
+def chosen_fields(recipe: RecipeFields, text: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are chosen for a recipe; warns of why, in one line.
+
+    Args:
+        recipe: the recipe, with any method.
+        text: its options, with ``init_text`` or nothing.
+
+    Raises:
+        DataError: its training rows cannot be read.
+    """
+    rows, writes = _num_rows(recipe), not (recipe.task.has_head or recipe.labels or recipe.choices)
+    entry = nearest(recipe.task, rows, writes=writes)
+    chosen = {**(_from_text(entry.fields, text) if text else entry.fields)}
+    if recipe.learning_rate is not None:
+        chosen["learning_rate"] = recipe.learning_rate
+    is_like = (entry.task, entry.writes) == (recipe.task, writes)
+    warnings.warn(
+        f"method auto: {_in_words(chosen)}, which did best on {entry.title} ({entry.metric} {entry.value:.3f}, "
+        f"{entry.rows} rows, {entry.model}), the measured task nearest to this one of {rows} rows"
+        + ("" if is_like else ", though of another kind"),
+        stacklevel=3,
+    )
+    return chosen
+
+
+def _num_rows(recipe: RecipeFields) -> int:
+    """About how many rows it trains on."""
+    if recipe.shots and recipe.labels:
+        return recipe.shots * len(recipe.labels)
+    sources = [recipe.train] if isinstance(recipe.train, str) else recipe.train
+    rows = sum(len(load_records(each, split=recipe.train_split, columns=recipe.columns)) for each in sources)
+    if recipe.evaluation is None:
+        rows -= int(recipe.test_size if recipe.test_size >= 1 else rows * recipe.test_size)
+    return max(1, min(rows, recipe.examples or rows))
+
+
+def _from_text(chosen: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The chosen fields, with a prefix that starts from a text; as they are where there is no prefix."""
+
+    def started(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {**options, **text} if PeftType(method) in KEYS_AND_VALUES else {**options}
+
+    if parts := chosen["options"].get("parts"):
+        return {**chosen, "options": {"parts": [started(part["peft_type"], part) for part in parts]}}
+    if PeftType(chosen["method"]) not in KEYS_AND_VALUES:
+        return {**chosen}
+    return {**chosen, "options": started(chosen["method"], chosen["options"]), "start": None}
+
+
+def _in_words(chosen: Mapping[str, Any]) -> str:
+    """The chosen method, with its parts, its size, its start and its learning rate."""
+    options = chosen["options"]
+    parts = options.get("parts") or [{"peft_type": chosen["method"], **options}]
+    each = [
+        part["peft_type"] + (f" of {part['num_virtual_tokens']} virtual tokens" if "num_virtual_tokens" in part else "")
+        for part in parts
+    ]
+    start = " from examples" if chosen.get("start") == "examples" else ""
+    return f"{' and '.join(each)}{start} at learning rate {chosen['learning_rate']:g}"
