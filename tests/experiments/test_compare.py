@@ -46,7 +46,7 @@ def test_every_entry_has_an_outcome_for_each_seed(compared: Path) -> None:
     }
     assert {o.steps for e in found.values() for o in e.outcomes if e.name not in PROMPTS} == {3}
     assert found["full"].outcomes[0].trained == found["full"].outcomes[0].total
-    assert found["prompt-tuning"].outcomes[0].trained == 20 * 24  # the default number of virtual tokens
+    assert found["prompt-tuning"].outcomes[0].trained == 100 * 24  # virtual tokens that start from rows
     assert found["prefix-tuning"].outcomes[0].trained == 3 * 2 * 2 * 12  # the recipe's own method has its own options
 
 

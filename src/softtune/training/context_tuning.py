@@ -39,6 +39,8 @@ TOKEN_DROPOUT = 0.05
 """Default token dropout of a prefix that starts from examples, as in the paper."""
 TOKENS = 100
 """Virtual tokens at the input that start from examples at most by default, as many as Lester et al. 2021 take."""
+SAMPLED_ROWS = 1000
+"""Training rows that these are drawn from at most, so that not all of many rows are encoded twice."""
 KEYS_AND_VALUES = (PeftType.PREFIX_TUNING, PeftType.P_TUNING_V2)
 """The methods whose prompts start from keys and values of examples."""
 VECTORS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
@@ -243,7 +245,6 @@ def demonstrations(
         ConfigError: no position is left for examples, or ``num_virtual_tokens`` is more than they have tokens.
         DataError: a row does not fit.
     """
-    encoded = each_row(rows, [*task.columns, task.label_column], lambda row: task.examples(row, tokenizer)[0])
     most = None if positions is None else positions - task.max_length - task.num_new_tokens
     if most is not None and most < 1:
         raise ConfigError(
@@ -252,6 +253,8 @@ def demonstrations(
     size = recipe.options.get("num_virtual_tokens")
     if recipe.method in VECTORS:
         size, most = None, min(size or TOKENS, most or TOKENS)
+        rows = rows.shuffle(seed=seed).select(range(min(len(rows), SAMPLED_ROWS)))
+    encoded = each_row(rows, [*task.columns, task.label_column], lambda row: task.examples(row, tokenizer)[0])
     is_conversation = recipe.chat or recipe.messages is not None
     default = "" if is_conversation else LINE_BETWEEN
     found = Demonstrations.from_rows(
@@ -263,10 +266,10 @@ def demonstrations(
         most=most,
         seed=seed,
     )
-    if recipe.start == "examples" and (size := len(found.input_ids)) < found.total:
+    if recipe.method not in VECTORS and len(found.input_ids) < found.total:
         warnings.warn(
-            f"the {len(rows)} examples have {found.total} tokens, the prompt {size}: it starts from a sample of them, "
-            "and trains on all",
+            f"the {len(rows)} examples have {found.total} tokens, the prompt {len(found.input_ids)}: it starts from a "
+            "sample of them, and trains on all",
             stacklevel=2,
         )
     return found
