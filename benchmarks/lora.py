@@ -11,14 +11,14 @@ by the time of a step in the trials; so its rate falls as in any other run, and 
 the most telling soft adapters the one whose trials were best on E2E trains once more for LONG_SECONDS, and is judged by
 all official test inputs.
 
-No adapter of softtune's but P-tuning (whose encoder is dropped after training) trains more numbers than LoRA of rank 2
-on all linear layers: SmolLM2-135M has 610,560 of these and MiniLM 82,944, as have prefixes of 53 and 18 virtual tokens.
+No adapter of softtune's trains more numbers than LoRA of rank 2 on all linear layers: SmolLM2-135M has 610,560 of
+these and MiniLM 82,944, as have prefixes of 53 and 18 virtual tokens.
 
-What it takes: 7 sets x 10 methods x 10 runs. The runs with equal seconds have 490 over the seven sets. Equal steps take
+What it takes: 7 sets x 7 methods x 10 runs. The runs with equal seconds have 490 over the seven sets. Equal steps take
 LoRA 450 over all sets, by the seconds of single steps on an AMD EPYC at work on other things too, and a soft adapter
 three quarters of that. Four trials of half of the steps, three runs of equal steps and three of equal seconds are 1.0
-hours for LoRA and full fine-tuning, and 0.9 for each of the seven others. Evaluation takes each 0.45 hours, loading
-0.06, and the long run 0.3: about 14 core hours in all. The budgets are small for that: a difference that is within the
+hours for LoRA and full fine-tuning, and 0.9 for each of the four others. Evaluation takes each 0.45 hours, loading
+0.06, and the long run 0.3: about 10 core hours in all. The budgets are small for that: a difference that is within the
 range of the seeds says nothing.
 
 Results are saved run by run, in runs/studies/lora, and the same command goes on with the rest; several processes may

@@ -111,7 +111,7 @@ def notes(study: Study) -> list[str]:
     return [
         f"Budgets: {budget}. Seconds are the processor's, of training with one thread.",
         "Prefixes of language models start from the text of the recipe in recipes/, an instruction, in some with "
-        "examples; prompt tuning and P-tuning from training rows. LoRA and full fine-tuning do not see the text.",
+        "examples; prompt tuning from training rows. LoRA and full fine-tuning do not see the text.",
         "Of the learning rates the chosen one is bold, and (edge) says that it is the lowest or the highest that was "
         "tried: another may be better still.",
         "Twitter complaints are 50 rows with labels: 25 are trained on, 25 judged. One row more or less right is .04.",

@@ -142,27 +142,24 @@ def ways(recipe: Mapping[str, Any]) -> dict[str, Way]:
     """
     adapters = _of_encoders() if recipe["model"] == "minilm" else _of_decoders(recipe.get("options", {}))
     return {
-        **{name: way for name, way in adapters.items() if name != "p-tuning"},
+        **adapters,
         MATCHED: Way(title=f"LoRA r{MATCHED_RANK}", entry="lora", changes={"options.rank": MATCHED_RANK}),
         RANK_8: Way(title="LoRA r8", entry="lora"),
         "full": Way(title="full fine-tuning", entry="full"),
-        "p-tuning": adapters["p-tuning"],
     }
 
 
 def _of_decoders(options: Mapping[str, Any]) -> dict[str, Way]:
-    """Soft adapters for SmolLM2-135M: prefixes start from a text where the recipe has one, virtual tokens at the input
-    from examples."""
+    """Soft adapters for SmolLM2-135M: prefixes start from a text where the recipe has one, prompt tuning from training
+    rows."""
     text = {"init_text": options["init_text"]} if "init_text" in options else {}
     return _adapters(
         prefix=("PREFIX_TUNING", 53, text),
         beside_ia3=48,
         beside_all=15,
-        memory={"share_heads": True},
-        memory_beside_all={"share_heads": True, "layers": "last:15"},
+        memory={"share_heads": True, "layers": "last:15"},
         biases={"add_missing": True},
         prompt={},
-        p_tuning={},
     )
 
 
@@ -172,11 +169,9 @@ def _of_encoders() -> dict[str, Way]:
         prefix=("P_TUNING_V2", 18, {}),
         beside_ia3=15,
         beside_all=4,
-        memory={},
-        memory_beside_all={"layers": "last:2"},
+        memory={"layers": "last:2"},
         biases={},
         prompt={"num_virtual_tokens": 20},
-        p_tuning={"num_virtual_tokens": 20},
     )
 
 
@@ -186,10 +181,8 @@ def _adapters(
     beside_ia3: int,
     beside_all: int,
     memory: dict[str, Any],
-    memory_beside_all: dict[str, Any],
     biases: dict[str, Any],
     prompt: dict[str, Any],
-    p_tuning: dict[str, Any],
 ) -> dict[str, Way]:
     """The soft adapters by name.
 
@@ -198,10 +191,8 @@ def _adapters(
         beside_ia3: virtual tokens beside IA3.
         beside_all: virtual tokens beside IA3, a memory and biases.
         memory: options of the memory.
-        memory_beside_all: the same in the adapter of all parts.
         biases: options of BitFit.
         prompt: options of prompt tuning.
-        p_tuning: options of P-tuning.
     """
     method, alone, start = prefix
     scaling = {"peft_type": "IA3"}
@@ -219,11 +210,8 @@ def _adapters(
         "all": combined(
             "prefix, memory, IA3, biases",
             beside_all,
-            {"peft_type": "PREFIX_MEMORY", **memory_beside_all},
+            {"peft_type": "PREFIX_MEMORY", **memory},
             {"peft_type": "BITFIT", **biases},
         ),
-        "memory": Way(title="prefix memory", entry="prefix-memory", changes={"options": memory}),
-        "ia3": Way(title="IA3", entry="ia3", changes={"options": {}}),
         "prompt-tuning": Way(title="prompt tuning", entry="prompt-tuning", changes={"options": prompt}),
-        "p-tuning": Way(title="P-tuning", entry="p-tuning", changes={"options": p_tuning}),
     }
