@@ -403,7 +403,7 @@ def test_a_server_of_an_offloaded_model_moves_its_inputs(
 ) -> None:
     """Its parameters are on no device, and it computes on the CPU all the same."""
     from softtune.injection.kv_pool import KVPool
-    from softtune.methods.base import Prompt
+    from softtune.methods.prompt import Prompt
     from softtune.serving.sequence import LoadedPrompt, ScheduledChunk, TokenSequence, run_chunks
 
     base, _ = load_base_model(models["llama"], options=LoadOptions(device="cpu"))

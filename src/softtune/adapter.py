@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from softtune.backbone import Backbone, evaluating
 from softtune.errors import AdapterError, AdapterMismatchError, ConfigError
 from softtune.methods import PeftConfig
-from softtune.methods.base import InParts, Prompt, load_state
+from softtune.methods.prompt import InParts, Prompt, load_state
 
 PEFT_HEAD_NAMES = ("classifier", "score")
 """Names that PEFT lists for every classifier, whether the model has them or not."""

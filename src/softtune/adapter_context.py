@@ -31,8 +31,8 @@ from softtune.injection.modules import ModuleChanges
 from softtune.injection.prompt_to_kv import prompt_to_kv
 from softtune.injection.provenance import BASE, AdapterNames, differ, joined_names, provenance_of, tag_provenance
 from softtune.inputs import Inputs
-from softtune.methods.base import Prompt
 from softtune.methods.kv_layout import composed
+from softtune.methods.prompt import Prompt
 
 _CACHED_PROMPTS: ContextVar[dict[tuple[nn.Module, int | None], Prompt] | None] = ContextVar(
     "_CACHED_PROMPTS", default=None

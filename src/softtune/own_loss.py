@@ -20,7 +20,7 @@ from softtune.errors import AdapterError, DataError
 from softtune.injection.layout import row_starts
 from softtune.injection.modules import ModuleChanges
 from softtune.inputs import Inputs
-from softtune.methods.base import IGNORED, Supervision
+from softtune.methods.prompt import IGNORED, Supervision
 
 
 def has_own_loss(batch: BatchAdapters, inputs: Inputs, input_type_mask: Tensor | None) -> bool:

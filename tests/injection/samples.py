@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from softtune.backbone import AttentionLayer, Backbone
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.prompt import KeyValue, Prompt
 
 Rows = list[list[int]]
 

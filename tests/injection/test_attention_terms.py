@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softtune.backbone.interface import Attention, MaskForm
 from softtune.injection.attention_terms import Term, TermAttention
-from softtune.methods.base import GatedKeyValue
+from softtune.methods.prompt import GatedKeyValue
 
 B, Q, H, T, K, V, P = 3, 6, 2, 4, 5, 7, 3
 SCALING = 0.3

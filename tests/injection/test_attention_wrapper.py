@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from softtune import UnsupportedModelError
 from softtune.backbone.interface import Attention, MaskForm
 from softtune.injection.attention_wrapper import PrefixAttention
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 
 HEADS, KEY_HEADS, KEY, VALUE, P = 4, 2, 3, 5, 3
 LENGTHS = [5, 2, 3]

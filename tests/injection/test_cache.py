@@ -30,7 +30,7 @@ from softtune.injection.cache import (
 )
 from softtune.injection.layout import Layout
 from softtune.injection.step import Step
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 
 ROWS, HEADS, KEY, VALUE, P = 2, 3, 4, 5, 3
 

@@ -19,7 +19,7 @@ from softtune.injection.call_plan import CallPlanner, OuterCall
 from softtune.injection.columns import Columns
 from softtune.injection.pack import Pack, PackedAttention
 from softtune.injection.trim import Trim
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 0], [0, 8, 9, 5, 6, 0], [0, 4, 0, 0, 0, 0]])
 MASK = (IDS != 0).long()

@@ -13,7 +13,7 @@ from softtune.injection.columns import Columns
 from softtune.injection.rows import RowPrompts
 from softtune.injection.step import Step
 from softtune.injection.trim import Trim
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 MASK = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]])
 STARTS, ENDS = [2, 1, 1], [5, 5, 2]

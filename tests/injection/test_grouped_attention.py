@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softtune.backbone.interface import Attention, MaskForm
 from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.grouped_attention import GroupedAttention, RowGroup, alike_long, take
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 
 HEADS, SIZE = 2, 3
 

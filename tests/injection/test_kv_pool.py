@@ -20,7 +20,7 @@ from softtune.backbone import Backbone, Place, Site, model_session
 from softtune.backbone.interface import WRAPPER, Attention, MaskForm
 from softtune.compat import set_attention_name
 from softtune.injection.kv_pool import SHORTEST_MASK, KVPool, PooledAttention, PooledSequence
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 
 SLOTS = 200
 HEADS, KEY_HEADS, SIZE = 6, 2, 8

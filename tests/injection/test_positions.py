@@ -21,7 +21,7 @@ from softtune.injection.layout import Layout
 from softtune.injection.positions import Positions
 from softtune.injection.rows import RowPrompts
 from softtune.injection.step import Step
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 
 @cache

@@ -43,7 +43,7 @@ from softtune import (
 from softtune.backbone import Backbone
 from softtune.compat import enable_checkpointing, renamed
 from softtune.injection.prefix_mask import PrefixMask
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 SHOWN = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
 """[B, P] some of a row's virtual tokens, all, one and none."""

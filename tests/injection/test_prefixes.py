@@ -19,7 +19,7 @@ from softtune.injection.columns import Columns
 from softtune.injection.prefixes import Prefixes, check_reached
 from softtune.injection.rows import RowPrompts
 from softtune.injection.step import Step
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from softtune.backbone import Backbone, Site
 from softtune.compat import enable_checkpointing, spelled
 from softtune.injection.prompt_to_kv import prompt_to_kv
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.prompt import KeyValue, Prompt
 
 P = 3
 

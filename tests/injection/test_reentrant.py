@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softtune.backbone import Place, Site
 from softtune.injection.reentrant import Anchor
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 
 LAYERS = 3
 Prefixes = dict[Place, KeyValue]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softtune import DataError
 from softtune.backbone import AttentionLayer, Site, Stack
 from softtune.injection.rows import RowPrompts, multiplied
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.prompt import KeyValue, Prompt
 
 HEADS, KEY, VALUE, HIDDEN = 2, 3, 4, 5
 

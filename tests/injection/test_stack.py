@@ -12,7 +12,7 @@ from softtune import UnsupportedModelError
 from softtune.backbone import Backbone, model_session
 from softtune.compat import cache_of
 from softtune.injection.stack import StackInjection
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 0], [0, 8, 9, 5, 6, 0], [0, 4, 0, 0, 0, 0]])
 MASK = (IDS != 0).long()

@@ -47,8 +47,8 @@ from softtune import (
     set_peft_model_state_dict,
 )
 from softtune.compat import renamed
-from softtune.methods.base import KeyValue, Prompt
 from softtune.methods.kv_layout import composed
+from softtune.methods.prompt import KeyValue, Prompt
 
 SIZES: dict[str, Any] = {"token_dim": 12, "num_layers": 3, "num_attention_heads": 2, "num_transformer_submodules": 1}
 

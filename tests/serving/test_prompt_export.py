@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from softtune import PeftModel, compat
 from softtune.backbone import Backbone, Site
 from softtune.errors import AdapterMismatchError, CheckpointError, UnsupportedModelError
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.prompt import KeyValue, Prompt
 from softtune.serving import prompt_export
 from softtune.serving.prompt_export import PROMPT_NAME, export_prompt, load_adapter, load_prompt, save_prompt
 from tests.families import CAUSAL_LM, KINDS, METHODS, P, scramble

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from softtune import PeftModel, UnsupportedModelError
 from softtune.backbone import Backbone
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.prompt import KeyValue, Prompt
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.prompt_export import PROMPT_NAME, save_prompt
 from softtune.serving.registry import Version

@@ -9,7 +9,7 @@ import torch
 
 from softtune import PeftModel, UnsupportedModelError
 from softtune.injection.kv_pool import KVPool
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 from softtune.serving.prompt_export import export_prompt
 from softtune.serving.sequence import LoadedPrompt, ScheduledChunk, TokenSequence, run_chunks
 from tests.families import CAUSAL_LM, FAMILIES, KINDS, adapted, base_model, texts

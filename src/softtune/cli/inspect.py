@@ -19,7 +19,7 @@ from softtune.cli.loading import check_single, load_adapter
 from softtune.evaluation.inspection import deviations, mean_changes, nearest_words, prefix_norms, term_sizes
 from softtune.formatting import in_units
 from softtune.methods import PeftConfig
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 from softtune.training.recipe import check_finished
 
 BIASES, FACTORS = "Mean absolute change of the biases", "Mean distance of the factors from 1"

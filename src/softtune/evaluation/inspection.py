@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from softtune.backbone import Backbone, Site
 from softtune.injection.modules import Additions, Scalings
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.prompt import KeyValue, Prompt
 
 
 def nearest_words(backbone: Backbone, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from softtune.experiments.figures import filled
 from softtune.experiments.page import Page, Table
 from softtune.experiments.pictures import Picture, Point, curves, heat, places
 from softtune.formatting import in_words
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 from softtune.model import PeftModel
 from softtune.pretrained import load_base_model
 from softtune.training.folder import HISTORY_NAME

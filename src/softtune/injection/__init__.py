@@ -22,7 +22,7 @@ from softtune.injection.prefix_mask import PrefixMask
 from softtune.injection.provenance import AdapterNames, tag_provenance
 from softtune.injection.stack import StackInjection, align_outputs
 from softtune.injection.step import Call, Step
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 
 class Injection:

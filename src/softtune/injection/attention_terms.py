@@ -20,7 +20,7 @@ from softtune.backbone import AttentionLayer
 from softtune.backbone.interface import Attention, Mask
 from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.grouped_attention import GroupedAttention
-from softtune.methods.base import GatedKeyValue, Prompt
+from softtune.methods.prompt import GatedKeyValue, Prompt
 
 
 @dataclass(frozen=True)

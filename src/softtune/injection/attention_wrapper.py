@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softtune.backbone.interface import Attention, Mask
 from softtune.injection.cache import prepend
 from softtune.injection.masks import MASKS, LayerShape, Masks
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 
 
 class PrefixAttention:

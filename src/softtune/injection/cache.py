@@ -31,7 +31,7 @@ from softtune.errors import AdapterError, UnsupportedModelError
 from softtune.injection.layout import Layout
 from softtune.injection.rows import multiplied
 from softtune.injection.step import Call, Step
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 
 
 class PrefixCache(Cache):

@@ -35,7 +35,7 @@ from softtune.injection.reentrant import Anchor
 from softtune.injection.rows import RowPrompts, multiplied
 from softtune.injection.step import Call, Step, features_of, masks_of
 from softtune.injection.trim import Trim
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from softtune.injection.layout import row_starts
 from softtune.injection.pack import Pack, PackedAttention
 from softtune.injection.step import Call
 from softtune.injection.tensor_store import TensorStore
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 """Outputs of every layer, which a call or the config can request."""

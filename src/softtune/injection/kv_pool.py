@@ -25,7 +25,7 @@ from softtune.errors import UnsupportedModelError
 from softtune.injection.attention_terms import TermAttention, Terms
 from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.grouped_attention import GroupedAttention, RowGroup, alike_long
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 
 SHORTEST_MASK = 64
 """Smallest number of tokens that a mask is made for."""

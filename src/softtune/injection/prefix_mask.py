@@ -14,7 +14,7 @@ from torch import Tensor
 from softtune.backbone import Backbone
 from softtune.errors import DataError, UnsupportedModelError
 from softtune.injection.rows import multiplied
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 
 class PrefixMask:

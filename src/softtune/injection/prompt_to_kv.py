@@ -8,7 +8,7 @@ and gradients. A prefix is also visible beyond sliding windows, and works with a
 from __future__ import annotations
 
 from softtune.backbone import Backbone
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.prompt import KeyValue, Prompt
 
 
 def prompt_to_kv(backbone: Backbone, prompt: Prompt) -> Prompt:

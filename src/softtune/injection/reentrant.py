@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from softtune.backbone import Place
-from softtune.methods.base import KeyValue
+from softtune.methods.prompt import KeyValue
 
 
 class Anchor:

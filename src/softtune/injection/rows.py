@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from softtune.backbone import AttentionLayer, Place, Stack
 from softtune.errors import DataError
-from softtune.methods.base import KeyValue, Prompt
+from softtune.methods.prompt import KeyValue, Prompt
 
 Lengths = tuple[int, ...]
 """How many virtual tokens each prompt has in one layer."""

@@ -28,7 +28,7 @@ from softtune.injection.layout import Layout
 from softtune.injection.prefix_mask import PrefixMask
 from softtune.injection.prefixes import check_reached
 from softtune.injection.step import Call, Step
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 
 class StackInjection:

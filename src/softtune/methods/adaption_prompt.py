@@ -21,8 +21,9 @@ from softtune.backbone import AttentionLayer, Backbone, Place
 from softtune.backbone.roles import KEY, VALUE, BiasSlot
 from softtune.backbone.sharding import is_sharded
 from softtune.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
-from softtune.methods.base import OURS, GatedKeyValue, PeftConfig, PeftType, PositiveInt, Prompt
+from softtune.methods.base import OURS, PeftConfig, PeftType, PositiveInt
 from softtune.methods.kv_layout import check_wrapper
+from softtune.methods.prompt import GatedKeyValue, Prompt
 from softtune.methods.targets import KEY_PREFIX
 
 PEFTS_MODELS = ("llama", "mistral")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
-from softtune.methods.base import IGNORED, PeftType, PositiveInt, Prompt, PromptLearningConfig, Supervision, TaskType
+from softtune.methods.base import PeftType, PositiveInt, PromptLearningConfig, TaskType
+from softtune.methods.prompt import IGNORED, Prompt, Supervision
 from softtune.methods.prompt_tuning import settle_input
 
 KINDS = 4

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from softtune.backbone import Backbone
 from softtune.backbone.roles import KEY, OUTPUT, VALUE, BiasSlot
 from softtune.errors import ConfigError
-from softtune.methods.base import PeftType, Prompt
+from softtune.methods.base import PeftType
+from softtune.methods.prompt import Prompt
 from softtune.methods.targets import (
     KEY_PREFIX,
     Names,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from softtune.backbone import AttentionLayer, Backbone, Place, Site
 from softtune.errors import AdapterError, AdapterMismatchError, ConfigError, UnsupportedModelError
-from softtune.methods.base import KeyValue, Prompt, PromptLearningConfig
+from softtune.methods.base import PromptLearningConfig
+from softtune.methods.prompt import KeyValue, Prompt
 
 Layers = list[int] | str | None
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from softtune.backbone import Backbone
 from softtune.methods import initialization as init
-from softtune.methods.base import OURS, PeftType, PositiveInt, Probability, Prompt, PromptLearningConfig
+from softtune.methods.base import OURS, PeftType, PositiveInt, Probability, PromptLearningConfig
+from softtune.methods.prompt import Prompt
 from softtune.methods.prompt_tuning import settle_input
 
 

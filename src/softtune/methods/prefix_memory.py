@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from softtune.backbone import AttentionLayer, Backbone, Place, Site
-from softtune.methods.base import OURS, PeftConfig, PeftType, Prompt
+from softtune.methods.base import OURS, PeftConfig, PeftType
 from softtune.methods.kv_layout import Layers, check_wrapper, choose_layers
+from softtune.methods.prompt import Prompt
 
 
 @dataclass(kw_only=True, eq=False)

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
-from softtune.methods.base import OURS, PeftType, Placement, Prompt, PromptLearningConfig
+from softtune.methods.base import OURS, PeftType, Placement, PromptLearningConfig
+from softtune.methods.prompt import Prompt
 
 
 class PromptTuningInit(str, Enum):

@@ -22,8 +22,8 @@ from softtune.backbone import AttentionLayer, Backbone, Place, model_session
 from softtune.backbone.roles import BiasSlot
 from softtune.errors import UnsupportedModelError
 from softtune.methods import PeftConfig
-from softtune.methods.base import GatedKeyValue, Prompt
 from softtune.methods.kv_layout import composed, joined_prefix, split_prefix
+from softtune.methods.prompt import GatedKeyValue, Prompt
 from softtune.model import PeftModel
 
 PROMPT_NAME = "prompt.safetensors"

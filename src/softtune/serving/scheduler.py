@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from softtune.backbone import Backbone
 from softtune.injection.kv_pool import KVPool
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 from softtune.serving import prompt_export
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.registry import Version

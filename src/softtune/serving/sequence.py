@@ -17,7 +17,7 @@ from softtune.backbone import Backbone, Place, model_session
 from softtune.injection.attention_terms import Terms, layer_terms
 from softtune.injection.kv_pool import KVPool, PooledSequence
 from softtune.injection.modules import Additions, ModuleChanges, Scalings
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softtune.data.encoding import IGNORED
-from softtune.methods.base import Supervision
+from softtune.methods.prompt import Supervision
 from softtune.training import ranks
 
 Batch = Mapping[str, Tensor]

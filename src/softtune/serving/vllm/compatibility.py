@@ -7,8 +7,8 @@ from pathlib import Path
 from softtune import storage
 from softtune.backbone import Backbone
 from softtune.errors import UnsupportedModelError
-from softtune.methods.base import Prompt
 from softtune.methods.kv_layout import is_even
+from softtune.methods.prompt import Prompt
 from softtune.serving import prompt_export
 
 

@@ -24,7 +24,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError
-from softtune.methods.base import Prompt
+from softtune.methods.prompt import Prompt
 from softtune.serving import prompt_export
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.registry import Version
