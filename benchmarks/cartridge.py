@@ -31,7 +31,8 @@ def main() -> None:
     measures = measures_of(report)
     show(name, measures)
     results = [{**vars(result)} for result in report.results]
-    save(name, {"settings": settings.model_dump(mode="json"), "measures": measures, "results": results})
+    kept = settings.model_dump(mode="json", exclude={"corpus", "questions", "output", "load"})
+    save(name, {"settings": kept, "measures": measures, "results": results})
 
 
 def parsed() -> Distillation:
