@@ -3,10 +3,10 @@
     python benchmarks/few_steps.py [sst2|sms_spam|defaults ...] [--seeds N] [--sst2 FOLDER]
 
 sst2 and sms_spam: PEFT trains its own prefix, 30 virtual tokens from N(0, 1) at 3e-2 with linear decay, for 96 steps of
-8 rows. softtune's prefix starts from a text and trains at its default rate for 1, 2, 4, 8, 16 or 28 steps, as few as
-reach PEFT's accuracy and balanced accuracy on 400 other rows. Compared are the processor's seconds of both trainings,
-each by a process with one thread; the start of softtune's prefix, one forward over its text, is not among them.
-defaults: prompt tuning and P-tuning at their defaults, 96 steps on SST-2.
+8 rows. softtune's prefix starts from a text and trains at its default rate, without warm-up, for 1, 4, 16 or 28 steps,
+as few as reach PEFT's accuracy and balanced accuracy on 400 other rows. Compared are the processor's seconds of both
+trainings, each by a process with one thread; the start of softtune's prefix, one forward over its text, is not among
+them. defaults: prompt tuning and P-tuning at their defaults, 96 steps on SST-2.
 
 SmolLM2-135M, 256 training rows. Each run is saved in runs/few_steps, from where the same command goes on; several
 processes may each take a group. Means are shown when all that is named has run, and written to results/few_steps.json
@@ -46,7 +46,7 @@ from softtune.training.trainer import training_arguments
 ROOT = Path(__file__).parents[1]
 VIRTUAL_TOKENS, RATE = 30, 3e-2
 """PEFT's usual settings."""
-FEW = (1, 2, 4, 8, 16, 28)
+FEW = (1, 4, 16, 28)
 """Steps of softtune's prefix; the most take about a sixth of the seconds of PEFT's."""
 METRICS = ("accuracy", "balanced_accuracy")
 SHARE = 0.166
@@ -112,7 +112,7 @@ def runs(task: str, recipe: Any) -> Iterator[tuple[str, Any]]:
     length = len(tokenizer(steps.TEXTS[task])["input_ids"])
     options = {"num_virtual_tokens": length, "init_text": steps.TEXTS[task]}
     for few in FEW:
-        yield f"steps-{few}", partial(by_softtune, recipe({"options": options, "max_steps": few}))
+        yield f"steps-{few}", partial(by_softtune, recipe({"options": options, "max_steps": few, "warmup_steps": 0}))
 
 
 def slow_runs(task: str, recipe: Any) -> Iterator[tuple[str, Any]]:
@@ -181,12 +181,13 @@ def measures_of(found: Mapping[str, Content], group: str, seeds: int) -> list[di
     for seed in range(seeds):
         theirs = found[f"{group}.peft.{seed}"]
         own = [found[name] for name in (f"{group}.steps-{few}.{seed}" for few in FEW) if name in found]
-        reached += [(one["seconds"] / theirs["seconds"], one["steps"]) for one in own if reaches(one, theirs)]
+        best = [(one["seconds"] / theirs["seconds"], one["steps"]) for one in own if reaches(one, theirs)]
+        reached += [(share, steps) for share, steps in best if share <= SHARE]
     theirs_all = [found[f"{group}.peft.{seed}"] for seed in range(seeds)]
     return [
         timing.measure(
             f"{group}: seeds whose prefix was as good as PEFT's in a sixth of its seconds, of {seeds}",
-            sum(share <= SHARE for share, _ in reached),
+            len(reached),
             seeds,
             at_least=True,
         ),

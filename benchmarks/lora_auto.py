@@ -57,6 +57,7 @@ def best_on(study: Study, records: Sequence[Content], name: str) -> dict[str, An
             "options": _without_text(own.changes["options"]),
             "learning_rate": first["learning_rate"],
         },
+        "from_text": auto_method.START in json.dumps(own.changes["options"]),
         "metric": first["metric"],
         "value": round(means[best], 4),
     }
@@ -93,6 +94,7 @@ def from_few(file: Path) -> list[dict[str, Any]]:
             "rows": content["settings"]["examples"],
             "model": "smollm2-135m",
             "fields": {"method": "PREFIX_TUNING", "options": {}, "start": few_shot.EXAMPLES, "learning_rate": 1e-3},
+            "from_text": False,
             "metric": "accuracy",
             "value": round(means[few_shot.EXAMPLES], 4),
         }

@@ -24,7 +24,15 @@ FEW: dict[str, Any] = {"method": "PREFIX_TUNING", "options": {}, "start": "examp
 
 def measured(title: str, task: TaskType, rows: int, fields: dict[str, Any], *, writes: bool = False) -> MeasuredTask:
     return MeasuredTask(
-        title=title, task=task, writes=writes, rows=rows, model="m", fields=fields, metric="accuracy", value=0.9
+        title=title,
+        task=task,
+        writes=writes,
+        rows=rows,
+        model="m",
+        fields=fields,
+        from_text=False,
+        metric="accuracy",
+        value=0.9,
     )
 
 
@@ -98,6 +106,15 @@ def test_a_text_to_start_from_goes_to_prefixes_alone(
     assert Recipe.from_fields(of(fields, options=text)).options == {}
 
 
+def test_a_text_that_is_missing_is_asked_for(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = measured("reviews", TaskType.CAUSAL_LM, 9, BOTH)._replace(from_text=True)
+    monkeypatch.setattr(auto_method, "measured_tasks", lambda: (entry,))
+    with pytest.warns(UserWarning, match="there it started from a text, give yours by options: {init_text: ...}$"):
+        Recipe.from_fields(of(fields))
+    with pytest.warns(UserWarning, match="this one of 18 rows$"):
+        Recipe.from_fields(of(fields, options={"init_text": "cold or warm"}))
+
+
 @pytest.mark.filterwarnings("ignore:method auto")
 def test_a_learning_rate_of_the_recipe_stays(table: None, fields: dict[str, Any]) -> None:
     assert Recipe.from_fields(of(fields, learning_rate=0.5)).learning_rate == 0.5
@@ -120,6 +137,7 @@ def test_what_auto_chooses_is_not_given(
 
 @pytest.mark.parametrize("entry", measured_tasks(), ids=lambda entry: entry.title)
 def test_the_table_has_recipes(entry: MeasuredTask, fields: dict[str, Any]) -> None:
-    labels = None if entry.writes else fields["labels"]
-    recipe = Recipe.from_fields({**fields, "options": {}, "task": entry.task, "labels": labels, **entry.fields})
+    labels = ["O", "B-A"] if entry.task is TaskType.TOKEN_CLS else fields["labels"]
+    asked = {"options": {}, "task": entry.task, "labels": None if entry.writes else labels, "template": "{words}"}
+    recipe = Recipe.from_fields({**fields, **asked, **entry.fields})
     assert recipe.peak_learning_rate == entry.fields["learning_rate"]

@@ -36,7 +36,9 @@ class MeasuredTask(NamedTuple):
     """Training rows."""
     model: str
     fields: dict[str, Any]
-    """The recipe fields of what did best."""
+    """The recipe fields of what did best, without a text of that task."""
+    from_text: bool
+    """Whether its prefix started from such a text."""
     metric: str
     value: float
     """The mean over seeds."""
@@ -86,11 +88,13 @@ def chosen_fields(recipe: RecipeFields, text: Mapping[str, Any]) -> dict[str, An
     chosen = {**(_from_text(entry.fields, text) if text else entry.fields)}
     if recipe.learning_rate is not None:
         chosen["learning_rate"] = recipe.learning_rate
+    needs_text = entry.from_text and not text
     is_like = (entry.task, entry.writes) == (recipe.task, writes)
     warnings.warn(
         f"method auto: {_in_words(chosen)}, which did best on {entry.title} ({entry.metric} {entry.value:.3f}, "
         f"{entry.rows} rows, {entry.model}), the measured task nearest to this one of {rows} rows"
-        + ("" if is_like else ", though of another kind"),
+        + ("" if is_like else ", though of another kind")
+        + (f"; there it started from a text, give yours by options: {{{START}: ...}}" if needs_text else ""),
         stacklevel=3,
     )
     return chosen
@@ -129,4 +133,4 @@ def _in_words(chosen: Mapping[str, Any]) -> str:
         for part in parts
     ]
     start = " from examples" if chosen.get("start") == "examples" else ""
-    return f"{' and '.join(each)}{start} at learning rate {chosen['learning_rate']:g}"
+    return f"{' + '.join(each)}{start} at learning rate {chosen['learning_rate']:g}"
