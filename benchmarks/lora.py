@@ -295,9 +295,9 @@ def _is_over(study: Study, run: Run) -> bool:
 
 
 def digest(case: Case) -> str:
-    """What tells a case from others, wherever its files are, and whatever fields recipes have got since."""
+    """What tells a case from others, wherever its files are, and with whatever fields recipes have that are not set."""
     left_out = {"output", "train", "evaluation", *OF_THE_MACHINE}
-    fields = case.recipe.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+    fields = case.recipe.model_dump(mode="json", exclude=left_out, exclude_none=True)
     asked = [case.entry, case.baseline_options, fields]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 

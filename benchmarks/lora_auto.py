@@ -26,8 +26,8 @@ def write(study: Study, records: Sequence[Content], results: Path = timing.RESUL
         results: the folder of the other benchmarks' results, of which few_shot is read.
     """
     found = [entry for name in study.sets if (entry := best_on(study, records, name))]
-    if tasks := found + from_few(results / "few_shot.json"):
-        timing.write(auto_method.TABLE, {"tasks": tasks})
+    if found:
+        timing.write(auto_method.TABLE, {"tasks": found + from_few(results / "few_shot.json")})
 
 
 def best_on(study: Study, records: Sequence[Content], name: str) -> dict[str, Any] | None:
@@ -54,12 +54,13 @@ def best_on(study: Study, records: Sequence[Content], name: str) -> dict[str, An
         "model": case["model"],
         "fields": {
             "method": _METHODS[own.entry],
-            "options": _without_text(own.changes["options"]),
+            "options": _for_any(own.changes["options"]),
             "learning_rate": first["learning_rate"],
         },
-        "from_text": auto_method.START in json.dumps(own.changes["options"]),
+        "from_text": auto_method.TEXT in json.dumps(own.changes["options"]),
         "metric": first["metric"],
         "value": round(means[best], 4),
+        "seeds": most,
     }
 
 
@@ -70,10 +71,10 @@ def _mean(records: Sequence[Content]) -> float:
     return statistics.mean(record["value"] for record in records)
 
 
-def _without_text(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without the text of one task."""
-    kept = {name: value for name, value in options.items() if name != auto_method.START}
-    return {**kept, "parts": [_without_text(part) for part in kept["parts"]]} if "parts" in kept else kept
+def _for_any(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the text of one task and the layers of one model."""
+    kept = {name: value for name, value in options.items() if name not in (auto_method.TEXT, "layers")}
+    return {**kept, "parts": [_for_any(part) for part in kept["parts"]]} if "parts" in kept else kept
 
 
 def from_few(file: Path) -> list[dict[str, Any]]:
@@ -97,5 +98,6 @@ def from_few(file: Path) -> list[dict[str, Any]]:
             "from_text": False,
             "metric": "accuracy",
             "value": round(means[few_shot.EXAMPLES], 4),
+            "seeds": content["settings"]["seeds"],
         }
     ]

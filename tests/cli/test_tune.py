@@ -178,6 +178,16 @@ def test_rows_without_texts() -> None:
         found_in(Dataset.from_dict({"label": ["x"]}), {})
 
 
+def test_auto_chooses_the_start_too(
+    few: str, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"method": "BITFIT", "options": {"add_missing": True}, "learning_rate": 0.1}
+    monkeypatch.setattr("softtune.training.recipe.chosen_fields", lambda *_: fields)
+    assert run("tune", "--examples", few, "--model", model, "--method", "auto", "--max-steps", "1") == 0
+    assert Recipe.from_adapter("few-adapter").start is None
+    assert "add_missing: true" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

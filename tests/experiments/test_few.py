@@ -81,19 +81,24 @@ def test_seconds_are_those_of_the_fewest_steps_that_reach_peft(few_steps: Any) -
     found = {
         "sst2.peft.0": run(0.8, 0.7, 100, 96),
         "sst2.steps-1.0": run(0.9, 0.6, 2, 1),
-        "sst2.steps-2.0": run(0.8, 0.7, 4, 2),
+        "sst2.steps-4.0": run(0.8, 0.7, 4, 4),
         "sst2.peft.1": run(0.8, 0.7, 100, 96),
         "sst2.steps-1.1": run(0.9, 0.9, 2, 1),
         "defaults.PROMPT_TUNING.0": run(0.88, 0.88, 1, 96),
         "defaults.P_TUNING.0": run(0.84, 0.84, 1, 96),
     }
     measures = lines(few_steps.measures_of(found, "sst2", 2))
-    assert measures["sst2: seconds until as good as PEFT's prefix / PEFT's"] == (0.03, True)
-    assert measures["sst2: steps until then"] == (1.5, None)
-    del found["sst2.steps-2.0"]
-    assert not lines(few_steps.measures_of(found, "sst2", 2))["sst2: seconds until as good as PEFT's prefix / PEFT's"][
-        1
-    ]
+    seeds = "sst2: seeds whose prefix was as good as PEFT's in a sixth of its seconds, of 2"
+    assert measures[seeds] == (2, True)
+    assert measures["sst2: seconds / PEFT's, mean of these"] == (0.03, None)
+    assert measures["sst2: steps, mean of these"] == (2.5, None)
+    found["sst2.steps-4.0"]["seconds"] = 20
+    measures = lines(few_steps.measures_of(found, "sst2", 2))
+    assert (measures[seeds], measures["sst2: steps, mean of these"]) == ((1, False), (1, None))
+    del found["sst2.steps-4.0"], found["sst2.steps-1.1"]
+    measures = lines(few_steps.measures_of(found, "sst2", 2))
+    assert measures[seeds] == (0, False)
+    assert "sst2: steps, mean of these" not in measures
     assert [line["holds"] for line in few_steps.measures_of(found, "defaults", 1)] == [True, False]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny import write_rows
 
 from softtune.errors import ConfigError
 from softtune.methods import PeftType, TaskType
@@ -33,6 +35,7 @@ def measured(title: str, task: TaskType, rows: int, fields: dict[str, Any], *, w
         from_text=False,
         metric="accuracy",
         value=0.9,
+        seeds=3,
     )
 
 
@@ -73,7 +76,7 @@ def test_all_is_chosen_and_said_in_one_line(table: None, fields: dict[str, Any])
     """Of a recipe of 18 rows."""
     line = (
         r"^method auto: PREFIX_TUNING from examples at learning rate 0.001, which did best on few reviews \(accuracy "
-        r"0.900, 4 rows, m\), the measured task nearest to this one of 18 rows$"
+        r"0.900, 4 rows, m, seeds: 3\), the measured task nearest to this one of 18 rows$"
     )
     with pytest.warns(UserWarning, match=line):
         recipe = Recipe.from_fields(of(fields))
@@ -96,14 +99,15 @@ def test_a_text_to_start_from_goes_to_prefixes_alone(
 ) -> None:
     text = {"init_text": "cold or warm"}
     recipe = Recipe.from_fields(of(fields, options=text))
-    assert (recipe.options, recipe.start) == (text, None)
+    assert (recipe.options, recipe.start, recipe.learning_rate) == (text, None, None)
     monkeypatch.setattr(auto_method, "nearest", lambda *_, **__: measured("all", TaskType.CAUSAL_LM, 1, BOTH))
     recipe = Recipe.from_fields(of(fields, options=text))
     assert recipe.options == {"parts": [{**PREFIX, **text}, {"peft_type": "IA3"}]}
     assert BOTH["options"]["parts"][0] == PREFIX
     others = {**BOTH, "method": "BITFIT", "options": {}}
     monkeypatch.setattr(auto_method, "nearest", lambda *_, **__: measured("all", TaskType.CAUSAL_LM, 1, others))
-    assert Recipe.from_fields(of(fields, options=text)).options == {}
+    with pytest.warns(UserWarning, match="; it has no use for init_text$"):
+        assert Recipe.from_fields(of(fields, options=text)).options == {}
 
 
 def test_a_text_that_is_missing_is_asked_for(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +129,8 @@ def test_a_learning_rate_of_the_recipe_stays(table: None, fields: dict[str, Any]
     [
         ({"options": {"num_virtual_tokens": 3}}, "method: auto chooses num_virtual_tokens: drop it, or name a method"),
         ({"start": "method"}, "method: auto chooses start: drop it, or name a method; init_text may stay"),
+        ({"leave_one_out": False}, "method: auto chooses leave_one_out: drop it"),
+        ({"options": 3}, "recipe: options is 3"),
         ({"labels": None, "template": "x"}, "the template names no column"),
     ],
 )
@@ -133,6 +139,38 @@ def test_what_auto_chooses_is_not_given(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe.from_fields(of(fields, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 18),
+        ({"test_size": 0.25}, 18),
+        ({"test_size": 0}, 24),
+        ({"examples": 10}, 10),
+        ({"examples": 100}, 18),
+        ({"shots": 3}, 6),
+        ({"shots": 3, "labels": {"warm": "hot", "cold": "cool"}}, 6),
+        ({"train": ["rows.csv", "rows.csv"]}, 42),
+        ({"evaluation": "others.csv"}, 24),
+    ],
+)
+def test_rows_are_those_that_are_trained_on(
+    table: None, fields: dict[str, Any], tmp_path: Path, changes: dict[str, Any], rows: int
+) -> None:
+    write_rows(tmp_path / "others.csv", 6)
+    if "train" in changes:
+        changes = {"train": [str(tmp_path / name) for name in changes["train"]]}
+    if "evaluation" in changes:
+        del fields["test_size"]
+        changes = {"evaluation": str(tmp_path / "others.csv")}
+    with pytest.warns(UserWarning, match=f"this one of {rows} rows"):
+        Recipe.from_fields(of(fields, **changes))
+
+
+def test_any_case_names_it(table: None, fields: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="method auto"):
+        assert Recipe.from_fields(of(fields, method="AUTO")).method is PeftType.PREFIX_TUNING
 
 
 @pytest.mark.parametrize("entry", measured_tasks(), ids=lambda entry: entry.title)

@@ -378,7 +378,9 @@ def test_fields_that_do_not_fit(fields: dict[str, Any], changes: dict[str, Any],
 
 @pytest.mark.parametrize("method", ["PREFIX_TUNING", "CPT"])
 def test_a_model_without_positions_for_examples(fields: dict[str, Any], method: str) -> None:
-    with pytest.raises(ConfigError, match="512 positions, of which a text may take all: lower max_length"):
+    with pytest.raises(
+        ConfigError, match="512 positions, of which a text may take all: lower max_length, or set start"
+    ):
         prepared({**fields, "method": method, "max_length": 512})
 
 
@@ -444,6 +446,28 @@ def test_more_virtual_tokens_than_examples_have_repeat_them(
     ids = torch.tensor([start.input_ids[i % start.total] for i in range(90)])
     words = setup.model.get_base_model().get_input_embeddings().weight[ids]
     torch.testing.assert_close(setup.model.adapter("default").module(), words, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("options", "size"), [({}, 5), ({"num_virtual_tokens": 20}, 20)])
+def test_virtual_tokens_beside_a_long_text(fields: dict[str, Any], options: dict[str, Any], size: int) -> None:
+    """As many as leave a text its positions, unless the recipe says how many."""
+    setup = prepared({**fields, "method": "PROMPT_TUNING", "options": options, "start": None, "max_length": 512 - 5})
+    assert len(setup.starts[0].input_ids) == setup.model.adapter("default").config.num_virtual_tokens == size
+
+
+def test_many_rows_are_sampled(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softtune.training.context_tuning.SAMPLED_ROWS", 4)
+    seen: list[int] = []
+    of_rows = Demonstrations.from_rows.__func__
+
+    def noted(cls: Any, examples: Any, *rest: Any, **options: Any) -> Demonstrations:
+        seen.append(len(examples))
+        assert sorted(options["labels"]) == ["cold", "cold", "warm", "warm"]
+        return of_rows(cls, examples, *rest, **options)
+
+    monkeypatch.setattr(Demonstrations, "from_rows", classmethod(noted))
+    prepared({**fields, "method": "PROMPT_TUNING", "start": None})
+    assert seen == [4]
 
 
 def test_a_sample_has_each_label_in_turn() -> None:

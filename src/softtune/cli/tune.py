@@ -15,7 +15,7 @@ from softtune.cli.train import run
 from softtune.data import load_records
 from softtune.errors import DataError
 from softtune.training.fields import to_yaml
-from softtune.training.recipe import Recipe
+from softtune.training.recipe import AUTO, Recipe
 
 LABEL_COLUMNS = ("label", "answer", "completion", "output", "target", "response")
 """Names of a column with answers, the first of which is taken; the last column where there is none of them."""
@@ -38,10 +38,12 @@ def command(examples: str, resume: bool, push_to_hub: bool, **flags: str | None)
     quiet()
     changes = {**overrides(flags), **({"push_to_hub": True} if push_to_hub else {})}
     fields = {**DEFAULTS, "train": examples, "output": f"{Path(examples).stem}-adapter", **changes}
+    if str(changes.get("method")).lower() == AUTO and "start" not in changes:
+        del fields["start"]  # which is chosen, too
     rows = load_records(examples, split=fields.get("train_split", "train"), columns=fields.get("columns"))
     fields = {**found_in(rows, fields), **fields}
     recipe = Recipe.from_fields(fields)
-    console.print(to_yaml(recipe.model_dump(mode="json", include={*fields})), soft_wrap=True)
+    console.print(to_yaml(recipe.model_dump(mode="json", include=recipe.model_fields_set)), soft_wrap=True)
     pushing = ["--push-to-hub"] if push_to_hub else []
     run([recipe], ["tune", "--examples", examples, *words(flags), *pushing], resume=resume)
 

@@ -21,8 +21,10 @@ from softtune.training.context_tuning import KEYS_AND_VALUES
 from softtune.training.recipe_fields import RecipeFields
 
 TABLE = Path(__file__).with_name("measured_tasks.json")
-START = "init_text"
-"""The one option that a recipe may have: a text to start from."""
+TEXT = "init_text"
+"""The one option that a recipe may have: a text that its prefix starts from."""
+OF_A_START = ("start", "leave_one_out", "example_separator")
+"""The recipe's fields of a start, which is chosen."""
 
 
 class MeasuredTask(NamedTuple):
@@ -42,6 +44,7 @@ class MeasuredTask(NamedTuple):
     metric: str
     value: float
     """The mean over seeds."""
+    seeds: int
 
 
 @cache
@@ -68,33 +71,38 @@ def check_open(fields: Mapping[str, Any]) -> None:
         ConfigError: it does not.
     """
     options = fields.get("options") or {}
-    given = [name for name in options if name != START] + ["start"] * (fields.get("start") is not None)
-    if given:
-        raise ConfigError(f"recipe: method: auto chooses {given[0]}", f"drop it, or name a method; {START} may stay")
+    given = [name for name in options if name != TEXT] if isinstance(options, Mapping) else []
+    if given := [*given, *(name for name in OF_A_START if fields.get(name) is not None)]:
+        raise ConfigError(f"recipe: method: auto chooses {given[0]}", f"drop it, or name a method; {TEXT} may stay")
 
 
-def chosen_fields(recipe: RecipeFields, text: Mapping[str, Any]) -> dict[str, Any]:
+def chosen_fields(recipe: RecipeFields, options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that are chosen for a recipe; warns of why, in one line.
 
     Args:
         recipe: the recipe, with any method.
-        text: its options, with ``init_text`` or nothing.
+        options: its options, ``init_text`` or nothing.
 
     Raises:
         DataError: its training rows cannot be read.
     """
     rows, writes = _num_rows(recipe), not (recipe.task.has_head or recipe.labels or recipe.choices)
     entry = nearest(recipe.task, rows, writes=writes)
-    chosen = {**(_from_text(entry.fields, text) if text else entry.fields)}
+    chosen = _from_text(entry.fields, options) if options else {**entry.fields}
     if recipe.learning_rate is not None:
         chosen["learning_rate"] = recipe.learning_rate
-    needs_text = entry.from_text and not text
     is_like = (entry.task, entry.writes) == (recipe.task, writes)
+    notes = [
+        "" if is_like else ", though of another kind",
+        f"; there it started from a text, give yours by options: {{{TEXT}: ...}}"
+        if entry.from_text > bool(options)
+        else "",
+        f"; it has no use for {TEXT}" if options and TEXT not in json.dumps(chosen["options"]) else "",
+    ]
     warnings.warn(
-        f"method auto: {_in_words(chosen)}, which did best on {entry.title} ({entry.metric} {entry.value:.3f}, "
-        f"{entry.rows} rows, {entry.model}), the measured task nearest to this one of {rows} rows"
-        + ("" if is_like else ", though of another kind")
-        + (f"; there it started from a text, give yours by options: {{{START}: ...}}" if needs_text else ""),
+        f"method auto: {_in_words(entry.fields)}, which did best on {entry.title} ({entry.metric} {entry.value:.3f}, "
+        f"{entry.rows} rows, {entry.model}, seeds: {entry.seeds}), the measured task nearest to this one of {rows} rows"
+        + "".join(notes),
         stacklevel=3,
     )
     return chosen
@@ -111,17 +119,17 @@ def _num_rows(recipe: RecipeFields) -> int:
     return max(1, min(rows, recipe.examples or rows))
 
 
-def _from_text(chosen: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    """The chosen fields, with a prefix that starts from a text; as they are where there is no prefix."""
+def _from_text(chosen: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The chosen fields, with a prefix that starts from a text; as they are where there is no prefix. A start from
+    examples goes, and with it the learning rate, which was for that."""
 
-    def started(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {**options, **text} if PeftType(method) in KEYS_AND_VALUES else {**options}
+    def started(method: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        return {**own, **options} if PeftType(method) in KEYS_AND_VALUES else {**own}
 
     if parts := chosen["options"].get("parts"):
         return {**chosen, "options": {"parts": [started(part["peft_type"], part) for part in parts]}}
-    if PeftType(chosen["method"]) not in KEYS_AND_VALUES:
-        return {**chosen}
-    return {**chosen, "options": started(chosen["method"], chosen["options"]), "start": None}
+    found = {**chosen, "options": started(chosen["method"], chosen["options"])}
+    return {**found, "start": None, "learning_rate": None} if chosen.get("start") else found
 
 
 def _in_words(chosen: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ While it is trained on a row, the row's own tokens are hidden (leave one out), a
 CPT, prompt tuning and P-tuning start from the token embeddings of the same text; CPT knows their types too. These are
 trained, as in CPT's paper, on each row with the row itself among the demonstrations.
 
-Where the rows have more tokens than the prompt, it starts from a random sample of them. Letters: N tokens of all rows,
-P virtual tokens.
+Where the rows have more tokens than the prompt, it starts from a random sample, with each label in turn. Letter: P
+virtual tokens.
 """
 
 from __future__ import annotations
@@ -45,12 +45,8 @@ KEYS_AND_VALUES = (PeftType.PREFIX_TUNING, PeftType.P_TUNING_V2)
 """The methods whose prompts start from keys and values of examples."""
 VECTORS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 """The methods whose prompts start from token embeddings of examples, by default."""
-LEARNING_RATES = {
-    **dict.fromkeys(KEYS_AND_VALUES, 1e-3),
-    PeftType.PROMPT_TUNING: 1e-2,
-    PeftType.P_TUNING: 3e-4,
-}
-"""Default peak learning rates of prompts that start from examples."""
+LEARNING_RATES = {**dict.fromkeys(KEYS_AND_VALUES, 1e-3), PeftType.PROMPT_TUNING: 1e-2}
+"""Default peak learning rates of prompts that start from examples, where they are not the method's."""
 FIXED = {
     "prefix_projection": False,
     "embedding_only": False,
@@ -149,9 +145,9 @@ class Demonstrations:
     """Labelled rows as the tokens that a prompt starts from."""
 
     input_ids: list[int]
-    """[P] token ids, row after row."""
+    """Token ids, row after row: [P], or fewer where the prompt repeats them."""
     types: list[int]
-    """[P] PEFT's types of these tokens."""
+    """PEFT's types of these tokens."""
     hidden: Mapping[int, Sequence[int]]
     """By the number of a training row, the virtual tokens that start from it or from rows with the same input, which
     give its answer away."""
@@ -192,9 +188,7 @@ class Demonstrations:
                 f"lower it, or leave it out for all {total}",
             )
         size = size or min(total, most or total)
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        if labels and size < total:
-            order = _in_turn(order, labels)
+        order = _shuffled(len(examples), labels if size < total else (), seed)
         chunks = _chunks([lengths[row] for row in order], size)
         ids, types, spans = list[int](), list[int](), dict[int, range]()
         for number, (place, length) in enumerate(chunks):
@@ -248,12 +242,15 @@ def demonstrations(
     most = None if positions is None else positions - task.max_length - task.num_new_tokens
     if most is not None and most < 1:
         raise ConfigError(
-            f"the model has {positions} positions, of which a text may take all", "lower max_length, or drop start"
+            f"the model has {positions} positions, of which a text may take all",
+            "lower max_length, or set start: method",
         )
-    size = recipe.options.get("num_virtual_tokens")
+    size, labels = recipe.options.get("num_virtual_tokens"), rows[task.label_column] if task.label_set else ()
     if recipe.method in VECTORS:
-        size, most = None, min(size or TOKENS, most or TOKENS)
-        rows = rows.shuffle(seed=seed).select(range(min(len(rows), SAMPLED_ROWS)))
+        size, most = None, size or min(TOKENS, most or TOKENS)
+        if len(rows) > SAMPLED_ROWS:
+            numbers = sorted(_shuffled(len(rows), labels, seed)[:SAMPLED_ROWS])
+            rows, labels = rows.select(numbers), [labels[number] for number in numbers] if labels else ()
     encoded = each_row(rows, [*task.columns, task.label_column], lambda row: task.examples(row, tokenizer)[0])
     is_conversation = recipe.chat or recipe.messages is not None
     default = "" if is_conversation else LINE_BETWEEN
@@ -261,7 +258,7 @@ def demonstrations(
         encoded,
         token_ids(default if recipe.example_separator is None else recipe.example_separator, tokenizer),
         groups=alike(rows, task.columns) if task.has_template else [[row] for row in range(len(rows))],
-        labels=rows[task.label_column] if task.label_set else (),
+        labels=labels,
         size=size,
         most=most,
         seed=seed,
@@ -275,8 +272,11 @@ def demonstrations(
     return found
 
 
-def _in_turn(order: Sequence[int], labels: Sequence[Any]) -> list[int]:
-    """The rows of an order with one of each label in turn."""
+def _shuffled(count: int, labels: Sequence[Any], seed: int) -> list[int]:
+    """The numbers of rows in random order; where they have labels, with one row of each label in turn."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    if not labels:
+        return order
     seen = Counter[Any]()
     turns = {}
     for row in order:

@@ -125,10 +125,11 @@ class Recipe(LoadFields, RecipeFields):
             ConfigError: a field is unknown, missing or out of range.
             DataError: the rows cannot be read.
         """
-        if fields.get("method") == AUTO:
+        if str(fields.get("method")).lower() == AUTO:
             check_open(fields)
-            plain = cls.from_fields({**fields, "method": PeftType.BITFIT, "options": {}})
-            fields = {**fields, **chosen_fields(plain, fields.get("options") or {})}
+            options = fields.get("options") or {}
+            bare = {**fields, "method": PeftType.BITFIT, "options": {} if isinstance(options, Mapping) else options}
+            fields = {**fields, **chosen_fields(cls.from_fields(bare), options)}
         misplaced = dict.fromkeys(OPTIONS - cls.model_fields.keys(), "put it into options")
         return checked(cls, fields, "recipe", {**misplaced, **NOT_OPTIONS, **HINTS})
 
