@@ -91,20 +91,17 @@ def chosen_fields(recipe: RecipeFields, options: Mapping[str, Any]) -> dict[str,
     chosen = _from_text(entry.fields, options) if options else {**entry.fields}
     if recipe.learning_rate is not None:
         chosen["learning_rate"] = recipe.learning_rate
-    is_like = (entry.task, entry.writes) == (recipe.task, writes)
-    notes = [
-        "" if is_like else ", though of another kind",
-        f"; there it started from a text, give yours by options: {{{TEXT}: ...}}"
-        if entry.from_text > bool(options)
-        else "",
-        f"; it has no use for {TEXT}" if options and TEXT not in json.dumps(chosen["options"]) else "",
-    ]
-    warnings.warn(
+    line = (
         f"method auto: {_in_words(entry.fields)}, which did best on {entry.title} ({entry.metric} {entry.value:.3f}, "
         f"{entry.rows} rows, {entry.model}, seeds: {entry.seeds}), the measured task nearest to this one of {rows} rows"
-        + "".join(notes),
-        stacklevel=3,
     )
+    if (entry.task, entry.writes) != (recipe.task, writes):
+        line += ", though of another kind"
+    if entry.from_text and not options:
+        line += f"; there it started from a text, give yours by options: {{{TEXT}: ...}}"
+    if options and TEXT not in json.dumps(chosen["options"]):
+        line += f"; it has no use for {TEXT}"
+    warnings.warn(line, stacklevel=3)
     return chosen
 
 
