@@ -52,9 +52,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--data", type=Path, default=Path("data"))
     given = parser.parse_args()
-    tasks = given.tasks or list(TASKS)
-    if unknown := {*tasks} - {*TASKS}:
-        parser.error(f"no task {min(unknown)}: use some of {', '.join(TASKS)}")
+    tasks = timing.chosen(parser, given.tasks, TASKS)
     torch.set_num_threads(1)
     found = run(Kept(ROOT / "runs" / "few_shot"), tasks, given)
     if len(found) < len(tasks) * len(STARTS) * given.seeds:

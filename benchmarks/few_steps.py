@@ -63,9 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sst2", type=Path, default=Path("data/sst2"))
     given = parser.parse_args()
-    groups = given.groups or list(GROUPS)
-    if unknown := {*groups} - {*GROUPS}:
-        parser.error(f"no group {min(unknown)}: use some of {', '.join(GROUPS)}")
+    groups = timing.chosen(parser, given.groups, GROUPS)
     quiet()
     torch.set_num_threads(1)
     found = run(Kept(ROOT / "runs" / "few_steps"), groups, given.seeds, given.sst2)
@@ -181,8 +179,9 @@ def measures_of(found: Mapping[str, Content], group: str, seeds: int) -> list[di
     for seed in range(seeds):
         theirs = found[f"{group}.peft.{seed}"]
         own = [found[name] for name in (f"{group}.steps-{few}.{seed}" for few in FEW) if name in found]
-        best = [(one["seconds"] / theirs["seconds"], one["steps"]) for one in own if reaches(one, theirs)]
-        reached += [(share, steps) for share, steps in best if share <= SHARE]
+        first = next((result for result in own if reaches(result, theirs)), None)
+        if first and (share := first["seconds"] / theirs["seconds"]) <= SHARE:
+            reached.append((share, first["steps"]))
     theirs_all = [found[f"{group}.peft.{seed}"] for seed in range(seeds)]
     return [
         timing.measure(

@@ -13,7 +13,7 @@ import timing
 from kept import Content
 from lora import SECONDS, Study
 
-from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING
+from softtune.experiments.cases import METHODS
 from softtune.training import auto_method
 
 
@@ -53,7 +53,7 @@ def best_on(study: Study, records: Sequence[Content], name: str) -> dict[str, An
         "rows": first["training_rows"],
         "model": case["model"],
         "fields": {
-            "method": _METHODS[own.entry],
+            "method": METHODS[own.entry]["method"].value,
             "options": _for_any(own.changes["options"]),
             "learning_rate": first["learning_rate"],
         },
@@ -62,9 +62,6 @@ def best_on(study: Study, records: Sequence[Content], name: str) -> dict[str, An
         "value": round(means[best], 4),
         "seeds": most,
     }
-
-
-_METHODS = {kind.value.lower().replace("_", "-"): kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
 
 
 def _mean(records: Sequence[Content]) -> float:

@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -72,6 +73,13 @@ def show(name: str, measures: Sequence[dict[str, Any]]) -> None:
         must, holds = ("", "") if m["must"] is None else (m["must"], "yes" if m["holds"] else "NO")
         table.add_row(m["measure"], f"{m['value']:.3f}", must, holds)
     Console().print(table)
+
+
+def chosen(parser: ArgumentParser, names: list[str], every: Sequence[str]) -> list[str]:
+    """The names that a command line gives, or all where it gives none; ends with a usage error at an unknown one."""
+    if unknown := {*names} - {*every}:
+        parser.error(f"no {min(unknown)}: use some of {', '.join(every)}")
+    return names or list(every)
 
 
 def save(name: str, results: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from softtune.experiments.outcomes import Entry
 from softtune.experiments.result_store import ResultStore
 from softtune.load_options import OF_THE_MACHINE
 from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+from softtune.training.context_tuning import OF_EXAMPLES
 from softtune.training.recipe import Recipe
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -28,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Recipe fields that each method replaces. For the recipe's own method, the recipe's fields stay."""
 
-OF_A_START = {"start": None, "leave_one_out": True, "example_separator": None}
+OF_A_START = {"start": None, **OF_EXAMPLES}
 """Recipe fields of a start from examples, as they are without one."""
 
 REPLACED = ("method", "options", "learning_rate", "trunk_cache", "trunk_cache_disk", *OF_A_START)

@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 from softtune.data import load_records
 from softtune.errors import ConfigError
 from softtune.methods import PeftType, TaskType
-from softtune.training.context_tuning import KEYS_AND_VALUES
+from softtune.training.context_tuning import KEYS_AND_VALUES, OF_EXAMPLES
 from softtune.training.recipe_fields import RecipeFields
 
 TABLE = Path(__file__).with_name("measured_tasks.json")
 TEXT = "init_text"
 """The one option that a recipe may have: a text that its prefix starts from."""
-OF_A_START = ("start", "leave_one_out", "example_separator")
-"""The recipe's fields of a start, which is chosen."""
 
 
 class MeasuredTask(NamedTuple):
@@ -72,7 +70,7 @@ def check_open(fields: Mapping[str, Any]) -> None:
     """
     options = fields.get("options") or {}
     given = [name for name in options if name != TEXT] if isinstance(options, Mapping) else []
-    if given := [*given, *(name for name in OF_A_START if fields.get(name) is not None)]:
+    if given := [*given, *(name for name in ("start", *OF_EXAMPLES) if fields.get(name) is not None)]:
         raise ConfigError(f"recipe: method: auto chooses {given[0]}", f"drop it, or name a method; {TEXT} may stay")
 
 

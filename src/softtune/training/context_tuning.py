@@ -63,6 +63,8 @@ FIXED = {
     "sites": None,
 }
 """Options of these methods that leave the start as it is, by their names."""
+OF_EXAMPLES = {"leave_one_out": True, "example_separator": None}
+"""Recipe fields of a start from examples, as they are without one."""
 DEMONSTRATED = ("cpt_token_ids", "cpt_tokens_type_mask", "cpt_mask")
 """Options of CPT that describe its demonstrations."""
 LINE_BETWEEN = "\n\n"
@@ -93,7 +95,7 @@ def check_start(recipe: RecipeFields) -> None:
         ValueError: they do not.
     """
     if not starts_from_examples(recipe):
-        for name, default in {"leave_one_out": True, "example_separator": None}.items():
+        for name, default in OF_EXAMPLES.items():
             if getattr(recipe, name) != default:
                 raise ValueError(f"{name} is for a prompt that starts from examples: set start: examples, or drop it")
         if recipe.method is PeftType.CPT and recipe.options.get("cpt_token_ids") is None:
