@@ -376,12 +376,13 @@ def test_fields_that_do_not_fit(fields: dict[str, Any], changes: dict[str, Any],
         Recipe.from_fields({**fields, **changes})
 
 
-@pytest.mark.parametrize("method", ["PREFIX_TUNING", "CPT"])
+@pytest.mark.filterwarnings("ignore:the 18 examples have")  # more tokens than three
+@pytest.mark.parametrize("method", ["PREFIX_TUNING", "CPT", "PROMPT_TUNING"])
 def test_a_model_without_positions_for_examples(fields: dict[str, Any], method: str) -> None:
-    with pytest.raises(
-        ConfigError, match="512 positions, of which a text may take all: lower max_length, or set start"
-    ):
-        prepared({**fields, "method": method, "max_length": 512})
+    full = {**fields, "method": method, "max_length": 512}
+    with pytest.raises(ConfigError, match="512 positions, of which a text may take all: lower max_length, or set num_"):
+        prepared(full)
+    prepared({**full, "options": {"num_virtual_tokens": 3}})
 
 
 def test_labels_without_an_example_are_named(fields: dict[str, Any]) -> None:

@@ -238,16 +238,17 @@ def demonstrations(
         seed: of the order and the sample.
 
     Raises:
-        ConfigError: no position is left for examples, or ``num_virtual_tokens`` is more than they have tokens.
+        ConfigError: ``num_virtual_tokens`` is not set and no position is left for examples, or it is more than they
+            have tokens.
         DataError: a row does not fit.
     """
+    size, labels = recipe.options.get("num_virtual_tokens"), rows[task.label_column] if task.label_set else ()
     most = None if positions is None else positions - task.max_length - task.num_new_tokens
-    if most is not None and most < 1:
+    if size is None and most is not None and most < 1:
         raise ConfigError(
             f"the model has {positions} positions, of which a text may take all",
-            "lower max_length, or set start: method",
+            "lower max_length, or set num_virtual_tokens in options",
         )
-    size, labels = recipe.options.get("num_virtual_tokens"), rows[task.label_column] if task.label_set else ()
     if recipe.method in VECTORS:
         size, most = None, size or min(TOKENS, most or TOKENS)
         if len(rows) > SAMPLED_ROWS:
