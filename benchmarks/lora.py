@@ -162,10 +162,13 @@ class Study:
         best = {way: found[1] for way in among if (found := self.best(name, way))}
         return max(best, key=lambda way: score(best[way])) if best else None
 
+    def telling(self, name: str) -> list[str]:
+        """The telling soft adapters of a set."""
+        return [way for way, own in self.ways.get(name, {}).items() if own.is_ours and way in TELLING]
+
     def long_run(self) -> Run | None:
         """The long run, of the telling soft adapter whose trials were best; None while some are missing."""
-        ours = [name for name, way in self.ways.get(LONG_SET, {}).items() if way.is_ours and name in TELLING]
-        best = self.best_way(LONG_SET, ours)
+        best = self.best_way(LONG_SET, self.telling(LONG_SET))
         return None if best is None else Run(set=LONG_SET, way=best, kind=LONG)
 
     def rate(self, trial: Run) -> float:

@@ -110,6 +110,9 @@ def notes(study: Study) -> list[str]:
     budget = "; ".join(f"{name} {each.steps} steps or {each.seconds:g} seconds" for name, each in study.sets.items())
     return [
         f"Budgets: {budget}. Seconds are the processor's, of training with one thread.",
+        "The soft adapter of the first two measures is the one of the best trial on its set, of "
+        + "; ".join(dict.fromkeys(title_of(study, way) for name in study.sets for way in study.telling(name)))
+        + ".",
         "Prefixes of language models start from the text of the recipe in recipes/, an instruction, in some with "
         "examples; prompt tuning from training rows. LoRA and full fine-tuning do not see the text.",
         "Of the learning rates the chosen one is bold, and (edge) says that it is the lowest or the highest that was "
@@ -240,11 +243,11 @@ def one_way_lines(study: Study, records: Sequence[Content]) -> list[list[str]]:
 
 
 def chosen_way(study: Study, records: Sequence[Content], name: str) -> str | None:
-    """The soft adapter of the best trial among those that train no more numbers than the LoRA of the same size; None
-    while trials are missing."""
+    """The soft adapter of the best trial among the telling ones that train no more numbers than the LoRA of the same
+    size; None while trials are missing."""
     own = [record for record in records if record["set"] == name and "failure" not in record]
     sizes = {record["way"]: record["trained"] for record in own}
-    fits = [w for w in study.ways[name] if _is_ours(study, w) and sizes.get(w, 0) <= sizes.get(MATCHED, 0)]
+    fits = [way for way in study.telling(name) if sizes.get(way, 0) <= sizes.get(MATCHED, 0)]
     return study.best_way(name, fits)
 
 
