@@ -267,7 +267,8 @@ def _bound(name: str, gaps: Mapping[str, float], must: float | None, sets: int) 
     mean = statistics.mean(gaps.values())
     whole = len(gaps) == sets
     holds = "" if must is None or not whole else "yes" if mean >= must else "no"
-    return [name, f"{mean:+.3f}", limit, holds, ", ".join(f"{name} {gap:+.3f}" for name, gap in gaps.items())]
+    each = ", ".join(f"{name} {gap:+.3f}" for name, gap in gaps.items())
+    return [name, f"{mean:+.3f}", limit, holds, f"median {statistics.median(gaps.values()):+.3f}: {each}"]
 
 
 def long_line(records: Sequence[Content]) -> list[str]:

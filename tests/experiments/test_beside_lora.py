@@ -229,7 +229,7 @@ def test_the_page_says_what_was_measured_and_what_was_not(
     assert "| LoRA r8 | not run |  |" in text  # at equal steps
     assert "**0.01: 1.000**, 0.03: 0.980 (edge)" in text
     own = 0.75 - 1 / (1 + 0.01 - 0.003)
-    assert f"| {own:+.3f} | >= 0 | no | words {own:+.3f} |" in text
+    assert f"| {own:+.3f} | >= 0 | no | median {own:+.3f}: words {own:+.3f} |" in text
     assert "| some accuracy | 0.250 | >= 0.5 | no | python benchmarks/few_shot.py, commit def |" in text
     assert "| python benchmarks/few_steps.py | not run |" in text
     assert "on a processor, 1 thread, , commit abc." in text
