@@ -38,17 +38,18 @@ def test_every_public_name_can_be_imported(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", [room for room in ROOMS if "public_names(" in (SOURCE / room / "__init__.py").read_text()]
+    "room", [room for room in ("", *ROOMS) if "public_names(" in (SOURCE / room / "__init__.py").read_text()]
 )
 def test_names_that_come_at_their_first_use_are_those_that_type_checkers_see(room: str) -> None:
-    module, tree = import_module(f"softtune.{room}"), ast.parse((SOURCE / room / "__init__.py").read_text("utf-8"))
+    name = f"softtune.{room}".rstrip(".")
+    module, tree = import_module(name), ast.parse((SOURCE / room / "__init__.py").read_text("utf-8"))
     (for_types,) = (node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in for_types.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
-    assert sorted(seen) == module.__all__ == dir(module)
-    for name, (place, own_name) in seen.items():
-        assert getattr(module, name) is getattr(import_module(place), own_name)
-    with pytest.raises(AttributeError, match=rf"module 'softtune\.{room}' has no attribute 'nothing'"):
+    assert sorted(seen) == sorted(module.__all__) == dir(module)
+    for public, (place, own_name) in seen.items():
+        assert getattr(module, public) is getattr(import_module(place), own_name)
+    with pytest.raises(AttributeError, match=rf"module '{re.escape(name)}' has no attribute 'nothing'"):
         _ = module.nothing
 
 
@@ -86,3 +87,21 @@ def test_a_module_of_a_room_loads_no_more_than_it_needs() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
     code = code.replace(rooms, "from softtune.serving import create_app")
     assert "fastapi" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import softtune; softtune.errors.ConfigError; softtune.__version__",
+        "import softtune_command; softtune_command.main(['train', '--help'])",
+    ],
+)
+def test_what_needs_no_model_imports_no_torch(code: str) -> None:
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "False\n"
+
+
+def test_modules_of_the_package_are_found_in_it() -> None:
+    code = "import softtune; print(softtune.training.Recipe.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "Recipe\n"

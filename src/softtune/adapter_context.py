@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from softtune.injection.layout import row_ends, row_starts
 from softtune.injection.modules import ModuleChanges
 from softtune.injection.prompt_to_kv import prompt_to_kv
 from softtune.injection.provenance import BASE, AdapterNames, differ, joined_names, provenance_of, tag_provenance
+from softtune.injection.sparse_logits import sparse_logits
 from softtune.inputs import Inputs
 from softtune.methods.kv_layout import composed
 from softtune.methods.prompt import Prompt
@@ -215,6 +217,7 @@ def apply_adapters(
             )
             session.attach(injection.attached)
         session.attach(changes.applied)
+        session.attach(partial(sparse_logits, backbone.model))
         yield injection
         if injection is not None:
             injection.check_arrival(has_encoded=inputs.encoder_outputs is not None)

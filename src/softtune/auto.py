@@ -13,9 +13,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from softtune import storage
 from softtune.errors import ConfigError
-from softtune.methods import PeftConfig, TaskType
+from softtune.methods import PeftConfig
 from softtune.model import PeftModel
 from softtune.options import LOADING_OPTIONS
+from softtune.peft_types import TaskType
 from softtune.pretrained import MODEL_CLASSES, locate_base_model, name_here
 
 BASE_CLASSES: dict[TaskType, Any] = {**MODEL_CLASSES, TaskType.FEATURE_EXTRACTION: AutoModel}

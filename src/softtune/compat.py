@@ -17,26 +17,15 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
+from accelerate.utils import patch_environment
 from packaging.version import Version
-
-OLDEST = "5.17"
-"""The oldest transformers that softtune runs with, as in pyproject.toml."""
-INSTALLED = Version(version("transformers"))
-if Version(OLDEST) > INSTALLED:
-    raise ImportError(
-        f"softtune needs transformers {OLDEST} or newer, and {INSTALLED} is installed: pip install -U transformers",
-        name="transformers",
-    )
-
-import torch  # noqa: E402  # an old version lacks what is imported below
-from accelerate.utils import patch_environment  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # noqa: E402
-from transformers.cache_utils import (  # noqa: E402
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
@@ -44,12 +33,14 @@ from transformers.cache_utils import (  # noqa: E402
     StaticLayer,
     StaticSlidingWindowLayer,
 )
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate  # noqa: E402
-from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
-from transformers.utils.hub import PushToHubMixin  # noqa: E402
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.hub import PushToHubMixin
 
-from softtune.errors import DataError, UnsupportedModelError  # noqa: E402
+from softtune.errors import DataError, UnsupportedModelError
+from softtune.installed_transformers import INSTALLED, OLDEST
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,6 +49,8 @@ __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_MASK_ATTENTION_FUNCTIONS",
     "ARGUMENTS",
+    "INSTALLED",
+    "OLDEST",
     "AttentionInterface",
     "AttentionMaskInterface",
     "Cache",
@@ -326,6 +319,23 @@ def hidden_dropout(config: Any) -> float:
     """A config's dropout probability of hidden states, from whichever field the model's family has for it."""
     names = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "dropout_rate", "dropout")
     return next((float(getattr(config, name)) for name in names if hasattr(config, name)), 0.0)
+
+
+@contextmanager
+def causal_loss(model: Any, change: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    """Change the function that computes a model's loss within the block, if it is that of causal language models."""
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        yield
+        return
+    own = vars(model).get("_loss_function")
+    model.loss_function = change(ForCausalLMLoss)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model._loss_function
+        else:
+            model.loss_function = own
 
 
 def keeps_states(stack: Any) -> bool:

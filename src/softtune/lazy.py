@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from softtune.extras import require
@@ -17,7 +18,7 @@ from softtune.extras import require
 def public_names(
     room: str, places: Mapping[str, str], *, extra: str | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The ``__getattr__`` and ``__dir__`` of a room.
+    """The ``__getattr__`` and ``__dir__`` of a room, whose modules are found by their names too.
 
     Args:
         room: the package's ``__name__``.
@@ -27,7 +28,9 @@ def public_names(
 
     def load(name: str) -> Any:
         if name not in places:
-            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+            if name.startswith("_") or find_spec(f"{room}.{name}") is None:
+                raise AttributeError(f"module {room!r} has no attribute {name!r}")
+            return import_module(f"{room}.{name}")
         if extra is not None:
             require(extra)
         module, _, own_name = places[name].partition(":")

@@ -40,10 +40,11 @@ from softtune.injection.frozen_layer_cache import FrozenLayerCache
 from softtune.injection.provenance import BASE
 from softtune.injection.tensor_store import TensorStore
 from softtune.inputs import Inputs
-from softtune.methods import PeftConfig, TaskType
+from softtune.methods import PeftConfig
 from softtune.options import LOADING_OPTIONS, check_options
 from softtune.own_loss import has_own_loss, own_loss
 from softtune.peft_names import PeftNames
+from softtune.peft_types import TaskType
 from softtune.views import peft_class_of, with_parameters_of
 
 

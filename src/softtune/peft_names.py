@@ -20,8 +20,8 @@ from softtune.backbone.quantization import num_weights
 from softtune.card import CARD_NAME, model_card
 from softtune.compat import DynamicCache
 from softtune.errors import AdapterError
-from softtune.methods import PeftType
 from softtune.methods.initialization import PROMPT_KEY
+from softtune.peft_types import PeftType
 from softtune.state import AdapterState
 
 NO_LAYERS = "soft prompts are no layers: see active_adapters, peft_config and print_trainable_parameters()"

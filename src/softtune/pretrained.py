@@ -33,8 +33,8 @@ from softtune.backbone import Backbone
 from softtune.errors import ConfigError
 from softtune.formatting import in_one_line
 from softtune.load_options import LESS_MEMORY, LoadOptions, is_out_of_memory
-from softtune.methods import TaskType
 from softtune.methods.base import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from softtune.peft_types import TaskType, known_task
 
 __all__ = ["LoadOptions", "load_base_model", "locate_base_model"]
 
@@ -166,18 +166,6 @@ def _refusal(name: str, task: TaskType, error: Exception) -> ConfigError:
     if isinstance(error.__cause__, LocalEntryNotFoundError):
         reason = "there is no such folder, and the hub could not be reached"
     return ConfigError(f"cannot load the base model {name!r} for {task.value} ({reason})", "check its name")
-
-
-def known_task(task: TaskType | str) -> TaskType:
-    """Return the task with this name or value.
-
-    Raises:
-        ConfigError: no base model is loaded for it.
-    """
-    if task in MODEL_CLASSES:
-        return TaskType(task)
-    names = ", ".join(known.value for known in MODEL_CLASSES)
-    raise ConfigError(f"no base model is loaded for task {getattr(task, 'value', task)}", f"use one of {names}")
 
 
 def locate_base_model(name: str, *, revision: str | None = None) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from softtune import compat
+from softtune.backbone.blocked_attention import blocked_attention, takes_blocks
 from softtune.compat import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -133,7 +134,8 @@ def _wrapped(stock: str) -> Function:
 
 
 def _sharing(sdpa: Function) -> Function:
-    """Compute grouped-query attention with a mask without repeating keys and values for each query head.
+    """Compute attention for training in blocks, where that is faster, and other grouped-query attention with a mask
+    without repeating keys and values for each query head.
 
     transformers repeats them there. Here the query heads of a group become queries of one head.
     """
@@ -141,6 +143,9 @@ def _sharing(sdpa: Function) -> Function:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if takes_blocks(module, query, mask, kwargs):
+            assert mask is not None
+            return blocked_attention(query, key, value, mask, kwargs.get("scaling")), None
         (rows, heads, queries, _), kv_heads = query.shape, key.shape[1]
         if heads == kv_heads or mask is None or mask.shape[1] > 1 or kwargs.get("position_bias") is not None:
             return sdpa(module, query, key, value, mask, **kwargs)

@@ -20,9 +20,10 @@ from softtune.cli.flags import with_load_flags
 from softtune.compat import INSTALLED, is_tested
 from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.experiments.cases import DEFAULT_METHODS, METHODS
-from softtune.methods import PeftConfig, PeftType, TaskType
+from softtune.methods import PeftConfig
 from softtune.model import PeftModel
-from softtune.pretrained import LoadOptions, known_task, load_base_model
+from softtune.peft_types import PeftType, TaskType, known_task
+from softtune.pretrained import LoadOptions, load_base_model
 from softtune.promises import PROMISES, Broken, NotAsked, Outcome, Refused
 
 WIDTH, WIDE = 28, 110

@@ -10,22 +10,24 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
-from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from softtune.errors import ConfigError
-from softtune.load_options import LoadFields
-from softtune.methods import TaskType
-from softtune.pretrained import MODEL_CLASSES
+from softtune.load_fields import LoadFields
+from softtune.peft_types import TRAINED_TASKS, TaskType
 from softtune.training.fields import from_yaml
-from softtune.training.recipe import Recipe
+from softtune.training.recipe_fields import RecipeFields
+
+FIELDS: dict[str, FieldInfo] = {**RecipeFields.model_fields, **LoadFields.model_fields}
+"""Those of a recipe."""
 
 
 def with_flags(command: Callable[..., None], own: Sequence[Parameter], left_out: Collection[str] = ()) -> None:
     """Give a command its own parameters and, as ``**flags``, an option for every other field of the recipe, but for
     those that are left out."""
     names = {*left_out, *(parameter.name for parameter in own)}
-    parameters = [*own, *(_parameter(name) for name in Recipe.model_fields if name not in names)]
+    parameters = [*own, *(_parameter(name) for name in FIELDS if name not in names)]
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
@@ -40,10 +42,10 @@ def with_load_flags(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def with_load(*args: Any, **options: Any) -> None:
         flags = {name: options.pop(name) for name in LOAD_FLAGS}
-        command(*args, load=overrides(flags, LoadFields), **options)
+        command(*args, load=overrides(flags), **options)
 
     own = [parameter for parameter in signature(command, eval_str=True).parameters.values() if parameter.name != "load"]
-    parameters = [*own, *(_parameter(name, LoadFields) for name in LOAD_FLAGS)]
+    parameters = [*own, *(_parameter(name) for name in LOAD_FLAGS)]
     with_load.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     with_load.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_load
@@ -60,13 +62,13 @@ def option(name: str, annotation: Any, default: Any = Parameter.empty, **options
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def overrides(flags: Mapping[str, str | None], model: type[BaseModel] = Recipe) -> dict[str, Any]:
-    """The fields of a recipe, or of another model, that are set by flags, with their values.
+def overrides(flags: Mapping[str, str | None]) -> dict[str, Any]:
+    """The fields of a recipe that are set by flags, with their values.
 
     Raises:
         ConfigError: a flag's text is not valid YAML.
     """
-    return {name: _value(name, text, model) for name, text in flags.items() if text is not None}
+    return {name: _value(name, text) for name, text in flags.items() if text is not None}
 
 
 def words(flags: Mapping[str, str | None]) -> list[str]:
@@ -79,8 +81,8 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _parameter(name: str, model: type[BaseModel] = Recipe) -> Parameter:
-    field = model.model_fields[name]
+def _parameter(name: str) -> Parameter:
+    field = FIELDS[name]
     choices = _choices(field.annotation)
     listed = f" One of {', '.join(choices)}." if choices else ""
     shown = field.default.value if isinstance(field.default, Enum) else field.default
@@ -89,9 +91,9 @@ def _parameter(name: str, model: type[BaseModel] = Recipe) -> Parameter:
     return option(name, str | None, None, help=escape(f"{field.description}{listed}{default}"), **panel)
 
 
-def _value(name: str, text: str, model: type[BaseModel]) -> Any:
+def _value(name: str, text: str) -> Any:
     """Convert a flag's text to its field's type: strings are taken unchanged, except null; all else is YAML."""
-    annotation = model.model_fields[name].annotation
+    annotation = FIELDS[name].annotation
     if annotation in (str, str | None):
         return None if annotation is not str and text == "null" else text
     return read(name, text)
@@ -124,7 +126,7 @@ def read_mapping(name: str, text: str) -> dict[str, Any]:
 def _choices(annotation: Any) -> list[str]:
     """The values that a field allows; empty if they cannot be listed."""
     if annotation is TaskType:
-        return [task.value for task in MODEL_CLASSES]
+        return [task.value for task in TRAINED_TASKS]
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return [member.value for member in annotation]
     choices = next((part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal), None)

@@ -15,8 +15,9 @@ from softtune.data import load_records
 from softtune.data.formats import SELF_NAMED, quoted
 from softtune.errors import ConfigError, DataError
 from softtune.evaluation.answers import fitted
-from softtune.methods import PeftConfig, TaskType
+from softtune.methods import PeftConfig
 from softtune.model import PeftModel
+from softtune.peft_types import TaskType
 from softtune.pretrained import LoadOptions, load_base_model, name_here
 from softtune.tasks import Task
 from softtune.training.recipe import Recipe

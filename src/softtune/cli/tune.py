@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from softtune.cli.console import console, quiet
 from softtune.cli.flags import option, overrides, with_flags, words
-from softtune.cli.train import run
+from softtune.cli.runs import run
 from softtune.data import load_records
 from softtune.errors import DataError
 from softtune.training.fields import to_yaml

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from softtune.methods import CartridgeConfig, TaskType
+from softtune.methods import CartridgeConfig
 from softtune.model import PeftModel
+from softtune.peft_types import TaskType
 
 
 def prefill_context(base: PreTrainedModel, input_ids: Sequence[int]) -> PeftModel:

@@ -24,8 +24,8 @@ from softtune.evaluation.predict import (
     unwatched,
     write_texts,
 )
-from softtune.methods import TaskType
 from softtune.model import PeftModel
+from softtune.peft_types import TaskType
 from softtune.tasks import Prediction, Task
 from softtune.tasks.metrics import Quality
 from softtune.tasks.requests import (

@@ -15,7 +15,8 @@ from softtune.experiments.baselines import BASELINES
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.result_store import ResultStore
 from softtune.load_options import OF_THE_MACHINE
-from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING
+from softtune.peft_types import PeftType
 from softtune.training.context_tuning import OF_EXAMPLES
 from softtune.training.recipe import Recipe
 

@@ -11,7 +11,7 @@ from softtune.errors import ConfigError, DataError, SofttuneError
 from softtune.experiments.cases import Case
 from softtune.experiments.outcomes import Entry
 from softtune.experiments.runs import run_at_once
-from softtune.load_options import LoadFields
+from softtune.load_fields import LoadFields
 from softtune.training.compatibility import shared
 from softtune.training.folder import RunFolder
 from softtune.training.progress import Phase, Progress

@@ -1,7 +1,7 @@
 """The methods, one file per paper. Internal: import from ``softtune``."""
 
 from softtune.methods.adaption_prompt import AdaptionPromptConfig
-from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType, PromptLearningConfig, TaskType
+from softtune.methods.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PromptLearningConfig
 from softtune.methods.beft import BeftConfig
 from softtune.methods.bitfit import BitFitConfig
 from softtune.methods.cartridge import CartridgeConfig, CartridgeEncoder
@@ -18,6 +18,7 @@ from softtune.methods.p_tuning_v2 import PTuningV2Config
 from softtune.methods.prefix_memory import PrefixMemoryConfig
 from softtune.methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from softtune.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from softtune.peft_types import PeftType, TaskType
 
 PEFT_TYPE_TO_CONFIG_MAPPING.update(
     {

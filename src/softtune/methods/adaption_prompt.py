@@ -21,10 +21,11 @@ from softtune.backbone import AttentionLayer, Backbone, Place
 from softtune.backbone.roles import KEY, VALUE, BiasSlot
 from softtune.backbone.sharding import is_sharded
 from softtune.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
-from softtune.methods.base import OURS, PeftConfig, PeftType, PositiveInt
+from softtune.methods.base import OURS, PeftConfig, PositiveInt
 from softtune.methods.kv_layout import check_wrapper
 from softtune.methods.prompt import GatedKeyValue, Prompt
 from softtune.methods.targets import KEY_PREFIX
+from softtune.peft_types import PeftType
 
 PEFTS_MODELS = ("llama", "mistral")
 """Model types of which PEFT computes what the paper says."""

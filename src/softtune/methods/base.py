@@ -24,6 +24,7 @@ from softtune import storage
 from softtune.backbone import Backbone
 from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterMismatchError, CheckpointError, ConfigError, MissingPeftTypeError
+from softtune.peft_types import PeftType, TaskType
 from softtune.views import patch_peft, pefts_version, shared_config_class
 
 CONFIG_NAME = "adapter_config.json"
@@ -35,46 +36,6 @@ OURS = {"ours": True}
 PositiveInt = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Placement = Literal["prefix", "suffix"]
-
-
-class TaskType(str, Enum):
-    """The task of a model, by PEFT's names."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the task's model class adds a head, which is trained with the adapter."""
-        return self in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
-
-
-class PeftType(str, Enum):
-    """The methods, by PEFT's names where PEFT has them."""
-
-    PROMPT_TUNING = "PROMPT_TUNING"
-    P_TUNING = "P_TUNING"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    P_TUNING_V2 = "P_TUNING_V2"
-    BITFIT = "BITFIT"
-    CARTRIDGE = "CARTRIDGE"
-    CPT = "CPT"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    PREFIX_MEMORY = "PREFIX_MEMORY"
-    BEFT = "BEFT"
-    IA3 = "IA3"
-    COMBINED = "COMBINED"
-
-    @classmethod
-    def _missing_(cls, value: object) -> PeftType | None:
-        """Accept the command line's spelling of a method, such as prefix-tuning."""
-        name = str(value).upper().replace("-", "_")
-        return next((member for member in cls if member.value == name), None)
 
 
 @dataclass(kw_only=True, eq=False)

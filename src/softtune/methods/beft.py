@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from softtune.backbone import Backbone
 from softtune.backbone.roles import VALUE
-from softtune.methods.base import PeftType
 from softtune.methods.bitfit import BiasChanges
 from softtune.methods.targets import KEY_PREFIX, TargetConfig, by_module, by_slot, random_start
+from softtune.peft_types import PeftType
 
 
 @dataclass(kw_only=True, eq=False)

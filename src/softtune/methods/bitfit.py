@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from softtune.backbone import Backbone
 from softtune.backbone.roles import ROLES, BiasSlot
 from softtune.errors import UnsupportedModelError
-from softtune.methods.base import OURS, PeftConfig, PeftType
+from softtune.methods.base import OURS, PeftConfig
 from softtune.methods.prompt import Prompt
+from softtune.peft_types import PeftType
 
 Role = Literal["query", "key", "value", "attention_output", "intermediate", "output", "layer_norm"]
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from softtune.backbone import AttentionLayer, Backbone
 from softtune.errors import AdapterMismatchError, ConfigError
 from softtune.methods import initialization as init
-from softtune.methods.base import PeftType
 from softtune.methods.kv_config import PeftPrefixConfig
 from softtune.methods.kv_layout import choose_layers, flat_prefix, settle_prefix, split_prefix
 from softtune.methods.prompt import Prompt
+from softtune.peft_types import PeftType
 
 
 @dataclass(kw_only=True, eq=False)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from softtune.backbone import Backbone, evaluating, model_session
 from softtune.errors import ConfigError
-from softtune.methods.base import OURS, PeftConfig, PeftType, TaskType
+from softtune.methods.base import OURS, PeftConfig
 from softtune.methods.prompt import Method, Prompt, load_state
+from softtune.peft_types import PeftType, TaskType
 
 _OF_THE_WHOLE = ("task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision")
 """Fields that the combined config has for all of its parts."""

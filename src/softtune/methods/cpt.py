@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
-from softtune.methods.base import PeftType, PositiveInt, PromptLearningConfig, TaskType
+from softtune.methods.base import PositiveInt, PromptLearningConfig
 from softtune.methods.prompt import IGNORED, Prompt, Supervision
 from softtune.methods.prompt_tuning import settle_input
+from softtune.peft_types import PeftType, TaskType
 
 KINDS = 4
 """Number of token types that repeat."""

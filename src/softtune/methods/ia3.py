@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from softtune.backbone import Backbone
 from softtune.backbone.roles import KEY, OUTPUT, VALUE, BiasSlot
 from softtune.errors import ConfigError
-from softtune.methods.base import PeftType
 from softtune.methods.prompt import Prompt
 from softtune.methods.targets import (
     KEY_PREFIX,
@@ -32,6 +31,7 @@ from softtune.methods.targets import (
     is_named,
     random_start,
 )
+from softtune.peft_types import PeftType
 
 
 @dataclass(kw_only=True, eq=False)

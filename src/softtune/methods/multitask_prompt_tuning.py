@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from softtune.backbone import Backbone
 from softtune.errors import AdapterError, CheckpointError, ConfigError
 from softtune.methods import initialization as init
-from softtune.methods.base import PeftType, PositiveInt, PromptLearningConfig
+from softtune.methods.base import PositiveInt, PromptLearningConfig
 from softtune.methods.prompt import Prompt
 from softtune.methods.prompt_tuning import settle_input
+from softtune.peft_types import PeftType
 
 COLS_KEY, ROWS_KEY = "prefix_task_cols", "prefix_task_rows"
 """PEFT's names of the two factors of the tasks' matrices."""

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from softtune.backbone import Backbone
 from softtune.methods import initialization as init
-from softtune.methods.base import OURS, PeftType, PositiveInt, Probability, PromptLearningConfig
+from softtune.methods.base import OURS, PositiveInt, Probability, PromptLearningConfig
 from softtune.methods.prompt import Prompt
 from softtune.methods.prompt_tuning import settle_input
+from softtune.peft_types import PeftType
 
 
 class PromptEncoderReparameterizationType(str, Enum):

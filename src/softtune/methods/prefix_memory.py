@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from softtune.backbone import AttentionLayer, Backbone, Place, Site
-from softtune.methods.base import OURS, PeftConfig, PeftType
+from softtune.methods.base import OURS, PeftConfig
 from softtune.methods.kv_layout import Layers, check_wrapper, choose_layers
 from softtune.methods.prompt import Prompt
+from softtune.peft_types import PeftType
 
 
 @dataclass(kw_only=True, eq=False)

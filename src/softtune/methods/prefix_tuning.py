@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from softtune.backbone import AttentionLayer, Backbone
 from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
-from softtune.methods.base import OURS, PeftType, PositiveInt
+from softtune.methods.base import OURS, PositiveInt
 from softtune.methods.kv_config import PeftPrefixConfig, Start
 from softtune.methods.kv_layout import choose_layers, flat_prefix, settle_prefix, split_prefix
 from softtune.methods.prompt import Prompt
 from softtune.methods.prompt_tuning import check_vectors
+from softtune.peft_types import PeftType
 
 
 @dataclass(kw_only=True, eq=False)

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from softtune.backbone import Backbone
 from softtune.errors import ConfigError, UnsupportedModelError
 from softtune.methods import initialization as init
-from softtune.methods.base import OURS, PeftType, Placement, PromptLearningConfig
+from softtune.methods.base import OURS, Placement, PromptLearningConfig
 from softtune.methods.prompt import Prompt
+from softtune.peft_types import PeftType
 
 
 class PromptTuningInit(str, Enum):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from softtune.backbone.quantization import plain_parts
-from softtune.methods import TaskType
 from softtune.model import PeftModel
+from softtune.peft_types import TaskType
 from softtune.pretrained import DEFAULT_OPTIONS, LoadOptions, load_base_model, locate_base_model
 
 

@@ -21,7 +21,7 @@ from softtune.backbone import Backbone
 from softtune.data import Collator, Example
 from softtune.errors import TooLongError
 from softtune.inputs import Inputs
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.serving import prompt_export
 from softtune.serving.engine_config import EngineConfig
 from softtune.serving.registry import Version

@@ -36,7 +36,8 @@ from softtune.errors import (
     UnsupportedModelError,
 )
 from softtune.evaluation.answers import fitted_beside
-from softtune.methods import PeftConfig, PrefixTuningConfig, TaskType
+from softtune.methods import PeftConfig, PrefixTuningConfig
+from softtune.peft_types import TaskType
 from softtune.pretrained import DEFAULT_OPTIONS, LoadOptions
 from softtune.serving import prompt_export
 from softtune.serving.bases import Bases

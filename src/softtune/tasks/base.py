@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softtune.data.chat import Chat
 from softtune.data.encoding import Example
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.tasks.metrics import Quality
 from softtune.tasks.requests import Loglikelihood, Request
 

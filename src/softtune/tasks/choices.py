@@ -11,7 +11,7 @@ from softtune.data.encoding import Example, encode, longest, longest_turn
 from softtune.data.records import cell_text
 from softtune.data.templates import Template
 from softtune.errors import DataError
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.tasks.base import Prediction, chat_of, described_chat
 from softtune.tasks.labels import Classification
 from softtune.tasks.requests import Loglikelihood

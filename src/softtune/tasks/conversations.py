@@ -10,7 +10,7 @@ from softtune.data.chat import ASSISTANT, Chat, Message, messages_in, with_syste
 from softtune.data.conversations import encode_conversation, encode_opening, encode_reply
 from softtune.data.encoding import Example
 from softtune.errors import DataError
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.tasks.base import described_chat
 from softtune.tasks.requests import Loglikelihood
 from softtune.tasks.texts import Generation

@@ -14,7 +14,7 @@ from softtune.data.encoding import IGNORED, Example, encode, encode_apart, longe
 from softtune.data.records import cell_text, text_of
 from softtune.data.templates import Template, Verbalizer
 from softtune.errors import DataError
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.tasks.base import Prediction, Task, chat_of, described_chat
 from softtune.tasks.metrics import LABEL_METRICS, Quality, label_quality
 from softtune.tasks.requests import Classify, Loglikelihood, Request

@@ -17,7 +17,7 @@ from softtune.data.encoding import IGNORED, Example
 from softtune.data.records import cell_text
 from softtune.data.templates import Template
 from softtune.errors import DataError
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.tasks.base import Prediction, Task
 from softtune.tasks.metrics import SPAN_METRICS, Quality, span_quality
 from softtune.tasks.requests import LocateSpan

@@ -14,7 +14,7 @@ from torch import Tensor
 from softtune.data.encoding import IGNORED, Example
 from softtune.data.templates import Template
 from softtune.errors import DataError
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.tasks.base import Prediction, Task
 from softtune.tasks.metrics import TAG_METRICS, Quality, tag_quality
 from softtune.tasks.requests import ClassifyTokens

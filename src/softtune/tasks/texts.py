@@ -14,7 +14,7 @@ from softtune.data.encoding import IGNORED, Example, encode, encode_apart
 from softtune.data.records import cell_text, each_row
 from softtune.data.templates import Template
 from softtune.errors import DataError
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.tasks.base import Prediction, Task, chat_of, described_chat
 from softtune.tasks.metrics import TEXT_METRICS, Quality, text_quality
 from softtune.tasks.requests import Generate, Loglikelihood

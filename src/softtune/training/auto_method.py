@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from softtune.data import load_records
 from softtune.errors import ConfigError
-from softtune.methods import PeftType, TaskType
+from softtune.peft_types import PeftType, TaskType
 from softtune.training.context_tuning import KEYS_AND_VALUES, OF_EXAMPLES
 from softtune.training.recipe_fields import RecipeFields
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from softtune.errors import ConfigError
 from softtune.extras import missing
-from softtune.load_options import LoadFields
+from softtune.load_fields import LoadFields
 from softtune.methods.base import config_class_of
 from softtune.training import ranks
 from softtune.training.multi_run import TASKS

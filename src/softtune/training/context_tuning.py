@@ -26,7 +26,7 @@ from softtune.data import Template
 from softtune.data.encoding import IGNORED, Example, token_ids
 from softtune.data.records import each_row
 from softtune.errors import ConfigError
-from softtune.methods import PeftType, TaskType
+from softtune.peft_types import PeftType, TaskType
 from softtune.tasks import Task
 from softtune.tasks.texts import alike
 from softtune.training.recipe_fields import RecipeFields

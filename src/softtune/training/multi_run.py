@@ -24,8 +24,8 @@ from transformers import set_seed
 from softtune import compat
 from softtune.data.encoding import IGNORED
 from softtune.errors import ConfigError, DataError, TrainingError
-from softtune.methods import TaskType
 from softtune.model import PeftModel
+from softtune.peft_types import TaskType
 from softtune.training.trainer import AdapterTrainer, kept_logits
 
 Batch = Mapping[str, Tensor]

@@ -16,10 +16,12 @@ from pydantic import model_validator
 
 from softtune.data import Template
 from softtune.errors import CheckpointError, ConfigError
-from softtune.load_options import OF_THE_MACHINE, LoadFields
-from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType
+from softtune.load_fields import LoadFields
+from softtune.load_options import OF_THE_MACHINE
+from softtune.methods import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from softtune.methods.base import CONFIG_NAME, config_class_of
-from softtune.pretrained import MODEL_CLASSES, LoadOptions
+from softtune.peft_types import TRAINED_TASKS, PeftType
+from softtune.pretrained import LoadOptions
 from softtune.tasks import Task
 from softtune.tasks.metrics import LOSS
 from softtune.training.auto_method import check_open, chosen_fields
@@ -49,7 +51,7 @@ NOT_OPTIONS = {
 """Fields of the method's config that ``options`` may not have, and what to do instead."""
 
 HINTS = {
-    "task": f"use one of {', '.join(task.value for task in MODEL_CLASSES)}",
+    "task": f"use one of {', '.join(task.value for task in TRAINED_TASKS)}",
     "labels": "list texts, or name a text for each label, with quotes around numbers, yes, no, true and false",
     "test_size": "name a number of rows, or a share of them below 1",
     "validation_size": "name a number of rows of 1 or more, or a share of them between 0 and 1",

@@ -1,19 +1,22 @@
-"""The fields of a recipe, with their types, defaults and help texts. Every field is also a flag."""
+"""The fields of a recipe, with their types, defaults and help texts. Every field is also a flag.
+
+Imports nothing that takes long, for the help text of commands.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from softtune.methods import PeftType, TaskType
-from softtune.pretrained import known_task
+from softtune.peft_types import PeftType, TaskType, known_task
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _repository_name(name: str) -> str:
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # takes long to import
+
     validate_repo_id(name)
     return name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softtune.data import Template
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.tasks import KINDS, Task
 from softtune.training.recipe_fields import RecipeFields
 

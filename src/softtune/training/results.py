@@ -15,7 +15,7 @@ from softtune import storage
 from softtune.card import CARD_NAME, with_results
 from softtune.data.sources import is_hub_data_set
 from softtune.formatting import in_words
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.tasks.metrics import METRICS
 from softtune.training.context_tuning import starts_from_examples
 from softtune.training.recipe import Recipe

@@ -22,9 +22,9 @@ from softtune.data.records import each_row
 from softtune.errors import AdapterError
 from softtune.evaluation.answers import Answers, answer, fitted, judge
 from softtune.evaluation.ensemble import answer_each
-from softtune.methods import PeftType, TaskType
 from softtune.methods.initialization import fill
 from softtune.model import PeftModel
+from softtune.peft_types import PeftType, TaskType
 from softtune.pretrained import load_base_model
 from softtune.tasks import Task
 from softtune.tasks.metrics import LOSS, direction

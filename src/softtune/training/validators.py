@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from softtune.methods import TaskType
+from softtune.peft_types import TaskType
 from softtune.training.recipe_fields import RecipeFields
 
 
