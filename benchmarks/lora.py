@@ -7,9 +7,9 @@ Each method on each set first tries RATES times its default learning rate, with 
 that are held out of the training rows. At the best of these rates it then trains from three seeds for as many seconds
 as the others, and from three for as many steps. Seconds are those of the processor, by the training of a process with
 one thread, so that other work on the machine does not count. A run for some seconds has as many steps as fit into them
-by the time of a step in the trials; so its rate falls as in any other run, and the seconds that it took are told. Of
-the most telling soft adapters the one whose trials were best on E2E trains once more for LONG_SECONDS, and is judged by
-all official test inputs.
+by the time of a step in the trials; so its rate falls as in any other run, and the seconds that it took are told. On
+E2E the most telling soft adapters train once more in bfloat16, on more rows and at LONG_RATES, for LONG_TRIAL steps;
+the one that writes best on held-out rows then trains for LONG_SECONDS, and is judged by all official test inputs.
 
 No adapter of softtune's trains more numbers than LoRA of rank 2 on all linear layers: SmolLM2-135M has 610,560 of
 these and MiniLM 82,944, as have prefixes of 53 and 18 virtual tokens.
@@ -62,11 +62,12 @@ TRIAL = 2
 """The steps of a run are so many times those of a trial."""
 SEEDS = 3
 HELD_OUT_TWEETS = 25
-LONG_SET, LONG_SECONDS = "e2e", 640
+LONG_SET, LONG_SECONDS, LONG_RATES, LONG_TRIAL = "e2e", 640, (1, 3), 100
+LONG_HELD_OUT = 100
 POLL = 10
 """Seconds until a process looks again for what another one has finished."""
 
-TRIED, SECONDS, STEPS, LONG = "rate", "seconds", "steps", "long"
+TRIED, SECONDS, STEPS, LONG_TRIED, LONG = "rate", "seconds", "steps", "long-rate", "long"
 """The kinds of runs."""
 
 
@@ -77,9 +78,9 @@ class Run:
     set: str
     way: str
     kind: str
-    """One of ``TRIED``, ``SECONDS``, ``STEPS`` and ``LONG``."""
+    """One of ``TRIED``, ``SECONDS``, ``STEPS``, ``LONG_TRIED`` and ``LONG``."""
     number: int = 0
-    """The seed; of a trial the place of its rate in ``RATES``."""
+    """The seed; of a trial, and of the long run, the place of its rate in ``RATES``."""
 
     @property
     def name(self) -> str:
@@ -98,8 +99,11 @@ class Study:
     rates: Sequence[float] = RATES
     seeds: int = SEEDS
     long_seconds: float = LONG_SECONDS
-    long_fields: Mapping[str, Any] = field(default_factory=lambda: {"examples": 4096, "evaluation_examples": None})
-    """Fields that the long run replaces."""
+    long_trial: int = LONG_TRIAL
+    long_fields: Mapping[str, Any] = field(
+        default_factory=lambda: {"examples": 4096, "evaluation_examples": None, "dtype": "bfloat16"}
+    )
+    """Fields that the long run and its trials replace."""
 
     @cached_property
     def ways(self) -> dict[str, dict[str, Way]]:
@@ -166,40 +170,55 @@ class Study:
         """The telling soft adapters of a set."""
         return [way for way, own in self.ways.get(name, {}).items() if own.is_ours and way in TELLING]
 
+    def long_trials(self) -> list[Run]:
+        """The trials of the long run."""
+        numbers = [number for number, rate in enumerate(self.rates) if rate in LONG_RATES]
+        each = [(way, number) for way in self.telling(LONG_SET) for number in numbers]
+        return [Run(set=LONG_SET, way=way, kind=LONG_TRIED, number=number) for way, number in each]
+
     def long_run(self) -> Run | None:
-        """The long run, of the telling soft adapter whose trials were best; None while some are missing."""
-        best = self.best_way(LONG_SET, self.telling(LONG_SET))
-        return None if best is None else Run(set=LONG_SET, way=best, kind=LONG)
+        """The long run, of the method and the rate whose trial was best; None while some are missing."""
+        results = {trial: self.kept.get(trial.name) for trial in self.long_trials()}
+        good = {trial: result for trial, result in results.items() if result and "failure" not in result}
+        if None in results.values() or not good:
+            return None
+        return replace(max(good, key=lambda trial: score(good[trial])), kind=LONG)
 
     def rate(self, trial: Run) -> float:
-        """The learning rate of a trial."""
+        """The learning rate of a trial, or of the long run."""
         return float(f"{self.rates[trial.number] * self.default_rates[trial.set, trial.way]:.2g}")
 
     def case(self, run: Run) -> Case | None:
         """What a run trains; None while its trials are missing."""
-        changes: dict[str, Any] = {"seed": 0 if run.kind == TRIED else run.number, "data_seed": 0}
-        if run.kind == TRIED:
-            steps = max(1, self.sets[run.set].steps // TRIAL)
-            return self._case(run.set, run.way, {**changes, "max_steps": steps, "learning_rate": self.rate(run)}, run)
-        if (best := self.best(run.set, run.way)) is None:
+        changes: dict[str, Any] = {"seed": 0, "data_seed": 0}
+        if run.kind not in (SECONDS, STEPS):
+            changes["learning_rate"] = self.rate(run)
+        elif (best := self.best(run.set, run.way)) is not None:
+            changes |= {"seed": run.number, "learning_rate": best[0]}
+        else:
             return None
-        changes |= {"learning_rate": best[0], "max_steps": self._steps(run)}
-        return self._case(run.set, run.way, {**changes, **(self.long_fields if run.kind == LONG else {})}, run)
+        longer = self.long_fields if run.kind in (LONG_TRIED, LONG) else {}
+        return self._case(run.set, run.way, {**changes, "max_steps": self._steps(run), **longer}, run)
 
     def _steps(self, run: Run) -> int:
         """Steps of a run; those that fit into seconds by the time of a step in the trials."""
-        if run.kind == STEPS:
-            return self.sets[run.set].steps
-        done = [trial for trial in self.trials(run.set, run.way).values() if trial and "failure" not in trial]
-        step = sum(trial["seconds"] for trial in done) / sum(trial["steps"] for trial in done)
-        return max(1, round((self.long_seconds if run.kind == LONG else self.sets[run.set].seconds) / step))
+        own = self.sets[run.set]
+        fixed = {STEPS: own.steps, TRIED: max(1, own.steps // TRIAL), LONG_TRIED: self.long_trial}
+        if run.kind in fixed:
+            return fixed[run.kind]
+        kind, limit = (LONG_TRIED, self.long_seconds) if run.kind == LONG else (TRIED, own.seconds)
+        every = [replace(run, kind=kind, number=number) for number in range(len(self.rates))]
+        done = [trial for each in every if (trial := self.kept.get(each.name)) and "failure" not in trial]
+        return max(1, round(limit * sum(trial["steps"] for trial in done) / sum(trial["seconds"] for trial in done)))
 
     def _case(self, name: str, way: str, changes: Mapping[str, Any], run: Run | None = None) -> Case:
         fields = {**self.fields[name], "output": str(self.kept.folder / "unused")}
-        if run is not None and run.kind == TRIED:
+        held_out = {TRIED: self.sets[name].held_out, LONG_TRIED: LONG_HELD_OUT}
+        if run is not None and run.kind in held_out:
             of_evaluation = ("evaluation", "evaluation_split", "evaluation_examples")
             fields = {field: value for field, value in fields.items() if field not in of_evaluation}
-            fields = {**fields, "test_size": self.sets[name].held_out}
+            changes = {key: value for key, value in changes.items() if key not in of_evaluation}
+            fields = {**fields, "test_size": held_out[run.kind]}
         own = self.ways[name][way]
         changes = {**own.changes, **changes}
         return Case.from_fields(fields, own.entry, changes, name=f"{name}, {way}", number=0, seeds=1)
@@ -232,6 +251,7 @@ def quick_study(runs: Path) -> Study:
         rates=(1,),
         seeds=1,
         long_seconds=0,
+        long_trial=1,
         long_fields={},
     )
 
@@ -284,7 +304,8 @@ def run(study: Study) -> None:
             if study.kept.once(each.name, partial(result, each, case, stamp)):
                 has_run = True
                 print(f"{time.strftime('%H:%M')} {each.name}", flush=True)
-        todo = [each for each in (*study.runs(), study.long_run()) if each and not _is_over(study, each)]
+        every = (*study.runs(), *study.long_trials(), study.long_run())
+        todo = [each for each in every if each and not _is_over(study, each)]
         if todo and not has_run:
             time.sleep(POLL)
 
@@ -294,7 +315,7 @@ def _is_over(study: Study, run: Run) -> bool:
     if study.kept.get(run.name) is not None:
         return True
     trials = study.trials(run.set, run.way).values()
-    return run.kind != TRIED and None not in trials and study.best(run.set, run.way) is None
+    return run.kind in (SECONDS, STEPS) and None not in trials and study.best(run.set, run.way) is None
 
 
 def digest(case: Case) -> str:

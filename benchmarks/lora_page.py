@@ -12,7 +12,7 @@ from typing import Any
 
 import timing
 from kept import Content, Loaded
-from lora import LONG, LONG_SECONDS, SECONDS, STEPS, TRIED, Study, saved
+from lora import LONG, LONG_SECONDS, LONG_TRIED, SECONDS, STEPS, TRIED, Study, saved
 from lora_sets import MATCHED, RANK_8
 
 from softtune.experiments import report
@@ -58,7 +58,7 @@ def page(study: Study, records: Mapping[str, Content], results: Path) -> Page:
     """
     found = [record for record in records.values() if record["set"] in study.sets]
     total = sum(1 for _ in study.runs())
-    done = sum(1 for record in found if record["kind"] != LONG)
+    done = sum(1 for record in found if record["kind"] not in (LONG, LONG_TRIED))
     texts = [
         "Prefixes, memories, scalings and their combinations beside LoRA (PEFT's, all linear layers) and full "
         "fine-tuning. A cell is the mean over seeds, with the least and the greatest value, and their number. Each "

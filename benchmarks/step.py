@@ -37,6 +37,12 @@ def at_answers(batch: Batch) -> Batch:
     return {**batch, "logits_to_keep": answer_width(batch["labels"])}
 
 
+def without_shared_padding(batch: Batch) -> Batch:
+    """The batch padded to its longest row, as a dynamic collator does."""
+    first = int((batch["attention_mask"] != 0).any(dim=0).int().argmax())
+    return {name: x[:, first:] for name, x in batch.items()}
+
+
 def adapted(
     base: nn.Module,
     config: str = "PrefixTuningConfig",

@@ -34,6 +34,7 @@ def lora(monkeypatch: pytest.MonkeyPatch) -> Any:
     module = import_module("lora")
     monkeypatch.setattr(module, "POLL", 0.01)
     monkeypatch.setattr(module, "LONG_SET", "words")
+    monkeypatch.setattr(module, "LONG_HELD_OUT", 5)
     monkeypatch.setattr(module.timing, "stamp", lambda: STAMP)
 
     def ways(recipe: Any) -> dict[str, Any]:
@@ -66,7 +67,8 @@ def study(lora: Any, base: str, tmp_path: Path) -> Any:
         rates=RATES,
         seeds=SEEDS,
         long_seconds=2,
-        long_fields={},
+        long_trial=3,
+        long_fields={"examples": 8, "evaluation_examples": None, "dtype": "bfloat16"},
     )
 
 
@@ -111,15 +113,17 @@ def trainings(lora: Any, monkeypatch: pytest.MonkeyPatch) -> Trainings:
 
 EACH = len(RATES) + 2 * SEEDS
 """Runs of a method on a set."""
+LONG_RUNS = len(RATES) + 1
+"""The trials of the long run, of the one telling method, and the long run."""
 
 
 def test_everything_runs_once_and_never_again(lora: Any, study: Any, trainings: Trainings) -> None:
     lora.run(study)
-    assert len(trainings.cases) == len(WAYS) * EACH + 1
+    assert len(trainings.cases) == len(WAYS) * EACH + LONG_RUNS
     assert {record["way"] for record in study.kept.all().values() if record["kind"] == "long"} == {"prefix"}
     assert all(record["commit"] == "abc" for record in study.kept.all().values())
     lora.run(study)
-    assert len(trainings.cases) == len(WAYS) * EACH + 1
+    assert len(trainings.cases) == len(WAYS) * EACH + LONG_RUNS
 
 
 def test_an_interrupted_study_goes_on_with_what_is_left(lora: Any, study: Any, trainings: Trainings) -> None:
@@ -128,7 +132,7 @@ def test_an_interrupted_study_goes_on_with_what_is_left(lora: Any, study: Any, t
         lora.run(study)
     assert len(study.kept.all()) == 7
     lora.run(study)
-    assert len(trainings.cases) == len(study.kept.all()) == len(WAYS) * EACH + 1
+    assert len(trainings.cases) == len(study.kept.all()) == len(WAYS) * EACH + LONG_RUNS
 
 
 def test_the_best_rate_of_the_trials_is_taken_and_seconds_become_steps(
@@ -138,20 +142,33 @@ def test_the_best_rate_of_the_trials_is_taken_and_seconds_become_steps(
     for way, default in {"prefix": 0.01, "lora-matched": 1e-3}.items():
         best = min((rate * default for rate in RATES), key=lambda rate: abs(rate - trainings.best))
         records = [record for record in study.kept.all().values() if record["way"] == way]
-        assert {r["learning_rate"] for r in records if r["kind"] != "rate"} == {best}
+        assert {r["learning_rate"] for r in records if r["kind"] not in ("rate", "long-rate")} == {best}
         assert {r["steps"] for r in records if r["kind"] == "rate"} == {2}  # half of the four steps
         assert {r["steps"] for r in records if r["kind"] == "steps"} == {4}
         assert {r["steps"] for r in records if r["kind"] == "seconds"} == {1}  # a second of a second each
         assert sorted(r["number"] for r in records if r["kind"] == "steps") == [0, 1]
     [long] = [record for record in study.kept.all().values() if record["kind"] == "long"]
     assert long["steps"] == 2
+    assert {r["steps"] for r in study.kept.all().values() if r["kind"] == "long-rate"} == {3}
+
+
+def test_the_long_run_and_its_trials_have_fields_of_their_own(lora: Any, study: Any, trainings: Trainings) -> None:
+    lora.run(study)
+    trials, [final] = (
+        [recipe for _, recipe in trainings.cases if recipe.dtype == "bfloat16" and (recipe.evaluation is None) is held]
+        for held in (True, False)
+    )
+    assert [recipe.learning_rate for recipe in trials] == [0.01, 0.03]
+    assert {len(Rows.load(recipe).evaluation or ()) for recipe in trials} == {5}
+    assert (final.learning_rate, final.examples, final.max_steps) == (0.01, 8, 2)
+    assert len(Rows.load(final).evaluation or ()) == 6
 
 
 def test_rates_are_chosen_by_rows_that_are_held_out_of_the_training_rows(
     lora: Any, study: Any, trainings: Trainings
 ) -> None:
     lora.run(study)
-    recipes = {recipe.evaluation is None: recipe for _, recipe in trainings.cases}
+    recipes = {recipe.evaluation is None: recipe for _, recipe in trainings.cases if recipe.dtype == "auto"}
     trial, final = (Rows.load(recipes[is_trial]) for is_trial in (True, False))
     assert len(trial.evaluation or ()) == 3
     assert len(trial.training) == 13
@@ -167,7 +184,7 @@ def test_two_at_once_share_the_runs(lora: Any, study: Any, trainings: Trainings)
     for thread in threads:
         thread.join()
     counts = Counter((name, recipe.model_dump_json(exclude={"output"})) for name, recipe in trainings.cases)
-    assert len(trainings.cases) == len(WAYS) * EACH + 1
+    assert len(trainings.cases) == len(WAYS) * EACH + LONG_RUNS
     assert len(study.kept.all()) == len(trainings.cases)
     assert {*counts.values()} == {1}
 
