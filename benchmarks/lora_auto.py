@@ -31,18 +31,18 @@ def write(study: Study, records: Sequence[Content], results: Path = timing.RESUL
 
 
 def best_on(study: Study, records: Sequence[Content], name: str) -> dict[str, Any] | None:
-    """The soft adapter that did best on a set, of those that ran from as many seeds as any; None where none ran."""
-    by_way: dict[str, list[Content]] = {}
+    """The soft adapter that did best on a set from the seeds that all have run; None where there is none."""
+    by_way: dict[str, dict[int, Content]] = {}
     for record in records:
         is_run = (record["kind"], record["set"]) == (SECONDS, name) and "failure" not in record
         if is_run and study.ways[name][record["way"]].is_ours:
-            by_way.setdefault(record["way"], []).append(record)
-    if not by_way:
+            by_way.setdefault(record["way"], {})[record["number"]] = record
+    seeds = set.intersection(*map(set, by_way.values())) if by_way else set()
+    if not seeds:
         return None
-    most = max(map(len, by_way.values()))
-    means = {way: _mean(own) for way, own in by_way.items() if len(own) == most}
+    means = {way: statistics.mean(own[seed]["value"] for seed in seeds) for way, own in by_way.items()}
     best = max(means, key=means.__getitem__)
-    [first, *_] = by_way[best]
+    first = by_way[best][min(seeds)]
     title, _, _ = study.sets[name].title.partition(":")
     own = study.ways[name][best]
     case = study.fields[name]
@@ -60,12 +60,8 @@ def best_on(study: Study, records: Sequence[Content], name: str) -> dict[str, An
         "from_text": auto_method.TEXT in json.dumps(own.changes["options"]),
         "metric": first["metric"],
         "value": round(means[best], 4),
-        "seeds": most,
+        "seeds": len(seeds),
     }
-
-
-def _mean(records: Sequence[Content]) -> float:
-    return statistics.mean(record["value"] for record in records)
 
 
 def _for_any(options: Mapping[str, Any]) -> dict[str, Any]:

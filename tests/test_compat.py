@@ -32,6 +32,9 @@ OTHERS = {
     "metric._compute_score_from_stats",
     "function._schema",  # torch's
     "torch.autograd.Variable._execution_engine",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported",  # those that torch's compiler calls
+    "torch.ops.mkldnn._linear_pointwise",
+    "torch.ops.mkldnn._reorder_linear_weight",
     "m._forward_hooks",
     "m._forward_pre_hooks",
     "tensor._version",

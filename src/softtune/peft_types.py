@@ -23,7 +23,13 @@ class TaskType(str, Enum):
         return self in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
-TRAINED_TASKS = tuple(task for task in TaskType if task is not TaskType.FEATURE_EXTRACTION)
+TRAINED_TASKS = (
+    TaskType.CAUSAL_LM,
+    TaskType.SEQ_2_SEQ_LM,
+    TaskType.SEQ_CLS,
+    TaskType.TOKEN_CLS,
+    TaskType.QUESTION_ANS,
+)
 """The tasks that base models are loaded for."""
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from softtune import PrefixTuningConfig, get_peft_model
 from softtune.backbone import blocked_attention as module
+from softtune.backbone import interface
 from softtune.backbone.blocked_attention import BLOCK, blocked_attention, takes_blocks
 
 SHAPES = {
@@ -69,6 +72,22 @@ def test_outputs_and_gradients_are_those_of_the_formula(name: str, mask: Any) ->
         torch.testing.assert_close(own, other)
 
 
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float64).min, -torch.inf])
+@pytest.mark.parametrize("name", ["groups of three heads", "many blocks"])
+def test_a_mask_may_be_added_to_the_scores(name: str, hidden: float) -> None:
+    tensors, seen = states(name), causal(name)
+    biases = torch.randn(seen.shape, dtype=torch.float64)
+    output = blocked_attention(*tensors, biases.masked_fill(~seen, hidden), 0.3)
+    query, key, value = tensors
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * 0.3 + biases
+    expected = (torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ value).transpose(1, 2)
+    torch.testing.assert_close(output, expected)
+    found, right = (torch.autograd.grad(x.square().sum(), tensors) for x in (output, expected))
+    for own, other in zip(found, right, strict=True):
+        torch.testing.assert_close(own, other)
+
+
 def test_scores_are_divided_by_the_root_of_the_key_size() -> None:
     tensors, mask = states("groups of three heads"), causal("groups of three heads")
     torch.testing.assert_close(blocked_attention(*tensors, mask, None), by_formula(*tensors, mask, 8**-0.5))
@@ -114,17 +133,26 @@ def test_blocks_read_the_keys_that_they_see_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_calls_are_left_to_torch() -> None:
-    module, (query, _, _) = nn.Identity().train(), states("groups of three heads")
-    mask = causal("groups of three heads")
-    assert takes_blocks(module, query, mask, {"dropout": 0.0, "position_bias": None})
-    with torch.no_grad():  # as the first pass of reentrant checkpointing
-        assert takes_blocks(module, query, mask, {})
-    assert not takes_blocks(nn.Identity().eval(), query, mask, {})
-    assert not takes_blocks(module, query, None, {})
-    assert not takes_blocks(module, query, mask.double(), {})
-    assert not takes_blocks(module, query, mask.expand(-1, 6, -1, -1), {})
-    assert not takes_blocks(module, query, mask, {"dropout": 0.1})
-    assert not takes_blocks(module, query, mask, {"position_bias": mask})
-    assert not takes_blocks(module, query.to("meta"), mask, {})
+    (query, _, _), mask = states("groups of three heads"), causal("groups of three heads")
+    assert takes_blocks(query, mask, {"dropout": 0.0, "position_bias": None})
+    assert not takes_blocks(query, mask.expand(-1, 6, -1, -1), {})
+    assert not takes_blocks(query, mask, {"dropout": 0.1})
+    assert not takes_blocks(query, mask, {"position_bias": mask})
+    assert not takes_blocks(query.to("meta"), mask, {})
     with torch.autocast("cpu", torch.bfloat16):
-        assert not takes_blocks(module, query, mask, {})
+        assert not takes_blocks(query, mask, {})
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_layers_take_blocks_in_training_alone(monkeypatch: pytest.MonkeyPatch, in_training: bool) -> None:
+    calls, attend = [], interface.blocked_attention
+
+    def noted(*args: Any) -> Tensor:
+        calls.append(args)
+        return attend(*args)
+
+    monkeypatch.setattr(interface, "blocked_attention", noted)
+    config = LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    model = get_peft_model(LlamaForCausalLM(config), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model.train(in_training)(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    assert bool(calls) is in_training

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,23 @@ def test_a_page_of_no_runs(lora: Any, study: Any, tmp_path: Path) -> None:
     text = (tmp_path / "docs" / "lora" / "README.md").read_text(encoding="utf-8")
     assert "0 of 18 runs are done" in text
     assert "| not run | >= 0 |  | 0 of 1 sets |" in text
+
+
+def test_auto_takes_what_is_best_by_the_seeds_that_all_have_run(lora: Any, study: Any) -> None:
+    prefix = study.ways["words"]["prefix"]
+    study.__dict__["ways"] = {"words": {"prefix": prefix, "other": replace(prefix, title="another prefix")}}
+    found = {"prefix": (0.5, 0.9), "other": (0.6,)}
+    records = [
+        {"set": "words", "way": way, "kind": "seconds", "number": seed, "value": value}
+        | {"metric": "accuracy", "training_rows": 16, "learning_rate": 0.1 if way == "prefix" else 0.2}
+        for way, values in found.items()
+        for seed, value in enumerate(values)
+    ]
+    auto = import_module("lora_auto")
+    best = auto.best_on(study, records, "words")
+    assert (best["value"], best["seeds"], best["fields"]["learning_rate"]) == (0.6, 1, 0.2)
+    assert auto.best_on(study, records[:2], "words")["value"] == 0.7
+    assert auto.best_on(study, records[1:], "words") is None
 
 
 def test_it_trains_in_earnest(lora: Any, study: Any) -> None:

@@ -15,20 +15,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 BLOCK = 64
 """Queries of a block, of each head."""
+HIDDEN = -1e30
+"""A key is hidden from a query where its mask adds no more than this to the score."""
 
 
-def takes_blocks(module: nn.Module, query: Tensor, mask: Tensor | None, arguments: Mapping[str, Any]) -> bool:
-    """Whether attention is computed here: in training on a CPU, with a mask that is the same for all heads, no dropout
-    and no position bias. Evaluation has torch's own, with and without gradients."""
-    if not module.training or query.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+def takes_blocks(query: Tensor, mask: Tensor, arguments: Mapping[str, Any]) -> bool:
+    """Whether attention can be computed here: on a CPU, with a mask that is the same for all heads, without dropout,
+    position bias, autocast and compilation."""
+    if query.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     is_plain = not arguments.get("dropout") and arguments.get("position_bias") is None
-    has_mask = mask is not None and mask.dtype is torch.bool and mask.shape[1] == 1
-    return is_plain and has_mask and not torch.compiler.is_compiling()
+    return is_plain and mask.shape[1] == 1
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
@@ -38,7 +39,8 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
         query: [B, Q, T, K].
         key: [B, H, S, K].
         value: [B, H, S, V].
-        mask: [B or 1, 1, T or 1, S] which keys a query sees. One that sees none gets a mean of some values.
+        mask: [B or 1, 1, T or 1, S] which keys a query sees, or what is added to its scores. A query that sees none
+            gets a mean of some values.
         scaling: the factor of the scores; by default 1 / sqrt(K).
     """
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -89,7 +91,8 @@ def _blocks(mask: Tensor) -> Iterator[tuple[slice, slice]]:
         return
     for start in range(0, length, BLOCK):
         queries = slice(start, start + BLOCK)
-        seen = mask[:, :, queries].flatten(0, 2).any(dim=0).nonzero().flatten()
+        own = mask[:, :, queries].flatten(0, 2)
+        seen = (own if own.dtype is torch.bool else own > HIDDEN).any(dim=0).nonzero().flatten()
         yield queries, slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(1)
 
 
@@ -97,8 +100,9 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor
     """[B, H, G, S] the probabilities of a block."""
     exact = _exact(query)
     queries, keys = _by_key_head(query, key.shape[1]).to(exact), key.to(exact).transpose(-1, -2)
-    hidden = torch.zeros(mask.shape, dtype=exact).masked_fill_(~mask, torch.finfo(exact).min)
-    scores = hidden[:, :, None].expand(len(key), key.shape[1], query.shape[1] // key.shape[1], -1, -1)
+    if mask.dtype is torch.bool:
+        mask = torch.zeros(mask.shape, dtype=exact).masked_fill_(~mask, torch.finfo(exact).min)
+    scores = mask.to(exact)[:, :, None].expand(len(key), key.shape[1], query.shape[1] // key.shape[1], -1, -1)
     scores = scores.contiguous().view(-1, queries.shape[2], keys.shape[3])
     scores.baddbmm_(queries.flatten(0, 1), keys.flatten(0, 1), alpha=scaling)
     return torch.softmax(scores, dim=-1).view(*queries.shape[:3], -1)

@@ -29,6 +29,9 @@ from softtune.errors import UnsupportedModelError
 WRAPPER = "softtune_attention"
 """The keyword argument of a stack's forward that carries the wrapper down to the attention layers."""
 
+IN_TRAINING = "softtune_in_training"
+"""The one beside it that is there in training, also when layers are recomputed while the model evaluates."""
+
 _PREFIX = "softtune_"
 
 _UNGROUPED = nn.Identity()
@@ -116,10 +119,14 @@ def _wrapped(stock: str) -> Function:
     function = None if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
     if function is not None and form is MaskForm.PADDING:
         function = _named(function, stock)
-    wrapped = _sharing(function) if function is not None and stock == "sdpa" else function
+    sharing = in_blocks = function
+    if function is not None and stock == "sdpa":
+        sharing = _sharing(function)
+        in_blocks = _in_blocks(sharing)
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         wrapper: AttentionWrapper | None = kwargs.pop(WRAPPER, None)
+        wrapped = in_blocks if kwargs.pop(IN_TRAINING, False) else sharing
         attend: Function = function or compat.eager_function(module)
         if wrapper is None:
             return attend(module, *args, **kwargs)
@@ -134,8 +141,7 @@ def _wrapped(stock: str) -> Function:
 
 
 def _sharing(sdpa: Function) -> Function:
-    """Compute attention for training in blocks, where that is faster, and other grouped-query attention with a mask
-    without repeating keys and values for each query head.
+    """Compute grouped-query attention with a mask without repeating keys and values for each query head.
 
     transformers repeats them there. Here the query heads of a group become queries of one head.
     """
@@ -143,9 +149,6 @@ def _sharing(sdpa: Function) -> Function:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if takes_blocks(module, query, mask, kwargs):
-            assert mask is not None
-            return blocked_attention(query, key, value, mask, kwargs.get("scaling")), None
         (rows, heads, queries, _), kv_heads = query.shape, key.shape[1]
         if heads == kv_heads or mask is None or mask.shape[1] > 1 or kwargs.get("position_bias") is not None:
             return sdpa(module, query, key, value, mask, **kwargs)
@@ -153,6 +156,19 @@ def _sharing(sdpa: Function) -> Function:
         repeated = mask.expand(-1, -1, queries, -1).repeat(1, 1, heads // kv_heads, 1)
         output, _ = sdpa(_UNGROUPED, folded, key, value, repeated, **kwargs)
         return output.unflatten(1, (-1, queries)).permute(0, 2, 3, 1, 4).flatten(2, 3), None
+
+    return attention
+
+
+def _in_blocks(sharing: Function) -> Function:
+    """Compute attention in blocks of queries, where that can be."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if mask is None or not takes_blocks(query, mask, kwargs):
+            return sharing(module, query, key, value, mask, **kwargs)
+        return blocked_attention(query, key, value, mask, kwargs.get("scaling")), None
 
     return attention
 

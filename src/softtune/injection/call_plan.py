@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softtune import compat
 from softtune.backbone import Backbone, Site, Stack, is_reentrant
-from softtune.backbone.interface import WRAPPER
+from softtune.backbone.interface import IN_TRAINING, WRAPPER
 from softtune.errors import UnsupportedModelError
 from softtune.injection.arrangement import Arrangement
 from softtune.injection.attention_terms import TermAttention, layer_terms
@@ -190,7 +190,7 @@ class CallPlanner:
                 rows = rows[shortened.rows]
             wrapper = TermAttention(wrapper, terms, rows, packed=isinstance(shortened, Pack))
         if wrapper is not None and not self.stack.is_disentangled:
-            call[WRAPPER] = wrapper
+            call |= {WRAPPER: wrapper, **({IN_TRAINING: True} if self.stack.module.training else {})}
         return CallPlan(
             call=call,
             arrangement=arrangement,
