@@ -93,6 +93,8 @@ check: $(VENV)/.library
 bench: $(VENV)/.models
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/core.py
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/precision.py
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/startup.py
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/modes.py
 	$(PYTHON) benchmarks/tables.py
 

@@ -14,6 +14,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 SECTIONS = {
     "core": "A step and generation",
     "training": "Training and scoring",
+    "precision": "Training in bfloat16, and on long rows",
+    "startup": "Starting",
     "serving": "Many adapters served",
     "engines": "Two engines",
     "modes": "Gradient checkpointing, bfloat16, compilation",

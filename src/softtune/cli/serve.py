@@ -75,6 +75,9 @@ def command(
     adapter_cache_mb: Annotated[int, typer.Option(min=0, help="Megabytes of adapters to keep in memory.")] = (
         EngineConfig.adapter_cache_bytes // 2**20
     ),
+    pack_weights: Annotated[
+        bool, typer.Option(help="Copy the base model's weights for the CPU's kernels, which is faster.")
+    ] = EngineConfig.pack_weights,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = Settings.seconds,
     replicas: Annotated[int, typer.Option(min=1, help="Servers beside each other, by Ray Serve where several.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that answers have at shutdown.")] = Settings.grace,
@@ -102,7 +105,9 @@ def command(
         "adapter_cache_mb": adapter_cache_mb,
     }
     sizes |= _renamed(rows=rows, waiting=waiting, tokens=tokens, slots=slots, hot=hot)
-    engine_config = EngineConfig(adapter_cache_bytes=sizes.pop("adapter_cache_mb") * 2**20, **sizes)
+    engine_config = EngineConfig(
+        adapter_cache_bytes=sizes.pop("adapter_cache_mb") * 2**20, pack_weights=pack_weights, **sizes
+    )
     settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace, follow=follow)
     made = _engine(engine, model, gpus, LoadOptions(**load))
     _check_port(host, port)

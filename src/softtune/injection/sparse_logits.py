@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from softtune import compat
+from softtune.backbone.packed_weights import PackedLinear
 from softtune.methods.prompt import IGNORED
 
 
@@ -32,17 +33,23 @@ def sparse_logits(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     assert isinstance(head, nn.Linear)
+    packed = vars(head).get("forward")
     head.forward = partial(_logits, head)  # type: ignore[method-assign]
     try:
         with compat.causal_loss(model, _of_labels):
             yield
     finally:
-        del head.forward
+        if packed is None:
+            del head.forward
+        else:
+            head.forward = packed  # type: ignore[method-assign]
 
 
 def _is_plain(head: nn.Module | None) -> bool:
-    """Whether a head is a product with frozen weights on the CPU, which nothing else has changed."""
-    if type(head) is not nn.Linear or "forward" in vars(head) or type(head.weight) is not nn.Parameter:
+    """Whether a head is a product with frozen weights on the CPU, which nothing but ``packed_weights`` has changed."""
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        return False
+    if not isinstance(vars(head).get("forward"), PackedLinear | None):
         return False
     return head.weight.device.type == "cpu" and not any(p.requires_grad for p in head.parameters())
 

@@ -19,3 +19,6 @@ class EngineConfig:
     """Tokens in the KV pool: those of all running requests and the virtual tokens of the adapters in memory."""
     adapter_cache_bytes: int = 64 * 2**20
     """Bytes of adapters to keep in memory."""
+    pack_weights: bool = True
+    """Whether a base model on a CPU computes from copies of its weights that suit the CPU's kernels: they take as much
+    memory again, and write texts faster."""

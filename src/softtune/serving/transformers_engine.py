@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
+from softtune.backbone.packed_weights import packed_weights
 from softtune.errors import TooLongError
 from softtune.serving import prompt_export
 from softtune.serving.engine_config import EngineConfig
@@ -31,6 +33,9 @@ class TransformersEngine:
         self.config = config
         self.scheduler = Scheduler(backbone, config)
         self.batch = self.scheduler.batch
+        self._packed = ExitStack()
+        if config.pack_weights:
+            self._packed.enter_context(packed_weights(backbone.model))
 
     def export_adapter(self, adapter: Adapter, folder: Path, *, as_kv: bool) -> None:
         """See ``Engine``."""
@@ -71,3 +76,4 @@ class TransformersEngine:
 
     def close(self) -> None:
         """See ``TextEngine``."""
+        self._packed.close()
