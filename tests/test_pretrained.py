@@ -17,7 +17,8 @@ from softtune import (
     TaskType,
     get_peft_model,
 )
-from softtune.pretrained import PACKAGED, load_base_model, locate_base_model, name_here
+from softtune.peft_types import TRAINED_TASKS
+from softtune.pretrained import MODEL_CLASSES, PACKAGED, load_base_model, locate_base_model, name_here
 from tests.tiny import save_models
 
 
@@ -173,3 +174,7 @@ def test_adapters_on_a_packaged_model_name_it_as_the_hub_does(
 def test_a_folder_of_the_home(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(Path(models["llama"]).parent))
     assert locate_base_model("~/llama") == models["llama"]
+
+
+def test_every_task_that_is_trained_has_a_class_of_model() -> None:
+    assert tuple(MODEL_CLASSES) == TRAINED_TASKS

@@ -31,7 +31,7 @@ EXTRAS = {
         "the server",
         ("fastapi", "starlette", "uvicorn", "prometheus_client", "anyio", "fsspec", "tokenizers"),
     ),
-    "experiments": Extra("an experiment or report", ("matplotlib", "psutil"), includes=("metrics",)),
+    "experiments": Extra("an experiment or report", ("matplotlib",), includes=("metrics",)),
     "sweep": Extra("a search", ("optuna",)),
     "ray": Extra("running on Ray", ("ray",)),
     "vllm": Extra("the engine vllm", ("vllm",)),

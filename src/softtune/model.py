@@ -33,7 +33,7 @@ from softtune.adapter_context import (
     tag_cache,
 )
 from softtune.backbone import Backbone
-from softtune.backbone.packed_weights import packed_weights
+from softtune.backbone.prepacked_weights import prepacked_weights
 from softtune.backbone.sharding import is_partitioned, is_sharded, set_root
 from softtune.compat import PushToHubMixin
 from softtune.errors import AdapterError, ConfigError, DataError, UnsupportedModelError
@@ -450,23 +450,25 @@ class PeftModel(PushToHubMixin, PeftNames):
         check_frozen_layer_cache(layer_cache, [self.adapter(name) for name in self.peft_config])
         return self._keeping(layer_cache)
 
-    def packed_weights(self, *, gradients: bool = False) -> AbstractContextManager[None]:
+    def prepacked_weights(self, *, gradients: bool = False) -> AbstractContextManager[None]:
         """Compute the base model's frozen linear layers from copies of their weights, within a ``with`` block.
 
-            with model.packed_weights():
+            with model.prepacked_weights():
                 model.generate(...)
 
         The copies have the layout of the CPU's kernels, so that texts of a few tokens at once are written faster. They
         take as much memory as the weights; the base model's own tensors stay as they are. Layers on other devices, in
-        float16, quantised, or trained have no copies. Leave the block before the base model's weights change.
+        float16, quantised, or trained have no copies. Leave the block before the base model's weights change, and go
+        backward in it.
 
         Args:
             gradients: copy the weights for the backward pass too, which takes as much memory again.
 
         Raises:
-            AdapterError: weights have changed in the block; raised by the call that meets them.
+            AdapterError: weights have changed in the block, otherwise than in place through ``.data``; raised by the
+                call that meets them.
         """
-        return packed_weights(self.backbone.model, gradients=gradients)
+        return prepacked_weights(self.backbone.model, gradients=gradients)
 
     @contextmanager
     def _keeping(self, layer_cache: FrozenLayerCache) -> Iterator[FrozenLayerCache]:

@@ -119,6 +119,12 @@ def test_a_query_that_sees_nothing_spoils_no_other() -> None:
         torch.testing.assert_close(own, other)
 
 
+def test_a_query_whose_mask_hides_all_has_numbers() -> None:
+    tensors, mask = states("groups of three heads"), torch.full((1, 1, 5, 9), -torch.inf, dtype=torch.float64)
+    output = blocked_attention(*tensors, mask, 0.3)
+    assert all(bool(x.isfinite().all()) for x in (output, *torch.autograd.grad(output.sum(), tensors)))
+
+
 def test_blocks_read_the_keys_that_they_see_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     weights = module._weights
@@ -138,6 +144,8 @@ def test_other_calls_are_left_to_torch() -> None:
     assert not takes_blocks(query, mask.expand(-1, 6, -1, -1), {})
     assert not takes_blocks(query, mask, {"dropout": 0.1})
     assert not takes_blocks(query, mask, {"position_bias": mask})
+    assert not takes_blocks(query, mask, {"softcap": 5.0})
+    assert not takes_blocks(query, torch.zeros(mask.shape, requires_grad=True), {})
     assert not takes_blocks(query.to("meta"), mask, {})
     with torch.autocast("cpu", torch.bfloat16):
         assert not takes_blocks(query, mask, {})

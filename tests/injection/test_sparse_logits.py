@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 import softtune.adapter_context
 from softtune import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from softtune.injection.sparse_logits import sparse_logits
+from softtune.compat import ForCausalLMLoss
+from softtune.injection.sparse_logits import _sparse_loss, sparse_logits
 
 WORDS, ROWS, LENGTH = 50, 4, 12
 SIZES: dict[str, Any] = {
@@ -113,7 +114,7 @@ def test_padding_and_tokens_without_labels_take_no_part() -> None:
 def test_no_label_is_no_number_as_in_transformers() -> None:
     base, given = llama(), {**batch("left"), "labels": torch.full((ROWS, LENGTH), -100)}
     expected = base(**given).loss
-    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).train()
     assert bool(expected.isnan())
     assert bool(model(**given).loss.isnan())
 
@@ -121,9 +122,32 @@ def test_no_label_is_no_number_as_in_transformers() -> None:
 def test_a_loss_of_the_users_own_is_kept() -> None:
     base = llama()
     base.loss_function = own = lambda logits, labels, vocab_size, **kwargs: logits.sum() * 0 + 7
-    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).train()
     assert float(model(**batch("left")).loss.detach()) == 7
     assert base.loss_function is own
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_labels_that_do_not_fit_the_logits_are_told(is_training: bool) -> None:
+    model = get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).train(is_training)
+    given = {**batch("left"), "shift_labels": batch("left")["labels"].roll(-1, dims=1), "logits_to_keep": 4}
+    with pytest.raises(ValueError, match=r"Expected input batch_size \(16\) to match target batch_size \(48\)"):
+        model(**given)
+
+
+def test_logits_need_not_be_contiguous() -> None:
+    logits, labels = torch.randn(2, 8, WORDS).bfloat16()[:, 1:-1], torch.randint(WORDS, (2, 6))
+    ours = _sparse_loss(ForCausalLMLoss)(logits, labels, vocab_size=WORDS)
+    torch.testing.assert_close(ours, ForCausalLMLoss(logits, labels, vocab_size=WORDS))
+
+
+def test_autocast_may_begin_within_the_models_forward() -> None:
+    base = llama().train()
+    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)
+    output = model.train()(**batch("left"))
+    output.loss.backward()
+    assert output.logits.dtype is torch.bfloat16
 
 
 def test_nothing_stays_behind() -> None:
@@ -158,5 +182,8 @@ def test_evaluation_and_autocast_have_the_whole_product() -> None:
     with sparse_logits(base):
         assert "forward" not in vars(base.lm_head)
     base.train()
+    states = torch.randn(2, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16), sparse_logits(base):
-        assert "forward" not in vars(base.lm_head)
+        assert base.lm_head(states).grad_fn.name() != "_SparseProductBackward"
+    with sparse_logits(base):
+        assert "_SparseProduct" in base.lm_head(states).grad_fn.next_functions[0][0].name()

@@ -17,7 +17,8 @@ def test_the_defaults_are_those_that_serve_shows() -> None:
         "max_num_batched_tokens": 256,
         "num_kv_slots": 16384,
         "adapter_cache_bytes": 67108864,
-        "pack_weights": True,
+        "prepack_weights": True,
+        "threads": None,
     }
 
 

@@ -24,12 +24,12 @@ HIDDEN = -1e30
 
 
 def takes_blocks(query: Tensor, mask: Tensor, arguments: Mapping[str, Any]) -> bool:
-    """Whether attention can be computed here: on a CPU, with a mask that is the same for all heads, without dropout,
-    position bias, autocast and compilation."""
+    """Whether attention can be computed here: on a CPU, with a mask that is the same for all heads and not trained,
+    without dropout, position bias, a cap of the scores, autocast and compilation."""
     if query.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    is_plain = not arguments.get("dropout") and arguments.get("position_bias") is None
-    return is_plain and mask.shape[1] == 1
+    others = not arguments.get("dropout"), arguments.get("position_bias") is None, arguments.get("softcap") is None
+    return all(others) and mask.shape[1] == 1 and not mask.requires_grad
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
@@ -55,7 +55,7 @@ class _BlockedAttention(torch.autograd.Function):
         output = query.new_empty(*query.shape[:3], value.shape[-1])
         for queries, keys in _blocks(mask):
             weights = _weights(query[:, :, queries], key[:, :, keys], mask[:, :, queries, keys], scaling)
-            output[:, :, queries] = _by_query_head(weights.to(value.dtype) @ value[:, :, keys], query.shape[1])
+            output[:, :, queries] = by_head(weights.to(value.dtype) @ value[:, :, keys], query.shape[1])
         return output
 
     @staticmethod
@@ -70,15 +70,15 @@ class _BlockedAttention(torch.autograd.Function):
         of_query = torch.empty_like(query)
         of_key, of_value = (x.new_zeros(x.shape, dtype=_exact(x)) for x in (key, value))
         for queries, keys in _blocks(mask):
-            asking, asked = query[:, :, queries], key[:, :, keys]
-            weights = _weights(asking, asked, mask[:, :, queries, keys], ctx.scaling)
-            own = _by_key_head(gradient[:, :, queries], key.shape[1])
+            some, seen = query[:, :, queries], key[:, :, keys]
+            weights = _weights(some, seen, mask[:, :, queries, keys], ctx.scaling)
+            own = by_head(gradient[:, :, queries], key.shape[1])
             of_value[:, :, keys] += weights.to(value.dtype).transpose(-1, -2) @ own
             of_weights = (own @ value[:, :, keys].transpose(-1, -2)).to(weights.dtype)
             of_weights -= (of_weights * weights).sum(dim=-1, keepdim=True)
             of_scores = of_weights.mul_(weights).to(key.dtype)
-            of_query[:, :, queries] = _by_query_head(of_scores @ asked, query.shape[1])
-            of_key[:, :, keys] += of_scores.transpose(-1, -2) @ _by_key_head(asking, key.shape[1])
+            of_query[:, :, queries] = by_head(of_scores @ seen, query.shape[1])
+            of_key[:, :, keys] += of_scores.transpose(-1, -2) @ by_head(some, key.shape[1])
         of_key *= ctx.scaling
         return of_query.mul_(ctx.scaling), of_key.to(key.dtype), of_value.to(value.dtype), None, None
 
@@ -99,10 +99,15 @@ def _blocks(mask: Tensor) -> Iterator[tuple[slice, slice]]:
 def _weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """[B, H, G, S] the probabilities of a block."""
     exact = _exact(query)
-    queries, keys = _by_key_head(query, key.shape[1]).to(exact), key.to(exact).transpose(-1, -2)
+    queries, keys = by_head(query, key.shape[1]).to(exact), key.to(exact).transpose(-1, -2)
+    least = torch.finfo(exact).min
     if mask.dtype is torch.bool:
-        mask = torch.zeros(mask.shape, dtype=exact).masked_fill_(~mask, torch.finfo(exact).min)
-    scores = mask.to(exact)[:, :, None].expand(len(key), key.shape[1], query.shape[1] // key.shape[1], -1, -1)
+        mask = torch.zeros(mask.shape, dtype=exact).masked_fill_(~mask, least)
+    scores = (
+        mask.to(exact)
+        .clamp(min=least)[:, :, None]
+        .expand(len(key), key.shape[1], query.shape[1] // key.shape[1], -1, -1)
+    )
     scores = scores.contiguous().view(-1, queries.shape[2], keys.shape[3])
     scores.baddbmm_(queries.flatten(0, 1), keys.flatten(0, 1), alpha=scaling)
     return torch.softmax(scores, dim=-1).view(*queries.shape[:3], -1)
@@ -112,11 +117,7 @@ def _exact(states: Tensor) -> torch.dtype:
     return torch.promote_types(states.dtype, torch.float32)
 
 
-def _by_key_head(states: Tensor, heads: int) -> Tensor:
-    """[B, H, G, K] the queries of all heads that share a key head as those of one head, from [B, Q, T, K]."""
-    return states.reshape(len(states), heads, -1, states.shape[-1])
-
-
-def _by_query_head(states: Tensor, heads: int) -> Tensor:
-    """[B, Q, T, V], from [B, H, G, V]."""
+def by_head(states: Tensor, heads: int) -> Tensor:
+    """[B, heads, G, K] the states [B, H, T, K] of all heads of a group as those of one head, or of one head as those of
+    its group's."""
     return states.reshape(len(states), heads, -1, states.shape[-1])

@@ -30,7 +30,7 @@ WRAPPER = "softtune_attention"
 """The keyword argument of a stack's forward that carries the wrapper down to the attention layers."""
 
 IN_TRAINING = "softtune_in_training"
-"""The one beside it that is there in training, also when layers are recomputed while the model evaluates."""
+"""The keyword argument that says whether the call trains, which holds when its layers are recomputed later too."""
 
 _PREFIX = "softtune_"
 

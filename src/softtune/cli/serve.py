@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
@@ -75,9 +76,12 @@ def command(
     adapter_cache_mb: Annotated[int, typer.Option(min=0, help="Megabytes of adapters to keep in memory.")] = (
         EngineConfig.adapter_cache_bytes // 2**20
     ),
-    pack_weights: Annotated[
-        bool, typer.Option(help="Copy the base model's weights for the CPU's kernels, which is faster.")
-    ] = EngineConfig.pack_weights,
+    prepack_weights: Annotated[
+        bool, typer.Option(help="Copy the base model's weights in the layout of the CPU's kernels.")
+    ] = EngineConfig.prepack_weights,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Threads of the CPU; 0 for as many as half a second's try finds fastest.")
+    ] = 0,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = Settings.seconds,
     replicas: Annotated[int, typer.Option(min=1, help="Servers beside each other, by Ray Serve where several.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that answers have at shutdown.")] = Settings.grace,
@@ -106,10 +110,15 @@ def command(
     }
     sizes |= _renamed(rows=rows, waiting=waiting, tokens=tokens, slots=slots, hot=hot)
     engine_config = EngineConfig(
-        adapter_cache_bytes=sizes.pop("adapter_cache_mb") * 2**20, pack_weights=pack_weights, **sizes
+        adapter_cache_bytes=sizes.pop("adapter_cache_mb") * 2**20,
+        prepack_weights=prepack_weights,
+        threads=threads,
+        **sizes,
     )
     settings = Settings(keys=_keys(KEYS), admin_keys=_keys(ADMIN_KEYS), seconds=seconds, grace=grace, follow=follow)
     made = _engine(engine, model, gpus, LoadOptions(**load))
+    if engine == "vllm":  # which computes in processes of its own
+        engine_config = replace(engine_config, threads=None)
     _check_port(host, port)
     if replicas > 1:
         console.print(f"{replicas} servers of {model} start: http://{host}:{port}", soft_wrap=True)

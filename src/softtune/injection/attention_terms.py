@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softtune.backbone import AttentionLayer
+from softtune.backbone.blocked_attention import by_head
 from softtune.backbone.interface import Attention, Mask
 from softtune.injection.attention_wrapper import PrefixAttention
 from softtune.injection.grouped_attention import GroupedAttention
@@ -40,7 +41,7 @@ class Term:
         """
         added: Tensor | int = 0
         if self.memory is not None:
-            added = _by_key_head(F.elu(query), len(self.memory)) @ self.memory.to(query.dtype)
+            added = by_head(F.elu(query), len(self.memory)) @ self.memory.to(query.dtype)
             added = added.reshape(*query.shape[:3], -1)
         if self.gated is not None:
             added = added + _attend_apart(query, self.gated, scaling)
@@ -130,15 +131,10 @@ def _places(rows: Tensor | None, number: int) -> Tensor | None:
     return None if rows is None else (rows == number).nonzero().flatten()
 
 
-def _by_key_head(query: Tensor, heads: int) -> Tensor:
-    """[B, heads, Q / heads · T, K] the queries of each head's group as those of one head."""
-    return query.reshape(len(query), heads, -1, query.shape[-1])
-
-
 def _attend_apart(query: Tensor, gated: GatedKeyValue, scaling: float) -> Tensor:
     """[B, Q, T, V] attention to virtual tokens alone, times the gate."""
     key, value = gated.key.to(query.dtype), gated.value.to(query.dtype)
-    scores = _by_key_head(query, len(key)) @ key.transpose(1, 2) * scaling
+    scores = by_head(query, len(key)) @ key.transpose(1, 2) * scaling
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     attended = (weights @ value).reshape(*query.shape[:3], -1)
     return attended * gated.gate.to(query.dtype).view(-1, 1, 1)

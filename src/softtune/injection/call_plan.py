@@ -190,7 +190,7 @@ class CallPlanner:
                 rows = rows[shortened.rows]
             wrapper = TermAttention(wrapper, terms, rows, packed=isinstance(shortened, Pack))
         if wrapper is not None and not self.stack.is_disentangled:
-            call |= {WRAPPER: wrapper, **({IN_TRAINING: True} if self.stack.module.training else {})}
+            call |= {WRAPPER: wrapper, IN_TRAINING: self.stack.module.training}
         return CallPlan(
             call=call,
             arrangement=arrangement,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from softtune.backbone import Backbone
-from softtune.backbone.interface import WRAPPER
+from softtune.backbone.interface import IN_TRAINING, WRAPPER
 from softtune.errors import UnsupportedModelError
 from softtune.injection.layout import row_starts
 from softtune.injection.pack import Pack, PackedAttention
@@ -128,6 +128,7 @@ class FrozenLayerCache:
         pack.fill(call)
         call["attention_mask"] = stack.causal_masks(int(pack.lengths.max()))
         call[WRAPPER] = PackedAttention(pack, [None] * len(pack.groups))
+        call[IN_TRAINING] = stack.module.training
         states = stack.run_below(depth, **call)[0]
         return [states[places[:n]] for places, n in zip(pack.places, pack.lengths.tolist(), strict=True)]
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from softtune import compat
-from softtune.backbone.packed_weights import PackedLinear
+from softtune.backbone.prepacked_weights import PrepackedLinear, is_frozen_linear
 from softtune.methods.prompt import IGNORED
 
 
@@ -28,36 +28,28 @@ from softtune.methods.prompt import IGNORED
 def sparse_logits(model: PreTrainedModel) -> Iterator[None]:
     """Spare a model's head within the block, in training, if the head is a plain product. Evaluation has all of it."""
     head = model.get_output_embeddings()
-    is_left = not model.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    if is_left or not _is_plain(head):
+    plain = vars(head).get("forward") if head is not None else None
+    if not model.training or not is_frozen_linear(head) or not isinstance(plain, PrepackedLinear | None):
         yield
         return
-    assert isinstance(head, nn.Linear)
-    packed = vars(head).get("forward")
-    head.forward = partial(_logits, head)  # type: ignore[method-assign]
+    head.forward = partial(_logits, head, plain)  # type: ignore[method-assign]
     try:
-        with compat.causal_loss(model, _of_labels):
+        with compat.causal_loss(model, _sparse_loss):
             yield
     finally:
-        if packed is None:
+        if plain is None:
             del head.forward
         else:
-            head.forward = packed  # type: ignore[method-assign]
+            head.forward = plain  # type: ignore[assignment, method-assign]
 
 
-def _is_plain(head: nn.Module | None) -> bool:
-    """Whether a head is a product with frozen weights on the CPU, which nothing but ``packed_weights`` has changed."""
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
-        return False
-    if not isinstance(vars(head).get("forward"), PackedLinear | None):
-        return False
-    return head.weight.device.type == "cpu" and not any(p.requires_grad for p in head.parameters())
-
-
-def _logits(head: nn.Linear, states: Tensor) -> Tensor:
-    """[..., V] the head's output for hidden states [..., D]."""
-    if not states.requires_grad:
-        return F.linear(states, head.weight, head.bias)
+def _logits(head: nn.Linear, plain: PrepackedLinear | None, states: Tensor) -> Tensor:
+    """[..., V] the head's output for hidden states [..., D]; ``plain`` is its forward, if not its class's."""
+    is_whole = (
+        torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or states.dtype is not head.weight.dtype
+    )
+    if is_whole or not states.requires_grad:
+        return nn.Linear.forward(head, states) if plain is None else plain(states)
     output: Tensor = _SparseProduct.apply(states.flatten(0, -2), head.weight)  # type: ignore[no-untyped-call]
     output = output if head.bias is None else output + head.bias
     return output.view(*states.shape[:-1], -1)
@@ -75,6 +67,7 @@ class _SparseProduct(torch.autograd.Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return _by_rows(gradient, weight), None
@@ -89,10 +82,10 @@ def _by_rows(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.new_zeros(len(rows), weight.shape[1]).index_copy_(0, places, rows.index_select(0, places) @ weight)
 
 
-def _of_labels(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _sparse_loss(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same loss of a causal language model, of the logits of labelled tokens alone."""
 
-    def of_labels(
+    def sparse_loss(
         logits: Tensor,
         labels: Tensor | None,
         vocab_size: int,
@@ -101,19 +94,20 @@ def _of_labels(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if shift_labels is None:
-            assert labels is not None
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        following = shift_labels.flatten()
-        places = (following != ignore_index).nonzero().flatten().to(logits.device)
-        return loss(
-            logits.view(-1, vocab_size).index_select(0, places),
-            labels=None,
-            vocab_size=vocab_size,
-            num_items_in_batch=num_items_in_batch,
-            ignore_index=ignore_index,
-            shift_labels=following.index_select(0, places.to(following.device)),
+        given = {
+            "vocab_size": vocab_size,
+            "num_items_in_batch": num_items_in_batch,
+            "ignore_index": ignore_index,
             **kwargs,
-        )
+        }
+        following = shift_labels
+        if following is None and labels is not None:
+            following = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if following is None or following.numel() * vocab_size != logits.numel():
+            return loss(logits, labels=labels, shift_labels=shift_labels, **given)
+        following = following.flatten().to(logits.device)
+        places = (following != ignore_index).nonzero().flatten()
+        chosen = logits.reshape(-1, vocab_size).index_select(0, places)
+        return loss(chosen, labels=None, shift_labels=following.index_select(0, places), **given)
 
-    return of_labels
+    return sparse_loss

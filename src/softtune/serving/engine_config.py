@@ -19,6 +19,9 @@ class EngineConfig:
     """Tokens in the KV pool: those of all running requests and the virtual tokens of the adapters in memory."""
     adapter_cache_bytes: int = 64 * 2**20
     """Bytes of adapters to keep in memory."""
-    pack_weights: bool = True
+    prepack_weights: bool = True
     """Whether a base model on a CPU computes from copies of its weights that suit the CPU's kernels: they take as much
     memory again, and write texts faster."""
+    threads: int | None = None
+    """Threads of a CPU that compute a step; 0 for as many as half a second's try finds fastest, None for torch's own
+    number."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
+import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -48,6 +49,7 @@ from softtune.serving.registry import AdapterInfo, Registry, Version
 from softtune.serving.request_queue import RequestHandle
 from softtune.serving.requests import GenerationRequest
 from softtune.serving.sampling import IncrementalDetokenizer, SampledToken, SamplingParams
+from softtune.serving.threads import fastest_num_threads
 from softtune.serving.transformers_engine import TransformersEngine
 from softtune.tasks import Task
 from softtune.training.recipe import RECIPE_NAME, Recipe
@@ -127,6 +129,8 @@ class Service:
             if not self.bases.is_there:
                 raise
             return error
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads or fastest_num_threads(made.backbone))
         self.thread.add(made)
         return made
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from softtune.adapter import Adapter
 from softtune.backbone import Backbone
-from softtune.backbone.packed_weights import packed_weights
+from softtune.backbone.prepacked_weights import prepacked_weights
 from softtune.errors import TooLongError
 from softtune.serving import prompt_export
 from softtune.serving.engine_config import EngineConfig
@@ -34,8 +34,8 @@ class TransformersEngine:
         self.scheduler = Scheduler(backbone, config)
         self.batch = self.scheduler.batch
         self._packed = ExitStack()
-        if config.pack_weights:
-            self._packed.enter_context(packed_weights(backbone.model))
+        if config.prepack_weights:
+            self._packed.enter_context(prepacked_weights(backbone.model))
 
     def export_adapter(self, adapter: Adapter, folder: Path, *, as_kv: bool) -> None:
         """See ``Engine``."""

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from softtune.training.trainer import AdapterTrainer
 
 ROUNDS = 5
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_", "_linear_pointwise")
 KINDS = {
     "the loss": ("log_softmax", "nll_loss", "cross_entropy"),
     "attention": ("scaled_dot_product", "flash_attention", "softmax"),
@@ -115,7 +115,7 @@ class ProductRecorder(TorchDispatchMode):
         self._products: list[tuple[Any, Any, Any]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function._schema.name.removeprefix("aten::") in PRODUCTS:
+        if function._schema.name.rpartition("::")[2] in PRODUCTS:
             self._products.append((function, args, kwargs or {}))
         return function(*args, **(kwargs or {}))
 
