@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import peft
@@ -29,11 +30,14 @@ from timing import measure, ratio, report
 from torch import nn
 
 import softtune
+from softtune.backbone.prepacked_weights import prepacked_weights
 from softtune.pretrained import load_base_model
 
 SIDES = {"softtune": softtune, "peft": peft}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREFIX, PROMPT = ("PrefixTuningConfig", 30), ("PromptTuningConfig", 100)
+WRITTEN = 32
+"""Tokens to write of each text."""
 LONG = 1024
 """Tokens of each of the two long rows."""
 
@@ -43,8 +47,9 @@ def main() -> None:
     base, pad = {}, 0
     for name, dtype in DTYPES.items():
         loaded, tokenizer = load_base_model("smollm2-135m")
-        base[name], pad = loaded.to(dtype), tokenizer.pad_token_id
-    report("precision", [*short_rows(base, padded_batch(pad)), *long_rows(base), *memory()])
+        base[name], pad = loaded.to(dtype).requires_grad_(False).eval(), tokenizer.pad_token_id
+    batch = padded_batch(pad)
+    report("precision", [*short_rows(base, batch), *prepacked(base, batch), *long_rows(base), *memory()])
 
 
 def short_rows(base: dict[str, nn.Module], batch: Batch) -> list[dict[str, Any]]:
@@ -72,6 +77,40 @@ def short_rows(base: dict[str, nn.Module], batch: Batch) -> list[dict[str, Any]]
         share = ratio(prompt, others, rounds=ROUNDS)[0]
         measures.append(measure(f"{name}, prompt tuning P=100: step / peft's", share, 0.2))
     return measures
+
+
+def prepacked(base: dict[str, Any], batch: Batch) -> list[dict[str, Any]]:
+    """A step, and texts, computed from prepacked weights."""
+    model = adapted(base["fp32"], *PREFIX)
+    step = training_step(model, at_answers(batch))
+    products = matrix_products(step)
+    with model.prepacked_weights(gradients=True):
+        share = ratio(step, products, rounds=ROUNDS)[0]
+    measures = [measure("fp32 step with prepacked weights / its matrix products without", share, 1.0)]
+    for name, own in base.items():
+        for texts in (1, 16):
+            plain, copied = written(own, texts, is_prepacked=False), written(own, texts, is_prepacked=True)
+            share = ratio(copied, plain, rounds=3)[0]
+            measures.append(
+                measure(
+                    f"{name}, {WRITTEN} tokens of {texts} texts: with prepacked weights, made anew / without",
+                    share,
+                    None,
+                )
+            )
+    return measures
+
+
+def written(base: Any, texts: int, *, is_prepacked: bool) -> Step:
+    """Writes texts with the base model alone."""
+    ids = torch.randint(100, 40_000, (texts, 16))
+    options = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False}
+
+    def run() -> None:
+        with prepacked_weights(base) if is_prepacked else nullcontext():
+            base.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    return run
 
 
 def long_rows(base: dict[str, nn.Module]) -> list[dict[str, Any]]:
