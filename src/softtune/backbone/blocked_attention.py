@@ -103,12 +103,10 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor
     least = torch.finfo(exact).min
     if mask.dtype is torch.bool:
         mask = torch.zeros(mask.shape, dtype=exact).masked_fill_(~mask, least)
-    scores = (
-        mask.to(exact)
-        .clamp(min=least)[:, :, None]
-        .expand(len(key), key.shape[1], query.shape[1] // key.shape[1], -1, -1)
-    )
-    scores = scores.contiguous().view(-1, queries.shape[2], keys.shape[3])
+    else:
+        mask = mask.to(exact).clamp(min=least)
+    shape = len(key), key.shape[1], query.shape[1] // key.shape[1], -1, -1
+    scores = mask[:, :, None].expand(shape).contiguous().view(-1, queries.shape[2], keys.shape[3])
     scores.baddbmm_(queries.flatten(0, 1), keys.flatten(0, 1), alpha=scaling)
     return torch.softmax(scores, dim=-1).view(*queries.shape[:3], -1)
 

@@ -41,8 +41,8 @@ def prepacked_weights(model: nn.Module, *, gradients: bool = False) -> Iterator[
         model: the model.
         gradients: copy the weights for the backward pass too, which takes as much memory again.
     """
-    layers = [layer for layer in model.modules() if is_frozen_linear(layer) and layer.weight.dtype in _dtypes()]
-    layers = [layer for layer in layers if "forward" not in vars(layer)]
+    dtypes, frozen = _dtypes(), filter(is_frozen_linear, model.modules())
+    layers = [layer for layer in frozen if layer.weight.dtype in dtypes and "forward" not in vars(layer)]
     needed = sum(layer.weight.nbytes for layer in layers) * (2 if gradients else 1)
     if needed > SHARE * _free_memory():
         warnings.warn(

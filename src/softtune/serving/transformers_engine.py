@@ -33,9 +33,9 @@ class TransformersEngine:
         self.config = config
         self.scheduler = Scheduler(backbone, config)
         self.batch = self.scheduler.batch
-        self._packed = ExitStack()
+        self._prepacked = ExitStack()
         if config.prepack_weights:
-            self._packed.enter_context(prepacked_weights(backbone.model))
+            self._prepacked.enter_context(prepacked_weights(backbone.model))
 
     def export_adapter(self, adapter: Adapter, folder: Path, *, as_kv: bool) -> None:
         """See ``Engine``."""
@@ -76,4 +76,4 @@ class TransformersEngine:
 
     def close(self) -> None:
         """See ``TextEngine``."""
-        self._packed.close()
+        self._prepacked.close()
